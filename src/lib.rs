@@ -1,0 +1,46 @@
+//! `stripe-reconciler`: the stored invoice tells the truth about its payment.
+//!
+//! # The idea
+//!
+//! The history of an invoice is a function of the *set* of authentic events known about it. So a delivery only ever appends
+//! (bytes, and what we read in them), nothing is locked or updated, and the history is folded when it is read. Order,
+//! duplicates, and events that come before their invoice need no special path.
+//!
+//! # The rooms, in reading order
+//!
+//! | module | what it is for | who may import it |
+//! | --- | --- | --- |
+//! | [`domain`] | pure: signature, reading an event, facts, history, messages, the invoice document | everybody |
+//! | [`clock`] | the only caller of the system time | everybody but `domain` |
+//! | [`store`] | the only SQL | `inbox`, `flows`, `http`, `cli` |
+//! | [`inbox`] | group commit: many deliveries, one durable transaction | `flows`, `http`, `cli` |
+//! | [`flows`] | one path per file: ingest, replay, rebuild, import | `http`, `cli` |
+//! | [`http`] | the only axum: webhook endpoint, read endpoint, operator's calls | `cli` |
+//! | [`config`], [`telemetry`] | settings and secrets; logs | `cli` |
+//! | [`cli`] | one file per command | `main` |
+//!
+//! `tests/law_of_imports.rs` holds this table.
+//!
+//! # The paths
+//!
+//! * **A delivery**: `http/webhook` (limit, raw bytes) → `domain/signature` → `flows/ingest` → `domain/event` → `inbox` →
+//!   `store/events` (one batch, one transaction, durable) → 200.
+//! * **A read**: `http/auth` → `store/invoices` (the invoice and what was told about it) → `domain/history` → JSON.
+//! * **A replay**: recorded payloads → `flows/ingest`, without a signature, marked as replayed.
+//! * **A rebuild**: stored bytes → `domain/event` again → compare → report, and save.
+
+pub mod domain;
+
+pub mod clock;
+pub mod store;
+
+pub mod inbox;
+
+pub mod flows;
+
+pub mod http;
+
+pub mod config;
+pub mod telemetry;
+
+pub mod cli;
