@@ -2,9 +2,13 @@
 //!
 //! The presence of fields decides, never `api_version`, so every shape since 2018-11-08 (and shapes not yet invented) goes
 //! through the same lines. A field of an unexpected type counts as absent. What the fields *mean* is not decided here: that
-//! is `fact` and `history`.
+//! is `fact` and `history`. What the objects look like is in `object`.
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+
+use super::object::{Object, boolean, id_of, text, whole};
 
 /// Identity of one rendering of one event: what makes a second delivery a duplicate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -62,10 +66,110 @@ pub struct Telling {
     pub object: Object,
 }
 
+/// An object that a telling names: what a history is gathered by.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Mention { pub object_id: String, pub is_invoice: bool }
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Object {}
-fn is_false(b: &bool) -> bool { !*b }
-pub fn read(_body: &[u8]) -> Reading { todo!() }
-impl Telling { pub fn mentions(&self) -> Vec<Mention> { todo!() } }
+pub struct Mention {
+    pub object_id: String,
+    pub is_invoice: bool,
+}
+
+/// The latest second that four-digit years can show (9999-12-30T22:00:00Z, the end of jiff's range).
+pub const LAST_SECOND: i64 = 253_402_207_200;
+
+/// Reads any body that Stripe may deliver. Never fails: what is no event is `Unreadable`.
+pub fn read(body: &[u8]) -> Reading {
+    let unreadable = |reason: String| Reading::Unreadable { key: key(&[b"unreadable", body]), reason };
+    let json: Value = match serde_json::from_slice(body) {
+        Ok(json) => json,
+        Err(error) => return unreadable(not_json(&error)),
+    };
+    match event(&json) {
+        Ok(event) => Reading::Event(Box::new(event)),
+        Err(reason) => unreadable(reason.to_owned()),
+    }
+}
+
+/// serde_json's own message may quote the payload; position and category do not.
+fn not_json(error: &serde_json::Error) -> String {
+    let what = if error.is_eof() { "ends in the middle" } else { "is not JSON" };
+    format!("the body {what} (line {}, column {})", error.line(), error.column())
+}
+
+fn event(json: &Value) -> Result<Event, &'static str> {
+    if !json.is_object() {
+        return Err("the body is JSON, but not an object");
+    }
+    let id = text(json, "id").ok_or("no event: `id` is not a string")?;
+    let event_type = text(json, "type").ok_or("no event: `type` is not a string")?;
+    let thin = text(json, "object").as_deref() == Some("v2.core.event");
+    let created = if thin { thin_created(json) } else { whole(json, "created") }
+        .filter(|s| (0..=LAST_SECOND).contains(s))
+        .ok_or("no event: `created` is no time")?;
+    let (object, kind) = if thin { (json.get("related_object"), short(&event_type)) } else { (json.pointer("/data/object"), &*event_type) };
+    if !thin && !object.is_some_and(Value::is_object) {
+        return Err("no event: `data.object` is not an object");
+    }
+    let object_id = object.and_then(|o| text(o, "id"));
+    let api_version = text(json, "api_version");
+    let read = match object {
+        Some(related) if thin => Object::named(kind, related),
+        Some(object) => Object::read(kind, object, json.pointer("/data/previous_attributes")),
+        None => None,
+    };
+    let telling = read.map(|object| Telling {
+        id: id.clone(),
+        kind: kind.to_owned(),
+        created,
+        thin,
+        snapshot_event: thin.then(|| text(json, "snapshot_event")).flatten(),
+        fetched: false,
+        livemode: boolean(json, "livemode"),
+        account: if thin { None } else { id_of(json, "account") },
+        object,
+    });
+    let part = |s: &Option<String>| s.clone().unwrap_or_default();
+    let key = key(&[b"event", id.as_bytes(), event_type.as_bytes(), part(&api_version).as_bytes(), part(&object_id).as_bytes()]);
+    Ok(Event { key, id, event_type, api_version, object_id, created, telling })
+}
+
+/// Thin events carry RFC 3339 with up to nanoseconds; a number is taken too.
+fn thin_created(json: &Value) -> Option<i64> {
+    match json.get("created")? {
+        Value::String(s) => s.parse::<jiff::Timestamp>().ok().map(|t| t.as_nanosecond().div_euclid(1_000_000_000) as i64),
+        _ => whole(json, "created"),
+    }
+}
+
+/// `v1.invoice.paid` is read as `invoice.paid`.
+fn short(event_type: &str) -> &str {
+    event_type.strip_prefix("v1.").unwrap_or(event_type)
+}
+
+/// Parts are preceded by their length, so no two lists of parts give the same bytes.
+fn key(parts: &[&[u8]]) -> EventKey {
+    let mut hash = Sha256::new();
+    for part in parts {
+        hash.update((part.len() as u64).to_be_bytes());
+        hash.update(part);
+    }
+    let mut key = [0; 16];
+    key.copy_from_slice(&hash.finalize()[..16]);
+    EventKey(key)
+}
+
+impl Telling {
+    /// Every object that this telling names, itself included; no object twice.
+    pub fn mentions(&self) -> Vec<Mention> {
+        let mut mentions: Vec<Mention> = Vec::new();
+        for (object_id, is_invoice) in self.object.names() {
+            if !mentions.iter().any(|m| m.object_id == object_id) {
+                mentions.push(Mention { object_id: object_id.to_owned(), is_invoice });
+            }
+        }
+        mentions
+    }
+}
+
+fn is_false(b: &bool) -> bool {
+    !*b
+}

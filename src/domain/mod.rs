@@ -7,5 +7,6 @@ pub mod invoice;
 mod links;
 pub mod message;
 pub mod money;
+pub mod object;
 pub mod signature;
 mod tries;
