@@ -19,7 +19,10 @@ pub struct EventKey(pub [u8; 16]);
 pub enum Reading {
     Event(Box<Event>),
     /// Kept, counted, listed for the operator: not JSON, or no event in it. `reason` says which, without payload content.
-    Unreadable { key: EventKey, reason: String },
+    Unreadable {
+        key: EventKey,
+        reason: String,
+    },
 }
 
 /// The envelope of a snapshot or thin event.
@@ -105,7 +108,8 @@ fn event(json: &Value) -> Result<Event, &'static str> {
     let created = if thin { thin_created(json) } else { whole(json, "created") }
         .filter(|s| (0..=LAST_SECOND).contains(s))
         .ok_or("no event: `created` is no time")?;
-    let (object, kind) = if thin { (json.get("related_object"), short(&event_type)) } else { (json.pointer("/data/object"), &*event_type) };
+    let (object, kind) =
+        if thin { (json.get("related_object"), short(&event_type)) } else { (json.pointer("/data/object"), &*event_type) };
     if !thin && !object.is_some_and(Value::is_object) {
         return Err("no event: `data.object` is not an object");
     }

@@ -21,7 +21,8 @@ pub enum InvoiceFact {
 }
 
 /// The facts that are told once, and of which snapshots are evidence.
-pub const SHOWN_BY_SNAPSHOTS: [InvoiceFact; 4] = [InvoiceFact::Finalized, InvoiceFact::WrittenOff, InvoiceFact::Voided, InvoiceFact::Paid];
+pub const SHOWN_BY_SNAPSHOTS: [InvoiceFact; 4] =
+    [InvoiceFact::Finalized, InvoiceFact::WrittenOff, InvoiceFact::Voided, InvoiceFact::Paid];
 
 /// Does this event tell anything about a payment: new or not, linked or not? Decides `recorded` against `no_payment_fact`.
 pub fn tells_a_fact(event: &Event) -> bool {
@@ -46,7 +47,10 @@ fn tells(telling: &Telling) -> bool {
             by_type(telling, invoice).is_some() || SHOWN_BY_SNAPSHOTS.into_iter().any(|fact| by_snapshot(telling, invoice, fact))
         }
         (Object::PaymentIntent(intent), "payment_intent.partially_funded") => intent.funded().is_some(),
-        (Object::PaymentIntent(_), "payment_intent.requires_action" | "payment_intent.processing" | "payment_intent.payment_failed") => true,
+        (
+            Object::PaymentIntent(_),
+            "payment_intent.requires_action" | "payment_intent.processing" | "payment_intent.payment_failed",
+        ) => true,
         (Object::Charge(_), "charge.pending" | "charge.failed") => true,
         (Object::InvoicePayment(_), "invoice_payment.paid") => true,
         _ => false,
@@ -58,7 +62,9 @@ fn tells(telling: &Telling) -> bool {
 pub fn by_type(telling: &Telling, invoice: &Invoice) -> Option<InvoiceFact> {
     let (fact, holds) = match telling.kind.as_str() {
         "invoice.finalized" => (InvoiceFact::Finalized, invoice.is_owed()),
-        "invoice.updated" => (InvoiceFact::Finalized, !telling.thin && invoice.previous_status.as_deref() == Some("draft") && invoice.is_open()),
+        "invoice.updated" => {
+            (InvoiceFact::Finalized, !telling.thin && invoice.previous_status.as_deref() == Some("draft") && invoice.is_open())
+        }
         "invoice.paid" | "invoice.payment_succeeded" | "invoice.overpaid" => (InvoiceFact::Paid, invoice.is_paid()),
         "invoice.payment_attempt_required" => (InvoiceFact::AttemptRequired, true),
         "invoice.payment_action_required" => (InvoiceFact::ActionRequired, true),
@@ -133,9 +139,7 @@ impl Invoice {
 impl super::object::PaymentIntent {
     /// How much of a bank transfer has arrived, in minor units.
     pub fn funded(&self) -> Option<i64> {
-        match self.bank_transfer_remaining {
-            Some(remaining) => self.amount.and_then(|amount| amount.checked_sub(remaining)),
-            None => self.amount_received,
-        }
+        let arrived = |remaining| self.amount.and_then(|amount| amount.checked_sub(remaining));
+        self.bank_transfer_remaining.and_then(arrived).or(self.amount_received)
     }
 }

@@ -192,7 +192,9 @@ impl Object {
     /// Ids of the objects named, the object's own first; `true` for an invoice's.
     pub fn names(&self) -> Vec<(&str, bool)> {
         fn all<'a>(objects: &[Option<&'a String>], invoices: &[Option<&'a String>]) -> Vec<(&'a str, bool)> {
-            let named = |ids: &[Option<&'a String>], is_invoice| ids.iter().flatten().map(|id| (id.as_str(), is_invoice)).collect::<Vec<_>>();
+            let named = |ids: &[Option<&'a String>], is_invoice| {
+                ids.iter().flatten().map(|id| (id.as_str(), is_invoice)).collect::<Vec<_>>()
+            };
             [named(objects, false), named(invoices, true)].concat()
         }
         match self {
@@ -202,9 +204,10 @@ impl Object {
                 names
             }
             Object::InvoicePayment(o) => all(&[Some(&o.id), o.payment_intent.as_ref(), o.charge.as_ref()], &[o.invoice.as_ref()]),
-            Object::PaymentIntent(o) => {
-                all(&[Some(&o.id), o.latest_charge.as_ref(), o.error_charge.as_ref()], &[o.invoice.as_ref(), o.order_reference.as_ref()])
-            }
+            Object::PaymentIntent(o) => all(
+                &[Some(&o.id), o.latest_charge.as_ref(), o.error_charge.as_ref()],
+                &[o.invoice.as_ref(), o.order_reference.as_ref()],
+            ),
             Object::Charge(o) => all(&[Some(&o.id), o.payment_intent.as_ref()], &[o.invoice.as_ref()]),
             Object::Refund(o) => all(&[Some(&o.id), o.charge.as_ref(), o.payment_intent.as_ref()], &[o.invoice.as_ref()]),
             Object::Dispute(o) => all(&[Some(&o.id), o.charge.as_ref(), o.payment_intent.as_ref()], &[o.invoice.as_ref()]),
@@ -299,7 +302,9 @@ fn payment_intent(id: String, json: &Value) -> PaymentIntent {
         latest_charge: id_of(json, "latest_charge"),
         error: error.map(|e| reason(e).unwrap_or_default()),
         error_charge: error.and_then(|e| id_of(e, "charge")),
-        bank_transfer_remaining: json.pointer("/next_action/display_bank_transfer_instructions").and_then(|b| whole(b, "amount_remaining")),
+        bank_transfer_remaining: json
+            .pointer("/next_action/display_bank_transfer_instructions")
+            .and_then(|b| whole(b, "amount_remaining")),
         order_reference: json.get("payment_details").and_then(|d| text(d, "order_reference")).filter(|r| is_invoice_id(r)),
     }
 }

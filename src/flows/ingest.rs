@@ -64,7 +64,10 @@ pub fn prepare(delivery: Delivery) -> NewEvent {
             key: event.key,
             outcome: if fact::tells_a_fact(&event) { store::Outcome::Recorded } else { store::Outcome::NoPaymentFact },
             mentions: event.telling.as_ref().map(|t| t.mentions()).unwrap_or_default(),
-            telling: event.telling.as_ref().map(|t| serde_json::to_string(t).expect("strings, numbers and booleans always serialise")),
+            telling: event
+                .telling
+                .as_ref()
+                .map(|t| serde_json::to_string(t).expect("strings, numbers and booleans always serialise")),
             id: Some(event.id),
             event_type: Some(event.event_type),
             api_version: event.api_version,
