@@ -105,9 +105,7 @@ fn event(json: &Value) -> Result<Event, &'static str> {
     let id = text(json, "id").ok_or("no event: `id` is not a string")?;
     let event_type = text(json, "type").ok_or("no event: `type` is not a string")?;
     let thin = text(json, "object").as_deref() == Some("v2.core.event");
-    let created = if thin { thin_created(json) } else { whole(json, "created") }
-        .filter(|s| (0..=LAST_SECOND).contains(s))
-        .ok_or("no event: `created` is no time")?;
+    let created = created(json).filter(|s| (0..=LAST_SECOND).contains(s)).ok_or("no event: `created` is no time")?;
     let (object, kind) =
         if thin { (json.get("related_object"), short(&event_type)) } else { (json.pointer("/data/object"), &*event_type) };
     if !thin && !object.is_some_and(Value::is_object) {
@@ -136,8 +134,8 @@ fn event(json: &Value) -> Result<Event, &'static str> {
     Ok(Event { key, id, event_type, api_version, object_id, created, telling })
 }
 
-/// Thin events carry RFC 3339 with up to nanoseconds; a number is taken too.
-fn thin_created(json: &Value) -> Option<i64> {
+/// Snapshot events carry Unix seconds, thin ones RFC 3339 with up to nanoseconds, cut to the second here.
+fn created(json: &Value) -> Option<i64> {
     match json.get("created")? {
         Value::String(s) => s.parse::<jiff::Timestamp>().ok().map(|t| t.as_nanosecond().div_euclid(1_000_000_000) as i64),
         _ => whole(json, "created"),

@@ -63,7 +63,7 @@ impl<'a> Facts<'a> {
 
     /// An amount in the currency that any of the tellers names, else anything known about the invoice.
     fn money(&self, minor_units: i64, told_by: &[&Known]) -> String {
-        let all = || told_by.iter().chain(&self.own).filter_map(|k| currency(&k.telling.object));
+        let all = || told_by.iter().chain(&self.own).filter_map(|k| currency(k));
         let is_code = |c: &&str| c.len() == 3 && c.bytes().all(|b| b.is_ascii_alphabetic());
         let code = all().find(is_code).or_else(|| all().next()).map(clean);
         money::amount(minor_units, code.as_deref())
@@ -108,9 +108,9 @@ fn collected(invoice: &Invoice) -> Option<i64> {
     }
 }
 
-fn currency(object: &Object) -> Option<&str> {
-    match object {
-        Object::Invoice(o) => o.currency.as_deref(),
+fn currency(known: &Known) -> Option<&str> {
+    match &known.telling.object {
+        Object::Invoice(_) => believed(known).and_then(|(_, i)| i.currency.as_deref()),
         Object::InvoicePayment(o) => o.currency.as_deref(),
         Object::PaymentIntent(o) => o.currency.as_deref(),
         Object::Charge(o) => o.currency.as_deref(),
