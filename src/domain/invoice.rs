@@ -1,6 +1,14 @@
-#![allow(unused_variables)]
-use super::history::Entry;
+//! The invoice document: `v1Invoice` of Spectro Cloud's Palette API. Checked and normalised when it is stored, put out with its
+//! payment states when it is read.
+//!
+//! One description of the document drives both the check and the normalising. Unknown fields are kept as they came.
+
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use super::history::Entry;
+
+/// Is money moving? See `README.md`, "What becomes of an event".
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum State {
     Paid,
@@ -8,39 +16,481 @@ pub enum State {
     PaymentInProgress,
     PaymentFailed,
 }
+
 impl State {
+    pub const ALL: [State; 4] = [State::Paid, State::PaymentPending, State::PaymentInProgress, State::PaymentFailed];
+
     pub fn as_str(self) -> &'static str {
-        todo!()
+        match self {
+            State::Paid => "Paid",
+            State::PaymentPending => "PaymentPending",
+            State::PaymentInProgress => "PaymentInProgress",
+            State::PaymentFailed => "PaymentFailed",
+        }
+    }
+
+    pub fn parse(text: &str) -> Option<State> {
+        State::ALL.into_iter().find(|state| state.as_str() == text)
     }
 }
+
+/// A state that came with the document when it was first stored.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ImportedState {
     pub state: State,
+    /// Unix milliseconds.
     pub timestamp_ms: i64,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub message: Option<String>,
 }
-#[derive(Clone, Debug, PartialEq, Eq)]
+
+/// What is wrong with a document, and where (RFC 6901).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Fault {
     pub pointer: String,
     pub reason: String,
 }
+
+/// A document fit to be stored.
 #[derive(Clone, Debug)]
 pub struct ValidInvoice {
-    pub document: serde_json::Value,
+    /// Normalised, without `status.states`.
+    pub document: Value,
     pub stripe_invoice_id: Option<String>,
     pub imported_states: Vec<ImportedState>,
+    /// `metadata.uid`.
     pub uid: Option<String>,
 }
-pub fn validate(document: serde_json::Value) -> Result<ValidInvoice, Vec<Fault>> {
-    todo!()
+
+/// Checks a document and normalises it: times in UTC with milliseconds, whole numbers as integers, no `null` in known fields.
+///
+/// # Errors
+/// Every fault, with its place.
+pub fn validate(mut document: Value) -> Result<ValidInvoice, Vec<Fault>> {
+    let mut faults = Vec::new();
+    check(&mut document, &Kind::Object(&INVOICE), "", &mut faults);
+    let states = document.get_mut("status").and_then(Value::as_object_mut).and_then(|status| status.shift_remove("states"));
+    let imported_states = if faults.is_empty() { imported(states, &mut faults) } else { Vec::new() };
+    if !faults.is_empty() {
+        return Err(faults);
+    }
+    let text = |pointer: &str| document.pointer(pointer).and_then(Value::as_str).map(str::to_owned);
+    let (stripe_invoice_id, uid) = (text("/status/stripeInvoiceId"), text("/metadata/uid"));
+    Ok(ValidInvoice { document, stripe_invoice_id, imported_states, uid })
 }
+
+/// An id of a tenant or an invoice, as it stands in a path.
+///
+/// # Errors
+/// In words, why it cannot be one.
 pub fn validate_uid(uid: &str) -> Result<(), String> {
-    todo!()
+    match uid {
+        "" => Err("is empty".to_owned()),
+        uid if uid.len() > 255 => Err("is longer than 255 bytes".to_owned()),
+        uid if uid.chars().any(char::is_control) => Err("holds control characters".to_owned()),
+        _ => Ok(()),
+    }
 }
-pub fn render(document: &serde_json::Value, entries: &[Entry]) -> serde_json::Value {
-    todo!()
+
+/// The document with its payment states.
+pub fn render(document: &Value, entries: &[Entry]) -> Value {
+    let mut rendered = document.clone();
+    if !rendered.is_object() {
+        rendered = json!({});
+    }
+    if !rendered.get("status").is_some_and(Value::is_object) {
+        rendered["status"] = json!({});
+    }
+    rendered["status"]["states"] = entries.iter().map(render_state).collect();
+    rendered
 }
+
+fn render_state(entry: &Entry) -> Value {
+    let mut state = Map::new();
+    state.insert("state".to_owned(), entry.state.as_str().into());
+    state.insert("timestamp".to_owned(), timestamp(entry.timestamp_ms).into());
+    if let Some(message) = &entry.message {
+        state.insert("paymentMsg".to_owned(), message.as_str().into());
+    }
+    Value::Object(state)
+}
+
+/// `2026-01-31T09:15:00.000Z`, from Unix milliseconds; clamped to the years 0001 to 9999.
 pub fn timestamp(ms: i64) -> String {
-    todo!()
+    let time = jiff::Timestamp::from_millisecond(ms.clamp(FIRST_MS, LAST_MS)).unwrap_or_default();
+    format!("{time:.3}")
+}
+
+/// 0001-01-01T00:00:00.000Z.
+const FIRST_MS: i64 = -62_135_596_800_000;
+/// The end of jiff's range, in the last days of 9999.
+const LAST_MS: i64 = super::event::LAST_SECOND * 1000;
+
+/// What a field of the document may hold.
+enum Kind {
+    Text,
+    /// A name of something at Stripe: text that is not empty, not over 255 bytes and has no control characters.
+    Id,
+    OneOf(&'static [&'static str]),
+    Time,
+    /// A whole number from the first to the last.
+    Whole(i64, i64),
+    Number,
+    TextMap,
+    List(&'static Kind),
+    Object(&'static Shape),
+}
+
+struct Shape {
+    fields: &'static [(&'static str, Kind)],
+    required: &'static [&'static str],
+}
+
+const fn shape(fields: &'static [(&'static str, Kind)]) -> Shape {
+    Shape { fields, required: &[] }
+}
+
+const INT64: Kind = Kind::Whole(i64::MIN, i64::MAX);
+const INT8: Kind = Kind::Whole(-128, 127);
+
+static INVOICE: Shape =
+    shape(&[("metadata", Kind::Object(&METADATA)), ("spec", Kind::Object(&SPEC)), ("status", Kind::Object(&STATUS))]);
+
+static METADATA: Shape = shape(&[
+    ("annotations", Kind::TextMap),
+    ("creationTimestamp", Kind::Time),
+    ("deletionTimestamp", Kind::Time),
+    ("labels", Kind::TextMap),
+    ("lastModifiedTimestamp", Kind::Time),
+    ("name", Kind::Text),
+    ("uid", Kind::Text),
+]);
+
+static SPEC: Shape = shape(&[
+    ("address", Kind::Object(&ADDRESS)),
+    ("billingPeriod", Kind::Object(&BILLING_PERIOD)),
+    ("credits", Kind::Object(&CREDITS)),
+    ("envType", Kind::Text),
+    ("month", Kind::Time),
+    ("paymentUnit", Kind::OneOf(&["usd"])),
+    ("plan", Kind::Object(&PLAN)),
+]);
+
+static ADDRESS: Shape = shape(&[
+    ("addressLine1", Kind::Text),
+    ("addressLine2", Kind::Text),
+    ("city", Kind::Text),
+    ("country", Kind::Text),
+    ("pincode", Kind::Text),
+    ("state", Kind::Text),
+]);
+
+static BILLING_PERIOD: Shape = shape(&[("end", Kind::Time), ("start", Kind::Time)]);
+
+static CREDITS: Shape = shape(&[("alloyFreeCredits", INT64), ("pureFreeCredits", INT64)]);
+
+static PLAN: Shape = shape(&[
+    ("freeCredits", Kind::List(&Kind::Object(&PLAN_CREDIT_USE))),
+    ("plantype", Kind::OneOf(&["Trial", "MonthlyOnDemand", "AnnualSubscription"])),
+    ("slaCredits", Kind::List(&Kind::Object(&PLAN_CREDIT_USE))),
+]);
+
+static PLAN_CREDIT_USE: Shape = shape(&[("planCredit", Kind::Object(&PLAN_CREDIT)), ("totalCpuCoreHours", INT64)]);
+
+static PLAN_CREDIT: Shape = Shape {
+    fields: &[
+        ("cpuCoreHours", INT64),
+        ("creditUid", Kind::Text),
+        ("expiry", Kind::Time),
+        ("name", Kind::Text),
+        ("start", Kind::Time),
+        ("type", Kind::OneOf(&["Pure", "Alloy"])),
+    ],
+    required: &["type"],
+};
+
+static STATUS: Shape = shape(&[
+    ("billableAmount", Kind::Number),
+    ("productInvoice", Kind::Object(&PRODUCTS)),
+    ("projects", Kind::List(&Kind::Object(&PROJECT))),
+    ("states", Kind::List(&Kind::Object(&STATE))),
+    ("stripeInvoiceId", Kind::Id),
+]);
+
+static PRODUCTS: Shape = shape(&[("alloy", Kind::Object(&PRODUCT)), ("pure", Kind::Object(&PRODUCT))]);
+
+static PRODUCT: Shape = shape(&[
+    ("allocatedCredits", INT64),
+    ("amount", Kind::Number),
+    ("billableCredits", Kind::Number),
+    ("breachedCredits", Kind::Number),
+    ("discount", INT64),
+    ("freeCredits", INT64),
+    ("overageLimitPercentage", INT8),
+    ("tierName", Kind::Text),
+    ("tierPrice", Kind::Number),
+    ("totalUsedCredits", Kind::Number),
+    ("usedCredits", Kind::Number),
+]);
+
+static PROJECT: Shape = shape(&[
+    ("amount", Kind::Number),
+    ("projectName", Kind::Text),
+    ("projectUid", Kind::Text),
+    ("usage", Kind::Object(&PROJECT_USAGE)),
+]);
+
+static PROJECT_USAGE: Shape = shape(&[("alloy", Kind::Object(&USAGE)), ("pure", Kind::Object(&USAGE))]);
+
+static USAGE: Shape = shape(&[("amount", Kind::Number), ("tierPrice", Kind::Number), ("usedCredits", Kind::Number)]);
+
+static STATE: Shape = Shape {
+    fields: &[
+        ("paymentMsg", Kind::Text),
+        ("state", Kind::OneOf(&["Paid", "PaymentPending", "PaymentInProgress", "PaymentFailed"])),
+        ("timestamp", Kind::Time),
+    ],
+    required: &["state", "timestamp"],
+};
+
+/// Notes what is wrong with `value`, and puts what is right into its normal form.
+fn check(value: &mut Value, kind: &Kind, pointer: &str, faults: &mut Vec<Fault>) {
+    let reason = match kind {
+        Kind::Object(shape) => match value {
+            Value::Object(fields) => return check_fields(fields, shape, pointer, faults),
+            _ => "must be an object".to_owned(),
+        },
+        Kind::List(item) => match value {
+            Value::Array(items) => {
+                for (index, value) in items.iter_mut().enumerate() {
+                    check(value, item, &format!("{pointer}/{index}"), faults);
+                }
+                return;
+            }
+            _ => "must be a list".to_owned(),
+        },
+        Kind::TextMap => match value {
+            Value::Object(fields) => {
+                for (name, _) in fields.iter().filter(|(_, value)| !value.is_string()) {
+                    faults.push(Fault { pointer: child(pointer, name), reason: "must be a string".to_owned() });
+                }
+                return;
+            }
+            _ => "must be an object of strings".to_owned(),
+        },
+        Kind::Time => match value.as_str().map(parse_time) {
+            Some(Ok(ms)) => return *value = timestamp(ms).into(),
+            Some(Err(reason)) => reason,
+            None => "must be a date-time (RFC 3339) in a string".to_owned(),
+        },
+        Kind::Whole(first, last) => match whole(value) {
+            Some(number) if (*first..=*last).contains(&number) => return *value = number.into(),
+            _ => format!("must be a whole number from {first} to {last}"),
+        },
+        Kind::Text if value.is_string() => return,
+        Kind::Text => "must be a string".to_owned(),
+        Kind::Number if value.is_number() => return,
+        Kind::Number => "must be a number".to_owned(),
+        Kind::OneOf(words) if value.as_str().is_some_and(|text| words.contains(&text)) => return,
+        Kind::OneOf(words) => format!("must be one of {}", words.join(", ")),
+        Kind::Id => match value.as_str().map(validate_uid) {
+            Some(Ok(())) => return,
+            Some(Err(reason)) => reason,
+            None => "must be a string".to_owned(),
+        },
+    };
+    faults.push(Fault { pointer: pointer.to_owned(), reason });
+}
+
+fn check_fields(fields: &mut Map<String, Value>, shape: &Shape, pointer: &str, faults: &mut Vec<Fault>) {
+    for (name, kind) in shape.fields {
+        match fields.get_mut(*name) {
+            // Strict clients know no null: an absent field says the same.
+            Some(Value::Null) => drop(fields.shift_remove(*name)),
+            Some(value) => check(value, kind, &child(pointer, name), faults),
+            None => {}
+        }
+    }
+    for name in shape.required.iter().filter(|name| !fields.contains_key(**name)) {
+        faults.push(Fault { pointer: child(pointer, name), reason: "is required".to_owned() });
+    }
+}
+
+fn child(pointer: &str, name: &str) -> String {
+    format!("{pointer}/{}", name.replace('~', "~0").replace('/', "~1"))
+}
+
+/// `2500` and `2500.0`.
+fn whole(value: &Value) -> Option<i64> {
+    let exact = |f: f64| (f.fract() == 0.0 && f.abs() < 9.2e18).then_some(f as i64);
+    value.as_i64().or_else(|| value.as_f64().filter(|_| value.is_f64()).and_then(exact))
+}
+
+/// States of a document that is right otherwise.
+fn imported(states: Option<Value>, faults: &mut Vec<Fault>) -> Vec<ImportedState> {
+    let Some(Value::Array(states)) = states else { return Vec::new() };
+    let mut imported: Vec<ImportedState> = Vec::new();
+    for (index, state) in states.iter().enumerate() {
+        let text = |name: &str| state.get(name).and_then(Value::as_str);
+        let (Some(known), Some(Ok(timestamp_ms))) = (text("state").and_then(State::parse), text("timestamp").map(parse_time))
+        else {
+            continue;
+        };
+        if imported.iter().any(|i| i.state == known && i.timestamp_ms == timestamp_ms) {
+            let reason = format!("repeats the state {} at {}", known.as_str(), timestamp(timestamp_ms));
+            faults.push(Fault { pointer: format!("/status/states/{index}"), reason });
+            continue;
+        }
+        imported.push(ImportedState { state: known, timestamp_ms, message: text("paymentMsg").map(str::to_owned) });
+    }
+    imported
+}
+
+/// RFC 3339 to Unix milliseconds, finer digits cut. jiff takes more than RFC 3339, so the shape is checked first.
+fn parse_time(text: &str) -> Result<i64, String> {
+    let bad = || "must be a date-time such as 2026-01-31T09:15:00Z (RFC 3339)".to_owned();
+    let bytes = text.as_bytes();
+    let (digits, rest) = bytes.split_at_checked(19).ok_or_else(bad)?;
+    let fits = digits.iter().zip(b"0000-00-00t00:00:00").all(|(byte, shape)| match shape {
+        b'0' => byte.is_ascii_digit(),
+        separator => byte.to_ascii_lowercase() == *separator,
+    });
+    let fraction = match rest.strip_prefix(b".") {
+        Some(fraction) => fraction.iter().take_while(|b| b.is_ascii_digit()).count(),
+        None => 0,
+    };
+    let zone = &rest[if rest.first() == Some(&b'.') { fraction + 1 } else { 0 }..];
+    let zone_fits = match zone {
+        [b'Z' | b'z'] => true,
+        [b'+' | b'-', h1, h2, b':', m1, m2] => {
+            [h1, h2, m1, m2].iter().all(|b| b.is_ascii_digit()) && [*h1, *h2].as_slice() < b"24".as_slice() && *m1 < b'6'
+        }
+        _ => false,
+    };
+    let leap_second = &bytes[17..19] == b"60";
+    if !fits || !zone_fits || leap_second || (rest.first() == Some(&b'.') && fraction == 0) {
+        return Err(bad());
+    }
+    // Nanoseconds are the finest that jiff reads, and milliseconds the finest that are kept.
+    let exact =
+        format!("{}.{:0<3}{}", &text[..19], &text[20.min(text.len())..][..fraction.min(3)], &text[text.len() - zone.len()..]);
+    let time: jiff::Timestamp = exact.parse().map_err(|_| bad())?;
+    let ms = time.as_millisecond();
+    if (FIRST_MS..=LAST_MS).contains(&ms) { Ok(ms) } else { Err("must lie in the years 0001 to 9999".to_owned()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_fault_is_reported_with_its_place() {
+        let document = json!({
+            "metadata": {"uid": 1, "labels": {"a/b": 2}, "annotations": []},
+            "spec": {"month": "2026-01-31", "paymentUnit": "eur", "plan": {"freeCredits": [{"planCredit": {"cpuCoreHours": 1.5}}], "slaCredits": {}}},
+            "status": {
+                "billableAmount": "1", "stripeInvoiceId": "", "productInvoice": {"pure": {"overageLimitPercentage": 128}},
+                "states": [{"state": "Paid"}, {"state": "paid", "timestamp": "2026-01-31T09:15:00Z"}],
+            },
+        });
+        let faults = validate(document).unwrap_err();
+        let pointers: Vec<&str> = faults.iter().map(|f| f.pointer.as_str()).collect();
+        assert_eq!(
+            pointers,
+            [
+                "/metadata/annotations",
+                "/metadata/labels/a~1b",
+                "/metadata/uid",
+                "/spec/month",
+                "/spec/paymentUnit",
+                "/spec/plan/freeCredits/0/planCredit/cpuCoreHours",
+                "/spec/plan/freeCredits/0/planCredit/type",
+                "/spec/plan/slaCredits",
+                "/status/billableAmount",
+                "/status/productInvoice/pure/overageLimitPercentage",
+                "/status/states/0/timestamp",
+                "/status/states/1/state",
+                "/status/stripeInvoiceId",
+            ]
+        );
+        for root in [json!(null), json!([]), json!("x")] {
+            assert_eq!(validate(root).unwrap_err()[0].pointer, "");
+        }
+    }
+
+    #[test]
+    fn a_document_is_kept_in_its_normal_form_and_unknown_fields_as_they_came() {
+        let document = json!({
+            "extra": {"x": null, "n": 1.0},
+            "spec": {"month": "2026-01-31T10:15:00.1239+01:00", "address": null, "credits": {"pureFreeCredits": 2500.0}},
+            "status": {"billableAmount": 10.5, "projects": null, "states": [], "stripeInvoiceId": "in_1"},
+        });
+        let valid = validate(document).unwrap();
+        let kept = json!({
+            "extra": {"x": null, "n": 1.0},
+            "spec": {"month": "2026-01-31T09:15:00.123Z", "credits": {"pureFreeCredits": 2500}},
+            "status": {"billableAmount": 10.5, "stripeInvoiceId": "in_1"},
+        });
+        assert_eq!(valid.document.to_string(), kept.to_string());
+        assert_eq!(valid.stripe_invoice_id.as_deref(), Some("in_1"));
+    }
+
+    #[test]
+    fn states_of_the_same_kind_and_time_are_a_fault() {
+        let state = |time: &str| json!({"state": "Paid", "timestamp": time});
+        let document = |states| json!({"status": {"states": states}});
+        let twice = validate(document([state("2026-01-31T09:15:00.0001Z"), state("2026-01-31T10:15:00+01:00")])).unwrap_err();
+        assert_eq!(twice[0].pointer, "/status/states/1");
+        let valid = validate(document([state("2026-01-31T09:15:01Z"), state("2026-01-31T09:15:00Z")])).unwrap();
+        assert_eq!(valid.imported_states[0].timestamp_ms - valid.imported_states[1].timestamp_ms, 1000);
+    }
+
+    #[test]
+    fn only_rfc_3339_is_a_time() {
+        let good = [
+            ("2026-01-31T09:15:00Z", "2026-01-31T09:15:00.000Z"),
+            ("2026-01-31t09:15:00.5z", "2026-01-31T09:15:00.500Z"),
+            ("2026-01-31T09:15:00.123456789012-00:30", "2026-01-31T09:45:00.123Z"),
+            ("0001-01-01T00:00:00Z", "0001-01-01T00:00:00.000Z"),
+            ("1969-12-31T23:59:59.9999Z", "1969-12-31T23:59:59.999Z"),
+        ];
+        for (text, normal) in good {
+            assert_eq!(parse_time(text).map(timestamp).as_deref(), Ok(normal), "{text}");
+        }
+        let bad = [
+            "",
+            "2026-01-31",
+            "20260131T091500Z",
+            "2026-01-31T09:15Z",
+            "2026-01-31T09:15:00",
+            "2026-01-31 09:15:00Z",
+            "2026-02-30T09:15:00Z",
+            "2026-01-31T09:15:60Z",
+            "2026-01-31T09:15:00,5Z",
+            "2026-01-31T09:15:00.Z",
+            "2026-01-31T09:15:00+01",
+            "2026-01-31T09:15:00+24:00",
+            "2026-01-31T09:15:00Z[UTC]",
+            "2026-01-31T25:15:00Z",
+            "0001-01-01T00:00:00+01:00",
+            "２026-01-31T09:15:00Z",
+            "2026-01-31T09:15:00é",
+        ];
+        for text in bad {
+            assert!(parse_time(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_rendered_invoice_always_has_its_states() {
+        let entry =
+            Entry { state: State::Paid, timestamp_ms: 1_769_850_900_000, message: Some("Paid.".into()), proofs: Vec::new() };
+        assert_eq!(render(&json!({}), &[]), json!({"status": {"states": []}}));
+        assert_eq!(
+            render(&json!({"status": {"billableAmount": 1}}), &[entry]),
+            json!({"status": {"billableAmount": 1, "states": [{"state": "Paid", "timestamp": "2026-01-31T09:15:00.000Z", "paymentMsg": "Paid."}]}})
+        );
+        assert_eq!(timestamp(i64::MIN), "0001-01-01T00:00:00.000Z");
+        assert!(timestamp(i64::MAX).starts_with("9999-12-30T"));
+    }
 }

@@ -1,4 +1,59 @@
-#![allow(unused_variables)]
+//! Amounts as a person reads them, by Stripe's exponents, which are not ISO 4217's.
+
+const NO_DECIMALS: [&str; 15] =
+    ["BIF", "CLP", "DJF", "GNF", "JPY", "KMF", "KRW", "MGA", "PYG", "RWF", "VND", "VUV", "XAF", "XOF", "XPF"];
+const THREE_DECIMALS: [&str; 5] = ["BHD", "JOD", "KWD", "OMR", "TND"];
+/// Two decimals on the wire, and never used.
+const UNUSED_DECIMALS: [&str; 2] = ["ISK", "UGX"];
+
+/// `1234.50 EUR` from minor units and Stripe's currency code: no grouping, never through a float. What is not three ASCII
+/// letters is no currency: then the minor units are said as such.
 pub fn amount(minor_units: i64, currency: Option<&str>) -> String {
-    todo!()
+    let Some(currency) = currency else { return format!("{minor_units} minor units") };
+    let code = currency.to_ascii_uppercase();
+    if code.len() != 3 || !code.bytes().all(|b| b.is_ascii_uppercase()) {
+        return format!("{minor_units} minor units of {code}");
+    }
+    let decimals = match code.as_str() {
+        code if NO_DECIMALS.contains(&code) => 0,
+        code if THREE_DECIMALS.contains(&code) => 3,
+        _ => 2,
+    };
+    let sign = if minor_units < 0 { "-" } else { "" };
+    let unit = 10_u64.pow(decimals as u32);
+    let (whole, part) = (minor_units.unsigned_abs() / unit, minor_units.unsigned_abs() % unit);
+    let hides_decimals = decimals == 0 || (part == 0 && UNUSED_DECIMALS.contains(&code.as_str()));
+    if hides_decimals { format!("{sign}{whole} {code}") } else { format!("{sign}{whole}.{part:0decimals$} {code}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::amount;
+
+    #[test]
+    fn every_kind_of_currency_has_its_own_decimals() {
+        let cases = [
+            (123_450, "eur", "1234.50 EUR"),
+            (-5, "usd", "-0.05 USD"),
+            (0, "usd", "0.00 USD"),
+            (1234, "jpy", "1234 JPY"),
+            (1234, "mga", "1234 MGA"),
+            (5120, "kwd", "5.120 KWD"),
+            (500, "isk", "5 ISK"),
+            (550, "ugx", "5.50 UGX"),
+            (100, "huf", "1.00 HUF"),
+            (1, "xyz", "0.01 XYZ"),
+            (i64::MIN, "jpy", "-9223372036854775808 JPY"),
+        ];
+        for (minor_units, currency, text) in cases {
+            assert_eq!(amount(minor_units, Some(currency)), text);
+        }
+    }
+
+    #[test]
+    fn what_is_no_currency_is_said_in_minor_units() {
+        assert_eq!(amount(1234, Some("usdc")), "1234 minor units of USDC");
+        assert_eq!(amount(1234, Some("e1r")), "1234 minor units of E1R");
+        assert_eq!(amount(1234, None), "1234 minor units");
+    }
 }
