@@ -1,27 +1,95 @@
-#![allow(unused_variables)]
-use crate::store::*;
+//! Group commit: deliveries that wait at the same time share one durable transaction, and each caller is told its own outcome.
+//!
+//! One task writes. It takes all that waits (nobody waits for a timer when the store is idle), appends it, and answers. While
+//! it writes, the next batch gathers. The queue is bounded: what does not fit is refused, and Stripe delivers it again.
+
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
+
+use crate::store::{Appended, NewEvent, Store, StoreError};
+
+/// Deliveries that may wait.
+const QUEUE: usize = 1024;
+/// Deliveries that share one commit at most.
+const BATCH: usize = 256;
+
+/// The way in; cheap to clone.
 #[derive(Clone)]
-pub struct Inbox;
-pub struct InboxTask;
-impl InboxTask {
-    pub async fn finish(self) {
-        todo!()
-    }
+pub struct Inbox {
+    queue: mpsc::Sender<Waiting>,
 }
+
+/// The writer, to be waited for when all [`Inbox`]es are gone.
+pub struct InboxTask(JoinHandle<()>);
+
+/// The delivery was not kept.
 #[derive(Debug, thiserror::Error)]
 pub enum InboxError {
-    #[error("full")]
+    #[error("too many deliveries wait for the disk")]
     Full,
-    #[error("closed")]
+    #[error("the writer has stopped")]
     Closed,
     #[error(transparent)]
     Store(#[from] StoreError),
 }
+
+struct Waiting {
+    event: NewEvent,
+    answer: oneshot::Sender<Result<Appended, InboxError>>,
+}
+
 impl Inbox {
+    /// Starts the writer.
     pub fn start(store: Store) -> (Inbox, InboxTask) {
-        todo!()
+        let (queue, waiting) = mpsc::channel(QUEUE);
+        (Inbox { queue }, InboxTask(tokio::spawn(write(store, waiting))))
     }
+
+    /// Returns when the event is durable. When the caller goes away meanwhile, the event is written all the same.
+    ///
+    /// # Errors
+    /// See [`InboxError`]: nothing is promised then.
     pub async fn append(&self, event: NewEvent) -> Result<Appended, InboxError> {
-        todo!()
+        let (answer, answered) = oneshot::channel();
+        self.queue.try_send(Waiting { event, answer }).map_err(|error| match error {
+            mpsc::error::TrySendError::Full(_) => InboxError::Full,
+            mpsc::error::TrySendError::Closed(_) => InboxError::Closed,
+        })?;
+        answered.await.unwrap_or(Err(InboxError::Closed))
     }
+}
+
+impl InboxTask {
+    /// Returns when all that was queued is written and answered. All [`Inbox`]es must be dropped, or it waits for them.
+    pub async fn finish(self) {
+        if let Err(error) = self.0.await {
+            tracing::error!(%error, "the writer of the log ended badly");
+        }
+    }
+}
+
+async fn write(store: Store, mut waiting: mpsc::Receiver<Waiting>) {
+    let mut batch = Vec::with_capacity(BATCH);
+    while waiting.recv_many(&mut batch, BATCH).await > 0 {
+        let (events, callers): (Vec<NewEvent>, Vec<_>) = batch.drain(..).map(|w| (w.event, w.answer)).unzip();
+        let answers = match store.append(&events).await {
+            Ok(answers) => answers.into_iter().map(Ok).collect(),
+            Err(StoreError::Refused(_)) if events.len() > 1 => one_by_one(&store, &events).await,
+            Err(error) => events.iter().map(|_| Err(error.clone().into())).collect(),
+        };
+        for (caller, answer) in callers.into_iter().zip(answers) {
+            // A caller that went away does not mind.
+            let _ = caller.send(answer);
+        }
+    }
+}
+
+/// One that the database refuses must not take the others with it.
+async fn one_by_one(store: &Store, events: &[NewEvent]) -> Vec<Result<Appended, InboxError>> {
+    let mut answers = Vec::with_capacity(events.len());
+    for event in events {
+        let appended = store.append(std::slice::from_ref(event)).await;
+        answers.push(appended.map(|answers| answers[0]).map_err(InboxError::from));
+    }
+    answers
 }

@@ -1,250 +1,118 @@
-#![allow(unused_variables, unused_imports)]
-//! The only SQL. One `Store`, opened by URL; every method is one round trip or one transaction.
+//! The only SQL. A `Store` is opened by URL; every method is one statement or one transaction.
+//!
+//! `events` is the log of deliveries, `invoices` the stored documents, `keys` the API keys. What the rows mean to a payment is
+//! not known here: that is `domain`.
 
-/// Where a delivery came from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Source {
-    Webhook,
-    Replay,
-    Api,
-} // as_str(): "webhook" | "replay" | "api"
+mod error;
+mod events;
+mod invoices;
+mod keys;
 
-#[derive(Debug, thiserror::Error)]
-pub enum StoreError {
-    /// Away, locked, full, or not migrated: try again later (503; exit code 4).
-    #[error("the database cannot be reached: {0}")]
-    Unavailable(String),
-    /// Anything else.
-    #[error("the database refused: {0}")]
-    Refused(String),
+use std::str::FromStr;
+use std::time::Duration;
+
+use sqlx::migrate::{Migrate, Migration, MigrationType, Migrator};
+use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous};
+use sqlx::{SqlSafeStr, Sqlite, Transaction};
+
+pub use error::StoreError;
+pub use events::{Appended, EventFilter, LoggedEvent, NewEvent, Outcome, PackedBody, Source, StoredBody};
+pub use invoices::{InvoiceCursor, NewInvoice, Put, StoredInvoice};
+pub use keys::{ApiKey, Scope};
+
+/// Embedded into the binary. An applied migration is never edited.
+const MIGRATIONS: [(i64, &str, &str); 1] = [(1, "start", include_str!("../../migrations/sqlite/0001_start.sql"))];
+
+/// How long a statement waits for another process that writes to the same file.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+const READERS: u32 = 4;
+
+/// One SQLite database: a single writing connection, and several that read beside it.
+#[derive(Clone, Debug)]
+pub struct Store {
+    write: SqlitePool,
+    read: SqlitePool,
 }
 
-#[derive(Clone)]
-pub struct Store {/* enum over engines inside; today Sqlite {write: SqlitePool, read: SqlitePool} */}
-
 impl Store {
-    /// `sqlite://PATH` (created when missing). Does not migrate.
+    /// Opens `sqlite://PATH`, creating the file when it is missing. Does not migrate.
+    ///
+    /// # Errors
+    /// [`StoreError::Refused`] when the URL is no such URL, [`StoreError::Unavailable`] when the file cannot be opened.
     pub async fn connect(url: &str) -> Result<Store, StoreError> {
-        todo!()
+        let path = Store::check_url(url).map_err(StoreError::Refused)?;
+        let options = SqliteConnectOptions::from_str(&format!("sqlite://{path}"))?
+            .create_if_missing(true)
+            .foreign_keys(true)
+            .page_size(8192)
+            .journal_mode(SqliteJournalMode::Wal)
+            .synchronous(SqliteSynchronous::Full)
+            .busy_timeout(BUSY_TIMEOUT)
+            .statement_cache_capacity(64);
+        // The writer first: it creates the file, which readers may not.
+        let writer =
+            SqlitePoolOptions::new().max_connections(1).idle_timeout(None).max_lifetime(None).acquire_timeout(BUSY_TIMEOUT);
+        let write = writer.connect_with(options.clone()).await.map_err(|e| StoreError::from(e).about(path))?;
+        let readers =
+            SqlitePoolOptions::new().max_connections(READERS).idle_timeout(None).max_lifetime(None).acquire_timeout(BUSY_TIMEOUT);
+        let read = readers.connect_with(options.create_if_missing(false).read_only(true)).await?;
+        Ok(Store { write, read })
     }
-    /// Applies the embedded migrations. Returns the names of those applied now.
-    pub async fn migrate(&self) -> Result<Vec<String>, StoreError> {
-        todo!()
+
+    /// The path in a `sqlite://PATH` URL.
+    ///
+    /// # Errors
+    /// In words, why it is none.
+    pub fn check_url(url: &str) -> Result<&str, String> {
+        match url.strip_prefix("sqlite://") {
+            Some("") => Err("the database URL names no file: write sqlite://PATH".to_owned()),
+            Some(path) if path.starts_with(":memory:") || path.contains("mode=memory") => {
+                Err("a database in memory keeps nothing: write sqlite://PATH".to_owned())
+            }
+            Some(path) => Ok(path),
+            None => Err("the database URL must be sqlite://PATH".to_owned()),
+        }
     }
-    /// Reachable and migrated?
+
+    /// Applies the embedded migrations and says which were applied now. Several processes may do it at once.
+    ///
+    /// # Errors
+    /// [`StoreError::Refused`] when the database was made by a newer version of this program.
+    pub async fn migrate(&self) -> Result<Vec<&'static str>, StoreError> {
+        let migrations = MIGRATIONS
+            .map(|(version, name, sql)| Migration::new(version, name.into(), MigrationType::Simple, sql.into_sql_str(), false));
+        let migrator = Migrator::with_migrations(migrations.into());
+        // sqlx locks nothing on SQLite; its own transactions become savepoints inside this one.
+        let mut transaction = self.begin().await?;
+        transaction.ensure_migrations_table("_sqlx_migrations").await?;
+        let before = transaction.list_applied_migrations("_sqlx_migrations").await?;
+        migrator.run_direct(None, &mut *transaction, false).await?;
+        transaction.commit().await?;
+        let is_new = |version: i64| before.iter().all(|applied| applied.version != version);
+        Ok(MIGRATIONS.iter().filter(|(version, ..)| is_new(*version)).map(|(_, name, _)| *name).collect())
+    }
+
+    /// Can be reached, and is migrated to just what this program needs.
+    ///
+    /// # Errors
+    /// [`StoreError::Unavailable`], in words.
     pub async fn ping(&self) -> Result<(), StoreError> {
-        todo!()
+        let latest: i64 =
+            sqlx::query_scalar("select coalesce(max(version), 0) from _sqlx_migrations").fetch_one(&self.read).await?;
+        if latest == MIGRATIONS[MIGRATIONS.len() - 1].0 {
+            return Ok(());
+        }
+        Err(StoreError::Unavailable(format!("the database is at migration {latest}, which is not what this version needs")))
     }
+
+    /// Closes all connections. What was answered is on disk already.
     pub async fn close(&self) {
-        todo!()
+        self.read.close().await;
+        self.write.close().await;
     }
-}
 
-// ---- events.rs
-use crate::domain::event::{EventKey, Mention};
-use crate::domain::history::Known;
-
-/// One authentic delivery, ready to append. Everything costly (parse, hash, lz4) is done before the queue.
-#[derive(Clone, Debug)]
-pub struct NewEvent {
-    pub key: EventKey,
-    pub id: Option<String>, // None: unreadable
-    pub event_type: Option<String>,
-    pub api_version: Option<String>,
-    pub object_id: Option<String>,
-    pub created_s: Option<i64>,
-    pub received_ms: i64,
-    pub source: Source,
-    pub secret_label: Option<String>,
-    pub outcome: Outcome, // Recorded | NoPaymentFact | Unreadable
-    pub unreadable_reason: Option<String>,
-    pub telling: Option<String>, // JSON of Telling
-    pub mentions: Vec<Mention>,
-    pub body: PackedBody, // lz4 block, size prepended; PackedBody::pack(&[u8]) / unpack()
-}
-#[derive(Clone, Debug)]
-pub struct PackedBody(pub Vec<u8>);
-impl PackedBody {
-    pub fn pack(_body: &[u8]) -> PackedBody {
-        todo!()
-    }
-    pub fn unpack(&self) -> Option<Vec<u8>> {
-        todo!()
-    }
-}
-/// `as_str()`: "recorded" | "no_payment_fact" | "unreadable"
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Outcome {
-    Recorded,
-    NoPaymentFact,
-    Unreadable,
-}
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Appended {
-    New,
-    Duplicate,
-}
-
-/// A row of the log, for events list/show/export, why, GET /v1/events. Body only where asked.
-#[derive(Clone, Debug)]
-pub struct LoggedEvent {
-    pub key: EventKey,
-    pub id: Option<String>,
-    pub event_type: Option<String>,
-    pub api_version: Option<String>,
-    pub object_id: Option<String>,
-    pub created_s: Option<i64>,
-    pub received_ms: i64,
-    pub source: Source,
-    pub secret_label: Option<String>,
-    pub outcome: Outcome,
-    pub unreadable_reason: Option<String>,
-}
-#[derive(Clone, Debug, Default)]
-pub struct EventFilter {
-    pub event_type: Option<String>,
-    pub stripe_invoice_id: Option<String>, /* mentions it */
-    pub outcome: Option<Outcome>,          /* later: unmatched */
-}
-
-impl Store {
-    /// One transaction for the whole batch, durable when it returns; answers in the order of the batch. Repeating is harmless. A key twice in a batch: New, then Duplicate.
-    pub async fn append(&self, batch: &[NewEvent]) -> Result<Vec<Appended>, StoreError> {
-        todo!()
-    }
-    /// Newest receipt first, keyset (received_ms, key).
-    pub async fn events_page(
-        &self,
-        filter: &EventFilter,
-        after: Option<(i64, EventKey)>,
-        limit: u32,
-    ) -> Result<Vec<LoggedEvent>, StoreError> {
-        todo!()
-    }
-    /// All renderings of an id, oldest receipt first, with bodies (None when pruned).
-    pub async fn events_by_id(&self, id: &str) -> Result<Vec<(LoggedEvent, Option<Vec<u8>>)>, StoreError> {
-        todo!()
-    }
-    pub async fn events_by_keys(&self, keys: &[EventKey]) -> Result<Vec<LoggedEvent>, StoreError> {
-        todo!()
-    }
-    /// Oldest receipt first, for export and rebuild: constant memory by pages.
-    pub async fn stored_bodies(&self, after: Option<(i64, EventKey)>, limit: u32) -> Result<Vec<StoredBody>, StoreError> {
-        todo!()
-    }
-    /// rebuild: replaces what was read in an event (telling, mentions, outcome, envelope columns) by what is read now; one transaction a batch. The row keeps its received_ms, source, label, body.
-    /// (an unreadable row that became readable changes its key; when a row with the new key exists already, the old row is removed)
-    pub async fn replace_readings(&self, batch: &[(EventKey /*old key*/, NewEvent)]) -> Result<(), StoreError> {
-        todo!()
-    }
-    /// All tellings reachable from a Stripe invoice: those that mention it, and those that mention an object (not an invoice) that any of these mentions, over any number of hops.
-    pub async fn tellings(&self, stripe_invoice_id: &str) -> Result<Vec<Known>, StoreError> {
-        todo!()
-    }
-}
-#[derive(Clone, Debug)]
-pub struct StoredBody {
-    pub logged: LoggedEvent,
-    pub telling: Option<String>,
-    pub body: Option<Vec<u8>>, /* unpacked */
-}
-
-// ---- invoices.rs
-#[derive(Clone, Debug)]
-pub struct StoredInvoice {
-    pub tenant_uid: String,
-    pub invoice_uid: String,
-    pub stripe_invoice_id: Option<String>,
-    pub document: String,        // the normalised v1Invoice JSON text without status.states
-    pub imported_states: String, // JSON array of the states that came with the first storing
-    pub stored_ms: i64,          // first storing
-    pub revision: i64,           // grows with each replacement
-    pub tellings: Vec<Known>,
-}
-#[derive(Clone, Debug)]
-pub struct NewInvoice {
-    pub tenant_uid: String,
-    pub invoice_uid: String,
-    pub stripe_invoice_id: Option<String>,
-    pub document: String,
-    pub imported_states: String,
-}
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Put {
-    Created,
-    Replaced,
-    StripeInvoiceTaken,
-    StripeInvoiceFixed,
-    PreconditionFailed,
-}
-impl Store {
-    /// The invoice and its tellings, one snapshot of the database.
-    pub async fn invoice(&self, tenant_uid: &str, invoice_uid: &str) -> Result<Option<StoredInvoice>, StoreError> {
-        todo!()
-    }
-    /// `precondition` is called inside the write transaction with what is stored now (None: nothing); false -> PreconditionFailed.
-    /// stripe_invoice_id None on replacing keeps the stored one (and writes it back into document at /status/stripeInvoiceId); another value -> StripeInvoiceFixed. imported_states count on first storing only.
-    pub async fn put_invoice(
-        &self,
-        new: &NewInvoice,
-        now_ms: i64,
-        precondition: impl Fn(Option<&StoredInvoice>) -> bool,
-    ) -> Result<Put, StoreError> {
-        todo!()
-    }
-    /// many at once in one transaction, for import
-    pub async fn put_invoices(&self, batch: &[NewInvoice], now_ms: i64) -> Result<Vec<Put>, StoreError> {
-        todo!()
-    }
-    /// newest first by (stored_ms desc, tenant_uid, invoice_uid), each with tellings; tenant None: all tenants
-    pub async fn invoices_page(
-        &self,
-        tenant_uid: Option<&str>,
-        stripe_invoice_id: Option<&str>,
-        after: Option<&InvoiceCursor>,
-        limit: u32,
-    ) -> Result<Vec<StoredInvoice>, StoreError> {
-        todo!()
-    }
-    /// (tenant_uid, invoice_uid) that hold one of these Stripe invoices: for rebuild's report
-    pub async fn holders(&self, stripe_invoice_ids: &[String]) -> Result<Vec<(String, String, String)>, StoreError> {
-        todo!()
-    }
-}
-#[derive(Clone, Debug)]
-pub struct InvoiceCursor {
-    pub stored_ms: i64,
-    pub tenant_uid: String,
-    pub invoice_uid: String,
-}
-
-// ---- keys.rs
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Scope {
-    Tenant(String),
-    Operator,
-}
-#[derive(Clone, Debug)]
-pub struct ApiKey {
-    pub id: String,
-    pub scope: Scope,
-    pub created_ms: i64,
-    pub expires_ms: Option<i64>,
-    pub revoked_ms: Option<i64>,
-}
-impl Store {
-    pub async fn insert_key(&self, key: &ApiKey, secret_sha256: &[u8; 32]) -> Result<(), StoreError> {
-        todo!()
-    }
-    /// whatever its state; the caller looks at expiry and revocation
-    pub async fn key_by_hash(&self, secret_sha256: &[u8; 32]) -> Result<Option<ApiKey>, StoreError> {
-        todo!()
-    }
-    pub async fn keys(&self) -> Result<Vec<ApiKey>, StoreError> {
-        todo!()
-    }
-    /// false: no such key (or already revoked)
-    pub async fn revoke_key(&self, id: &str, now_ms: i64) -> Result<bool, StoreError> {
-        todo!()
+    /// A write transaction takes the lock at once: one that reads first fails when another process writes in between.
+    async fn begin(&self) -> Result<Transaction<'static, Sqlite>, StoreError> {
+        Ok(self.write.begin_with("begin immediate").await?)
     }
 }
