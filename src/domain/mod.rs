@@ -1,5 +1,6 @@
 //! The pure middle: plain functions over bytes and values. No clock, no pool, no `async`; time and secrets are arguments.
 
+pub mod api_key;
 pub mod event;
 pub mod fact;
 pub mod history;

@@ -1,1 +1,4 @@
+//! One path per file, each read from top to bottom.
+
 pub mod ingest;
+pub mod invoices;

@@ -1,0 +1,57 @@
+//! What every request goes through: an id, a time limit, one line in the log, and the body of an error.
+
+use std::time::{Duration, Instant};
+
+use axum::extract::{MatchedPath, Request};
+use axum::http::{HeaderName, HeaderValue, header};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use tracing::Instrument;
+use uuid::Uuid;
+
+use super::error::{ApiError, of_status};
+
+/// How long a request may take, its body included.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(15);
+static REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+pub async fn request(request: Request, next: Next) -> Response {
+    let started = Instant::now();
+    // Ours, whatever the client sends: it is what support is asked about.
+    let id = Uuid::now_v7().to_string();
+    let method = request.method().clone();
+    // The pattern: a path may hold what does not belong into a log.
+    let route = request.extensions().get::<MatchedPath>().map_or("none", MatchedPath::as_str).to_owned();
+    let span = tracing::info_span!("request", request.id = %id);
+    let answered = tokio::time::timeout(REQUEST_TIMEOUT, next.run(request)).instrument(span.clone()).await;
+    let mut response = answered.unwrap_or_else(|_| ApiError::Unavailable("the request took too long".to_owned()).into_response());
+
+    let error = response.extensions_mut().remove::<ApiError>().or_else(|| of_status(response.status()));
+    if let Some(error) = &error {
+        error.fill(&mut response, &id);
+    }
+    weaken_etag(&mut response);
+    let id = HeaderValue::from_str(&id).expect("a UUID is a header value");
+    response.headers_mut().insert(&REQUEST_ID, id);
+
+    let status = response.status().as_u16();
+    let duration_ms = started.elapsed().as_millis() as u64;
+    let _entered = span.enter();
+    match error.as_ref().and_then(ApiError::reason) {
+        Some(reason) => tracing::error!(%method, route, status, duration_ms, reason, "request failed"),
+        None => tracing::info!(%method, route, status, duration_ms, "request"),
+    }
+    response
+}
+
+/// A compressed answer is another sequence of bytes than the one that its strong tag names.
+fn weaken_etag(response: &mut Response) {
+    let headers = response.headers_mut();
+    if !headers.contains_key(header::CONTENT_ENCODING) {
+        return;
+    }
+    let strong = headers.get(header::ETAG).and_then(|tag| tag.to_str().ok()).filter(|tag| !tag.starts_with("W/"));
+    if let Some(weak) = strong.and_then(|tag| HeaderValue::from_str(&format!("W/{tag}")).ok()) {
+        headers.insert(header::ETAG, weak);
+    }
+}

@@ -1,0 +1,51 @@
+//! Who calls: `ApiKey: <key>`, `Authorization: <key>`, or `Authorization: Bearer <key>`.
+
+use axum::http::{HeaderMap, HeaderName, header};
+
+use super::AppState;
+use super::error::ApiError;
+use crate::domain::api_key;
+use crate::store::Scope;
+
+static API_KEY: HeaderName = HeaderName::from_static("apikey");
+
+/// The scope of the key that the request carries.
+///
+/// # Errors
+/// `Unauthorized` without a valid key, whatever is wrong with it.
+pub async fn authenticate(state: &AppState, headers: &HeaderMap) -> Result<Scope, ApiError> {
+    for key in [the_only(headers, &API_KEY), the_only(headers, &header::AUTHORIZATION).map(without_scheme)].into_iter().flatten()
+    {
+        let found = state.store.key_by_hash(&api_key::hash(key)).await?;
+        let now_ms = state.clock.now_ms();
+        let is_valid = |expires_ms: Option<i64>| expires_ms.is_none_or(|expires_ms| now_ms < expires_ms);
+        if let Some(found) = found.filter(|key| key.revoked_ms.is_none() && is_valid(key.expires_ms)) {
+            return Ok(found.scope);
+        }
+    }
+    Err(ApiError::Unauthorized)
+}
+
+impl Scope {
+    /// Whether this key may read that tenant's invoices.
+    pub fn reads(&self, tenant_uid: &str) -> bool {
+        match self {
+            Scope::Operator => true,
+            Scope::Tenant(own) => own == tenant_uid,
+        }
+    }
+}
+
+/// A header that is repeated is no key: nobody knows which one another party looked at.
+fn the_only<'h>(headers: &'h HeaderMap, name: &HeaderName) -> Option<&'h [u8]> {
+    let mut values = headers.get_all(name).iter();
+    let value = values.next()?.as_bytes().trim_ascii();
+    (values.next().is_none() && !value.is_empty()).then_some(value)
+}
+
+fn without_scheme(value: &[u8]) -> &[u8] {
+    match value.split_at_checked(7) {
+        Some((scheme, key)) if scheme.eq_ignore_ascii_case(b"bearer ") => key.trim_ascii(),
+        _ => value,
+    }
+}
