@@ -1,1 +1,150 @@
+//! Settings: from flags and from the environment, which nobody else reads. The flag wins; `X_FILE` names a file with the value
+//! of `X`. All mistakes are found before anything starts, and are said together.
 
+use std::io::IsTerminal;
+use std::net::{SocketAddr, ToSocketAddrs};
+
+use tracing_subscriber::EnvFilter;
+
+use crate::domain::signature::SigningSecrets;
+use crate::store::Store;
+use crate::telemetry::{self, LogFormat};
+
+/// What was given on the command line.
+#[derive(Clone, Default)]
+pub struct Flags {
+    pub database_url: Option<String>,
+    pub log_filter: Option<String>,
+    pub log_format: Option<String>,
+    pub listen_addr: Option<String>,
+    pub stripe_webhook_secret: Option<String>,
+}
+
+pub struct Config {
+    pub database_url: String,
+    pub log_filter: EnvFilter,
+    pub log_format: LogFormat,
+    pub listen_addr: SocketAddr,
+    /// None: not configured.
+    pub secrets: Option<SigningSecrets>,
+}
+
+/// What the configuration has to be good for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// Needs a signing secret.
+    Signatures,
+    /// The settings about the webhook endpoint are not looked at.
+    Database,
+}
+
+/// Everything that is wrong with the configuration.
+#[derive(Debug, thiserror::Error)]
+#[error("{}", .0.join("\n       "))]
+pub struct Mistakes(pub Vec<String>);
+
+impl Config {
+    /// # Errors
+    /// Every mistake, in words that show no secret.
+    pub fn load(flags: &Flags, purpose: Purpose) -> Result<Config, Mistakes> {
+        let mut mistakes = Vec::new();
+        let mut reader = Reader { mistakes: &mut mistakes };
+        let database_url =
+            reader.setting("DATABASE_URL", &flags.database_url).unwrap_or("sqlite://stripe-reconciler.db".to_owned());
+        if let Err(mistake) = Store::check_url(&database_url) {
+            reader.mistakes.push(format!("DATABASE_URL: {mistake}"));
+        }
+        let log_filter = reader.setting("RUST_LOG", &flags.log_filter).unwrap_or("info".to_owned());
+        let log_filter = reader.valid("RUST_LOG", telemetry::filter(&log_filter));
+        let log_format = reader.setting("LOG_FORMAT", &flags.log_format);
+        let log_format = reader.valid("LOG_FORMAT", parse_format(log_format.as_deref()));
+        let serves = purpose == Purpose::Signatures;
+        let listen_addr = reader.setting("LISTEN_ADDR", &flags.listen_addr).filter(|_| serves);
+        let listen_addr = reader.valid("LISTEN_ADDR", parse_address(listen_addr.as_deref().unwrap_or("127.0.0.1:8080")));
+        let secrets = if serves { reader.secrets(&flags.stripe_webhook_secret) } else { None };
+        match (log_filter, log_format, listen_addr) {
+            (Some(log_filter), Some(log_format), Some(listen_addr)) if mistakes.is_empty() => {
+                Ok(Config { database_url, log_filter, log_format, listen_addr, secrets })
+            }
+            _ => Err(Mistakes(mistakes)),
+        }
+    }
+}
+
+struct Reader<'m> {
+    mistakes: &'m mut Vec<String>,
+}
+
+impl Reader<'_> {
+    /// The flag, else the variable, else what stands in the file that `{name}_FILE` names. Empty counts as not set.
+    fn setting(&mut self, name: &str, flag: &Option<String>) -> Option<String> {
+        if flag.is_some() {
+            return flag.clone();
+        }
+        let file_name = format!("{name}_FILE");
+        let (value, path) = (self.variable(name), self.variable(&file_name));
+        match (value, path) {
+            (Some(_), Some(_)) => {
+                self.mistakes.push(format!("{name} and {file_name} are both set: keep one"));
+                None
+            }
+            (None, Some(path)) => match std::fs::read_to_string(&path) {
+                Ok(text) => Some(text.trim().to_owned()),
+                Err(error) => {
+                    self.mistakes.push(format!("{file_name}: {path} cannot be read: {error}"));
+                    None
+                }
+            },
+            (value, None) => value,
+        }
+    }
+
+    #[expect(clippy::disallowed_methods, reason = "this is the one place")]
+    fn variable(&mut self, name: &str) -> Option<String> {
+        match std::env::var(name) {
+            Ok(value) => Some(value).filter(|value| !value.trim().is_empty()),
+            Err(std::env::VarError::NotPresent) => None,
+            Err(std::env::VarError::NotUnicode(_)) => {
+                self.mistakes.push(format!("{name} is not UTF-8"));
+                None
+            }
+        }
+    }
+
+    fn valid<T>(&mut self, name: &str, value: Result<T, String>) -> Option<T> {
+        value.map_err(|mistake| self.mistakes.push(format!("{name}: {mistake}"))).ok()
+    }
+
+    fn secrets(&mut self, flag: &Option<String>) -> Option<SigningSecrets> {
+        let before = self.mistakes.len();
+        match self.setting("STRIPE_WEBHOOK_SECRET", flag) {
+            Some(text) => match SigningSecrets::parse(&text) {
+                Ok(secrets) => return Some(secrets),
+                Err(mistakes) => self.mistakes.extend(mistakes.iter().map(|m| format!("STRIPE_WEBHOOK_SECRET: {m}"))),
+            },
+            None if self.mistakes.len() == before => self.mistakes.push(
+                "STRIPE_WEBHOOK_SECRET is not set: give the signing secret of the webhook endpoint (whsec_...), \
+                 or the one that `stripe listen --print-secret` prints"
+                    .to_owned(),
+            ),
+            None => {}
+        }
+        None
+    }
+}
+
+fn parse_format(text: Option<&str>) -> Result<LogFormat, String> {
+    match text {
+        Some("text") => Ok(LogFormat::Text),
+        Some("json") => Ok(LogFormat::Json),
+        Some(other) => Err(format!("must be text or json, not `{other}`")),
+        None if std::io::stderr().is_terminal() => Ok(LogFormat::Text),
+        None => Ok(LogFormat::Json),
+    }
+}
+
+fn parse_address(text: &str) -> Result<SocketAddr, String> {
+    let unfit = |why: &dyn std::fmt::Display| format!("`{text}` is no address such as 127.0.0.1:8080: {why}");
+    let mut addresses = text.to_socket_addrs().map_err(|error| unfit(&error))?;
+    addresses.next().ok_or_else(|| unfit(&"it has no address"))
+}

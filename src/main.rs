@@ -1,1 +1,15 @@
-fn main() {}
+//! Reads the arguments, runs the command, prints the chain of causes when it fails, and exits with a code that scripts can use.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use stripe_reconciler::cli::{self, Arguments};
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    match cli::run(arguments).await {
+        Ok(exit) => exit.into(),
+        Err(error) => cli::fail(&error),
+    }
+}

@@ -1,1 +1,146 @@
+//! The command line: one file per command. What is printed for a script goes to standard output, all else to standard error.
 
+mod demo;
+mod events;
+mod invoices;
+mod keys;
+mod migrate;
+mod output;
+mod rebuild;
+mod replay;
+mod serve;
+mod why;
+
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::config::{Config, Flags, Mistakes, Purpose};
+use crate::flows::replay::ReplayError;
+use crate::inbox::InboxError;
+use crate::store::{Store, StoreError};
+use crate::telemetry;
+
+/// Makes the invoices you store tell the truth about their payment at Stripe.
+#[derive(Parser)]
+#[command(
+    version,
+    about,
+    max_term_width = 110,
+    after_help = "Examples:
+  stripe-reconciler demo                                       see the main job, with nothing configured
+  stripe-reconciler keys create --operator                     make a key
+  stripe-reconciler invoices import --tenant acme in.jsonl     store invoices
+  STRIPE_WEBHOOK_SECRET=whsec_... stripe-reconciler serve      receive Stripe's webhooks
+  stripe-reconciler why acme inv-2026-01                       what proves that an invoice is paid
+
+Settings may stand in the environment instead; NAME_FILE names a file that holds the value of NAME.
+Exit codes: 0 done, 1 some of the input was refused, 2 wrong usage or configuration, 3 something differs or
+would change, 4 the database or the server cannot be reached."
+)]
+pub struct Arguments {
+    #[command(flatten)]
+    settings: Settings,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Args, Clone)]
+struct Settings {
+    /// Where everything is kept: sqlite://PATH, created when missing [env: DATABASE_URL] [default: sqlite://stripe-reconciler.db]
+    #[arg(long, global = true, value_name = "URL")]
+    database_url: Option<String>,
+    /// What to log, such as info or stripe_reconciler=debug [env: RUST_LOG] [default: info]
+    #[arg(long, global = true, value_name = "FILTER")]
+    log_filter: Option<String>,
+    /// text or json [env: LOG_FORMAT] [default: text on a terminal, else json]
+    #[arg(long, global = true, value_name = "FORMAT")]
+    log_format: Option<String>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Serve(serve::Serve),
+    Demo(demo::Demo),
+    Invoices(invoices::Invoices),
+    Keys(keys::Keys),
+    Replay(replay::Replay),
+    Rebuild(rebuild::Rebuild),
+    Events(events::Events),
+    Why(why::Why),
+    Migrate(migrate::Migrate),
+}
+
+/// How a command ended that did what it was asked to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    Done = 0,
+    /// Some of the input was refused, or is not there.
+    Refused = 1,
+    /// Something differs, was put right, or would change.
+    Differs = 3,
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> ExitCode {
+        ExitCode::from(exit as u8)
+    }
+}
+
+pub async fn run(arguments: Arguments) -> anyhow::Result<Exit> {
+    let settings = arguments.settings;
+    match arguments.command {
+        Command::Serve(command) => command.run(settings).await,
+        Command::Demo(command) => command.run(settings).await,
+        Command::Invoices(command) => command.run(settings).await,
+        Command::Keys(command) => command.run(settings).await,
+        Command::Replay(command) => command.run(settings).await,
+        Command::Rebuild(command) => command.run(settings).await,
+        Command::Events(command) => command.run(settings).await,
+        Command::Why(command) => command.run(settings).await,
+        Command::Migrate(command) => command.run(settings).await,
+    }
+}
+
+/// Says why a command failed, and with which code the program ends.
+pub fn fail(error: &anyhow::Error) -> ExitCode {
+    if output::is_closed_pipe(error) {
+        return Exit::Done.into();
+    }
+    anstream::eprintln!("error: {error}");
+    for cause in error.chain().skip(1) {
+        anstream::eprintln!("caused by: {cause}");
+    }
+    let is = |found: &(dyn std::error::Error + 'static)| {
+        found.is::<StoreError>() || found.is::<ReplayError>() || found.is::<InboxError>()
+    };
+    match error {
+        error if error.chain().any(|cause| cause.is::<Mistakes>()) => ExitCode::from(2),
+        error if error.chain().any(is) => ExitCode::from(4),
+        _ => ExitCode::from(1),
+    }
+}
+
+impl Settings {
+    fn flags(&self) -> Flags {
+        Flags {
+            database_url: self.database_url.clone(),
+            log_filter: self.log_filter.clone(),
+            log_format: self.log_format.clone(),
+            ..Flags::default()
+        }
+    }
+
+    /// The database of a command that needs nothing else, migrated.
+    async fn store(&self) -> anyhow::Result<Store> {
+        open(Config::load(&self.flags(), Purpose::Database)?).await
+    }
+}
+
+/// Starts logging, and opens the database, migrated.
+async fn open(config: Config) -> anyhow::Result<Store> {
+    telemetry::start(config.log_filter, config.log_format);
+    let store = Store::connect(&config.database_url).await?;
+    store.migrate().await?;
+    Ok(store)
+}

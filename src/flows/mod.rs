@@ -1,4 +1,8 @@
 //! One path per file, each read from top to bottom.
 
+pub mod documents;
+pub mod import;
 pub mod ingest;
 pub mod invoices;
+pub mod rebuild;
+pub mod replay;

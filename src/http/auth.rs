@@ -26,16 +26,6 @@ pub async fn authenticate(state: &AppState, headers: &HeaderMap) -> Result<Scope
     Err(ApiError::Unauthorized)
 }
 
-impl Scope {
-    /// Whether this key may read that tenant's invoices.
-    pub fn reads(&self, tenant_uid: &str) -> bool {
-        match self {
-            Scope::Operator => true,
-            Scope::Tenant(own) => own == tenant_uid,
-        }
-    }
-}
-
 /// A header that is repeated is no key: nobody knows which one another party looked at.
 fn the_only<'h>(headers: &'h HeaderMap, name: &HeaderName) -> Option<&'h [u8]> {
     let mut values = headers.get_all(name).iter();

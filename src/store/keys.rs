@@ -14,6 +14,16 @@ pub enum Scope {
     Operator,
 }
 
+impl Scope {
+    /// Whether this key may read that tenant's invoices.
+    pub fn reads(&self, tenant_uid: &str) -> bool {
+        match self {
+            Scope::Operator => true,
+            Scope::Tenant(own) => own == tenant_uid,
+        }
+    }
+}
+
 /// A key, without the key. Times in Unix milliseconds.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ApiKey {

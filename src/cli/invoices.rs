@@ -1,0 +1,173 @@
+//! `invoices`: import documents, show one, list all with the state they are in.
+
+use std::io::Write;
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+use indicatif::ProgressBar;
+use serde_json::json;
+
+use super::{Exit, Settings, output};
+use crate::clock::Clock;
+use crate::config::Mistakes;
+use crate::domain::invoice::validate_uid;
+use crate::flows::import::{self, Counts, Refused, Watcher};
+use crate::flows::invoices::{PageRequest, StateFilter, history, page, render};
+use crate::store::{Store, StoredInvoice};
+
+/// Import, show and list invoices
+#[derive(Args)]
+pub struct Invoices {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Store v1Invoice documents: JSON, a JSON array, or JSON lines
+    #[command(after_help = "Examples:
+  stripe-reconciler invoices import --tenant acme invoices.jsonl
+  generate-invoices | stripe-reconciler invoices import --tenant acme -
+
+All valid documents are stored; each faulty one is reported as FILE:LINE: POINTER: reason, and the exit code is 1.
+metadata.uid names the invoice, status.stripeInvoiceId the invoice at Stripe.")]
+    Import(Import),
+    /// Print one invoice, as HTTP answers it
+    #[command(after_help = "Example:\n  stripe-reconciler invoices get acme inv-2026-01")]
+    Get { tenant: String, uid: String },
+    /// List invoices with the state they are in, the newest first
+    #[command(after_help = "Examples:
+  stripe-reconciler invoices list --tenant acme --state PaymentFailed
+  stripe-reconciler invoices list --json | jq -r .metadata.uid")]
+    List(List),
+}
+
+#[derive(Args)]
+struct Import {
+    /// Whose invoices they are
+    #[arg(long)]
+    tenant: String,
+    /// Files; - is standard input
+    #[arg(required = true, value_name = "FILE")]
+    files: Vec<PathBuf>,
+    /// Print the counts as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+struct List {
+    #[arg(long)]
+    tenant: Option<String>,
+    /// Paid, PaymentPending, PaymentInProgress, PaymentFailed, or none: without an entry
+    #[arg(long)]
+    state: Option<String>,
+    /// Print the documents, one a line
+    #[arg(long)]
+    json: bool,
+}
+
+impl Invoices {
+    pub(super) async fn run(self, settings: Settings) -> anyhow::Result<Exit> {
+        match self.command {
+            Command::Import(import) => import.run(settings).await,
+            Command::Get { tenant, uid } => get(&settings.store().await?, &tenant, &uid).await,
+            Command::List(list) => list.run(settings).await,
+        }
+    }
+}
+
+impl Import {
+    async fn run(self, settings: Settings) -> anyhow::Result<Exit> {
+        validate_uid(&self.tenant).map_err(|reason| Mistakes(vec![format!("--tenant {reason}")]))?;
+        let store = settings.store().await?;
+        let mut counts = Counts::default();
+        let mut screen = Screen(output::progress("invoices"));
+        for file in &self.files {
+            import::file(&store, &self.tenant, file, &Clock::system(), &mut screen, &mut counts).await?;
+        }
+        screen.0.finish_and_clear();
+        let Counts { created, replaced, refused } = counts;
+        if self.json {
+            output::line(json!({"created": created, "replaced": replaced, "refused": refused}))?;
+        } else {
+            output::line(format!("{created} stored, {replaced} replaced, {refused} refused"))?;
+        }
+        store.close().await;
+        Ok(if refused > 0 { Exit::Refused } else { Exit::Done })
+    }
+}
+
+struct Screen(ProgressBar);
+
+impl Watcher for Screen {
+    fn refused(&mut self, refused: Refused) {
+        let file = if refused.file.as_os_str() == "-" { "standard input".into() } else { refused.file.display().to_string() };
+        let place = if refused.line == 0 { file } else { format!("{file}:{}", refused.line) };
+        self.0.suspend(|| {
+            for fault in &refused.faults {
+                let pointer = if fault.pointer.is_empty() { String::new() } else { format!("{}: ", fault.pointer) };
+                output::note(format!("{place}: {pointer}{}", fault.reason));
+            }
+        });
+    }
+
+    fn progress(&mut self, counts: Counts) {
+        self.0.set_position(counts.created + counts.replaced + counts.refused);
+    }
+}
+
+async fn get(store: &Store, tenant: &str, uid: &str) -> anyhow::Result<Exit> {
+    match store.invoice(tenant, uid).await? {
+        Some(invoice) => {
+            output::line(serde_json::to_string_pretty(&render(&invoice)?)?)?;
+            Ok(Exit::Done)
+        }
+        None => {
+            output::note(format!("error: tenant {tenant} has no invoice {uid}"));
+            Ok(Exit::Refused)
+        }
+    }
+}
+
+impl List {
+    async fn run(self, settings: Settings) -> anyhow::Result<Exit> {
+        let state = self.state.as_deref().map_or(Ok(StateFilter::Any), StateFilter::parse);
+        let state = state.map_err(|mistake| Mistakes(vec![format!("--{mistake}")]))?;
+        let store = settings.store().await?;
+        let mut request = PageRequest { tenant_uid: self.tenant, stripe_invoice_id: None, state, limit: 500, after: None };
+        let mut rows = Vec::new();
+        loop {
+            let found = page(&store, &request).await?;
+            for invoice in &found.invoices {
+                if self.json {
+                    output::line(render(invoice)?)?;
+                } else {
+                    rows.push(row(invoice)?);
+                }
+            }
+            match found.next {
+                Some(next) => request.after = Some(next),
+                None => break,
+            }
+        }
+        if !self.json {
+            output::line(output::table(&["TENANT", "INVOICE", "STRIPE INVOICE", "STATE", "SINCE", "MESSAGE"], rows))?;
+        }
+        std::io::stdout().flush()?;
+        Ok(Exit::Done)
+    }
+}
+
+fn row(invoice: &StoredInvoice) -> anyhow::Result<Vec<String>> {
+    let history = history(invoice)?;
+    let last = history.last();
+    Ok(vec![
+        invoice.tenant_uid.clone(),
+        invoice.invoice_uid.clone(),
+        output::or_dash(&invoice.stripe_invoice_id),
+        last.map_or("none", |entry| entry.state.as_str()).to_owned(),
+        output::time(last.map(|entry| entry.timestamp_ms)),
+        last.and_then(|entry| entry.message.clone()).unwrap_or_default(),
+    ])
+}

@@ -1,0 +1,151 @@
+//! `keys`: make, list and revoke API keys. A key is shown once; the database keeps its hash.
+
+use clap::{Args, Subcommand};
+use serde_json::json;
+use uuid::Uuid;
+
+use super::{Exit, Settings, output};
+use crate::clock::Clock;
+use crate::config::Mistakes;
+use crate::domain::api_key;
+use crate::domain::invoice::validate_uid;
+use crate::store::{ApiKey, Scope, Store};
+
+/// Make, list and revoke API keys
+#[derive(Args)]
+pub struct Keys {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Make a key and print it: this once, alone on standard output
+    #[command(after_help = "Examples:
+  TENANT_KEY=$(stripe-reconciler keys create --tenant acme)
+  stripe-reconciler keys create --operator --expires-in 90d")]
+    Create(Create),
+    /// List all keys, without the keys
+    List {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Revoke a key, at once
+    #[command(after_help = "Example:\n  stripe-reconciler keys revoke key_0197f3c2d1b47a90")]
+    Revoke {
+        /// As `keys list` shows it
+        id: String,
+    },
+}
+
+#[derive(Args)]
+#[group(id = "scope", required = true, multiple = false, args = ["tenant", "operator"])]
+struct Create {
+    /// The key reads this tenant's invoices
+    #[arg(long, value_name = "TENANT")]
+    tenant: Option<String>,
+    /// The key reads and writes the invoices of all tenants
+    #[arg(long)]
+    operator: bool,
+    /// For how long it is valid: a number and s, m, h or d [default: for ever]
+    #[arg(long, value_name = "DURATION")]
+    expires_in: Option<String>,
+}
+
+impl Keys {
+    pub(super) async fn run(self, settings: Settings) -> anyhow::Result<Exit> {
+        match self.command {
+            Command::Create(create) => create.run(settings).await,
+            Command::List { json } => list(&settings.store().await?, json).await,
+            Command::Revoke { id } => revoke(&settings.store().await?, &id).await,
+        }
+    }
+}
+
+impl Create {
+    async fn run(self, settings: Settings) -> anyhow::Result<Exit> {
+        let now_ms = Clock::system().now_ms();
+        let scope = match self.tenant {
+            Some(tenant_uid) => {
+                validate_uid(&tenant_uid).map_err(|reason| Mistakes(vec![format!("--tenant {reason}")]))?;
+                Scope::Tenant(tenant_uid)
+            }
+            None => Scope::Operator,
+        };
+        let expires_ms = self.expires_in.map(|text| duration_ms(&text)).transpose()?.map(|ms| now_ms.saturating_add(ms));
+        let store = settings.store().await?;
+        let key =
+            ApiKey { id: format!("key_{}", Uuid::now_v7().simple()), scope, created_ms: now_ms, expires_ms, revoked_ms: None };
+        let mut random = [0; 32];
+        rand::fill(&mut random[..]);
+        let secret = api_key::from_random(random);
+        store.insert_key(&key, &api_key::hash(secret.as_bytes())).await?;
+        output::note(format!("{}: {}, shown this once", key.id, describe(&key.scope)));
+        output::line(secret)?;
+        Ok(Exit::Done)
+    }
+}
+
+/// `90d`, `12h`, `30m`, `10s` in milliseconds.
+fn duration_ms(text: &str) -> Result<i64, Mistakes> {
+    let mistake = || Mistakes(vec![format!("--expires-in: `{text}` is no duration such as 90d, 12h, 30m or 10s")]);
+    let unit_ms = match text.chars().last() {
+        Some('s') => 1_000,
+        Some('m') => 60_000,
+        Some('h') => 3_600_000,
+        Some('d') => 86_400_000,
+        _ => return Err(mistake()),
+    };
+    let number: i64 = text[..text.len() - 1].parse().map_err(|_| mistake())?;
+    number.checked_mul(unit_ms).filter(|ms| *ms > 0).ok_or_else(mistake)
+}
+
+fn describe(scope: &Scope) -> String {
+    match scope {
+        Scope::Tenant(tenant_uid) => format!("reads tenant {tenant_uid}"),
+        Scope::Operator => "operator".to_owned(),
+    }
+}
+
+async fn list(store: &Store, json: bool) -> anyhow::Result<Exit> {
+    let keys = store.keys().await?;
+    if json {
+        let items: Vec<_> = keys.iter().map(as_json).collect();
+        output::line(serde_json::to_string_pretty(&items)?)?;
+        return Ok(Exit::Done);
+    }
+    let row = |key: &ApiKey| {
+        let state = if key.revoked_ms.is_some() { "revoked" } else { "valid" };
+        let expired = key.expires_ms.is_some_and(|ms| ms <= Clock::system().now_ms());
+        let state = if expired && key.revoked_ms.is_none() { "expired" } else { state };
+        let expires = output::time(key.expires_ms);
+        vec![key.id.clone(), describe(&key.scope), state.to_owned(), output::time(Some(key.created_ms)), expires]
+    };
+    output::line(output::table(&["ID", "OPENS", "STATE", "CREATED", "EXPIRES"], keys.iter().map(row).collect()))?;
+    Ok(Exit::Done)
+}
+
+fn as_json(key: &ApiKey) -> serde_json::Value {
+    let tenant_uid = match &key.scope {
+        Scope::Tenant(tenant_uid) => Some(tenant_uid),
+        Scope::Operator => None,
+    };
+    json!({
+        "id": key.id,
+        "operator": tenant_uid.is_none(),
+        "tenantUid": tenant_uid,
+        "createdAt": output::time(Some(key.created_ms)),
+        "expiresAt": key.expires_ms.map(|ms| output::time(Some(ms))),
+        "revokedAt": key.revoked_ms.map(|ms| output::time(Some(ms))),
+    })
+}
+
+async fn revoke(store: &Store, id: &str) -> anyhow::Result<Exit> {
+    if store.revoke_key(id, Clock::system().now_ms()).await? {
+        output::line(format!("revoked {id}"))?;
+        return Ok(Exit::Done);
+    }
+    output::note(format!("error: there is no key {id} that could be revoked; `keys list` shows all"));
+    Ok(Exit::Refused)
+}

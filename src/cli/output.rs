@@ -1,0 +1,61 @@
+//! Printing: tables that line up, progress on a terminal, colours only there, and no complaint when a pipe closes.
+
+use std::fmt::Display;
+use std::io::{self, Write};
+use std::time::Duration;
+
+use comfy_table::{ContentArrangement, Table, presets};
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::domain::invoice::timestamp;
+
+/// A line on standard output.
+pub fn line(text: impl Display) -> anyhow::Result<()> {
+    writeln!(anstream::stdout().lock(), "{text}")?;
+    Ok(())
+}
+
+/// The bytes as they are, on standard output.
+pub fn bytes(bytes: &[u8]) -> anyhow::Result<()> {
+    let mut out = io::stdout().lock();
+    out.write_all(bytes)?;
+    out.flush()?;
+    Ok(())
+}
+
+/// A note for the person, on standard error.
+pub fn note(text: impl Display) {
+    // Where nobody can read it, there is nothing to do about it.
+    let _ = writeln!(anstream::stderr().lock(), "{text}");
+}
+
+/// `head` closed the pipe: it has what it wanted.
+pub fn is_closed_pipe(error: &anyhow::Error) -> bool {
+    error.chain().filter_map(|cause| cause.downcast_ref::<io::Error>()).any(|e| e.kind() == io::ErrorKind::BrokenPipe)
+}
+
+/// Columns that line up, without borders.
+pub fn table(head: &[&str], rows: Vec<Vec<String>>) -> String {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled).set_header(head);
+    table.add_rows(rows);
+    table.lines().map(|line| line.trim().to_owned()).collect::<Vec<_>>().join("\n")
+}
+
+/// Counts on a terminal; elsewhere silent.
+pub fn progress(what: &str) -> ProgressBar {
+    let bar = ProgressBar::new_spinner().with_message(what.to_owned());
+    let style = ProgressStyle::with_template("{spinner} {human_pos} {msg} ({per_sec})");
+    bar.set_style(style.expect("the template is right"));
+    bar.enable_steady_tick(Duration::from_millis(200));
+    bar
+}
+
+/// Milliseconds as a person and a script can read them; `-` for none.
+pub fn time(ms: Option<i64>) -> String {
+    ms.map_or("-".to_owned(), timestamp)
+}
+
+pub fn or_dash(text: &Option<String>) -> String {
+    text.clone().unwrap_or_else(|| "-".to_owned())
+}

@@ -1,0 +1,86 @@
+//! `rebuild`: derive all facts again from the stored bytes, and say what differs.
+
+use std::collections::BTreeMap;
+
+use clap::Args;
+use serde_json::json;
+
+use super::{Exit, Settings, output};
+use crate::flows::rebuild::{self, Difference, Mode, Report};
+use crate::store::Store;
+
+/// Derive all facts again from the stored bytes, and print what differs, by invoice
+#[derive(Args)]
+#[command(after_help = "Examples:
+  stripe-reconciler rebuild --dry-run     what would change; exits with 3 if anything would
+  stripe-reconciler rebuild               put it right; exits with 3 if anything differed")]
+pub struct Rebuild {
+    /// Change nothing
+    #[arg(long)]
+    dry_run: bool,
+    /// Print the report as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl Rebuild {
+    pub(super) async fn run(self, settings: Settings) -> anyhow::Result<Exit> {
+        let store = settings.store().await?;
+        let bar = output::progress("events");
+        let mode = if self.dry_run { Mode::DryRun } else { Mode::Save };
+        let report = rebuild::run(&store, mode, |done| bar.set_position(done)).await?;
+        bar.finish_and_clear();
+        let holders = holders(&store, &report).await?;
+        if self.json {
+            print_json(&report, &holders)?;
+        } else {
+            print_text(&report, &holders, mode)?;
+        }
+        store.close().await;
+        Ok(if report.differs() { Exit::Differs } else { Exit::Done })
+    }
+}
+
+/// Tenant and uid by Stripe invoice.
+type Holders = BTreeMap<String, (String, String)>;
+
+async fn holders(store: &Store, report: &Report) -> anyhow::Result<Holders> {
+    let ids: Vec<String> = report.differing.keys().cloned().collect();
+    let holders = store.holders(&ids).await?;
+    Ok(holders.into_iter().map(|(tenant, uid, stripe)| (stripe, (tenant, uid))).collect())
+}
+
+fn print_text(report: &Report, holders: &Holders, mode: Mode) -> anyhow::Result<()> {
+    for (stripe_invoice_id, differences) in &report.differing {
+        output::line(match (stripe_invoice_id.as_str(), holders.get(stripe_invoice_id)) {
+            ("", _) => "no invoice named".to_owned(),
+            (id, Some((tenant, uid))) => format!("invoice {uid} of {tenant} ({id})"),
+            (id, None) => format!("{id}, which no stored invoice holds"),
+        })?;
+        for Difference { event_id, event_type, was, is } in differences {
+            output::line(format!("  {} {}", output::or_dash(event_id), output::or_dash(event_type)))?;
+            output::line(format!("    was {was}"))?;
+            output::line(format!("    is  {is}"))?;
+        }
+    }
+    let differing = report.differing.len();
+    let (events, pruned) = (report.events, report.pruned);
+    let verb = if mode == Mode::DryRun { "would change" } else { "changed" };
+    output::line(format!("{events} events read again, {pruned} of them without bytes; {differing} invoices {verb}"))
+}
+
+fn print_json(report: &Report, holders: &Holders) -> anyhow::Result<()> {
+    let difference = |d: &Difference| json!({"eventId": d.event_id, "type": d.event_type, "was": d.was, "is": d.is});
+    let invoice = |(id, differences): (&String, &Vec<Difference>)| {
+        let holder = holders.get(id);
+        json!({
+            "stripeInvoiceId": Some(id).filter(|id| !id.is_empty()),
+            "tenantUid": holder.map(|(tenant, _)| tenant),
+            "invoiceUid": holder.map(|(_, uid)| uid),
+            "events": differences.iter().map(difference).collect::<Vec<_>>(),
+        })
+    };
+    let differing: Vec<_> = report.differing.iter().map(invoice).collect();
+    let report = json!({"events": report.events, "pruned": report.pruned, "differing": differing});
+    output::line(serde_json::to_string_pretty(&report)?)
+}

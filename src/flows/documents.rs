@@ -1,0 +1,246 @@
+//! JSON documents out of a file: one document, an array of them, a list answer of Stripe's, or one a line; told apart by what
+//! the file begins with. Arrays and lines are read one document at a time, so a file may be larger than memory, and each
+//! document's text is handed on as it stands in the file.
+
+use std::cell::Cell;
+use std::fmt;
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Read};
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::rc::Rc;
+
+use serde::Deserialize;
+use serde::de::{Deserializer as _, SeqAccess, Visitor};
+use serde_json::value::RawValue;
+use tokio::sync::mpsc;
+
+/// One document, or why there is none.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Document {
+    /// Where it begins, from 1.
+    pub line: usize,
+    pub text: Result<String, String>,
+}
+
+/// Gets each document; `Break` ends the reading.
+type Each<'e> = &'e mut dyn FnMut(Document) -> ControlFlow<()>;
+
+/// Documents on their way from a thread that reads to a task that stores: a few, so memory stays constant.
+const ON_THE_WAY: usize = 256;
+
+/// Reads a file (`-`: standard input) in a thread of its own. What cannot be read ends the documents with an error.
+pub fn stream(path: &Path) -> mpsc::Receiver<io::Result<Document>> {
+    let (found, documents) = mpsc::channel(ON_THE_WAY);
+    let path = path.to_owned();
+    tokio::task::spawn_blocking(move || {
+        let mut each = |document| match found.blocking_send(Ok(document)) {
+            Ok(()) => ControlFlow::Continue(()),
+            Err(_) => ControlFlow::Break(()),
+        };
+        let done = if path.as_os_str() == "-" {
+            read(io::stdin().lock(), &mut each)
+        } else {
+            File::open(&path).and_then(|file| read(BufReader::new(file), &mut each))
+        };
+        if let Err(error) = done {
+            // Nobody listens any more: then nobody asks.
+            let _ = found.blocking_send(Err(error));
+        }
+    });
+    documents
+}
+
+/// Reads all documents. A line that is no JSON is reported and the next one is read; an array or a single document that is no
+/// JSON ends there.
+///
+/// # Errors
+/// The file cannot be read.
+fn read(mut reader: impl BufRead, each: Each) -> io::Result<()> {
+    let (mut line, mut head) = (0, Vec::new());
+    while head.trim_ascii().is_empty() {
+        head.clear();
+        line += 1;
+        if reader.read_until(b'\n', &mut head)? == 0 {
+            return Ok(());
+        }
+    }
+    let head = head.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&head).to_vec();
+    match head.trim_ascii_start()[0] {
+        b'[' => read_array(line, io::Cursor::new(head).chain(reader), each),
+        _ if is_whole(&head) => read_lines(line, head, reader, each),
+        _ => {
+            // Either one document over several lines, or lines of which the first is broken.
+            let mut second = Vec::new();
+            reader.read_until(b'\n', &mut second)?;
+            if second.first() == Some(&b'{') && is_whole(&second) {
+                report(line, &head, each).map_or(Ok(()), |()| read_lines(line + 1, second, reader, each))
+            } else {
+                read_one(line, io::Cursor::new([head, second].concat()).chain(reader), each)
+            }
+        }
+    }
+}
+
+fn is_whole(text: &[u8]) -> bool {
+    serde_json::from_slice::<&RawValue>(text).is_ok()
+}
+
+fn read_lines(mut line: usize, mut text: Vec<u8>, mut reader: impl BufRead, each: Each) -> io::Result<()> {
+    loop {
+        if !text.trim_ascii().is_empty() && report(line, &text, each).is_none() {
+            return Ok(());
+        }
+        text.clear();
+        line += 1;
+        if reader.read_until(b'\n', &mut text)? == 0 {
+            return Ok(());
+        }
+    }
+}
+
+fn read_one(line: usize, mut reader: impl Read, each: Each) -> io::Result<()> {
+    let mut text = Vec::new();
+    reader.read_to_end(&mut text)?;
+    report(line, &text, each);
+    Ok(())
+}
+
+/// A list answer is as many documents as it has items. None: enough.
+fn report(line: usize, text: &[u8], each: Each) -> Option<()> {
+    #[derive(Deserialize)]
+    struct List<'t> {
+        object: String,
+        #[serde(borrow)]
+        data: Vec<&'t RawValue>,
+    }
+    if let Ok(list) = serde_json::from_slice::<List>(text)
+        && list.object == "list"
+    {
+        return list.data.iter().try_for_each(|item| goes_on(each(Document { line, text: Ok(item.get().to_owned()) })));
+    }
+    let text = match serde_json::from_slice::<&RawValue>(text) {
+        Ok(raw) => Ok(raw.get().to_owned()),
+        Err(error) => Err(not_json(&error, line)),
+    };
+    goes_on(each(Document { line, text }))
+}
+
+fn goes_on(flow: ControlFlow<()>) -> Option<()> {
+    flow.is_continue().then_some(())
+}
+
+fn not_json(error: &serde_json::Error, first_line: usize) -> String {
+    let what = if error.is_eof() { "ends in the middle of a document" } else { "is not JSON" };
+    format!("{what} (line {}, column {})", first_line + error.line().max(1) - 1, error.column())
+}
+
+fn read_array(line: usize, reader: impl BufRead, each: Each) -> io::Result<()> {
+    let lines = Rc::new(Cell::new(line));
+    let counting = CountingLines { inner: reader, lines: lines.clone() };
+    let mut json = serde_json::Deserializer::from_reader(counting);
+    let read =
+        json.deserialize_seq(Items { lines: &lines, each: &mut *each }).and_then(|done| if done { json.end() } else { Ok(()) });
+    match read {
+        Err(error) if error.is_io() => Err(error.into()),
+        Err(error) => {
+            let _ = each(Document { line: lines.get(), text: Err(not_json(&error, line)) });
+            Ok(())
+        }
+        Ok(()) => Ok(()),
+    }
+}
+
+struct Items<'r, 'e> {
+    lines: &'r Cell<usize>,
+    each: Each<'e>,
+}
+
+impl<'de> Visitor<'de> for Items<'_, '_> {
+    /// False: the reader had enough.
+    type Value = bool;
+
+    fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str("an array of documents")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<bool, A::Error> {
+        while let Some(item) = items.next_element::<Box<RawValue>>()? {
+            let text = item.get().to_owned();
+            let line = self.lines.get() - text.matches('\n').count();
+            if (self.each)(Document { line, text: Ok(text) }).is_break() {
+                // The rest is passed over unread: serde wants the sequence at its end.
+                while items.next_element::<serde::de::IgnoredAny>()?.is_some() {}
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+}
+
+/// serde_json takes a byte at a time from a reader, so this counts the lines that it has seen.
+struct CountingLines<R> {
+    inner: R,
+    lines: Rc<Cell<usize>>,
+}
+
+impl<R: BufRead> Read for CountingLines<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let wanted = buffer.len().min(1);
+        let read = self.inner.read(&mut buffer[..wanted])?;
+        if read == 1 && buffer[0] == b'\n' {
+            self.lines.set(self.lines.get() + 1);
+        }
+        Ok(read)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn documents(text: &str) -> Vec<(usize, Result<String, String>)> {
+        let mut found = Vec::new();
+        let mut each = |document: Document| {
+            found.push((document.line, document.text));
+            ControlFlow::Continue(())
+        };
+        read(text.as_bytes(), &mut each).unwrap();
+        found
+    }
+
+    fn ok(line: usize, text: &str) -> (usize, Result<String, String>) {
+        (line, Ok(text.to_owned()))
+    }
+
+    #[test]
+    fn one_document_an_array_a_list_and_lines_are_told_apart() {
+        assert_eq!(documents("\n{\n \"a\": 1.50\n}\n"), [ok(2, "{\n \"a\": 1.50\n}")]);
+        assert_eq!(documents("[\n {\"a\":1},\n {\"a\":\n2}]"), [ok(2, "{\"a\":1}"), ok(3, "{\"a\":\n2}")]);
+        assert_eq!(documents("[{\"a\":1}]"), [ok(1, "{\"a\":1}")]);
+        assert_eq!(documents("{\"object\":\"list\",\"data\":[{\"a\":1},{\"a\":2}]}"), [ok(1, "{\"a\":1}"), ok(1, "{\"a\":2}")]);
+        assert_eq!(
+            documents("{\"a\":1}\n\n {\"a\":2} \r\n{\"a\":3}"),
+            [ok(1, "{\"a\":1}"), ok(3, "{\"a\":2}"), ok(4, "{\"a\":3}")]
+        );
+        assert_eq!(documents(" \n"), []);
+        assert_eq!(documents(""), []);
+    }
+
+    #[test]
+    fn a_broken_line_is_reported_and_the_next_one_is_read() {
+        let found = documents("{\"a\":1}\n{\"a\":\nxyz\n{\"a\":2}");
+        assert_eq!(found[0], ok(1, "{\"a\":1}"));
+        assert_eq!(found[1], (2, Err("ends in the middle of a document (line 3, column 0)".to_owned())));
+        assert_eq!(found[2], (3, Err("is not JSON (line 3, column 1)".to_owned())));
+        assert_eq!(found[3], ok(4, "{\"a\":2}"));
+        assert_eq!(documents("{\"a\":\n{\"a\":2}\n")[1], ok(2, "{\"a\":2}"));
+    }
+
+    #[test]
+    fn an_array_that_breaks_off_gives_what_came_before() {
+        let found = documents("[{\"a\":1},\n{\"a\":");
+        assert_eq!(found[0], ok(1, "{\"a\":1}"));
+        assert!(found[1].1.is_err());
+    }
+}
