@@ -12,6 +12,7 @@
 //! | --- | --- | --- |
 //! | [`domain`] | pure: signature, reading an event, facts, history, messages, the invoice document | everybody |
 //! | [`clock`] | the only caller of the system time | everybody but `domain` |
+//! | [`transport`] | HTTP as a client: pooled, limited | `flows`, `cli` |
 //! | [`store`] | the only SQL | `inbox`, `flows`, `http`, `cli` |
 //! | [`inbox`] | group commit: many deliveries, one durable transaction | `flows`, `http`, `cli` |
 //! | [`flows`] | one path per file: ingest, replay, rebuild, import | `http`, `cli` |
@@ -32,6 +33,8 @@
 pub mod domain;
 
 pub mod clock;
+pub mod transport;
+
 pub mod store;
 
 pub mod inbox;

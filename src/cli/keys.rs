@@ -9,7 +9,7 @@ use crate::clock::Clock;
 use crate::config::Mistakes;
 use crate::domain::api_key;
 use crate::domain::invoice::validate_uid;
-use crate::store::{ApiKey, Scope, Store};
+use crate::store::{ApiKey, Scope, Store, StoreError};
 
 /// Make, list and revoke API keys
 #[derive(Args)]
@@ -75,16 +75,26 @@ impl Create {
         };
         let expires_ms = self.expires_in.map(|text| duration_ms(&text)).transpose()?.map(|ms| now_ms.saturating_add(ms));
         let store = settings.store().await?;
-        let key =
-            ApiKey { id: format!("key_{}", Uuid::now_v7().simple()), scope, created_ms: now_ms, expires_ms, revoked_ms: None };
-        let mut random = [0; 32];
-        rand::fill(&mut random[..]);
-        let secret = api_key::from_random(random);
-        store.insert_key(&key, &api_key::hash(secret.as_bytes())).await?;
+        let (key, secret) = make(&store, scope, now_ms, expires_ms).await?;
         output::note(format!("{}: {}, shown this once", key.id, describe(&key.scope)));
         output::line(secret)?;
         Ok(Exit::Done)
     }
+}
+
+/// Makes a key, and the secret that opens it: it is not kept.
+pub(super) async fn make(
+    store: &Store,
+    scope: Scope,
+    created_ms: i64,
+    expires_ms: Option<i64>,
+) -> Result<(ApiKey, String), StoreError> {
+    let key = ApiKey { id: format!("key_{}", Uuid::now_v7().simple()), scope, created_ms, expires_ms, revoked_ms: None };
+    let mut random = [0; 32];
+    rand::fill(&mut random[..]);
+    let secret = api_key::from_random(random);
+    store.insert_key(&key, &api_key::hash(secret.as_bytes())).await?;
+    Ok((key, secret))
 }
 
 /// `90d`, `12h`, `30m`, `10s` in milliseconds.

@@ -34,10 +34,13 @@ pub fn is_closed_pipe(error: &anyhow::Error) -> bool {
     error.chain().filter_map(|cause| cause.downcast_ref::<io::Error>()).any(|e| e.kind() == io::ErrorKind::BrokenPipe)
 }
 
-/// Columns that line up, without borders.
+/// Columns that line up, without borders. An empty head: rows only.
 pub fn table(head: &[&str], rows: Vec<Vec<String>>) -> String {
     let mut table = Table::new();
-    table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled).set_header(head);
+    table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
+    if !head.is_empty() {
+        table.set_header(head);
+    }
     table.add_rows(rows);
     table.lines().map(|line| line.trim().to_owned()).collect::<Vec<_>>().join("\n")
 }
@@ -58,4 +61,9 @@ pub fn time(ms: Option<i64>) -> String {
 
 pub fn or_dash(text: &Option<String>) -> String {
     text.clone().unwrap_or_else(|| "-".to_owned())
+}
+
+/// Stands out on a terminal; plain elsewhere, where [`line`] drops the codes.
+pub fn bold(text: &str) -> String {
+    format!("\x1b[1m{text}\x1b[0m")
 }

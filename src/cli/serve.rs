@@ -12,8 +12,10 @@ use tokio_util::sync::CancellationToken;
 use super::{Exit, Settings, open, output};
 use crate::clock::Clock;
 use crate::config::{Config, Flags, Mistakes, Purpose};
+use crate::domain::signature::SigningSecrets;
 use crate::http::{self, AppState};
 use crate::inbox::Inbox;
+use crate::store::Store;
 
 /// How long the last deliveries may take to reach the disk.
 const FINISH: Duration = Duration::from_secs(10);
@@ -48,17 +50,9 @@ impl Serve {
         let listener =
             TcpListener::bind(address).await.map_err(|e| Mistakes(vec![format!("cannot listen on {address}: {e}")]))?;
 
-        let stopping = CancellationToken::new();
-        let (inbox, writer) = Inbox::start(store.clone());
-        tracing::info!(secrets = ?secrets, "starting");
-        let state = AppState {
-            store: store.clone(),
-            inbox,
-            secrets: Arc::new(secrets),
-            clock: Clock::system(),
-            stopping: stopping.clone(),
-        };
+        tracing::info!(?secrets, "starting");
         output::line(format!("listening on http://{}", listener.local_addr()?))?;
+        let stopping = CancellationToken::new();
         let stop = stopping.clone();
         tokio::spawn(async move {
             asked_to_stop(&mut terminate, &mut interrupt).await;
@@ -68,14 +62,22 @@ impl Serve {
             tracing::warn!("stopping at once");
             std::process::exit(130);
         });
-        http::serve(listener, http::router(state), stopping).await;
-        if tokio::time::timeout(FINISH, writer.finish()).await.is_err() {
-            tracing::error!("the disk did not take the last deliveries in time; none of them was acknowledged");
-        }
-        store.close().await;
+        serve(listener, store, secrets, stopping).await;
         tracing::info!("stopped");
         Ok(Exit::Done)
     }
+}
+
+/// The whole service, until it is told to stop: then it drains, and closes the store.
+pub(super) async fn serve(listener: TcpListener, store: Store, secrets: SigningSecrets, stopping: CancellationToken) {
+    let (inbox, writer) = Inbox::start(store.clone());
+    let state =
+        AppState { store: store.clone(), inbox, secrets: Arc::new(secrets), clock: Clock::system(), stopping: stopping.clone() };
+    http::serve(listener, http::router(state), stopping).await;
+    if tokio::time::timeout(FINISH, writer.finish()).await.is_err() {
+        tracing::error!("the disk did not take the last deliveries in time; none of them was acknowledged");
+    }
+    store.close().await;
 }
 
 async fn asked_to_stop(terminate: &mut Signal, interrupt: &mut Signal) {

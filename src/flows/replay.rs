@@ -6,12 +6,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
-use http_body_util::{BodyExt, Full, Limited};
-use hyper::{Request, StatusCode};
-use hyper_rustls::HttpsConnector;
-use hyper_util::client::legacy::Client;
-use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::{TokioExecutor, TokioTimer};
+use http_body_util::Full;
+use hyper::{Request, Response, StatusCode};
 
 use super::documents;
 use super::ingest::{Delivery, Outcome, ingest};
@@ -20,13 +16,17 @@ use crate::domain::event::{Reading, read};
 use crate::domain::signature::{SigningSecrets, sign};
 use crate::inbox::{Inbox, InboxError};
 use crate::store::Source;
+use crate::transport::Transport;
 
 /// Deliveries under way at a time, into the store: as many as one commit takes.
 const INTO_STORE: usize = 256;
 /// Deliveries under way at a time, over HTTP.
 const OVER_HTTP: usize = 8;
-/// How often a busy server is asked again.
+/// How often a busy server is asked.
 const ATTEMPTS: u32 = 5;
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+/// The largest answer that is read, in bytes.
+const ANSWER_LIMIT: usize = 64 * 1024;
 
 /// Where recorded payloads go.
 pub enum Target {
@@ -62,7 +62,7 @@ pub enum ReplayError {
 }
 
 /// What one delivery came to: an outcome, or why it was refused.
-type Delivered = Result<Result<Outcome, String>, ReplayError>;
+pub type Delivered = Result<Result<Outcome, String>, ReplayError>;
 
 /// Replays one file (`-`: standard input), adding to `counts`.
 ///
@@ -155,51 +155,37 @@ pub struct Endpoint {
     url: String,
     secrets: SigningSecrets,
     clock: Clock,
-    client: Client<HttpsConnector<HttpConnector>, Full<Bytes>>,
+    transport: Transport,
 }
 
 impl Endpoint {
     pub fn new(url: String, secrets: SigningSecrets, clock: Clock) -> Endpoint {
-        let tls = hyper_rustls::HttpsConnectorBuilder::new().with_webpki_roots().https_or_http().enable_http1().build();
-        let client = Client::builder(TokioExecutor::new()).pool_timer(TokioTimer::new()).build(tls);
-        Endpoint { url, secrets, clock, client }
+        Endpoint { url, secrets, clock, transport: Transport::new(ANSWER_TIMEOUT, ANSWER_LIMIT) }
     }
 
-    async fn post(&self, body: Bytes) -> Delivered {
+    /// Signs the body and delivers it, again while the endpoint is busy.
+    pub async fn post(&self, body: Bytes) -> Delivered {
         let mut wait = Duration::from_millis(250);
-        for attempt in 1.. {
-            let (status, answer) = self.post_once(body.clone()).await?;
-            if status == StatusCode::SERVICE_UNAVAILABLE && attempt < ATTEMPTS {
-                tokio::time::sleep(wait).await;
-                wait *= 2;
-                continue;
+        let mut answer = self.post_once(body.clone()).await?;
+        for _ in 1..ATTEMPTS {
+            if answer.status() != StatusCode::SERVICE_UNAVAILABLE {
+                break;
             }
-            return Ok(understand(status, &answer));
+            tokio::time::sleep(wait).await;
+            wait *= 2;
+            answer = self.post_once(body.clone()).await?;
         }
-        unreachable!("the last attempt returns")
+        Ok(understand(answer.status(), answer.body()))
     }
 
-    async fn post_once(&self, body: Bytes) -> Result<(StatusCode, Bytes), ReplayError> {
+    async fn post_once(&self, body: Bytes) -> Result<Response<Bytes>, ReplayError> {
         let unreachable =
             |reason: &dyn std::fmt::Display| ReplayError::Unreachable { url: self.url.clone(), reason: reason.to_string() };
         let signature = sign(self.secrets.first(), self.clock.now_s(), &body);
         let request = Request::post(&self.url).header("content-type", "application/json").header("stripe-signature", signature);
         let request = request.body(Full::new(body)).map_err(|e| unreachable(&e))?;
-        let answered = tokio::time::timeout(Duration::from_secs(30), self.client.request(request)).await;
-        let response = answered.map_err(|_| unreachable(&"no answer within 30 s"))?.map_err(|e| unreachable(&root(&e)))?;
-        let (head, body) = response.into_parts();
-        let body = Limited::new(body, 64 * 1024).collect().await.map_err(|e| unreachable(&e))?.to_bytes();
-        Ok((head.status, body))
+        self.transport.send(request).await.map_err(|e| unreachable(&e))
     }
-}
-
-/// hyper's own message says only that something failed.
-fn root(error: &dyn std::error::Error) -> String {
-    let mut cause = error;
-    while let Some(deeper) = cause.source() {
-        cause = deeper;
-    }
-    cause.to_string()
 }
 
 /// Our own endpoint says what became of a delivery; any other's 2xx counts as recorded.

@@ -1,0 +1,7 @@
+//! The program from outside: the real binary, over real sockets, on a real database. One file per thing a user meets.
+//!
+//! A test that is written with `each_database!` runs once on each engine, with a world of its own.
+
+mod support;
+
+mod webhook;

@@ -1,0 +1,32 @@
+//! What the tests stand on: a world with a server in it, a database, and the means to talk to both.
+
+mod command;
+mod database;
+mod http;
+mod world;
+
+pub use command::Ran;
+pub use database::Engine;
+pub use http::Answer;
+pub use world::{OLD_SECRET, SECRET, World};
+
+/// Writes each test once and runs it on every engine: `name::sqlite` and so on.
+#[macro_export]
+macro_rules! each_database {
+    ($($(#[$attribute:meta])* async fn $name:ident($world:ident: World) $body:block)*) => {
+        $(
+            $(#[$attribute])*
+            mod $name {
+                #[allow(unused_imports)]
+                use super::*;
+
+                async fn run($world: $crate::support::World) $body
+
+                #[tokio::test]
+                async fn sqlite() {
+                    run($crate::support::World::start($crate::support::Engine::Sqlite).await).await
+                }
+            }
+        )*
+    };
+}

@@ -1,0 +1,163 @@
+//! A database, a running server on it, keys that open it, and the moves that most tests make.
+
+use std::io::{BufRead, BufReader};
+use std::process::{Child, Stdio};
+
+use serde_json::{Value, json};
+use stripe_reconciler::clock::Clock;
+use stripe_reconciler::domain::signature::{SigningSecrets, sign};
+use stripe_reconciler::transport::Transport;
+
+use super::command::{self, Ran, binary};
+use super::database::{Database, Engine};
+use super::http::{self, Answer};
+
+pub const SECRET: &str = "whsec_world_live";
+pub const OLD_SECRET: &str = "whsec_world_old";
+
+pub struct World {
+    pub database: Database,
+    pub operator_key: String,
+    /// Reads tenant `acme`.
+    pub acme_key: String,
+    pub server: Server,
+    client: Transport,
+}
+
+/// A running `serve`; killed when it is dropped.
+pub struct Server {
+    /// `http://127.0.0.1:PORT`
+    pub base: String,
+    process: Child,
+}
+
+impl World {
+    /// A server on an empty database; it believes `SECRET` (labelled `live`) and `OLD_SECRET` (labelled `old`).
+    pub async fn start(engine: Engine) -> World {
+        let database = Database::create(engine);
+        let key = |arguments: &[&str]| {
+            let arguments = [&["keys", "create"], arguments].concat();
+            command::run(&[("DATABASE_URL", &database.url)], &arguments, b"").with_code(0).stdout.trim().to_owned()
+        };
+        let (operator_key, acme_key) = (key(&["--operator"]), key(&["--tenant", "acme"]));
+        let server = Server::start(&database.url);
+        World { database, operator_key, acme_key, server, client: http::client() }
+    }
+
+    /// Another server on the same database, as after a restart or beside the first.
+    pub fn another_server(&self) -> Server {
+        Server::start(&self.database.url)
+    }
+
+    /// Runs a command on this world's database.
+    pub fn run(&self, arguments: &[&str]) -> Ran {
+        self.run_with_input(arguments, b"")
+    }
+
+    pub fn run_with_input(&self, arguments: &[&str], input: &[u8]) -> Ran {
+        command::run(&[("DATABASE_URL", &self.database.url), ("STRIPE_WEBHOOK_SECRET", SECRET)], arguments, input)
+    }
+
+    pub async fn send(&self, method: &str, path: &str, headers: &[(&str, &str)], body: Vec<u8>) -> Answer {
+        http::send(&self.client, method, &format!("{}{path}", self.server.base), headers, body).await
+    }
+
+    pub async fn send_raw(&self, request: &[u8]) -> String {
+        http::send_raw(self.server.authority(), request).await
+    }
+
+    pub async fn get(&self, path: &str, key: &str) -> Answer {
+        self.send("GET", path, &[("ApiKey", key)], Vec::new()).await
+    }
+
+    /// As the operator.
+    pub async fn put(&self, path: &str, document: &Value) -> Answer {
+        self.send("PUT", path, &[("ApiKey", &self.operator_key)], document.to_string().into_bytes()).await
+    }
+
+    /// Stores an invoice of tenant `acme` that says nothing but its Stripe invoice.
+    pub async fn store(&self, uid: &str, stripe_invoice_id: &str) -> Answer {
+        self.put(&invoice_path(uid), &json!({"status": {"stripeInvoiceId": stripe_invoice_id}})).await
+    }
+
+    /// Delivers an event, signed now with the live secret.
+    pub async fn deliver(&self, event: &Value) -> Answer {
+        self.deliver_bytes(event.to_string().as_bytes()).await
+    }
+
+    pub async fn deliver_bytes(&self, body: &[u8]) -> Answer {
+        let signature = signature(SECRET, Clock::system().now_s(), body);
+        self.deliver_signed(&signature, body).await
+    }
+
+    pub async fn deliver_signed(&self, signature: &str, body: &[u8]) -> Answer {
+        self.send("POST", "/webhooks/stripe", &[("Stripe-Signature", signature)], body.to_vec()).await
+    }
+
+    /// `State time` of each entry of an invoice of tenant `acme`, as its key reads it.
+    pub async fn history(&self, uid: &str) -> Vec<String> {
+        let states = self.states(uid).await;
+        let line = |state: &Value| format!("{} {}", state["state"].as_str().unwrap(), state["timestamp"].as_str().unwrap());
+        states.as_array().expect("states are always there").iter().map(line).collect()
+    }
+
+    pub async fn states(&self, uid: &str) -> Value {
+        self.get(&invoice_path(uid), &self.acme_key).await.with_status(200).json()["status"]["states"].clone()
+    }
+}
+
+pub fn invoice_path(uid: &str) -> String {
+    format!("/v1/tenants/acme/invoices/{uid}")
+}
+
+/// The header value for a body signed with this secret.
+pub fn signature(secret: &str, time_s: i64, body: &[u8]) -> String {
+    sign(SigningSecrets::parse(secret).unwrap().first(), time_s, body)
+}
+
+impl Server {
+    pub fn start(database_url: &str) -> Server {
+        let secrets = format!("live={SECRET},old={OLD_SECRET}");
+        Server::start_with(&[("DATABASE_URL", database_url), ("STRIPE_WEBHOOK_SECRET", &secrets)])
+    }
+
+    /// Returns when it says that it listens.
+    pub fn start_with(environment: &[(&str, &str)]) -> Server {
+        let mut command = binary(environment);
+        command.env("LISTEN_ADDR", "127.0.0.1:0").env("RUST_LOG", "warn");
+        let mut process = command.arg("serve").stdout(Stdio::piped()).spawn().unwrap();
+        let mut line = String::new();
+        BufReader::new(process.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        let base = line.trim().strip_prefix("listening on ").unwrap_or_else(|| panic!("first line: {line:?}")).to_owned();
+        Server { base, process }
+    }
+
+    pub fn authority(&self) -> &str {
+        self.base.trim_start_matches("http://")
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.process.id()
+    }
+
+    /// SIGKILL, and no moment more.
+    pub fn kill_nine(&mut self) {
+        self.process.kill().unwrap();
+        self.process.wait().unwrap();
+    }
+
+    /// SIGTERM; the exit code, when it has drained.
+    pub fn terminate(&mut self) -> Option<i32> {
+        let sent = std::process::Command::new("kill").args(["-TERM", &self.pid().to_string()]).status().unwrap();
+        assert!(sent.success());
+        self.process.wait().unwrap().code()
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
