@@ -1,10 +1,12 @@
 //! Group commit: deliveries that wait at the same time share one durable transaction, and each caller is told its own outcome.
 //!
-//! One task writes. It takes all that waits (nobody waits for a timer when the store is idle), appends it, and answers. While
-//! it writes, the next batch gathers. The queue is bounded: what does not fit is refused, and Stripe delivers it again.
+//! A writer takes all that waits (nobody waits for a timer when the store is idle), appends it, and answers. While it writes,
+//! the next batch gathers. The queue is bounded: what does not fit is refused, and Stripe delivers it again.
 
-use tokio::sync::{mpsc, oneshot};
-use tokio::task::JoinHandle;
+use std::sync::Arc;
+
+use tokio::sync::{Mutex, mpsc, oneshot};
+use tokio::task::JoinSet;
 
 use crate::store::{Appended, NewEvent, Store, StoreError};
 
@@ -19,8 +21,8 @@ pub struct Inbox {
     queue: mpsc::Sender<Waiting>,
 }
 
-/// The writer, to be waited for when all [`Inbox`]es are gone.
-pub struct InboxTask(JoinHandle<()>);
+/// The writers, to be waited for when all [`Inbox`]es are gone.
+pub struct Writers(JoinSet<()>);
 
 /// The delivery was not kept.
 #[derive(Debug, thiserror::Error)]
@@ -39,10 +41,12 @@ struct Waiting {
 }
 
 impl Inbox {
-    /// Starts the writer.
-    pub fn start(store: Store) -> (Inbox, InboxTask) {
+    /// Starts as many writers as the store gains by.
+    pub fn start(store: Store) -> (Inbox, Writers) {
         let (queue, waiting) = mpsc::channel(QUEUE);
-        (Inbox { queue }, InboxTask(tokio::spawn(write(store, waiting))))
+        let waiting = Arc::new(Mutex::new(waiting));
+        let writers = (0..store.writers()).map(|_| write(store.clone(), waiting.clone())).collect();
+        (Inbox { queue }, Writers(writers))
     }
 
     /// Returns when the event is durable. When the caller goes away meanwhile, the event is written all the same.
@@ -59,18 +63,24 @@ impl Inbox {
     }
 }
 
-impl InboxTask {
+impl Writers {
     /// Returns when all that was queued is written and answered. All [`Inbox`]es must be dropped, or it waits for them.
-    pub async fn finish(self) {
-        if let Err(error) = self.0.await {
-            tracing::error!(%error, "the writer of the log ended badly");
+    pub async fn finish(mut self) {
+        while let Some(ended) = self.0.join_next().await {
+            if let Err(error) = ended {
+                tracing::error!(%error, "a writer of the log ended badly");
+            }
         }
     }
 }
 
-async fn write(store: Store, mut waiting: mpsc::Receiver<Waiting>) {
+async fn write(store: Store, waiting: Arc<Mutex<mpsc::Receiver<Waiting>>>) {
     let mut batch = Vec::with_capacity(BATCH);
-    while waiting.recv_many(&mut batch, BATCH).await > 0 {
+    loop {
+        // One writer waits for deliveries at a time; while it writes, the next one does.
+        if waiting.lock().await.recv_many(&mut batch, BATCH).await == 0 {
+            return;
+        }
         let (events, callers): (Vec<NewEvent>, Vec<_>) = batch.drain(..).map(|w| (w.event, w.answer)).unzip();
         let answers = match store.append(&events).await {
             Ok(answers) => answers.into_iter().map(Ok).collect(),

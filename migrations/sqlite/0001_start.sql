@@ -1,4 +1,4 @@
--- Times are integers (seconds: _s, milliseconds: _ms); keys are 16 bytes; see src/store/ for what each column means.
+-- Times are integers (seconds: _s, milliseconds: _ms); keys are bytes; see src/store/ for what each column means.
 
 -- The log: every authentic delivery once. `body` stands last because it is large.
 create table events (

@@ -11,8 +11,31 @@ use sha2::{Digest, Sha256};
 use super::object::{Object, boolean, id_of, text, whole};
 
 /// Identity of one rendering of one event: what makes a second delivery a duplicate.
+///
+/// Sixteen bytes of a hash, and before them eight bytes of the event's id as it stands. Stripe's ids begin with their time, so
+/// keys that are made at the same time lie side by side in an index, however long the log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct EventKey(pub [u8; 16]);
+pub struct EventKey(pub [u8; EventKey::LENGTH]);
+
+impl EventKey {
+    pub const LENGTH: usize = 24;
+    const PREFIX: usize = 8;
+
+    /// Parts are preceded by their length, so no two lists of parts give the same bytes.
+    fn new(id: &str, parts: &[&[u8]]) -> EventKey {
+        let mut key = [0; EventKey::LENGTH];
+        let (prefix, hash) = key.split_at_mut(EventKey::PREFIX);
+        let start = id.strip_prefix("evt_").unwrap_or(id).bytes();
+        prefix.iter_mut().zip(start).for_each(|(byte, of_id)| *byte = of_id);
+        let mut sha256 = Sha256::new();
+        for part in parts {
+            sha256.update((part.len() as u64).to_be_bytes());
+            sha256.update(part);
+        }
+        hash.copy_from_slice(&sha256.finalize()[..hash.len()]);
+        EventKey(key)
+    }
+}
 
 /// What authentic bytes turned out to be.
 #[derive(Clone, Debug, PartialEq)]
@@ -81,7 +104,7 @@ pub const LAST_SECOND: i64 = 253_402_207_200;
 
 /// Reads any body that Stripe may deliver. Never fails: what is no event is `Unreadable`.
 pub fn read(body: &[u8]) -> Reading {
-    let unreadable = |reason: String| Reading::Unreadable { key: key(&[b"unreadable", body]), reason };
+    let unreadable = |reason: String| Reading::Unreadable { key: EventKey::new("", &[b"unreadable", body]), reason };
     let json: Value = match serde_json::from_slice(body) {
         Ok(json) => json,
         Err(error) => return unreadable(not_json(&error)),
@@ -130,7 +153,8 @@ fn event(json: &Value) -> Result<Event, &'static str> {
         object,
     });
     let part = |s: &Option<String>| s.clone().unwrap_or_default();
-    let key = key(&[b"event", id.as_bytes(), event_type.as_bytes(), part(&api_version).as_bytes(), part(&object_id).as_bytes()]);
+    let (version, object) = (part(&api_version), part(&object_id));
+    let key = EventKey::new(&id, &[b"event", id.as_bytes(), event_type.as_bytes(), version.as_bytes(), object.as_bytes()]);
     Ok(Event { key, id, event_type, api_version, object_id, created, telling })
 }
 
@@ -145,18 +169,6 @@ fn created(json: &Value) -> Option<i64> {
 /// `v1.invoice.paid` is read as `invoice.paid`.
 fn short(event_type: &str) -> &str {
     event_type.strip_prefix("v1.").unwrap_or(event_type)
-}
-
-/// Parts are preceded by their length, so no two lists of parts give the same bytes.
-fn key(parts: &[&[u8]]) -> EventKey {
-    let mut hash = Sha256::new();
-    for part in parts {
-        hash.update((part.len() as u64).to_be_bytes());
-        hash.update(part);
-    }
-    let mut key = [0; 16];
-    key.copy_from_slice(&hash.finalize()[..16]);
-    EventKey(key)
 }
 
 impl Telling {

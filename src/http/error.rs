@@ -127,8 +127,8 @@ impl IntoResponse for ApiError {
 impl From<StoreError> for ApiError {
     fn from(error: StoreError) -> ApiError {
         match error {
-            StoreError::Unavailable(_) => ApiError::Unavailable(error.to_string()),
             StoreError::Refused(_) => ApiError::Internal(error.to_string()),
+            _ => ApiError::Unavailable(error.to_string()),
         }
     }
 }

@@ -56,7 +56,7 @@ pub async fn put(
         matches(&headers, &header::IF_MATCH, tag.as_deref()) != Some(false)
             && matches(&headers, &header::IF_NONE_MATCH, tag.as_deref()) != Some(true)
     };
-    let status = match state.store.put_invoice(&new, state.clock.now_ms(), precondition).await? {
+    let status = match state.store.put_invoice(&new, state.clock.now_ms(), &precondition).await? {
         Put::Created => StatusCode::CREATED,
         Put::Replaced => StatusCode::OK,
         Put::StripeInvoiceTaken => return Err(ApiError::StripeInvoiceTaken),

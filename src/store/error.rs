@@ -1,50 +1,75 @@
-//! What a store can fail with: one kind to try again, one kind not to.
+//! What a store can fail with, by what the caller can do about it.
 
+use sqlx::error::DatabaseError;
 use sqlx::migrate::MigrateError;
+use sqlx::postgres::PgDatabaseError;
 
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum StoreError {
-    /// Away, locked, full or not migrated: the same call may succeed later.
+    /// The server is away, or about to be: no other call will fare better now.
     #[error("the database cannot be reached: {0}")]
+    Away(String),
+    /// Locked, full or not migrated: the same call may succeed later.
+    #[error("the database cannot take it now: {0}")]
     Unavailable(String),
+    /// Another writer was faster: the same call may succeed at once.
+    #[error("the database is contended: {0}")]
+    Contended(String),
     /// The database answered, and trying again changes nothing.
     #[error("the database refused: {0}")]
     Refused(String),
 }
 
 impl StoreError {
-    /// Names the file that the error is about.
-    pub(super) fn about(self, path: &str) -> StoreError {
+    /// Puts what the error is about in front.
+    pub(super) fn about(self, what: &str) -> StoreError {
+        let about = |reason: String| format!("{what}: {reason}");
         match self {
-            StoreError::Unavailable(reason) => StoreError::Unavailable(format!("{path}: {reason}")),
-            StoreError::Refused(reason) => StoreError::Refused(format!("{path}: {reason}")),
+            StoreError::Away(reason) => StoreError::Away(about(reason)),
+            StoreError::Unavailable(reason) => StoreError::Unavailable(about(reason)),
+            StoreError::Contended(reason) => StoreError::Contended(about(reason)),
+            StoreError::Refused(reason) => StoreError::Refused(about(reason)),
         }
     }
 }
 
 /// SQLite's primary result codes that pass: busy, locked, read-only, I/O error, full, cannot open.
 const PASSING: [u32; 6] = [5, 6, 8, 10, 13, 14];
+/// PostgreSQL's classes of errors that mean the server: connection, out of resources, going down, system error.
+const SERVER: [&str; 4] = ["08", "53", "57", "58"];
 
 impl From<sqlx::Error> for StoreError {
     fn from(error: sqlx::Error) -> StoreError {
         use sqlx::Error::*;
-        let passes = match &error {
-            Io(_) | Tls(_) | Protocol(_) | PoolTimedOut | PoolClosed | WorkerCrashed => true,
-            Database(database) => {
-                let code = database.code().and_then(|code| code.parse::<u32>().ok());
-                code.is_some_and(|code| PASSING.contains(&(code & 0xff))) || database.message().contains("no such table")
-            }
-            _ => false,
-        };
         match &error {
-            Database(database) if database.message().contains("no such table") => {
-                StoreError::Unavailable("it is not migrated: run `stripe-reconciler migrate`".to_owned())
-            }
-            Database(database) if passes => StoreError::Unavailable(database.message().to_owned()),
-            Database(database) => StoreError::Refused(database.message().to_owned()),
-            _ if passes => StoreError::Unavailable(error.to_string()),
+            Io(_) | Tls(_) | Protocol(_) | PoolTimedOut | PoolClosed | WorkerCrashed => StoreError::Away(error.to_string()),
+            Database(database) => of_database(&**database),
             _ => StoreError::Refused(error.to_string()),
         }
+    }
+}
+
+fn of_database(error: &dyn DatabaseError) -> StoreError {
+    let message = error.message().to_owned();
+    let code = error.code().unwrap_or_default();
+    if error.is_unique_violation() {
+        return StoreError::Contended(message);
+    }
+    if code == "42P01" || message.contains("no such table") {
+        return StoreError::Unavailable("it is not migrated: run `stripe-reconciler migrate`".to_owned());
+    }
+    if error.try_downcast_ref::<PgDatabaseError>().is_some() {
+        return match &*code {
+            "40001" | "40P01" => StoreError::Contended(message),
+            // Read only: no longer the primary, or out of disk.
+            "25006" => StoreError::Away(message),
+            code if SERVER.contains(&&code[..2]) => StoreError::Away(message),
+            _ => StoreError::Refused(message),
+        };
+    }
+    match code.parse::<u32>() {
+        Ok(code) if PASSING.contains(&(code & 0xff)) => StoreError::Unavailable(message),
+        _ => StoreError::Refused(message),
     }
 }
 

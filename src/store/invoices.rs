@@ -1,11 +1,13 @@
 //! The stored invoices, each read together with all that is told about it.
 
-use serde_json::{Value, json};
-use sqlx::sqlite::SqliteRow;
-use sqlx::{Row, SqliteConnection};
+use std::collections::HashMap;
+use std::time::Duration;
 
-use super::events::known;
-use super::{Store, StoreError};
+use serde_json::{Value, json};
+
+use super::events::{TellingRow, known};
+use super::session::{Session, execute, rows};
+use super::{Engine, Store, StoreError};
 use crate::domain::history::Known;
 
 /// An invoice as stored, and what is told about it.
@@ -48,6 +50,9 @@ pub enum Put {
     PreconditionFailed,
 }
 
+/// What must hold for what is stored now.
+pub type Precondition<'p> = dyn Fn(Option<&StoredInvoice>) -> bool + Send + Sync + 'p;
+
 /// The last invoice of a page: the next page begins after it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct InvoiceCursor {
@@ -56,7 +61,12 @@ pub struct InvoiceCursor {
     pub invoice_uid: String,
 }
 
-/// The invoice in a row of its own, then one row for each telling: one statement, one snapshot of the database.
+/// How often a transaction is tried that others contend with.
+const ATTEMPTS: u32 = 8;
+
+/// The invoice in a row of its own, then one row for each telling: one statement, one snapshot of the database. A telling
+/// belongs to it that mentions the Stripe invoice, or an object (other than an invoice) that one of these mentions, over any
+/// number of hops. More than belongs to the invoice may be among it.
 const INVOICE_AND_TELLINGS: &str = "
     with recursive
     this as (select * from invoices where tenant_uid = $1 and invoice_uid = $2),
@@ -71,41 +81,101 @@ const INVOICE_AND_TELLINGS: &str = "
     union all
     select null, null, null, null, null, key, telling from events
     where telling is not null and key in (select event_key from mentions join reached using (object_id))";
+type InvoiceOrTellingRow =
+    (Option<String>, Option<String>, Option<String>, Option<i64>, Option<i64>, Option<Vec<u8>>, Option<String>);
+
+const PAGE: &str = "
+    select tenant_uid, invoice_uid, stripe_invoice_id, document, imported_states, stored_ms, revision from invoices
+    where ($1 is null or stripe_invoice_id = $1)
+      and (stored_ms < $2 or (stored_ms = $2 and (tenant_uid, invoice_uid) > ($3, $4)))
+    order by stored_ms desc, tenant_uid, invoice_uid limit $5";
+const PAGE_OF_TENANT: &str = "
+    select tenant_uid, invoice_uid, stripe_invoice_id, document, imported_states, stored_ms, revision from invoices
+    where ($1 is null or stripe_invoice_id = $1)
+      and (stored_ms < $2 or (stored_ms = $2 and (tenant_uid, invoice_uid) > ($3, $4))) and tenant_uid = $6
+    order by stored_ms desc, invoice_uid limit $5";
+type InvoiceRow = (String, String, Option<String>, String, String, i64, i64);
+
+/// What is told about each of several Stripe invoices, as in [`INVOICE_AND_TELLINGS`]. `$1` is a JSON array of their ids.
+macro_rules! tellings_of_each {
+    ($ids:literal) => {
+        concat!(
+            "with recursive reached (root, object_id) as (
+                 ",
+            $ids,
+            " union
+                 select reached.root, further.object_id from reached
+                 join mentions as here on here.object_id = reached.object_id
+                 join mentions as further on further.event_key = here.event_key and not further.is_invoice
+             ), told (root, event_key) as (select distinct root, event_key from mentions join reached using (object_id))
+             select root, key, telling from told join events on key = event_key where telling is not null"
+        )
+    };
+}
+const TELLINGS_IN_SQLITE: &str = tellings_of_each!("select value, value from json_each($1)");
+const TELLINGS_IN_POSTGRES: &str =
+    tellings_of_each!("select value collate \"C\", value collate \"C\" from jsonb_array_elements_text($1::jsonb)");
+
+const HOLDER: &str = "select tenant_uid, invoice_uid, stripe_invoice_id from invoices where stripe_invoice_id = $1";
+const INSERT: &str = "
+    insert into invoices (tenant_uid, invoice_uid, stripe_invoice_id, document, imported_states, stored_ms, revision)
+    values ($1, $2, $3, $4, $5, $6, 1)";
+const UPDATE: &str = "
+    update invoices set document = $3, stripe_invoice_id = coalesce($4, stripe_invoice_id), revision = revision + $5
+    where tenant_uid = $1 and invoice_uid = $2";
 
 impl Store {
     /// The invoice and what is told about it.
     pub async fn invoice(&self, tenant_uid: &str, invoice_uid: &str) -> Result<Option<StoredInvoice>, StoreError> {
-        let mut connection = self.read.acquire().await?;
-        read_invoice(&mut connection, tenant_uid, invoice_uid).await
+        let mut session = self.session().await?;
+        let invoice = read(&mut session, tenant_uid, invoice_uid).await?;
+        session.done().await?;
+        Ok(invoice)
     }
 
     /// Stores or replaces an invoice, if `precondition` holds for what is stored now. A replacement keeps the Stripe invoice
     /// and the states that came with the first storing.
-    pub async fn put_invoice(
-        &self,
-        new: &NewInvoice,
-        now_ms: i64,
-        precondition: impl Fn(Option<&StoredInvoice>) -> bool + Send,
-    ) -> Result<Put, StoreError> {
-        let mut transaction = self.begin().await?;
-        let stored = read_invoice(&mut transaction, &new.tenant_uid, &new.invoice_uid).await?;
-        if !precondition(stored.as_ref()) {
-            return Ok(Put::PreconditionFailed);
-        }
-        let put = write_invoice(&mut transaction, new, stored, now_ms).await?;
-        transaction.commit().await?;
-        Ok(put)
+    pub async fn put_invoice(&self, new: &NewInvoice, now_ms: i64, precondition: &Precondition<'_>) -> Result<Put, StoreError> {
+        let answers = self.put_uncontended(std::slice::from_ref(new), now_ms, precondition).await?;
+        Ok(answers[0])
     }
 
     /// Stores many invoices in one transaction; answers in their order. One that is refused does not hinder the others.
     pub async fn put_invoices(&self, batch: &[NewInvoice], now_ms: i64) -> Result<Vec<Put>, StoreError> {
-        let mut transaction = self.begin().await?;
+        self.put_uncontended(batch, now_ms, &|_| true).await
+    }
+
+    /// Tries again while others are faster.
+    async fn put_uncontended(
+        &self,
+        batch: &[NewInvoice],
+        now_ms: i64,
+        precondition: &Precondition<'_>,
+    ) -> Result<Vec<Put>, StoreError> {
+        let mut attempt = 1;
+        loop {
+            match self.put_once(batch, now_ms, precondition).await {
+                Err(StoreError::Contended(_)) if attempt < ATTEMPTS => {
+                    // Those who collided must not meet again.
+                    tokio::time::sleep(Duration::from_millis(rand::random_range(0..10 << attempt))).await;
+                    attempt += 1;
+                }
+                ended => return ended,
+            }
+        }
+    }
+
+    async fn put_once(&self, batch: &[NewInvoice], now_ms: i64, precondition: &Precondition<'_>) -> Result<Vec<Put>, StoreError> {
+        let mut session = self.transaction().await?;
         let mut answers = Vec::with_capacity(batch.len());
         for new in batch {
-            let stored = read_invoice(&mut transaction, &new.tenant_uid, &new.invoice_uid).await?;
-            answers.push(write_invoice(&mut transaction, new, stored, now_ms).await?);
+            let stored = read(&mut session, &new.tenant_uid, &new.invoice_uid).await?;
+            answers.push(match precondition(stored.as_ref()) {
+                true => write(&mut session, new, stored, now_ms).await?,
+                false => Put::PreconditionFailed,
+            });
         }
-        transaction.commit().await?;
+        session.commit().await?;
         Ok(answers)
     }
 
@@ -118,36 +188,41 @@ impl Store {
         limit: u32,
     ) -> Result<Vec<StoredInvoice>, StoreError> {
         let start = InvoiceCursor { stored_ms: i64::MAX, tenant_uid: String::new(), invoice_uid: String::new() };
-        let after = after.unwrap_or(&start);
-        let rows = sqlx::query(match tenant_uid {
-            Some(_) => {
-                "select * from invoices
-                 where tenant_uid = $1 and ($2 is null or stripe_invoice_id = $2)
-                   and (stored_ms < $3 or (stored_ms = $3 and (tenant_uid, invoice_uid) > ($4, $5)))
-                 order by stored_ms desc, invoice_uid limit $6"
+        let InvoiceCursor { stored_ms, tenant_uid: last_tenant, invoice_uid: last_uid } = after.unwrap_or(&start);
+        let limit = i64::from(limit);
+        let mut session = self.session().await?;
+        let found = match tenant_uid {
+            Some(tenant) => {
+                rows!(
+                    session,
+                    fetch_all,
+                    InvoiceRow,
+                    PAGE_OF_TENANT,
+                    stripe_invoice_id,
+                    stored_ms,
+                    last_tenant,
+                    last_uid,
+                    limit,
+                    tenant
+                )
             }
-            None => {
-                "select * from invoices
-                 where $1 is null and ($2 is null or stripe_invoice_id = $2)
-                   and (stored_ms < $3 or (stored_ms = $3 and (tenant_uid, invoice_uid) > ($4, $5)))
-                 order by stored_ms desc, tenant_uid, invoice_uid limit $6"
-            }
-        })
-        .bind(tenant_uid)
-        .bind(stripe_invoice_id)
-        .bind(after.stored_ms)
-        .bind(&after.tenant_uid)
-        .bind(&after.invoice_uid)
-        .bind(limit)
-        .fetch_all(&self.read)
-        .await?;
-        let mut invoices = Vec::with_capacity(rows.len());
-        for row in &rows {
-            let mut invoice = stored_invoice(row, row.try_get("tenant_uid")?, row.try_get("invoice_uid")?)?;
-            if let Some(stripe_invoice_id) = &invoice.stripe_invoice_id {
-                invoice.tellings = self.tellings(stripe_invoice_id).await?;
-            }
-            invoices.push(invoice);
+            None => rows!(session, fetch_all, InvoiceRow, PAGE, stripe_invoice_id, stored_ms, last_tenant, last_uid, limit),
+        }?;
+        let mut invoices: Vec<StoredInvoice> = found.into_iter().map(stored_invoice).collect();
+        let ids: Vec<&String> = invoices.iter().filter_map(|invoice| invoice.stripe_invoice_id.as_ref()).collect();
+        let ids = serde_json::to_string(&ids).expect("strings always serialise");
+        let sql = match &self.0 {
+            Engine::Sqlite(_) => TELLINGS_IN_SQLITE,
+            Engine::Postgres(_) => TELLINGS_IN_POSTGRES,
+        };
+        let told = rows!(session, fetch_all, (String, Vec<u8>, String), sql, ids)?;
+        session.done().await?;
+        let mut tellings: HashMap<String, Vec<Known>> = HashMap::new();
+        for (stripe_invoice_id, key, telling) in told {
+            tellings.entry(stripe_invoice_id).or_default().push(known((key, telling))?);
+        }
+        for invoice in &mut invoices {
+            invoice.tellings = invoice.stripe_invoice_id.as_ref().and_then(|id| tellings.remove(id)).unwrap_or_default();
         }
         Ok(invoices)
     }
@@ -155,97 +230,62 @@ impl Store {
     /// Who holds these Stripe invoices: tenant, invoice, Stripe invoice.
     pub async fn holders(&self, stripe_invoice_ids: &[String]) -> Result<Vec<(String, String, String)>, StoreError> {
         let mut holders = Vec::new();
+        let mut session = self.session().await?;
         for id in stripe_invoice_ids {
-            let sql = "select tenant_uid, invoice_uid, stripe_invoice_id from invoices where stripe_invoice_id = $1";
-            holders.extend(sqlx::query_as::<_, (String, String, String)>(sql).bind(id).fetch_optional(&self.read).await?);
+            holders.extend(rows!(session, fetch_optional, (String, String, String), HOLDER, id)?);
         }
+        session.done().await?;
         Ok(holders)
     }
 }
 
-async fn read_invoice(
-    connection: &mut SqliteConnection,
-    tenant_uid: &str,
-    invoice_uid: &str,
-) -> Result<Option<StoredInvoice>, StoreError> {
-    let rows = sqlx::query(INVOICE_AND_TELLINGS).bind(tenant_uid).bind(invoice_uid).fetch_all(connection).await?;
-    let Some((first, tellings)) = rows.split_first() else { return Ok(None) };
-    let mut invoice = stored_invoice(first, tenant_uid.to_owned(), invoice_uid.to_owned())?;
-    invoice.tellings = tellings.iter().map(known).collect::<Result<_, _>>()?;
-    Ok(Some(invoice))
+async fn read(session: &mut Session, tenant_uid: &str, invoice_uid: &str) -> Result<Option<StoredInvoice>, StoreError> {
+    let found = rows!(session, fetch_all, InvoiceOrTellingRow, INVOICE_AND_TELLINGS, tenant_uid, invoice_uid)?;
+    let mut invoice = None;
+    let mut tellings: Vec<Known> = Vec::with_capacity(found.len());
+    for row in found {
+        match row {
+            (stripe_invoice_id, Some(document), Some(imported_states), Some(stored_ms), Some(revision), ..) => {
+                let (tenant_uid, invoice_uid) = (tenant_uid.to_owned(), invoice_uid.to_owned());
+                let row = (tenant_uid, invoice_uid, stripe_invoice_id, document, imported_states, stored_ms, revision);
+                invoice = Some(stored_invoice(row));
+            }
+            (.., Some(key), Some(telling)) => tellings.push(known((key, telling) as TellingRow)?),
+            _ => return Err(StoreError::Refused("an invoice came without its document".to_owned())),
+        }
+    }
+    Ok(invoice.map(|invoice| StoredInvoice { tellings, ..invoice }))
 }
 
-fn stored_invoice(row: &SqliteRow, tenant_uid: String, invoice_uid: String) -> Result<StoredInvoice, StoreError> {
-    Ok(StoredInvoice {
-        tenant_uid,
-        invoice_uid,
-        stripe_invoice_id: row.try_get("stripe_invoice_id")?,
-        document: row.try_get("document")?,
-        imported_states: row.try_get("imported_states")?,
-        stored_ms: row.try_get("stored_ms")?,
-        revision: row.try_get("revision")?,
-        tellings: Vec::new(),
-    })
+fn stored_invoice(row: InvoiceRow) -> StoredInvoice {
+    let (tenant_uid, invoice_uid, stripe_invoice_id, document, imported_states, stored_ms, revision) = row;
+    let tellings = Vec::new();
+    StoredInvoice { tenant_uid, invoice_uid, stripe_invoice_id, document, imported_states, stored_ms, revision, tellings }
 }
 
-async fn write_invoice(
-    connection: &mut SqliteConnection,
-    new: &NewInvoice,
-    stored: Option<StoredInvoice>,
-    now_ms: i64,
-) -> Result<Put, StoreError> {
-    if let Some(id) = &new.stripe_invoice_id {
+async fn write(session: &mut Session, new: &NewInvoice, stored: Option<StoredInvoice>, now_ms: i64) -> Result<Put, StoreError> {
+    let NewInvoice { tenant_uid, invoice_uid, stripe_invoice_id, document, imported_states } = new;
+    if let Some(id) = stripe_invoice_id {
         let kept = stored.as_ref().and_then(|s| s.stripe_invoice_id.as_ref());
         if kept.is_some_and(|kept| kept != id) {
             return Ok(Put::StripeInvoiceFixed);
         }
-        let sql = "select count(*) from invoices where stripe_invoice_id = $1 and not (tenant_uid = $2 and invoice_uid = $3)";
-        let others: i64 =
-            sqlx::query_scalar(sql).bind(id).bind(&new.tenant_uid).bind(&new.invoice_uid).fetch_one(&mut *connection).await?;
-        if others > 0 {
+        let holder = rows!(session, fetch_optional, (String, String, String), HOLDER, id)?;
+        if holder.is_some_and(|(tenant, uid, _)| (&tenant, &uid) != (tenant_uid, invoice_uid)) {
             return Ok(Put::StripeInvoiceTaken);
         }
     }
-    match stored {
-        None => insert_invoice(connection, new, now_ms).await,
-        Some(stored) => replace_invoice(connection, new, stored).await,
-    }
-}
-
-async fn insert_invoice(connection: &mut SqliteConnection, new: &NewInvoice, now_ms: i64) -> Result<Put, StoreError> {
-    sqlx::query(
-        "insert into invoices (tenant_uid, invoice_uid, stripe_invoice_id, document, imported_states, stored_ms, revision)
-         values ($1, $2, $3, $4, $5, $6, 1)",
-    )
-    .bind(&new.tenant_uid)
-    .bind(&new.invoice_uid)
-    .bind(&new.stripe_invoice_id)
-    .bind(&new.document)
-    .bind(&new.imported_states)
-    .bind(now_ms)
-    .execute(connection)
-    .await?;
-    Ok(Put::Created)
-}
-
-async fn replace_invoice(connection: &mut SqliteConnection, new: &NewInvoice, stored: StoredInvoice) -> Result<Put, StoreError> {
-    let document = match (&new.stripe_invoice_id, &stored.stripe_invoice_id) {
-        (None, Some(kept)) => with_stripe_invoice(&new.document, kept)?,
-        _ => new.document.clone(),
+    let Some(stored) = stored else {
+        execute!(session, INSERT, tenant_uid, invoice_uid, stripe_invoice_id, document, imported_states, now_ms)?;
+        return Ok(Put::Created);
     };
-    if document != stored.document || new.stripe_invoice_id.is_some() {
-        let changed = i64::from(document != stored.document);
-        sqlx::query(
-            "update invoices set document = $3, stripe_invoice_id = coalesce($4, stripe_invoice_id), revision = revision + $5
-             where tenant_uid = $1 and invoice_uid = $2",
-        )
-        .bind(&new.tenant_uid)
-        .bind(&new.invoice_uid)
-        .bind(&document)
-        .bind(&new.stripe_invoice_id)
-        .bind(changed)
-        .execute(connection)
-        .await?;
+    let document = match (stripe_invoice_id, &stored.stripe_invoice_id) {
+        (None, Some(kept)) => with_stripe_invoice(document, kept)?,
+        _ => document.clone(),
+    };
+    let is_other = document != stored.document;
+    if is_other || stripe_invoice_id.is_some() {
+        execute!(session, UPDATE, tenant_uid, invoice_uid, document, stripe_invoice_id, i64::from(is_other))?;
     }
     Ok(Put::Replaced)
 }

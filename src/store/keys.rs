@@ -1,8 +1,6 @@
 //! API keys: only the hash of each is kept.
 
-use sqlx::Row;
-use sqlx::sqlite::SqliteRow;
-
+use super::session::{execute, rows};
 use super::{Store, StoreError};
 
 /// What a key opens.
@@ -34,55 +32,52 @@ pub struct ApiKey {
     pub revoked_ms: Option<i64>,
 }
 
+/// Id, tenant, created, expires, revoked.
+type KeyRow = (String, Option<String>, i64, Option<i64>, Option<i64>);
+
+const INSERT: &str = "insert into api_keys (id, secret_sha256, tenant_uid, created_ms, expires_ms, revoked_ms)
+                      values ($1, $2, $3, $4, $5, $6)";
+const BY_HASH: &str = "select id, tenant_uid, created_ms, expires_ms, revoked_ms from api_keys where secret_sha256 = $1";
+const ALL: &str = "select id, tenant_uid, created_ms, expires_ms, revoked_ms from api_keys order by created_ms desc, id";
+const REVOKE: &str = "update api_keys set revoked_ms = $2 where id = $1 and revoked_ms is null";
+
 impl Store {
     pub async fn insert_key(&self, key: &ApiKey, secret_sha256: &[u8; 32]) -> Result<(), StoreError> {
-        let tenant_uid = match &key.scope {
+        let ApiKey { id, scope, created_ms, expires_ms, revoked_ms } = key;
+        let tenant_uid = match scope {
             Scope::Tenant(tenant_uid) => Some(tenant_uid),
             Scope::Operator => None,
         };
-        sqlx::query(
-            "insert into api_keys (id, secret_sha256, tenant_uid, created_ms, expires_ms, revoked_ms) values ($1, $2, $3, $4, $5, $6)",
-        )
-        .bind(&key.id)
-        .bind(&secret_sha256[..])
-        .bind(tenant_uid)
-        .bind(key.created_ms)
-        .bind(key.expires_ms)
-        .bind(key.revoked_ms)
-        .execute(&self.write)
-        .await?;
-        Ok(())
+        let mut session = self.transaction().await?;
+        execute!(session, INSERT, id, &secret_sha256[..], tenant_uid, created_ms, expires_ms, revoked_ms)?;
+        session.commit().await
     }
 
     /// The key with this hash, expired and revoked ones too.
     pub async fn key_by_hash(&self, secret_sha256: &[u8; 32]) -> Result<Option<ApiKey>, StoreError> {
-        let sql = "select id, tenant_uid, created_ms, expires_ms, revoked_ms from api_keys where secret_sha256 = $1";
-        let row = sqlx::query(sql).bind(&secret_sha256[..]).fetch_optional(&self.read).await?;
-        row.as_ref().map(api_key).transpose()
+        let mut session = self.session().await?;
+        let row = rows!(session, fetch_optional, KeyRow, BY_HASH, &secret_sha256[..])?;
+        session.done().await?;
+        Ok(row.map(api_key))
     }
 
     /// All keys, the newest first.
     pub async fn keys(&self) -> Result<Vec<ApiKey>, StoreError> {
-        let sql = "select id, tenant_uid, created_ms, expires_ms, revoked_ms from api_keys order by created_ms desc, id";
-        let rows = sqlx::query(sql).fetch_all(&self.read).await?;
-        rows.iter().map(api_key).collect()
+        let mut session = self.session().await?;
+        let rows = rows!(session, fetch_all, KeyRow, ALL)?;
+        session.done().await?;
+        Ok(rows.into_iter().map(api_key).collect())
     }
 
     /// Revokes a key at once. False: there is no such key, or it is revoked already.
     pub async fn revoke_key(&self, id: &str, now_ms: i64) -> Result<bool, StoreError> {
-        let sql = "update api_keys set revoked_ms = $2 where id = $1 and revoked_ms is null";
-        let done = sqlx::query(sql).bind(id).bind(now_ms).execute(&self.write).await?;
-        Ok(done.rows_affected() == 1)
+        let mut session = self.transaction().await?;
+        let revoked = execute!(session, REVOKE, id, now_ms)?;
+        session.commit().await?;
+        Ok(revoked == 1)
     }
 }
 
-fn api_key(row: &SqliteRow) -> Result<ApiKey, StoreError> {
-    let tenant_uid: Option<String> = row.try_get("tenant_uid")?;
-    Ok(ApiKey {
-        id: row.try_get("id")?,
-        scope: tenant_uid.map_or(Scope::Operator, Scope::Tenant),
-        created_ms: row.try_get("created_ms")?,
-        expires_ms: row.try_get("expires_ms")?,
-        revoked_ms: row.try_get("revoked_ms")?,
-    })
+fn api_key((id, tenant_uid, created_ms, expires_ms, revoked_ms): KeyRow) -> ApiKey {
+    ApiKey { id, scope: tenant_uid.map_or(Scope::Operator, Scope::Tenant), created_ms, expires_ms, revoked_ms }
 }

@@ -1,76 +1,77 @@
 //! The only SQL. A `Store` is opened by URL; every method is one statement or one transaction.
 //!
-//! `events` is the log of deliveries, `invoices` the stored documents, `keys` the API keys. What the rows mean to a payment is
-//! not known here: that is `domain`.
+//! `events` is the log of deliveries, `invoices` the stored documents, `keys` the API keys: one text of SQL for both engines,
+//! run through `session`. What differs between them, opening and appending, is in `sqlite` and `postgres`. What the rows mean
+//! to a payment is not known here: that is `domain`.
 
 mod error;
 mod events;
 mod invoices;
 mod keys;
-
-use std::str::FromStr;
-use std::time::Duration;
+mod postgres;
+mod session;
+mod sqlite;
 
 use sqlx::migrate::{Migrate, Migration, MigrationType, Migrator};
-use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous};
-use sqlx::{SqlSafeStr, Sqlite, Transaction};
+use sqlx::{Connection, SqlSafeStr};
 
 pub use error::StoreError;
 pub use events::{Appended, EventFilter, LoggedEvent, NewEvent, Outcome, PackedBody, Source, StoredBody};
 pub use invoices::{InvoiceCursor, NewInvoice, Put, StoredInvoice};
 pub use keys::{ApiKey, Scope};
 
-/// Embedded into the binary. An applied migration is never edited.
-const MIGRATIONS: [(i64, &str, &str); 1] = [(1, "start", include_str!("../../migrations/sqlite/0001_start.sql"))];
+use postgres::PostgresStore;
+use session::{Session, rows};
+use sqlite::SqliteStore;
 
-/// How long a statement waits for another process that writes to the same file.
-const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
-const READERS: u32 = 4;
+/// Embedded into the binary, in the words of each engine. An applied migration is never edited.
+const MIGRATIONS: [(i64, &str, [&str; 2]); 1] = [(
+    1,
+    "start",
+    [include_str!("../../migrations/sqlite/0001_start.sql"), include_str!("../../migrations/postgres/0001_start.sql")],
+)];
+const MIGRATIONS_TABLE: &str = "_sqlx_migrations";
+/// Who migrates holds this lock of PostgreSQL's. Any number, as long as it stays.
+const MIGRATION_LOCK: &str = "select pg_advisory_xact_lock(7305821964)";
 
-/// One SQLite database: a single writing connection, and several that read beside it.
+/// One database; cheap to clone.
 #[derive(Clone, Debug)]
-pub struct Store {
-    write: SqlitePool,
-    read: SqlitePool,
+pub struct Store(Engine);
+
+#[derive(Clone, Debug)]
+enum Engine {
+    Sqlite(SqliteStore),
+    Postgres(PostgresStore),
 }
 
 impl Store {
-    /// Opens `sqlite://PATH`, creating the file when it is missing. Does not migrate.
+    /// Opens `sqlite://PATH`, creating the file when it is missing, or `postgres://...`. Does not migrate.
     ///
     /// # Errors
-    /// [`StoreError::Refused`] when the URL is no such URL, [`StoreError::Unavailable`] when the file cannot be opened.
+    /// [`StoreError::Refused`] when the URL is no such URL, another when the database cannot be reached.
     pub async fn connect(url: &str) -> Result<Store, StoreError> {
-        let path = Store::check_url(url).map_err(StoreError::Refused)?;
-        let options = SqliteConnectOptions::from_str(&format!("sqlite://{path}"))?
-            .create_if_missing(true)
-            .foreign_keys(true)
-            .page_size(8192)
-            .journal_mode(SqliteJournalMode::Wal)
-            .synchronous(SqliteSynchronous::Full)
-            .busy_timeout(BUSY_TIMEOUT)
-            .statement_cache_capacity(64);
-        // The writer first: it creates the file, which readers may not.
-        let writer =
-            SqlitePoolOptions::new().max_connections(1).idle_timeout(None).max_lifetime(None).acquire_timeout(BUSY_TIMEOUT);
-        let write = writer.connect_with(options.clone()).await.map_err(|e| StoreError::from(e).about(path))?;
-        let readers =
-            SqlitePoolOptions::new().max_connections(READERS).idle_timeout(None).max_lifetime(None).acquire_timeout(BUSY_TIMEOUT);
-        let read = readers.connect_with(options.create_if_missing(false).read_only(true)).await?;
-        Ok(Store { write, read })
+        Store::check_url(url).map_err(StoreError::Refused)?;
+        Ok(Store(match url.strip_prefix("sqlite://") {
+            Some(path) => Engine::Sqlite(SqliteStore::open(path).await.map_err(|e| e.about(path))?),
+            None => Engine::Postgres(PostgresStore::open(url).await?),
+        }))
     }
 
-    /// The path in a `sqlite://PATH` URL.
+    /// Whether `connect` can make anything of this URL.
     ///
     /// # Errors
-    /// In words, why it is none.
-    pub fn check_url(url: &str) -> Result<&str, String> {
+    /// In words that do not show a password, why not.
+    pub fn check_url(url: &str) -> Result<(), String> {
+        if url.starts_with("postgres://") || url.starts_with("postgresql://") {
+            return url.parse::<sqlx::postgres::PgConnectOptions>().map(drop).map_err(|e| format!("it cannot be read: {e}"));
+        }
         match url.strip_prefix("sqlite://") {
-            Some("") => Err("the database URL names no file: write sqlite://PATH".to_owned()),
+            Some("") => Err("it names no file: write sqlite://PATH".to_owned()),
             Some(path) if path.starts_with(":memory:") || path.contains("mode=memory") => {
                 Err("a database in memory keeps nothing: write sqlite://PATH".to_owned())
             }
-            Some(path) => Ok(path),
-            None => Err("the database URL must be sqlite://PATH".to_owned()),
+            Some(_) => Ok(()),
+            None => Err("it must be sqlite://PATH or postgres://USER:PASSWORD@HOST/DATABASE".to_owned()),
         }
     }
 
@@ -79,40 +80,95 @@ impl Store {
     /// # Errors
     /// [`StoreError::Refused`] when the database was made by a newer version of this program.
     pub async fn migrate(&self) -> Result<Vec<&'static str>, StoreError> {
-        let migrations = MIGRATIONS
-            .map(|(version, name, sql)| Migration::new(version, name.into(), MigrationType::Simple, sql.into_sql_str(), false));
-        let migrator = Migrator::with_migrations(migrations.into());
-        // sqlx locks nothing on SQLite; its own transactions become savepoints inside this one.
-        let mut transaction = self.begin().await?;
-        transaction.ensure_migrations_table("_sqlx_migrations").await?;
-        let before = transaction.list_applied_migrations("_sqlx_migrations").await?;
-        migrator.run_direct(None, &mut *transaction, false).await?;
-        transaction.commit().await?;
-        let is_new = |version: i64| before.iter().all(|applied| applied.version != version);
-        Ok(MIGRATIONS.iter().filter(|(version, ..)| is_new(*version)).map(|(_, name, _)| *name).collect())
+        if self.ping().await.is_ok() {
+            return Ok(Vec::new());
+        }
+        // sqlx's own lock is none on SQLite, and belongs to a connection on PostgreSQL, which a pooler does not know. A
+        // transaction is a lock on both; sqlx's transactions become savepoints inside it.
+        match &self.0 {
+            Engine::Sqlite(store) => {
+                let mut transaction = store.writer().begin_with("begin immediate").await?;
+                let applied = migrate_on(&mut *transaction, 0).await?;
+                transaction.commit().await?;
+                Ok(applied)
+            }
+            Engine::Postgres(store) => {
+                let mut connection = store.connect_apart().await?;
+                let mut transaction = connection.begin().await?;
+                sqlx::raw_sql(MIGRATION_LOCK).execute(&mut *transaction).await?;
+                let applied = migrate_on(&mut *transaction, 1).await?;
+                transaction.commit().await?;
+                connection.close().await?;
+                Ok(applied)
+            }
+        }
     }
 
     /// Can be reached, and is migrated to just what this program needs.
     ///
     /// # Errors
-    /// [`StoreError::Unavailable`], in words.
+    /// In words, why not.
     pub async fn ping(&self) -> Result<(), StoreError> {
-        let latest: i64 =
-            sqlx::query_scalar("select coalesce(max(version), 0) from _sqlx_migrations").fetch_one(&self.read).await?;
+        const LATEST: &str = "select coalesce(max(version), 0) from _sqlx_migrations";
+        let mut session = self.session().await?;
+        let (latest,) = rows!(session, fetch_one, (i64,), LATEST)?;
+        session.done().await?;
         if latest == MIGRATIONS[MIGRATIONS.len() - 1].0 {
             return Ok(());
         }
-        Err(StoreError::Unavailable(format!("the database is at migration {latest}, which is not what this version needs")))
+        Err(StoreError::Unavailable(format!("it is at migration {latest}, which is not what this version needs")))
+    }
+
+    /// Appends a batch in one transaction; durable when it returns, or nothing is kept. Answers in the order of the batch.
+    /// Repeating is harmless: a key that is there already, or twice in the batch, is a duplicate.
+    pub async fn append(&self, batch: &[NewEvent]) -> Result<Vec<Appended>, StoreError> {
+        match &self.0 {
+            Engine::Sqlite(store) => store.append(batch).await,
+            Engine::Postgres(store) => store.append(batch).await,
+        }
+    }
+
+    /// How many batches may be appended at a time and gain by it.
+    pub fn writers(&self) -> usize {
+        match &self.0 {
+            Engine::Sqlite(_) => 1,
+            Engine::Postgres(_) => 2,
+        }
     }
 
     /// Closes all connections. What was answered is on disk already.
     pub async fn close(&self) {
-        self.read.close().await;
-        self.write.close().await;
+        match &self.0 {
+            Engine::Sqlite(store) => store.close().await,
+            Engine::Postgres(store) => store.close().await,
+        }
     }
 
-    /// A write transaction takes the lock at once: one that reads first fails when another process writes in between.
-    async fn begin(&self) -> Result<Transaction<'static, Sqlite>, StoreError> {
-        Ok(self.write.begin_with("begin immediate").await?)
+    /// A connection for statements that read, or that each stand alone.
+    async fn session(&self) -> Result<Session, StoreError> {
+        match &self.0 {
+            Engine::Sqlite(store) => store.session().await,
+            Engine::Postgres(store) => store.session().await,
+        }
     }
+
+    /// A transaction that sees no other's writes: it is as if it ran alone, or it is [`StoreError::Contended`].
+    async fn transaction(&self) -> Result<Session, StoreError> {
+        match &self.0 {
+            Engine::Sqlite(store) => store.transaction().await,
+            Engine::Postgres(store) => store.transaction("begin isolation level serializable").await,
+        }
+    }
+}
+
+async fn migrate_on(connection: &mut impl Migrate, engine: usize) -> Result<Vec<&'static str>, StoreError> {
+    let migrations = MIGRATIONS.map(|(version, name, sql)| {
+        Migration::new(version, name.into(), MigrationType::Simple, sql[engine].into_sql_str(), false)
+    });
+    let migrator = Migrator::with_migrations(migrations.into());
+    connection.ensure_migrations_table(MIGRATIONS_TABLE).await?;
+    let before = connection.list_applied_migrations(MIGRATIONS_TABLE).await?;
+    migrator.run_direct(None, connection, false).await?;
+    let is_new = |version: i64| before.iter().all(|applied| applied.version != version);
+    Ok(MIGRATIONS.iter().filter(|(version, ..)| is_new(*version)).map(|(_, name, _)| *name).collect())
 }

@@ -3,6 +3,7 @@
 mod command;
 mod database;
 mod http;
+mod postgres;
 mod world;
 
 pub use command::Ran;
@@ -25,6 +26,11 @@ macro_rules! each_database {
                 #[tokio::test]
                 async fn sqlite() {
                     run($crate::support::World::start($crate::support::Engine::Sqlite).await).await
+                }
+
+                #[tokio::test]
+                async fn postgres() {
+                    run($crate::support::World::start($crate::support::Engine::Postgres).await).await
                 }
             }
         )*

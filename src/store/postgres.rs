@@ -1,0 +1,224 @@
+//! PostgreSQL: opened by URL, appended to by one statement a batch, and watched.
+//!
+//! When the server is away, nobody waits for it: the gate closes with the first failure, everything is refused at once, and a
+//! task knocks until the server answers again.
+
+use std::str::FromStr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
+use sqlx::{ConnectOptions, Connection as _, PgConnection, PgPool, Row};
+use tokio::time::error::Elapsed;
+
+use super::session::{Connection, PostgresConnection, Session, limited, rows_in_postgres};
+use super::{Appended, NewEvent, StoreError};
+
+const CONNECTIONS: u32 = 10;
+/// How long to wait for a free connection, or for a new one.
+const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(1);
+/// How often a server that is away is asked again.
+const KNOCK: Duration = Duration::from_millis(200);
+
+#[derive(Clone, Debug)]
+pub(super) struct PostgresStore {
+    pool: PgPool,
+    /// A pooler stands between us and the server, and may hand each transaction to another of its connections.
+    is_pooled: bool,
+    gate: Gate,
+}
+
+/// Closed while the server is away.
+#[derive(Clone, Debug)]
+pub(super) struct Gate(Arc<GateState>);
+
+#[derive(Debug)]
+struct GateState {
+    options: PgConnectOptions,
+    is_closed: AtomicBool,
+    /// Connections that are older may lead to a server that is gone.
+    opened: Mutex<Instant>,
+}
+
+impl PostgresStore {
+    /// # Errors
+    /// [`StoreError::Refused`] when the server acknowledges commits that are not on its disk.
+    pub async fn open(url: &str) -> Result<PostgresStore, StoreError> {
+        let options = PgConnectOptions::from_str(url).map_err(|e| StoreError::Refused(e.to_string()))?;
+        // A parameter that poolers do not know; nothing here is a float.
+        let options = options.extra_float_digits(None).application_name("stripe-reconciler");
+        let looked_at = limited(look_at(url, &options)).await;
+        let is_pooled = looked_at.map_err(|_| StoreError::Unavailable("the server does not answer".to_owned()))??;
+        let state = GateState { options: options.clone(), is_closed: AtomicBool::new(false), opened: Mutex::new(Instant::now()) };
+        let gate = Gate(Arc::new(state));
+        let watched = gate.clone();
+        let pool = PgPoolOptions::new()
+            .max_connections(CONNECTIONS)
+            .acquire_timeout(ACQUIRE_TIMEOUT)
+            .test_before_acquire(false)
+            .before_acquire(move |_, about| {
+                let is_current = about.age <= watched.opened().elapsed();
+                Box::pin(async move { Ok(is_current) })
+            });
+        Ok(PostgresStore { pool: pool.connect_lazy_with(options), is_pooled, gate })
+    }
+
+    /// A connection for statements that each stand alone.
+    pub async fn session(&self) -> Result<Session, StoreError> {
+        let mut session = self.acquire().await?;
+        if self.is_pooled {
+            // sqlx prepares and executes in two steps, and a pooler keeps both on one connection only within a transaction.
+            session.begin("begin").await?;
+        }
+        Ok(session)
+    }
+
+    pub async fn transaction(&self, begin: &'static str) -> Result<Session, StoreError> {
+        let mut session = self.acquire().await?;
+        session.begin(begin).await?;
+        Ok(session)
+    }
+
+    async fn acquire(&self) -> Result<Session, StoreError> {
+        self.gate.pass()?;
+        let acquired = self.gate.judge(Ok(self.pool.acquire().await))?;
+        let (named, gate) = (!self.is_pooled, self.gate.clone());
+        Ok(Session::new(Connection::Postgres(PostgresConnection { inner: acquired, named, gate, is_unsure: false })))
+    }
+
+    /// A connection of its own, for migrations: they may take long, and change what others have prepared.
+    pub async fn connect_apart(&self) -> Result<PgConnection, StoreError> {
+        let mut connection = self.gate.0.options.connect().await?;
+        if self.is_pooled {
+            // Names that another client of the pooler has left on this server connection.
+            sqlx::raw_sql("deallocate all").execute(&mut connection).await?;
+        }
+        Ok(connection)
+    }
+
+    /// The whole batch in one statement: one round trip, one commit.
+    pub async fn append(&self, batch: &[NewEvent]) -> Result<Vec<Appended>, StoreError> {
+        let column = |pick: fn(&NewEvent) -> Option<&str>| -> Vec<Option<String>> {
+            batch.iter().map(|event| pick(event).map(str::to_owned)).collect()
+        };
+        let mentions = || batch.iter().flat_map(|event| event.mentions.iter().map(move |mention| (event, mention)));
+        let mut session = self.session().await?;
+        let Connection::Postgres(connection) = &mut session.connection else {
+            unreachable!("the sessions of this store are PostgreSQL's")
+        };
+        let new = rows_in_postgres!(
+            connection,
+            fetch_all,
+            (Vec<u8>,),
+            APPEND,
+            batch.iter().map(|e| e.key.0.to_vec()).collect::<Vec<_>>(),
+            column(|e| e.id.as_deref()),
+            column(|e| e.event_type.as_deref()),
+            column(|e| e.api_version.as_deref()),
+            column(|e| e.object_id.as_deref()),
+            batch.iter().map(|e| e.created_s).collect::<Vec<_>>(),
+            batch.iter().map(|e| e.received_ms).collect::<Vec<_>>(),
+            column(|e| Some(e.source.as_str())),
+            column(|e| e.secret_label.as_deref()),
+            column(|e| Some(e.outcome.as_str())),
+            column(|e| e.unreadable_reason.as_deref()),
+            column(|e| e.telling.as_deref()),
+            batch.iter().map(|e| e.body.as_bytes()).collect::<Vec<_>>(),
+            mentions().map(|(_, m)| m.object_id.as_str()).collect::<Vec<_>>(),
+            mentions().map(|(e, _)| e.key.0.to_vec()).collect::<Vec<_>>(),
+            mentions().map(|(_, m)| m.is_invoice).collect::<Vec<_>>()
+        )?;
+        session.done().await?;
+        Ok(super::events::answers(batch, new.into_iter().map(|(key,)| key)))
+    }
+
+    pub async fn close(&self) {
+        self.pool.close().await;
+    }
+}
+
+/// Sorted, so that batches of several writers take their locks in one order.
+const APPEND: &str = "
+    with incoming as (
+        select * from unnest($1::bytea[], $2::text[], $3::text[], $4::text[], $5::text[], $6::bigint[], $7::bigint[], $8::text[],
+                             $9::text[], $10::text[], $11::text[], $12::text[], $13::bytea[])
+            as row (key, id, event_type, api_version, object_id, created_s, received_ms, source, secret_label, outcome,
+                    unreadable_reason, telling, body)
+    ), new as (
+        insert into events (key, id, event_type, api_version, object_id, created_s, received_ms, source, secret_label, outcome,
+                            unreadable_reason, telling, body)
+        select * from incoming order by key
+        on conflict do nothing returning key
+    ), linked as (
+        insert into mentions (object_id, event_key, is_invoice)
+        select mention.* from unnest($14::text[], $15::bytea[], $16::boolean[]) as mention (object_id, event_key, is_invoice)
+        join new on new.key = mention.event_key
+        order by mention.object_id, mention.event_key
+        on conflict do nothing
+    )
+    select key from new";
+
+/// Is there a pooler in between? `statement-cache-capacity=0` in the URL says so; and so does a server that listens on
+/// another port than the one that we came to.
+async fn look_at(url: &str, options: &PgConnectOptions) -> Result<bool, StoreError> {
+    let mut connection = options.connect().await?;
+    let about = "select inet_server_port(), current_setting('synchronous_commit')";
+    let row = sqlx::Executor::fetch_one(&mut connection, sqlx::raw_sql(about)).await?;
+    let (port, commits): (Option<i32>, String) = (row.try_get(0)?, row.try_get(1)?);
+    connection.close().await?;
+    if commits == "off" {
+        return Err(StoreError::Refused(
+            "its synchronous_commit is off, so what it acknowledges can be lost: \
+             set it on (alter database ... set synchronous_commit = on)"
+                .to_owned(),
+        ));
+    }
+    let by_socket = options.get_socket().is_some() || options.get_host().starts_with('/');
+    let elsewhere = !by_socket && port.is_none_or(|port| port != i32::from(options.get_port()));
+    Ok(elsewhere || url.contains("statement-cache-capacity=0"))
+}
+
+impl Gate {
+    fn pass(&self) -> Result<(), StoreError> {
+        if self.0.is_closed.load(Ordering::Acquire) {
+            return Err(StoreError::Unavailable("the server is away".to_owned()));
+        }
+        Ok(())
+    }
+
+    /// Takes a result, and closes when it says that the server is away.
+    pub fn judge<T>(&self, ended: Result<Result<T, sqlx::Error>, Elapsed>) -> Result<T, StoreError> {
+        let error = match ended {
+            Ok(Ok(value)) => return Ok(value),
+            Ok(Err(error)) => StoreError::from(error),
+            Err(_) => StoreError::Away("the server did not answer in time".to_owned()),
+        };
+        if matches!(error, StoreError::Away(_)) && !self.0.is_closed.swap(true, Ordering::AcqRel) {
+            tracing::warn!(%error, "the database is away: everything is refused until it is back");
+            tokio::spawn(self.clone().knock());
+        }
+        Err(error)
+    }
+
+    fn opened(&self) -> MutexGuard<'_, Instant> {
+        self.0.opened.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn knock(self) {
+        while !matches!(limited(self.answers()).await, Ok(Ok(true))) {
+            tokio::time::sleep(KNOCK).await;
+        }
+        *self.opened() = Instant::now();
+        self.0.is_closed.store(false, Ordering::Release);
+        tracing::warn!("the database is back");
+    }
+
+    /// Takes statements, and can write.
+    async fn answers(&self) -> Result<bool, sqlx::Error> {
+        let mut connection = self.0.options.connect().await?;
+        let row = sqlx::Executor::fetch_one(&mut connection, sqlx::raw_sql("select not pg_is_in_recovery()")).await?;
+        connection.close().await?;
+        row.try_get(0)
+    }
+}

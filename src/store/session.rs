@@ -1,0 +1,141 @@
+//! A connection of either engine, and statements on it: the same text and the same tuples for both.
+
+use std::time::Duration;
+
+use sqlx::pool::PoolConnection;
+use sqlx::{Executor, PgConnection, Postgres, Sqlite};
+use tokio::time::error::Elapsed;
+
+use super::StoreError;
+use super::postgres::Gate;
+
+/// How long PostgreSQL may take for one statement: a server that is paused refuses nothing.
+pub(super) const STATEMENT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// One connection, for a few statements or for a transaction.
+///
+/// When it is dropped in the middle of a transaction, or after a statement that did not end, the connection is closed: what it
+/// had begun is rolled back.
+pub(super) struct Session {
+    pub(super) connection: Connection,
+    in_transaction: bool,
+}
+
+pub(super) enum Connection {
+    Sqlite(PoolConnection<Sqlite>),
+    Postgres(PostgresConnection),
+}
+
+pub(super) struct PostgresConnection {
+    pub(super) inner: PoolConnection<Postgres>,
+    /// Statements may be prepared under a name.
+    pub(super) named: bool,
+    pub(super) gate: Gate,
+    /// A statement did not end, or failed.
+    pub(super) is_unsure: bool,
+}
+
+/// Reads rows on a [`Session`], as tuples: `rows!(session, fetch_all, Row, SQL, bind, bind)`.
+macro_rules! rows {
+    ($session:expr, $method:ident, $row:ty, $sql:expr $(, $bind:expr)* $(,)?) => {
+        match &mut $session.connection {
+            $crate::store::session::Connection::Sqlite(connection) => {
+                let statement = sqlx::query_as::<_, $row>($sql)$(.bind($bind))*;
+                statement.$method(&mut **connection).await.map_err($crate::store::StoreError::from)
+            }
+            $crate::store::session::Connection::Postgres(connection) => {
+                $crate::store::session::rows_in_postgres!(connection, $method, $row, $sql $(, $bind)*)
+            }
+        }
+    };
+}
+/// As [`rows`], where a statement is only PostgreSQL's.
+macro_rules! rows_in_postgres {
+    ($connection:expr, $method:ident, $row:ty, $sql:expr $(, $bind:expr)* $(,)?) => {{
+        let (inner, named) = $connection.start();
+        let statement = sqlx::query_as::<_, $row>($sql).persistent(named)$(.bind($bind))*;
+        let ended = $crate::store::session::limited(statement.$method(inner)).await;
+        $connection.end(ended)
+    }};
+}
+/// Changes rows on a [`Session`], and says how many: `execute!(session, SQL, bind, bind)`.
+macro_rules! execute {
+    ($session:expr, $sql:expr $(, $bind:expr)* $(,)?) => {
+        match &mut $session.connection {
+            $crate::store::session::Connection::Sqlite(connection) => {
+                let executed = sqlx::query($sql)$(.bind($bind))*.execute(&mut **connection).await;
+                executed.map(|done| done.rows_affected()).map_err($crate::store::StoreError::from)
+            }
+            $crate::store::session::Connection::Postgres(connection) => {
+                let (inner, named) = connection.start();
+                let statement = sqlx::query($sql).persistent(named)$(.bind($bind))*;
+                let ended = $crate::store::session::limited(statement.execute(inner)).await;
+                connection.end(ended).map(|done| done.rows_affected())
+            }
+        }
+    };
+}
+pub(super) use {execute, rows, rows_in_postgres};
+
+/// Gives a statement up when it takes too long.
+pub(super) async fn limited<T>(statement: impl Future<Output = T>) -> Result<T, Elapsed> {
+    tokio::time::timeout(STATEMENT_TIMEOUT, statement).await
+}
+
+impl PostgresConnection {
+    /// The connection, for one statement, and whether that may be prepared under a name.
+    pub(super) fn start(&mut self) -> (&mut PgConnection, bool) {
+        self.is_unsure = true;
+        (&mut self.inner, self.named)
+    }
+
+    pub(super) fn end<T>(&mut self, ended: Result<Result<T, sqlx::Error>, Elapsed>) -> Result<T, StoreError> {
+        let judged = self.gate.judge(ended);
+        self.is_unsure = judged.is_err();
+        judged
+    }
+}
+
+impl Session {
+    pub(super) fn new(connection: Connection) -> Session {
+        Session { connection, in_transaction: false }
+    }
+
+    pub(super) async fn begin(&mut self, sql: &'static str) -> Result<(), StoreError> {
+        self.in_transaction = true;
+        self.execute_plainly(sql).await
+    }
+
+    pub(super) async fn commit(mut self) -> Result<(), StoreError> {
+        self.execute_plainly("commit").await?;
+        self.in_transaction = false;
+        Ok(())
+    }
+
+    /// Ends a session that may have needed a transaction.
+    pub(super) async fn done(self) -> Result<(), StoreError> {
+        if self.in_transaction { self.commit().await } else { Ok(()) }
+    }
+
+    /// Without preparing it.
+    async fn execute_plainly(&mut self, sql: &'static str) -> Result<(), StoreError> {
+        match &mut self.connection {
+            Connection::Sqlite(connection) => Ok((**connection).execute(sqlx::raw_sql(sql)).await.map(drop)?),
+            Connection::Postgres(connection) => {
+                let (inner, _) = connection.start();
+                let ended = limited(inner.execute(sqlx::raw_sql(sql))).await;
+                connection.end(ended).map(drop)
+            }
+        }
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        match &mut self.connection {
+            Connection::Sqlite(connection) if self.in_transaction => connection.close_on_drop(),
+            Connection::Postgres(connection) if self.in_transaction || connection.is_unsure => connection.inner.close_on_drop(),
+            _ => {}
+        }
+    }
+}

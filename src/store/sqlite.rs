@@ -1,0 +1,140 @@
+//! SQLite: opened by path, one connection that writes and several that read beside it; appended to by two statements a batch.
+
+use std::str::FromStr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous};
+use tokio::sync::mpsc;
+
+use super::session::{Connection, Session, execute, rows};
+use super::{Appended, NewEvent, StoreError};
+
+/// How long a statement waits for another process that writes to the same file.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+const READERS: u32 = 4;
+const PAGE_SIZE: u32 = 8192;
+/// Bytes appended until the log (WAL) is carried into the database file.
+const CHECKPOINT_AFTER: usize = 8 << 20;
+/// Pages after which the writer carries them over itself: only when the checkpointer cannot keep up.
+const CHECKPOINT_AT_LAST: &str = "16384";
+
+#[derive(Clone, Debug)]
+pub(super) struct SqliteStore {
+    write: SqlitePool,
+    read: SqlitePool,
+    /// Bytes appended since the last checkpoint.
+    appended: Arc<AtomicUsize>,
+    checkpoint: mpsc::Sender<()>,
+}
+
+impl SqliteStore {
+    /// Opens the file, creating it when it is missing.
+    pub async fn open(path: &str) -> Result<SqliteStore, StoreError> {
+        let options = SqliteConnectOptions::from_str(&format!("sqlite://{path}"))?
+            .create_if_missing(true)
+            .foreign_keys(true)
+            .page_size(PAGE_SIZE)
+            .journal_mode(SqliteJournalMode::Wal)
+            .synchronous(SqliteSynchronous::Full)
+            .busy_timeout(BUSY_TIMEOUT)
+            .statement_cache_capacity(64)
+            .pragma("wal_autocheckpoint", CHECKPOINT_AT_LAST);
+        let pool = |connections| {
+            let pool = SqlitePoolOptions::new().max_connections(connections).test_before_acquire(false);
+            pool.idle_timeout(None).max_lifetime(None).acquire_timeout(BUSY_TIMEOUT)
+        };
+        // The writer first: it creates the file, which readers may not.
+        let write = pool(1).connect_with(options.clone()).await?;
+        let read = pool(READERS).connect_with(options.clone().create_if_missing(false).read_only(true)).await?;
+        let checkpointer = pool(1).connect_lazy_with(options);
+        let (checkpoint, due) = mpsc::channel(1);
+        tokio::spawn(keep_log_short(checkpointer, due));
+        Ok(SqliteStore { write, read, appended: Arc::default(), checkpoint })
+    }
+
+    pub async fn session(&self) -> Result<Session, StoreError> {
+        Ok(Session::new(Connection::Sqlite(self.read.acquire().await?)))
+    }
+
+    /// A write transaction takes the lock at once: one that reads first fails when another process writes in between.
+    pub async fn transaction(&self) -> Result<Session, StoreError> {
+        let mut session = Session::new(Connection::Sqlite(self.write.acquire().await?));
+        session.begin("begin immediate").await?;
+        Ok(session)
+    }
+
+    pub fn writer(&self) -> &SqlitePool {
+        &self.write
+    }
+
+    /// A statement for the events and one for what they mention, however many there are: one call each to the connection's
+    /// thread. Small columns go as JSON, what is large or binary as parts of one blob.
+    pub async fn append(&self, batch: &[NewEvent]) -> Result<Vec<Appended>, StoreError> {
+        let mut blob = Vec::new();
+        let (mut events, mut mentions) = (Vec::with_capacity(batch.len()), Vec::new());
+        for event in batch {
+            let at = blob.len() + 1;
+            let telling = event.telling.as_deref().unwrap_or_default();
+            blob.extend_from_slice(&event.key.0);
+            blob.extend_from_slice(telling.as_bytes());
+            blob.extend_from_slice(event.body.as_bytes());
+            events.push((
+                (at, telling.len(), event.body.as_bytes().len()),
+                (&event.id, &event.event_type, &event.api_version, &event.object_id, event.created_s, event.received_ms),
+                (event.source.as_str(), &event.secret_label, event.outcome.as_str(), &event.unreadable_reason),
+            ));
+            let key = hex::encode(event.key.0);
+            mentions.extend(event.mentions.iter().map(|mention| (&mention.object_id, key.clone(), mention.is_invoice)));
+        }
+        let json = |rows: serde_json::Result<String>| rows.expect("strings and numbers always serialise");
+        let (events, mentions) = (json(serde_json::to_string(&events)), json(serde_json::to_string(&mentions)));
+        let bytes = blob.len();
+        let mut session = self.transaction().await?;
+        let new = rows!(session, fetch_all, (Vec<u8>,), APPEND_EVENTS, events, blob)?;
+        if !new.is_empty() {
+            execute!(session, APPEND_MENTIONS, mentions)?;
+        }
+        session.commit().await?;
+        self.note_appended(bytes);
+        Ok(super::events::answers(batch, new.into_iter().map(|(key,)| key)))
+    }
+
+    fn note_appended(&self, bytes: usize) {
+        if self.appended.fetch_add(bytes, Ordering::Relaxed) + bytes > CHECKPOINT_AFTER {
+            self.appended.store(0, Ordering::Relaxed);
+            // One that is under way or waits already will do.
+            let _ = self.checkpoint.try_send(());
+        }
+    }
+
+    pub async fn close(&self) {
+        self.read.close().await;
+        self.write.close().await;
+    }
+}
+
+const APPEND_EVENTS: &str = "
+    insert into events (key, id, event_type, api_version, object_id, created_s, received_ms, source, secret_label, outcome,
+                        unreadable_reason, telling, body)
+    select substr($2, value->>'$[0][0]', 24), value->>'$[1][0]', value->>'$[1][1]', value->>'$[1][2]', value->>'$[1][3]',
+           value->>'$[1][4]', value->>'$[1][5]', value->>'$[2][0]', value->>'$[2][1]', value->>'$[2][2]', value->>'$[2][3]',
+           nullif(cast(substr($2, (value->>'$[0][0]') + 24, value->>'$[0][1]') as text), ''),
+           substr($2, (value->>'$[0][0]') + 24 + (value->>'$[0][1]'), value->>'$[0][2]')
+    from json_each($1) where true on conflict do nothing returning key";
+/// Those of events that were there already are there too.
+const APPEND_MENTIONS: &str = "
+    insert into mentions (object_id, event_key, is_invoice)
+    select value->>0, unhex(value->>1), value->>2 from json_each($1) where true on conflict do nothing";
+
+/// Carries what was appended into the database file, beside the writer and not in the commit of a delivery, as long as there is
+/// a store.
+async fn keep_log_short(pool: SqlitePool, mut due: mpsc::Receiver<()>) {
+    while due.recv().await.is_some() {
+        if let Err(error) = sqlx::query("pragma wal_checkpoint(passive)").execute(&pool).await {
+            tracing::warn!(%error, "the log of the database could not be shortened");
+        }
+    }
+    pool.close().await;
+}
