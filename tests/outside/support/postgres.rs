@@ -73,6 +73,12 @@ impl PostgresServer {
         server
     }
 
+    /// The server's own process, whose children serve the connections.
+    pub fn pid(&self) -> u32 {
+        let text = std::fs::read_to_string(self.folder.join("d/postmaster.pid")).unwrap();
+        text.lines().next().and_then(|line| line.parse().ok()).expect("its first line is the process")
+    }
+
     pub fn url(&self, database: &str) -> String {
         format!("postgres://postgres@127.0.0.1:{}/{database}", self.port)
     }

@@ -1,0 +1,246 @@
+//! What the README claims about speed: `cargo bench`. Everything is measured in one run, against both engines, beside the plain
+//! way to do it, with the generator on the same machine. It asserts nothing; it prints figures and ratios.
+//!
+//! `cargo bench -- --quick` takes a fifth of the time. `--engine sqlite` or `postgres` measures one.
+
+mod deliveries;
+mod load;
+#[path = "../tests/outside/support/postgres.rs"]
+#[allow(dead_code, reason = "the tests use more of it")]
+mod postgres;
+mod process;
+mod reference;
+
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use load::{Timings, closed_loop, open_loop};
+use postgres::PostgresServer;
+use process::{Served, cpu, product, pss_mb};
+use tempfile::TempDir;
+
+const CONNECTIONS: [usize; 4] = [1, 16, 64, 256];
+
+struct Bench {
+    /// How long each figure is measured.
+    time: Duration,
+    folder: TempDir,
+    postgres: Option<PostgresServer>,
+    databases: usize,
+    events: usize,
+}
+
+#[tokio::main]
+async fn main() {
+    let arguments: Vec<String> = std::env::args().collect();
+    if let Some(at) = arguments.iter().position(|a| a == "--plain") {
+        return reference::serve_plain(&arguments[at + 1]).await;
+    }
+    let has = |word: &str| arguments.iter().any(|a| a == word);
+    let time = if has("--quick") { Duration::from_millis(800) } else { Duration::from_secs(4) };
+    let only = arguments.iter().position(|a| a == "--engine").and_then(|at| arguments.get(at + 1)).cloned();
+    let folder = tempfile::Builder::new().prefix("stripe-reconciler-bench-").tempdir().expect("a folder");
+    let mut bench = Bench { time, folder, postgres: None, databases: 0, events: 0 };
+    let disk = reference::disk_commits(&bench.folder.path().join("disk"), time);
+    println!("The disk makes {disk:.0} appends of 8 KB durable a second, one by one.");
+    for engine in ["sqlite", "postgres"] {
+        if only.as_deref().is_none_or(|only| only == engine) {
+            bench.measure(engine).await;
+        }
+    }
+}
+
+/// One side of a comparison, at one number of connections.
+struct Side {
+    timings: Timings,
+    cpu_us: f64,
+}
+
+impl Bench {
+    async fn measure(&mut self, engine: &str) {
+        if engine == "postgres" && self.postgres.is_none() {
+            self.postgres = Some(PostgresServer::start("-c max_connections=100"));
+        }
+        let url = self.database(engine);
+        println!("\n{}", reference::about(&url).await);
+        let limit = reference::batch_limit(&self.database(engine), self.time).await;
+        let commit_ms = reference::commit_ms(&self.database(engine), self.time).await;
+        println!("Batch limit: {limit:.0} rows/s. One commit: {commit_ms:.3} ms.\n");
+        println!("connections  way      acks/s  p50 ms  p99 ms  p99.9 ms  CPU us/ack  not 2xx");
+        for connections in CONNECTIONS {
+            let (plain_url, url) = (self.database(engine), self.database(engine));
+            let plain = self.acks(&plain_url, connections, Served::plain, engine).await;
+            let ours = self.acks(&url, connections, Served::product, engine).await;
+            print_side(connections, "plain", &plain);
+            print_side(connections, "ours", &ours);
+            let acks = ours.timings.per_second();
+            println!(
+                "{:>11}  ratio    {:>5.2}x  {:>5.2}x  {:>5.2}x            {:>8.2}x  {:.2} of the batch limit",
+                "",
+                acks / plain.timings.per_second(),
+                ours.timings.quantile_ms(0.5) / plain.timings.quantile_ms(0.5),
+                ours.timings.quantile_ms(0.99) / plain.timings.quantile_ms(0.99),
+                ours.cpu_us / plain.cpu_us,
+                acks / limit,
+            );
+        }
+        let urls = [self.database(engine), self.database(engine), self.database(engine)];
+        self.steady(&urls).await;
+        let url = self.database(engine);
+        self.alone(&url, commit_ms).await;
+    }
+
+    fn database(&mut self, engine: &str) -> String {
+        self.databases += 1;
+        match &self.postgres {
+            Some(server) if engine == "postgres" => server.url(&server.create_database()),
+            _ => format!("sqlite://{}/{}.db", self.folder.path().display(), self.databases),
+        }
+    }
+
+    /// Unique events, whoever gets them.
+    fn deliveries(&mut self, count: usize) -> load::Requests {
+        self.events += count;
+        deliveries::signed(self.events - count, count)
+    }
+
+    async fn acks(&mut self, url: &str, connections: usize, start: fn(&str) -> Served, engine: &str) -> Side {
+        let server = start(url);
+        let warm_up = self.deliveries(connections * 8);
+        let warm = closed_loop(&server.authority, connections, &warm_up).await;
+        let count = (warm.per_second() * self.time.as_secs_f64()) as usize;
+        let requests = self.deliveries(count.clamp(connections * 8, 120_000));
+        let used = |bench: &Bench| {
+            let database = if engine == "postgres" { bench.postgres.as_ref().map(|server| cpu(server.pid())) } else { None };
+            cpu(server.pid()) + database.unwrap_or_default()
+        };
+        let before = used(self);
+        let timings = closed_loop(&server.authority, connections, &requests).await;
+        let cpu_us = (used(self) - before).as_secs_f64() * 1e6 / timings.sorted.len() as f64;
+        Side { timings, cpu_us }
+    }
+
+    /// At a fixed rate, from the moment a request was due.
+    async fn steady(&mut self, [plain_url, url, fast_url]: &[String; 3]) {
+        let seconds = self.time.as_secs_f64() * 2.0;
+        println!("\nrate/s  connections  way     p50 ms  p99 ms  p99.9 ms  not 2xx");
+        let cases: [(f64, usize, &str, fn(&str) -> Served, &str); 3] = [
+            (300.0, 64, "plain", Served::plain, plain_url),
+            (300.0, 64, "ours", Served::product, url),
+            (2000.0, 256, "ours", Served::product, fast_url),
+        ];
+        for (rate, connections, way, start, url) in cases {
+            let server = start(url);
+            let requests = self.deliveries((rate * seconds) as usize);
+            let t = open_loop(&server.authority, connections, &requests, rate).await;
+            let (p50, p99, p999) = (t.quantile_ms(0.5), t.quantile_ms(0.99), t.quantile_ms(0.999));
+            println!("{rate:>6}  {connections:>11}  {way:<6}  {p50:>6.2}  {p99:>6.2}  {p999:>8.2}  {:>7}", t.not_2xx);
+        }
+    }
+
+    async fn alone(&mut self, url: &str, commit_ms: f64) {
+        let run = |arguments: &[&str]| {
+            let ran = product(url).args(arguments).output().expect("it runs");
+            String::from_utf8_lossy(&ran.stdout).trim().to_owned()
+        };
+        let key = run(&["keys", "create", "--tenant", "acme"]);
+        let number = self.events / 4;
+        let invoice = format!(
+            "{{\"metadata\":{{\"uid\":\"one\"}},\"status\":{{\"stripeInvoiceId\":\"{}\"}}}}",
+            deliveries::stripe_invoice_id(number)
+        );
+        let file = self.folder.path().join("invoice.json");
+        std::fs::write(&file, invoice).expect("a file");
+        run(&["invoices", "import", "--tenant", "acme", &file.display().to_string()]);
+
+        let begun = Instant::now();
+        let server = Served::product(url);
+        let path = "/v1/tenants/acme/invoices/one";
+        let first = closed_loop(&server.authority, 1, &deliveries::reads("/healthz", "", 1)).await;
+        let ready_ms = begun.elapsed().as_secs_f64() * 1e3;
+        assert_eq!(first.not_2xx, 0);
+        let idle_mb = pss_mb(server.pid());
+        self.events = (number + 1) * 4;
+        let events = deliveries::signed(number * 4, 4);
+        closed_loop(&server.authority, 1, &events).await;
+
+        let headers = format!("apikey: {key}\r\n");
+        let alone = closed_loop(&server.authority, 1, &deliveries::reads(path, &headers, 2_000)).await;
+        let many = closed_loop(&server.authority, 16, &deliveries::reads(path, &headers, 30_000)).await;
+        let tag = etag(&server.authority, path, &headers);
+        let not_modified = format!("{headers}if-none-match: {tag}\r\n");
+        let unchanged = closed_loop(&server.authority, 16, &deliveries::reads(path, &not_modified, 30_000)).await;
+        let empty = closed_loop(&server.authority, 1, &deliveries::reads("/healthz", "", 2_000)).await;
+        let warm = self.deliveries(500);
+        closed_loop(&server.authority, 1, &warm).await;
+        let single_requests = self.deliveries(1_000);
+        let single = closed_loop(&server.authority, 1, &single_requests).await;
+        let busy = self.deliveries(40_000);
+        closed_loop(&server.authority, 256, &busy).await;
+        let busy_mb = pss_mb(server.pid());
+        let floor_ms = commit_ms + empty.quantile_ms(0.5);
+        let single_ms = single.quantile_ms(0.5);
+        println!(
+            "\none delivery, alone: p50 {single_ms:.3} ms; one commit and an empty answer: {floor_ms:.3} ms; ratio {:.2}x",
+            single_ms / floor_ms
+        );
+        println!(
+            "reads: {:.0}/s at 16 connections, p50 {:.3} ms at 1; not 2xx {}",
+            many.per_second(),
+            alone.quantile_ms(0.5),
+            many.not_2xx
+        );
+        println!(
+            "304:   {:.0}/s at 16 connections, {:.2}x a full read",
+            unchanged.per_second(),
+            unchanged.per_second() / many.per_second()
+        );
+        println!(
+            "memory (PSS): {idle_mb:.1} MB idle, {busy_mb:.1} MB after 256 connections. Start to first answer: {ready_ms:.0} ms."
+        );
+        drop(server);
+        self.replay_and_rebuild(url);
+    }
+
+    fn replay_and_rebuild(&mut self, url: &str) {
+        let count = 50_000;
+        let file = self.folder.path().join("events.jsonl");
+        let lines: Vec<String> = deliveries::bodies(self.events, count).map(|body| body.replace('\n', "")).collect();
+        self.events += count;
+        std::fs::write(&file, lines.join("\n")).expect("a file");
+        let timed = |command: &mut Command| {
+            let begun = Instant::now();
+            let ran = command.output().expect("it runs");
+            (begun.elapsed().as_secs_f64(), String::from_utf8_lossy(&ran.stdout).trim().to_owned())
+        };
+        let (replay_s, _) = timed(product(url).arg("replay").arg(&file));
+        let (rebuild_s, rebuilt) = timed(product(url).args(["rebuild", "--json"]));
+        let read: f64 = rebuilt
+            .lines()
+            .find_map(|l| l.trim().strip_prefix("\"events\": ")?.trim_end_matches(',').parse().ok())
+            .unwrap_or(0.0);
+        println!("replay: {:.0} events/s. rebuild: {:.0} events/s.", count as f64 / replay_s, read / rebuild_s);
+    }
+}
+
+fn print_side(connections: usize, way: &str, side: &Side) {
+    let t = &side.timings;
+    println!(
+        "{connections:>11}  {way:<6}  {:>7.0}  {:>6.2}  {:>6.2}  {:>8.2}  {:>10.0}  {:>7}",
+        t.per_second(),
+        t.quantile_ms(0.5),
+        t.quantile_ms(0.99),
+        t.quantile_ms(0.999),
+        side.cpu_us,
+        t.not_2xx
+    );
+}
+
+fn etag(authority: &str, path: &str, headers: &str) -> String {
+    use std::io::{Read, Write};
+    let mut socket = std::net::TcpStream::connect(authority).expect("it listens");
+    write!(socket, "GET {path} HTTP/1.1\r\nhost: bench\r\nconnection: close\r\n{headers}\r\n").expect("it takes a request");
+    let mut answer = String::new();
+    socket.read_to_string(&mut answer).expect("it answers");
+    answer.lines().find_map(|line| line.strip_prefix("etag: ")).expect("an answer has a tag").to_owned()
+}
