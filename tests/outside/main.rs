@@ -2,6 +2,8 @@
 //!
 //! A test that is written with `each_database!` runs once on each engine, with a world of its own.
 
+#![expect(clippy::unwrap_used, reason = "what goes wrong in a test fails it")]
+
 mod support;
 
 mod webhook;

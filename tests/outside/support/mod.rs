@@ -3,12 +3,13 @@
 mod command;
 mod database;
 mod http;
+mod schema;
 mod world;
 
 pub use command::Ran;
 pub use database::Engine;
-pub use http::Answer;
-pub use world::{OLD_SECRET, SECRET, World};
+pub use http::{Answer, Wire, client, try_send};
+pub use world::{OLD_SECRET, SECRET, Server, World, invoice_path, signature};
 
 /// Writes each test once and runs it on every engine: `name::sqlite` and so on.
 #[macro_export]
