@@ -40,7 +40,8 @@ enum Command {
 }
 
 #[derive(Args)]
-#[group(id = "scope", required = true, multiple = false, args = ["tenant", "operator"])]
+// Not `#[group(...)]`: clap puts every argument of the struct into that one, and `--expires-in` is no scope.
+#[command(group = clap::ArgGroup::new("scope").required(true).args(["tenant", "operator"]))]
 struct Create {
     /// The key reads this tenant's invoices
     #[arg(long, value_name = "TENANT")]
