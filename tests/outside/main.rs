@@ -6,4 +6,5 @@
 
 mod support;
 
+mod reading;
 mod webhook;
