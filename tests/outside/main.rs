@@ -6,5 +6,7 @@
 
 mod support;
 
+mod kill_nine;
 mod reading;
+mod stories;
 mod webhook;

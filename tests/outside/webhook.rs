@@ -145,10 +145,9 @@ each_database! {
     }
 
     async fn a_body_is_kept_as_it_came(world: World) {
-        let body = r#"{"object" : "event","id":"evt_1","type":"invoice.paid","created":1700000000,"data":{"object":{"id":"in_1","status":"paid",
-            "amount_paid":100.00,"big":123456789012345678901234567890,"twice":1,"twice":2,"text":"\u20ac \/ €\u0000"}}}"#;
-        let body = body.replace("\n            ", "");
-        assert_eq!(outcome(world.deliver_bytes(body.as_bytes()).await), "recorded");
+        let object = r#"{"id":"in_1","amount_paid":100.00,"big":123456789012345678901234567890,"twice":1,"twice":2,"text":"\u20ac \/ €"}"#;
+        let body = format!(r#"{{"object" : "event","id":"evt_1","type":"invoice.paid","created":1700000000,"data":{{"object":{object}}}}}"#);
+        assert_eq!(outcome(world.deliver_bytes(body.as_bytes()).await), "no_payment_fact");
         assert_eq!(world.run(&["events", "export"]).with_code(0).stdout.trim_end(), body);
     }
 

@@ -6,7 +6,7 @@ mod http;
 mod schema;
 mod world;
 
-pub use command::Ran;
+pub use command::{Ran, run};
 pub use database::Engine;
 pub use http::{Answer, Wire, client, try_send};
 pub use world::{OLD_SECRET, SECRET, Server, World, invoice_path, signature};
