@@ -98,7 +98,7 @@ fn attempts<'a>(known: &[&'a Known]) -> Vec<Attempt<'a>> {
 
 fn failure(known: &Known) -> Option<Failure<'_>> {
     let (telling, invoice) = invoice_event(&known.telling)?;
-    (telling.kind == "invoice.payment_failed").then(|| Failure {
+    (telling.kind == "invoice.payment_failed").then_some(Failure {
         known,
         second: telling.created,
         number: invoice.attempt_count,
