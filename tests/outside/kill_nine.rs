@@ -31,8 +31,8 @@ fn event(n: usize) -> Value {
         _ => json!({"id": format!("cus_{invoice}"), "object": "customer"}),
     };
     let kind = ["payment_intent.processing", "charge.failed", "invoice.payment_failed", "customer.updated"][step % 4];
-    let created = 1_769_850_000 + 100 * step;
-    json!({"id": format!("evt_{n}"), "object": "event", "type": kind, "created": created, "livemode": true, "data": {"object": object}})
+    json!({"id": format!("evt_{n}"), "object": "event", "type": kind, "created": 1_769_850_000 + 100 * step, "livemode": true,
+        "data": {"object": object}})
 }
 
 /// Delivers new events over several connections until the server is gone; the ids of those that were answered 2xx.

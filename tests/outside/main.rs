@@ -6,8 +6,9 @@
 
 mod support;
 
-mod invoices;
 mod kill_nine;
 mod reading;
+mod serving;
 mod stories;
+mod stripe_cli;
 mod webhook;
