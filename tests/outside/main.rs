@@ -6,6 +6,7 @@
 
 mod support;
 
+mod invoices;
 mod kill_nine;
 mod reading;
 mod serving;

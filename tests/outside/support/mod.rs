@@ -6,9 +6,9 @@ mod http;
 mod schema;
 mod world;
 
-pub use command::{Ran, run};
+pub use command::{Ran, binary, run};
 pub use database::Engine;
-pub use http::{Answer, Wire, client, try_send};
+pub use http::{Answer, Wire, client, send, try_send};
 pub use world::{OLD_SECRET, SECRET, Server, World, invoice_path, signature};
 
 /// Writes each test once and runs it on every engine: `name::sqlite` and so on.
