@@ -13,6 +13,9 @@ use crate::store::{ApiKey, Scope, Store, StoreError};
 
 /// Make, list and revoke API keys
 #[derive(Args)]
+#[command(after_help = "Examples:
+  stripe-reconciler keys create --operator
+  stripe-reconciler keys list")]
 pub struct Keys {
     #[command(subcommand)]
     command: Command,
@@ -26,6 +29,7 @@ enum Command {
   stripe-reconciler keys create --operator --expires-in 90d")]
     Create(Create),
     /// List all keys, without the keys
+    #[command(after_help = "Example:\n  stripe-reconciler keys list --json | jq -r '.[] | select(.revokedAt == null) | .id'")]
     List {
         /// Print JSON
         #[arg(long)]
