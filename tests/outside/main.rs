@@ -6,9 +6,11 @@
 
 mod support;
 
+mod commands;
 mod invoices;
 mod kill_nine;
 mod reading;
+mod recordings;
 mod serving;
 mod stories;
 mod stripe_cli;

@@ -9,7 +9,7 @@ use stripe_reconciler::clock::Clock;
 use tempfile::TempDir;
 
 use crate::each_database;
-use crate::support::{self, Ran, SECRET, World, binary, client, invoice_path, send, signature};
+use crate::support::{self, Ran, SECRET, binary, client, invoice_path, send, signature};
 
 /// A `serve` that ends when it is told to, all its output kept.
 struct Served {

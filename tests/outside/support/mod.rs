@@ -3,12 +3,15 @@
 mod command;
 mod database;
 mod http;
+pub mod recorded;
 mod schema;
 mod world;
 
 pub use command::{Ran, binary, run};
 pub use database::Engine;
 pub use http::{Answer, Wire, client, send, try_send};
+pub use recorded::Files;
+pub use schema::assert_is_invoice;
 pub use world::{OLD_SECRET, SECRET, Server, World, invoice_path, signature};
 
 /// Writes each test once and runs it on every engine: `name::sqlite` and so on.

@@ -162,12 +162,6 @@ impl Server {
         self.process.wait().unwrap();
     }
 
-    /// SIGTERM; the exit code, when it has drained.
-    pub fn terminate(&mut self) -> Option<i32> {
-        self.ask_to_stop();
-        self.exit_code()
-    }
-
     /// SIGTERM, without waiting.
     pub fn ask_to_stop(&self) {
         let sent = std::process::Command::new("kill").args(["-TERM", &self.pid().to_string()]).status().unwrap();
