@@ -13,11 +13,12 @@
 //! | [`domain`] | pure: signature, reading an event, facts, history, messages, the invoice document | everybody |
 //! | [`clock`] | the only caller of the system time | everybody but `domain` |
 //! | [`transport`] | HTTP as a client: pooled, limited | `flows`, `cli` |
-//! | [`store`] | the only SQL | `inbox`, `flows`, `http`, `cli` |
+//! | [`store`] | the only SQL | `inbox`, `flows`, `http`, `config` (is this a database URL?), `cli` |
 //! | [`inbox`] | group commit: many deliveries, one durable transaction | `flows`, `http`, `cli` |
 //! | [`flows`] | one path per file: ingest, replay, rebuild, import | `http`, `cli` |
 //! | [`http`] | the only axum: webhook endpoint, read endpoint, operator's calls | `cli` |
-//! | [`config`], [`telemetry`] | settings and secrets; logs | `cli` |
+//! | [`telemetry`] | logs | `config`, `cli` |
+//! | [`config`] | settings and secrets | `cli` |
 //! | [`cli`] | one file per command | `main` |
 //!
 //! `tests/law_of_imports.rs` holds this table.
@@ -43,7 +44,8 @@ pub mod flows;
 
 pub mod http;
 
-pub mod config;
 pub mod telemetry;
+
+pub mod config;
 
 pub mod cli;

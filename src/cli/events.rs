@@ -10,6 +10,9 @@ use crate::store::{EventFilter, LoggedEvent, Outcome, Store, StoredBody};
 
 /// List, show and export what was received
 #[derive(Args)]
+#[command(after_help = "Examples:
+  stripe-reconciler events list --outcome unreadable
+  stripe-reconciler events export > events.jsonl")]
 pub struct Events {
     #[command(subcommand)]
     command: Command,

@@ -17,6 +17,9 @@ use crate::store::{Store, StoredInvoice};
 
 /// Import, show and list invoices
 #[derive(Args)]
+#[command(after_help = "Examples:
+  stripe-reconciler invoices import --tenant acme invoices.jsonl
+  stripe-reconciler invoices list --state PaymentFailed")]
 pub struct Invoices {
     #[command(subcommand)]
     command: Command,

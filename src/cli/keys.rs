@@ -13,6 +13,9 @@ use crate::store::{ApiKey, Scope, Store, StoreError};
 
 /// Make, list and revoke API keys
 #[derive(Args)]
+#[command(after_help = "Examples:
+  stripe-reconciler keys create --operator
+  stripe-reconciler keys list")]
 pub struct Keys {
     #[command(subcommand)]
     command: Command,
@@ -26,6 +29,7 @@ enum Command {
   stripe-reconciler keys create --operator --expires-in 90d")]
     Create(Create),
     /// List all keys, without the keys
+    #[command(after_help = "Example:\n  stripe-reconciler keys list --json | jq -r '.[] | select(.revokedAt == null) | .id'")]
     List {
         /// Print JSON
         #[arg(long)]
@@ -40,7 +44,8 @@ enum Command {
 }
 
 #[derive(Args)]
-#[group(id = "scope", required = true, multiple = false, args = ["tenant", "operator"])]
+// Not `#[group(...)]`: clap puts every argument of the struct into that one, and `--expires-in` is no scope.
+#[command(group = clap::ArgGroup::new("scope").required(true).args(["tenant", "operator"]))]
 struct Create {
     /// The key reads this tenant's invoices
     #[arg(long, value_name = "TENANT")]

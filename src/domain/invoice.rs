@@ -58,8 +58,6 @@ pub struct ValidInvoice {
     pub document: Value,
     pub stripe_invoice_id: Option<String>,
     pub imported_states: Vec<ImportedState>,
-    /// `metadata.uid`.
-    pub uid: Option<String>,
 }
 
 /// Checks a document and normalises it: times in UTC with milliseconds, whole numbers as integers, no `null` in known fields.
@@ -70,13 +68,12 @@ pub fn validate(mut document: Value) -> Result<ValidInvoice, Vec<Fault>> {
     let mut faults = Vec::new();
     check(&mut document, &Kind::Object(&INVOICE), "", &mut faults);
     let states = document.get_mut("status").and_then(Value::as_object_mut).and_then(|status| status.shift_remove("states"));
-    let imported_states = if faults.is_empty() { imported(states, &mut faults) } else { Vec::new() };
+    let imported_states = imported(states, &mut faults);
     if !faults.is_empty() {
         return Err(faults);
     }
-    let text = |pointer: &str| document.pointer(pointer).and_then(Value::as_str).map(str::to_owned);
-    let (stripe_invoice_id, uid) = (text("/status/stripeInvoiceId"), text("/metadata/uid"));
-    Ok(ValidInvoice { document, stripe_invoice_id, imported_states, uid })
+    let stripe_invoice_id = document.pointer("/status/stripeInvoiceId").and_then(Value::as_str).map(str::to_owned);
+    Ok(ValidInvoice { document, stripe_invoice_id, imported_states })
 }
 
 /// An id of a tenant or an invoice, as it stands in a path.
@@ -326,7 +323,7 @@ fn whole(value: &Value) -> Option<i64> {
     value.as_i64().or_else(|| value.as_f64().filter(|_| value.is_f64()).and_then(exact))
 }
 
-/// States of a document that is right otherwise.
+/// The states that are right in their form; what is wrong with the others has been noted.
 fn imported(states: Option<Value>, faults: &mut Vec<Fault>) -> Vec<ImportedState> {
     let Some(Value::Array(states)) = states else { return Vec::new() };
     let mut imported: Vec<ImportedState> = Vec::new();

@@ -16,15 +16,12 @@ const READ: u32 = 500;
 /// # Errors
 /// Every fault, with its place.
 pub fn new_invoice(tenant_uid: &str, uid: Option<&str>, document: Value) -> Result<NewInvoice, Vec<Fault>> {
-    let fault = |reason: String| vec![Fault { pointer: "/metadata/uid".to_owned(), reason }];
-    let valid = invoice::validate(document)?;
-    let invoice_uid = match (uid, valid.uid) {
-        (Some(uid), Some(own)) if uid != own => return Err(fault("is not the uid in the path".to_owned())),
-        (Some(uid), _) => uid.to_owned(),
-        (None, Some(own)) => own,
-        (None, None) => return Err(fault("is required: it names the invoice".to_owned())),
+    let named = invoice_uid(uid, &document);
+    let validated = invoice::validate(document);
+    let (invoice_uid, valid) = match (named, validated) {
+        (Ok(invoice_uid), Ok(valid)) => (invoice_uid, valid),
+        (named, validated) => return Err([validated.err().unwrap_or_default(), named.err().into_iter().collect()].concat()),
     };
-    invoice::validate_uid(&invoice_uid).map_err(fault)?;
     let imported_states = serde_json::to_string(&valid.imported_states).expect("states always serialise");
     Ok(NewInvoice {
         tenant_uid: tenant_uid.to_owned(),
@@ -33,6 +30,21 @@ pub fn new_invoice(tenant_uid: &str, uid: Option<&str>, document: Value) -> Resu
         document: valid.document.to_string(),
         imported_states,
     })
+}
+
+/// The name of the invoice. Empty where the document has not the form to say it: validation refuses that.
+fn invoice_uid(uid: Option<&str>, document: &Value) -> Result<String, Fault> {
+    let own = document.pointer("/metadata/uid").filter(|own| !own.is_null());
+    let fault = |reason: String| Fault { pointer: "/metadata/uid".to_owned(), reason };
+    let uid = match (uid, own.map(Value::as_str)) {
+        (_, Some(None)) => return Ok(String::new()),
+        (None, None) if !document.is_object() => return Ok(String::new()),
+        (None, None) => return Err(fault("is required: it names the invoice".to_owned())),
+        (Some(uid), Some(Some(own))) if uid != own => return Err(fault("is not the uid in the path".to_owned())),
+        (Some(uid), _) | (None, Some(Some(uid))) => uid,
+    };
+    invoice::validate_uid(uid).map_err(fault)?;
+    Ok(uid.to_owned())
 }
 
 /// The history of a stored invoice.

@@ -1,5 +1,6 @@
 //! An empty database of its own for each world.
 
+use sqlx::{Connection, PgConnection, SqliteConnection};
 use tempfile::TempDir;
 
 use super::postgres::PostgresServer;
@@ -12,12 +13,13 @@ pub enum Engine {
 
 /// Gone when it is dropped.
 pub struct Database {
+    pub engine: Engine,
     pub url: String,
     place: Place,
 }
 
 enum Place {
-    Folder(TempDir),
+    Folder(#[expect(dead_code, reason = "it is removed when it is dropped")] TempDir),
     Server { name: String },
 }
 
@@ -27,20 +29,43 @@ impl Database {
             Engine::Sqlite => {
                 let folder = tempfile::tempdir().unwrap();
                 let url = format!("sqlite://{}/test.db", folder.path().display());
-                Database { url, place: Place::Folder(folder) }
+                Database { engine, url, place: Place::Folder(folder) }
             }
             Engine::Postgres => {
                 let server = PostgresServer::shared();
                 let name = server.create_database();
-                Database { url: server.url(&name), place: Place::Server { name } }
+                Database { engine, url: server.url(&name), place: Place::Server { name } }
             }
         }
     }
 
-    pub fn engine(&self) -> Engine {
-        match &self.place {
-            Place::Folder(_) => Engine::Sqlite,
-            Place::Server { .. } => Engine::Postgres,
+    /// Locks everybody else out of writing events until it is released. Reading goes on.
+    pub async fn hold(&self) -> Held {
+        match self.engine {
+            Engine::Sqlite => {
+                let mut connection = SqliteConnection::connect(&self.url).await.unwrap();
+                sqlx::query("begin immediate").execute(&mut connection).await.unwrap();
+                Held::Sqlite(connection)
+            }
+            Engine::Postgres => {
+                let mut connection = PgConnection::connect(&self.url).await.unwrap();
+                sqlx::raw_sql("begin; lock table events in exclusive mode").execute(&mut connection).await.unwrap();
+                Held::Postgres(connection)
+            }
+        }
+    }
+}
+
+pub enum Held {
+    Sqlite(SqliteConnection),
+    Postgres(PgConnection),
+}
+
+impl Held {
+    pub async fn release(self) {
+        match self {
+            Held::Sqlite(mut connection) => drop(sqlx::query("rollback").execute(&mut connection).await.unwrap()),
+            Held::Postgres(mut connection) => drop(sqlx::query("rollback").execute(&mut connection).await.unwrap()),
         }
     }
 }

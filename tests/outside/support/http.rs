@@ -6,7 +6,7 @@ use bytes::Bytes;
 use http_body_util::Full;
 use hyper::{HeaderMap, Request, StatusCode};
 use serde_json::Value;
-use stripe_reconciler::transport::Transport;
+use stripe_reconciler::transport::{Transport, TransportError};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -28,6 +28,25 @@ impl Answer {
         serde_json::from_slice(&self.body).unwrap_or_else(|error| panic!("{error} in {self:?}"))
     }
 
+    /// An invoice, right in its form.
+    #[track_caller]
+    pub fn invoice(&self) -> Value {
+        super::schema::assert_is_invoice(std::str::from_utf8(&self.body).unwrap())
+    }
+
+    /// Checks that it is an error as all errors are: JSON with these four fields, which names the request.
+    #[track_caller]
+    pub fn with_error(self, status: u16, code: &str) -> Answer {
+        let answer = self.with_status(status);
+        assert_eq!(answer.header("content-type"), "application/json", "{answer:?}");
+        let body = answer.json();
+        assert_eq!(body["code"], code, "{body}");
+        assert_eq!(body["ref"], answer.header("x-request-id"), "{body}");
+        assert!(body["message"].as_str().is_some_and(|message| !message.is_empty()) && body["details"].is_object(), "{body}");
+        assert_eq!(body.as_object().unwrap().len(), 4, "{body}");
+        answer
+    }
+
     /// Checks the status, and shows the answer when it is another.
     #[track_caller]
     pub fn with_status(self, status: u16) -> Answer {
@@ -41,20 +60,65 @@ pub fn client() -> Transport {
 }
 
 pub async fn send(client: &Transport, method: &str, url: &str, headers: &[(&str, &str)], body: Vec<u8>) -> Answer {
+    let answer = try_send(client, method, url, headers, body).await.unwrap();
+    assert!(!answer.header("x-request-id").is_empty(), "every answer names its request: {answer:?}");
+    answer
+}
+
+/// For a server that may go away meanwhile.
+pub async fn try_send(
+    client: &Transport,
+    method: &str,
+    url: &str,
+    headers: &[(&str, &str)],
+    body: Vec<u8>,
+) -> Result<Answer, TransportError> {
     let mut request = Request::builder().method(method).uri(url);
     for (name, value) in headers {
         request = request.header(*name, *value);
     }
-    let (head, body) = client.send(request.body(Full::from(body)).unwrap()).await.unwrap().into_parts();
-    Answer { status: head.status, headers: head.headers, body }
+    let (head, body) = client.send(request.body(Full::from(body)).unwrap()).await?.into_parts();
+    Ok(Answer { status: head.status, headers: head.headers, body })
 }
 
 /// Sends these bytes, and reads until the server closes the connection: ask it to with `Connection: close`.
 pub async fn send_raw(authority: &str, request: &[u8]) -> String {
-    let mut socket = TcpStream::connect(authority).await.unwrap();
-    socket.write_all(request).await.unwrap();
-    let mut answer = Vec::new();
-    // A reset after the answer is an end too.
-    let _ = socket.read_to_end(&mut answer).await;
-    String::from_utf8_lossy(&answer).into_owned()
+    let mut wire = Wire::connect(authority).await;
+    wire.write(request).await;
+    wire.read_to_end().await
+}
+
+/// A connection, byte for byte.
+pub struct Wire(TcpStream);
+
+impl Wire {
+    pub async fn connect(authority: &str) -> Wire {
+        Wire(TcpStream::connect(authority).await.unwrap())
+    }
+
+    pub async fn write(&mut self, bytes: &[u8]) {
+        self.0.write_all(bytes).await.unwrap();
+    }
+
+    /// Says that no more will come.
+    pub async fn hang_up(&mut self) {
+        self.0.shutdown().await.unwrap();
+    }
+
+    /// Reads up to the next empty line: the head of an answer.
+    pub async fn read_head(&mut self) -> String {
+        let mut head = Vec::new();
+        while !head.ends_with(b"\r\n\r\n") {
+            head.push(self.0.read_u8().await.expect("a head ends with an empty line"));
+        }
+        String::from_utf8(head).unwrap()
+    }
+
+    /// Reads until the server closes the connection.
+    pub async fn read_to_end(&mut self) -> String {
+        let mut answer = Vec::new();
+        // A reset after the answer is an end too.
+        let _ = self.0.read_to_end(&mut answer).await;
+        String::from_utf8_lossy(&answer).into_owned()
+    }
 }

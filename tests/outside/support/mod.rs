@@ -4,12 +4,16 @@ mod command;
 mod database;
 mod http;
 mod postgres;
+pub mod recorded;
+mod schema;
 mod world;
 
-pub use command::Ran;
+pub use command::{Ran, binary, run};
 pub use database::Engine;
-pub use http::Answer;
-pub use world::{OLD_SECRET, SECRET, World};
+pub use http::{Answer, Wire, client, send, try_send};
+pub use recorded::Files;
+pub use schema::assert_is_invoice;
+pub use world::{OLD_SECRET, SECRET, Server, World, invoice_path, signature};
 
 /// Writes each test once and runs it on every engine: `name::sqlite` and so on.
 #[macro_export]

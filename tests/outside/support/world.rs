@@ -16,6 +16,7 @@ pub const SECRET: &str = "whsec_world_live";
 pub const OLD_SECRET: &str = "whsec_world_old";
 
 pub struct World {
+    pub engine: Engine,
     pub database: Database,
     pub operator_key: String,
     /// Reads tenant `acme`.
@@ -41,7 +42,22 @@ impl World {
         };
         let (operator_key, acme_key) = (key(&["--operator"]), key(&["--tenant", "acme"]));
         let server = Server::start(&database.url);
-        World { database, operator_key, acme_key, server, client: http::client() }
+        World { engine, database, operator_key, acme_key, server, client: http::client() }
+    }
+
+    /// A world of its own on the same engine, to compare with.
+    pub async fn another(&self) -> World {
+        World::start(self.database.engine).await
+    }
+
+    /// An empty database on the same engine.
+    pub fn empty_database(&self) -> Database {
+        Database::create(self.engine)
+    }
+
+    /// Makes a key as `keys create` does with these arguments.
+    pub fn key(&self, arguments: &[&str]) -> String {
+        self.run(&[&["keys", "create"], arguments].concat()).with_code(0).stdout.trim().to_owned()
     }
 
     /// Another server on the same database, as after a restart or beside the first.
@@ -102,7 +118,7 @@ impl World {
     }
 
     pub async fn states(&self, uid: &str) -> Value {
-        self.get(&invoice_path(uid), &self.acme_key).await.with_status(200).json()["status"]["states"].clone()
+        self.get(&invoice_path(uid), &self.acme_key).await.with_status(200).invoice()["status"]["states"].clone()
     }
 }
 
@@ -146,10 +162,14 @@ impl Server {
         self.process.wait().unwrap();
     }
 
-    /// SIGTERM; the exit code, when it has drained.
-    pub fn terminate(&mut self) -> Option<i32> {
+    /// SIGTERM, without waiting.
+    pub fn ask_to_stop(&self) {
         let sent = std::process::Command::new("kill").args(["-TERM", &self.pid().to_string()]).status().unwrap();
         assert!(sent.success());
+    }
+
+    /// Waits for its end; none when a signal ended it.
+    pub fn exit_code(&mut self) -> Option<i32> {
         self.process.wait().unwrap().code()
     }
 }

@@ -1,0 +1,390 @@
+//! The operator's calls beside the read endpoint: storing an invoice, replacing it, and listing them.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use futures_util::future::join_all;
+use serde_json::{Value, json};
+use stripe_reconciler::clock::Clock;
+
+use crate::each_database;
+use crate::support::{Answer, World, invoice_path};
+
+const LIST: &str = "/v1/tenants/acme/invoices";
+
+/// A snapshot of Stripe invoice `in_1`, told at a second after 2026-01-31T09:00:00Z.
+fn told(event_type: &str, second: i64, fields: Value) -> Value {
+    let mut object = json!({"id": "in_1", "object": "invoice", "currency": "usd", "amount_due": 5000, "amount_remaining": 5000});
+    object.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+    json!({"id": format!("evt_{event_type}_{second}"), "object": "event", "type": event_type, "created": 1_769_850_000 + second, "data": {"object": object}})
+}
+
+fn finalized(second: i64) -> Value {
+    told("invoice.finalized", second, json!({"status": "open"}))
+}
+
+fn paid(second: i64) -> Value {
+    told("invoice.paid", second, json!({"status": "paid", "amount_paid": 5000, "amount_remaining": 0}))
+}
+
+/// The places of the faults, in order; every one has its reason.
+#[track_caller]
+fn fault_places(answer: &Answer) -> Vec<String> {
+    let faults = answer.json()["details"]["faults"].as_array().unwrap().clone();
+    let place = |fault: &Value| {
+        assert!(fault["reason"].as_str().is_some_and(|reason| !reason.is_empty()), "{fault}");
+        fault["pointer"].as_str().unwrap().to_owned()
+    };
+    faults.iter().map(place).collect()
+}
+
+/// As the operator, when the condition holds.
+async fn put_if(world: &World, uid: &str, condition: (&str, &str), document: &Value) -> Answer {
+    let headers = [("ApiKey", world.operator_key.as_str()), condition];
+    world.send("PUT", &invoice_path(uid), &headers, document.to_string().into_bytes()).await
+}
+
+fn uids(page: &Value) -> Vec<String> {
+    page["items"].as_array().unwrap().iter().map(|item| item["metadata"]["uid"].as_str().unwrap().to_owned()).collect()
+}
+
+/// All pages of a list, and the uids on each.
+async fn pages(world: &World, query: &str) -> Vec<Vec<String>> {
+    let (mut pages, mut cursor) = (Vec::new(), String::new());
+    loop {
+        let page = world.get(&format!("{LIST}?{query}{cursor}"), &world.acme_key).await.with_status(200).json();
+        pages.push(uids(&page));
+        match page["nextCursor"].as_str() {
+            Some(next) => cursor = format!("&cursor={next}"),
+            None => return pages,
+        }
+        assert!(pages.len() < 1000, "the pages come to an end");
+    }
+}
+
+/// Returns in another millisecond than it was called in.
+async fn next_millisecond() {
+    let now_ms = Clock::system().now_ms();
+    while Clock::system().now_ms() == now_ms {
+        tokio::task::yield_now().await;
+    }
+}
+
+/// Stores these invoices of tenant `acme` at one moment.
+fn import(world: &World, uids: &[&str]) {
+    let lines: Vec<String> = uids.iter().map(|uid| json!({"metadata": {"uid": uid}}).to_string()).collect();
+    world.run_with_input(&["invoices", "import", "--tenant", "acme", "-"], lines.join("\n").as_bytes()).with_code(0);
+}
+
+each_database! {
+    async fn storing_is_201_replacing_is_200_and_both_answer_as_a_read_does(world: World) {
+        for (status, name) in [(201, "first"), (200, "second"), (200, "second")] {
+            let put = world.put(&invoice_path("a"), &json!({"metadata": {"name": name}, "odd": {"x": null}})).await.with_status(status);
+            let read = world.get(&invoice_path("a"), &world.acme_key).await.with_status(200);
+            assert_eq!(put.invoice(), read.invoice());
+            assert_eq!(put.invoice(), json!({"metadata": {"name": name}, "odd": {"x": null}, "status": {"states": []}}));
+            assert_eq!(put.header("etag"), read.header("etag"));
+        }
+        // The same uid of another tenant is another invoice.
+        world.put("/v1/tenants/beta/invoices/a", &json!({})).await.with_status(201);
+    }
+
+    async fn a_faulty_document_is_refused_with_the_place_of_every_fault(world: World) {
+        let paid_at = |time: &str| json!({"state": "Paid", "timestamp": time});
+        let faulty: Vec<(Value, Vec<&str>)> = vec![
+            (json!(null), vec![""]),
+            (json!([{}]), vec![""]),
+            (json!({"metadata": {"uid": "b"}}), vec!["/metadata/uid"]),
+            (json!({"metadata": {"uid": ""}}), vec!["/metadata/uid"]),
+            (json!({"metadata": {"uid": 1}}), vec!["/metadata/uid"]),
+            (json!({"metadata": []}), vec!["/metadata"]),
+            (json!({"metadata": {"labels": {"a/b~c": 1, "d": null}, "annotations": "x"}}), vec!["/metadata/annotations", "/metadata/labels/a~1b~0c", "/metadata/labels/d"]),
+            (json!({"spec": {"month": "2026-01-31", "envType": 1, "paymentUnit": "eur"}}), vec!["/spec/envType", "/spec/month", "/spec/paymentUnit"]),
+            (json!({"spec": {"credits": {"alloyFreeCredits": 1.5, "pureFreeCredits": 1e19}}}), vec!["/spec/credits/alloyFreeCredits", "/spec/credits/pureFreeCredits"]),
+            (json!({"spec": {"plan": {"plantype": "Free", "freeCredits": [null, {"planCredit": {}}], "slaCredits": {}}}}),
+             vec!["/spec/plan/freeCredits/0", "/spec/plan/freeCredits/1/planCredit/type", "/spec/plan/plantype", "/spec/plan/slaCredits"]),
+            (json!({"status": {"productInvoice": {"pure": {"overageLimitPercentage": 128, "amount": "1"}}}}),
+             vec!["/status/productInvoice/pure/amount", "/status/productInvoice/pure/overageLimitPercentage"]),
+            (json!({"status": {"projects": [{}, {"usage": {"alloy": {"tierPrice": true}}}]}}), vec!["/status/projects/1/usage/alloy/tierPrice"]),
+            (json!({"status": {"stripeInvoiceId": ""}}), vec!["/status/stripeInvoiceId"]),
+            (json!({"status": {"stripeInvoiceId": "x".repeat(256)}}), vec!["/status/stripeInvoiceId"]),
+            (json!({"status": {"stripeInvoiceId": "in_\u{0}"}}), vec!["/status/stripeInvoiceId"]),
+            (json!({"status": {"states": [{}]}}), vec!["/status/states/0/state", "/status/states/0/timestamp"]),
+            (json!({"status": {"states": [{"state": "paid", "timestamp": "2026-01-31T09:00:00Z"}, "Paid"]}}), vec!["/status/states/0/state", "/status/states/1"]),
+            (json!({"status": {"states": [{"state": "Paid", "timestamp": "yesterday"}]}}), vec!["/status/states/0/timestamp"]),
+            (json!({"status": {"states": [paid_at("2026-01-31T09:00:00Z"), paid_at("2026-01-31T10:00:00.0009+01:00"), paid_at("2026-01-31T09:00:00Z")]}}),
+             vec!["/status/states/1", "/status/states/2"]),
+            // One kind of fault does not hide another.
+            (json!({"metadata": {"uid": "b", "name": 1}, "status": {"billableAmount": "1", "states": [paid_at("2026-01-31T09:00:00Z"), paid_at("2026-01-31T09:00:00Z")]}}),
+             vec!["/metadata/name", "/metadata/uid", "/status/billableAmount", "/status/states/1"]),
+        ];
+        for (document, places) in faulty {
+            let answer = world.put(&invoice_path("a"), &document).await.with_error(400, "InvalidInvoice");
+            let mut found = fault_places(&answer);
+            found.sort();
+            assert_eq!(found, places, "{document}");
+        }
+        for body in ["", "{", "{}x", "nul", "\u{feff}{}", "{\"a\": \"\\ud800\"}", "{\"a\": 1e999}"] {
+            let answer = world.send("PUT", &invoice_path("a"), &[("ApiKey", &world.operator_key)], body.into()).await;
+            assert_eq!(fault_places(&answer.with_error(400, "InvalidInvoice")), [""], "{body}");
+        }
+        let deep = format!("{}{}", "[".repeat(100_000), "]".repeat(100_000)).into_bytes();
+        for body in [deep, b"{\"a\": \"\xff\"}".to_vec()] {
+            let answer = world.send("PUT", &invoice_path("a"), &[("ApiKey", &world.operator_key)], body).await;
+            answer.with_error(400, "InvalidInvoice");
+        }
+        world.get(&invoice_path("a"), &world.operator_key).await.with_error(404, "ResourceNotFound");
+    }
+
+    async fn a_body_may_have_a_mebibyte_and_not_a_byte_more(world: World) {
+        let with_length = |length: usize| format!("{{\"x\":\"{}\"}}", "y".repeat(length - 8)).into_bytes();
+        let key = [("ApiKey", world.operator_key.as_str())];
+        world.send("PUT", &invoice_path("a"), &key, with_length(1 << 20)).await.with_status(201);
+        world.send("PUT", &invoice_path("b"), &key, with_length((1 << 20) + 1)).await.with_error(413, "PayloadTooLarge");
+        world.get(&invoice_path("b"), &world.operator_key).await.with_error(404, "ResourceNotFound");
+    }
+
+    async fn only_the_operator_stores(world: World) {
+        let put = async |path: &str, key: &str| world.send("PUT", path, &[("ApiKey", key)], b"{}".to_vec()).await;
+        put(&invoice_path("a"), "wrong").await.with_error(401, "Unauthorized");
+        put(&invoice_path("a"), &world.acme_key).await.with_error(403, "Forbidden");
+        put("/v1/tenants/beta/invoices/a", &world.acme_key).await.with_error(404, "ResourceNotFound");
+        for path in [&invoice_path("a"), "/v1/tenants/beta/invoices/a"] {
+            world.get(path, &world.operator_key).await.with_error(404, "ResourceNotFound");
+        }
+    }
+
+    async fn a_stripe_invoice_belongs_to_one_invoice_for_good(world: World) {
+        world.store("a", "in_1").await.with_status(201);
+        world.store("b", "in_1").await.with_error(409, "StripeInvoiceTaken");
+        let of_beta = json!({"status": {"stripeInvoiceId": "in_1"}});
+        world.put("/v1/tenants/beta/invoices/a", &of_beta).await.with_error(409, "StripeInvoiceTaken");
+        world.store("a", "in_2").await.with_error(409, "StripeInvoiceFixed");
+        for path in [&invoice_path("b"), "/v1/tenants/beta/invoices/a"] {
+            world.get(path, &world.operator_key).await.with_error(404, "ResourceNotFound");
+        }
+        for keeps_it in [json!({}), json!({"status": null}), json!({"status": {"stripeInvoiceId": null, "billableAmount": 1}}), of_beta] {
+            let answer = world.put(&invoice_path("a"), &keeps_it).await.with_status(200).invoice();
+            assert_eq!(answer["status"]["stripeInvoiceId"], "in_1", "{keeps_it}");
+        }
+        // One that was stored without may get one later, and then has it for good.
+        world.put(&invoice_path("b"), &json!({})).await.with_status(201);
+        world.store("b", "in_1").await.with_error(409, "StripeInvoiceTaken");
+        world.store("b", "in_2").await.with_status(200);
+        world.store("b", "in_3").await.with_error(409, "StripeInvoiceFixed");
+        world.store("c", "in_3").await.with_status(201);
+    }
+
+    async fn a_condition_decides_whether_an_invoice_is_replaced(world: World) {
+        let document = |name: &str| json!({"metadata": {"name": name}});
+        put_if(&world, "a", ("If-Match", "*"), &document("x")).await.with_error(412, "PreconditionFailed");
+        put_if(&world, "a", ("If-Match", "\"x\""), &document("x")).await.with_error(412, "PreconditionFailed");
+        let first = put_if(&world, "a", ("If-None-Match", "*"), &document("first")).await.with_status(201).header("etag").to_owned();
+        put_if(&world, "a", ("If-None-Match", "*"), &document("x")).await.with_error(412, "PreconditionFailed");
+        let second = put_if(&world, "a", ("If-Match", &first), &document("second")).await.with_status(200).header("etag").to_owned();
+        assert_ne!(first, second);
+        for stale in [first.clone(), "\"\"".to_owned(), String::new(), format!("{first}, \"x\"")] {
+            put_if(&world, "a", ("If-Match", &stale), &document("x")).await.with_error(412, "PreconditionFailed");
+        }
+        assert_eq!(world.get(&invoice_path("a"), &world.acme_key).await.json()["metadata"]["name"], "second");
+        put_if(&world, "a", ("If-Match", &format!("\"x\", {second}")), &document("third")).await.with_status(200);
+        put_if(&world, "a", ("If-Match", "*"), &document("fourth")).await.with_status(200);
+    }
+}
+
+each_database! {
+    async fn states_count_when_an_invoice_is_first_stored(world: World) {
+        let with_states = |states: Value| json!({"status": {"stripeInvoiceId": "in_1", "states": states}});
+        let states = json!([
+            {"state": "PaymentFailed", "timestamp": "2026-02-01T00:00:00.9999999Z", "paymentMsg": "Declined."},
+            {"state": "PaymentPending", "timestamp": "2026-01-31T20:00:00-05:00"},
+            {"state": "PaymentPending", "timestamp": "2026-02-01t01:00:00.001z", "paymentMsg": ""}]);
+        let in_normal_form = json!([
+            {"state": "PaymentFailed", "timestamp": "2026-02-01T00:00:00.999Z", "paymentMsg": "Declined."},
+            {"state": "PaymentPending", "timestamp": "2026-02-01T01:00:00.000Z"},
+            {"state": "PaymentPending", "timestamp": "2026-02-01T01:00:00.001Z", "paymentMsg": ""}]);
+        let stored = world.put(&invoice_path("a"), &with_states(states)).await.with_status(201).invoice();
+        assert_eq!(stored["status"]["states"], in_normal_form);
+        let other = json!([{"state": "Paid", "timestamp": "2026-01-01T00:00:00Z"}]);
+        for replacement in [with_states(other), with_states(json!([])), json!({})] {
+            let replaced = world.put(&invoice_path("a"), &replacement).await.with_status(200).invoice();
+            assert_eq!(replaced["status"]["states"], in_normal_form);
+        }
+        let faulty = with_states(json!([{"state": "Paid"}]));
+        world.put(&invoice_path("a"), &faulty).await.with_error(400, "InvalidInvoice");
+        // They stand first, whatever their times.
+        world.deliver(&finalized(0)).await.with_status(200);
+        assert_eq!(world.history("a").await, [
+            "PaymentFailed 2026-02-01T00:00:00.999Z", "PaymentPending 2026-02-01T01:00:00.000Z",
+            "PaymentPending 2026-02-01T01:00:00.001Z", "PaymentPending 2026-01-31T09:00:00.000Z"]);
+    }
+
+    async fn an_imported_payment_hides_what_was_due_before_and_a_known_entry_is_not_said_twice(world: World) {
+        world.deliver(&finalized(0)).await.with_status(200);
+        world.deliver(&paid(60)).await.with_status(200);
+        let note = json!({"id": "evt_note", "object": "event", "type": "credit_note.created", "created": 1_769_850_120, "data": {"object":
+            {"id": "cn_1", "object": "credit_note", "invoice": "in_1", "amount": 1000, "currency": "usd", "status": "issued", "type": "post_payment",
+             "created": 1_769_850_120}}});
+        world.deliver(&note).await.with_status(200);
+        let document = json!({"status": {"stripeInvoiceId": "in_1", "states": [
+            {"state": "Paid", "timestamp": "2026-01-31T10:01:00.0001+01:00", "paymentMsg": "By wire."}]}});
+        world.put(&invoice_path("a"), &document).await.with_status(201);
+        let states = world.states("a").await;
+        assert_eq!(states[0], json!({"state": "Paid", "timestamp": "2026-01-31T09:01:00.000Z", "paymentMsg": "By wire."}));
+        assert_eq!(world.history("a").await, ["Paid 2026-01-31T09:01:00.000Z", "Paid 2026-01-31T09:02:00.000Z"], "{states}");
+    }
+
+    async fn a_payment_at_another_time_than_the_imported_one_is_an_entry_of_its_own(world: World) {
+        let document = |states| json!({"status": {"stripeInvoiceId": "in_1", "states": states}});
+        let states = json!([{"state": "Paid", "timestamp": "2026-01-31T09:00:59.999Z"}]);
+        world.put(&invoice_path("a"), &document(states)).await.with_status(201);
+        world.deliver(&finalized(0)).await.with_status(200);
+        world.deliver(&paid(60)).await.with_status(200);
+        assert_eq!(world.history("a").await, ["Paid 2026-01-31T09:00:59.999Z", "Paid 2026-01-31T09:01:00.000Z"]);
+    }
+
+    async fn replacing_an_invoice_never_loses_a_payment_state(world: World) {
+        world.store("a", "in_1").await.with_status(201);
+        world.deliver(&finalized(0)).await.with_status(200);
+        world.deliver(&paid(60)).await.with_status(200);
+        let states = world.states("a").await;
+        assert_eq!(states.as_array().unwrap().len(), 2);
+        for replacement in [json!({}), json!({"status": {"states": []}}), json!({"status": {"states": [{"state": "PaymentFailed", "timestamp": "2026-01-01T00:00:00Z"}]}})] {
+            let replaced = world.put(&invoice_path("a"), &replacement).await.with_status(200).invoice();
+            assert_eq!((&replaced["status"]["states"], &world.states("a").await), (&states, &states), "{replacement}");
+        }
+    }
+
+    async fn of_many_who_store_one_invoice_at_once_one_is_the_first(world: World) {
+        let documents: Vec<Value> = (0..24).map(|number| json!({"metadata": {"name": number.to_string()}})).collect();
+        let count = |puts: &[Answer], status: u16| puts.iter().filter(|put| put.status == status).count();
+        let puts = join_all(documents[..12].iter().map(|document| put_if(&world, "a", ("Accept", "*/*"), document))).await;
+        assert_eq!((count(&puts, 201), count(&puts, 200)), (1, 11), "{puts:?}");
+        // Each replaces what they read: after the first, it is not what they read any more.
+        let tag = world.get(&invoice_path("a"), &world.acme_key).await.header("etag").to_owned();
+        let puts = join_all(documents[12..].iter().map(|document| put_if(&world, "a", ("If-Match", &tag), document))).await;
+        assert_eq!((count(&puts, 200), count(&puts, 412)), (1, 11), "{puts:?}");
+        let current = world.get(&invoice_path("a"), &world.acme_key).await.invoice();
+        assert_eq!(puts.iter().find(|put| put.status == 200).unwrap().invoice(), current);
+        let puts = join_all(documents[..12].iter().map(|document| put_if(&world, "b", ("If-None-Match", "*"), document))).await;
+        assert_eq!((count(&puts, 201), count(&puts, 412)), (1, 11), "{puts:?}");
+    }
+
+    async fn of_two_invoices_that_claim_a_stripe_invoice_at_once_one_gets_it(world: World) {
+        for round in 0..10 {
+            let stripe_invoice_id = format!("in_{round}");
+            let uids = ["a", "b", "c"].map(|letter| format!("{letter}{round}"));
+            let puts = join_all(uids.iter().map(|uid| world.store(uid, &stripe_invoice_id))).await;
+            let mut statuses: Vec<u16> = puts.iter().map(|put| put.status.as_u16()).collect();
+            statuses.sort();
+            assert_eq!(statuses, [201, 409, 409]);
+            for put in puts.into_iter().filter(|put| put.status == 409) {
+                put.with_error(409, "StripeInvoiceTaken");
+            }
+            let found = world.get(&format!("{LIST}?stripeInvoiceId={stripe_invoice_id}"), &world.acme_key).await.json();
+            assert_eq!(found["items"].as_array().unwrap().len(), 1);
+        }
+    }
+}
+
+each_database! {
+    async fn a_list_shows_the_newest_first_by_first_storing_then_by_uid(world: World) {
+        import(&world, &["b", "é", "a", "B", "a0"]);
+        next_millisecond().await;
+        import(&world, &["z", "c"]);
+        let order = ["c", "z", "B", "a", "a0", "b", "é"];
+        let page = world.get(LIST, &world.acme_key).await.with_status(200);
+        assert_eq!(uids(&page.json()), order);
+        assert!(page.json().get("nextCursor").is_none());
+        next_millisecond().await;
+        // Replacing does not make it new.
+        world.put(&invoice_path("a"), &json!({"metadata": {"uid": "a", "name": "replaced"}})).await.with_status(200);
+        for limit in [1, 2, 3, 7, 500] {
+            let pages = pages(&world, &format!("limit={limit}")).await;
+            assert!(pages.iter().all(|page| page.len() <= limit), "{pages:?}");
+            assert_eq!(pages.concat(), order, "limit {limit}");
+        }
+        for item in page.json()["items"].as_array().unwrap() {
+            let read = world.get(&invoice_path(&item["metadata"]["uid"].as_str().unwrap().replace('é', "%C3%A9")), &world.acme_key).await;
+            assert_eq!(read.with_status(200).invoice()["metadata"]["uid"], item["metadata"]["uid"]);
+        }
+    }
+
+    async fn pages_show_everything_once_while_invoices_are_added(world: World) {
+        let there: Vec<String> = (0..30).map(|number| format!("old-{number:02}")).collect();
+        import(&world, &there.iter().map(String::as_str).collect::<Vec<_>>());
+        let (mut seen, mut cursor, mut added) = (Vec::new(), String::new(), 0_usize);
+        loop {
+            let page = world.get(&format!("{LIST}?limit=4{cursor}"), &world.acme_key).await.with_status(200).json();
+            seen.extend(uids(&page));
+            let Some(next) = page["nextCursor"].as_str() else { break };
+            cursor = format!("&cursor={next}");
+            for number in added..added + 3 {
+                let uid = format!("{}-{number}", if number.is_multiple_of(2) { "aaa" } else { "zzz" });
+                world.put(&invoice_path(&uid), &json!({"metadata": {"uid": uid}})).await.with_status(201);
+            }
+            added += 3;
+        }
+        let (old, new): (Vec<String>, Vec<String>) = seen.into_iter().partition(|uid| uid.starts_with("old"));
+        assert_eq!(old, there);
+        assert_eq!(new.iter().collect::<BTreeSet<_>>().len(), new.len(), "{new:?}");
+        assert_eq!(pages(&world, "limit=500").await[0].len(), 30 + added);
+    }
+
+    async fn a_list_is_filtered_by_state_and_by_stripe_invoice(world: World) {
+        let states = [("paid-1", "Paid"), ("failed", "PaymentFailed"), ("pending", "PaymentPending"), ("moving", "PaymentInProgress"), ("paid-2", "Paid")];
+        for (uid, state) in states {
+            let states = json!([{"state": "PaymentPending", "timestamp": "2026-01-01T00:00:00Z"}, {"state": state, "timestamp": "2026-01-02T00:00:00Z"}]);
+            let document = json!({"metadata": {"uid": uid}, "status": {"stripeInvoiceId": format!("in_{uid}"), "states": states}});
+            world.put(&invoice_path(uid), &document).await.with_status(201);
+        }
+        world.put(&invoice_path("told"), &json!({"metadata": {"uid": "told"}, "status": {"stripeInvoiceId": "in_1"}})).await.with_status(201);
+        world.put(&invoice_path("none"), &json!({"metadata": {"uid": "none"}})).await.with_status(201);
+        world.deliver(&paid(0)).await.with_status(200);
+        let expected = BTreeMap::from([
+            ("state=Paid", vec!["paid-1", "paid-2", "told"]), ("state=PaymentFailed", vec!["failed"]), ("state=PaymentPending", vec!["pending"]),
+            ("state=PaymentInProgress", vec!["moving"]), ("state=none", vec!["none"]), ("stripeInvoiceId=in_1", vec!["told"]),
+            ("stripeInvoiceId=in_", vec![]), ("stripeInvoiceId=in_%25", vec![]), ("state=none&stripeInvoiceId=in_1", vec![]), ("state=Paid&stripeInvoiceId=in_1", vec!["told"]),
+        ]);
+        for (query, uids) in expected {
+            for limit in [1, 50] {
+                let mut found = pages(&world, &format!("{query}&limit={limit}")).await.concat();
+                found.sort();
+                assert_eq!(found, uids, "{query}");
+            }
+        }
+    }
+
+    async fn a_question_that_cannot_be_answered_is_an_invalid_query(world: World) {
+        let foreign: String = "[1,2,3]".bytes().map(|byte| format!("{byte:02x}")).collect();
+        let queries = ["state=paid", "state=", "state=None", "state=Paid,none", "limit=0", "limit=501", "limit=-1", "limit=x", "limit=", "limit=1.5",
+            "limit=99999999999999999999", "cursor=", "cursor=zz", "cursor=abc", "cursor=%ff", "limit=1&limit=2", "state=Paid&state=none"].map(str::to_owned);
+        for query in queries.into_iter().chain([format!("cursor={foreign}")]) {
+            world.get(&format!("{LIST}?{query}"), &world.acme_key).await.with_error(400, "InvalidQuery");
+            world.get(&format!("{LIST}?{query}"), "wrong").await.with_error(401, "Unauthorized");
+            world.get(&format!("/v1/tenants/beta/invoices?{query}"), &world.acme_key).await.with_error(404, "ResourceNotFound");
+        }
+        // What no id can be is held by no invoice, or cannot be asked for; it is no failure.
+        for query in ["stripeInvoiceId=%00", "stripeInvoiceId=%ff", "stripeInvoiceId="] {
+            let status = world.get(&format!("{LIST}?{query}"), &world.acme_key).await.status.as_u16();
+            assert!([200, 400].contains(&status), "{query} is answered {status}");
+        }
+    }
+
+    async fn a_tenants_key_lists_its_own_and_nothing_else(world: World) {
+        world.put(&invoice_path("a"), &json!({"metadata": {"uid": "a"}})).await.with_status(201);
+        let of_beta = json!({"metadata": {"uid": "b"}, "status": {"stripeInvoiceId": "in_b"}});
+        world.put("/v1/tenants/beta/invoices/b", &of_beta).await.with_status(201);
+        assert_eq!(pages(&world, "").await, [["a"]]);
+        assert_eq!(pages(&world, "stripeInvoiceId=in_b").await, [Vec::<String>::new()]);
+        for tenant in ["beta", "nobody", "ACME", "acme%20"] {
+            world.get(&format!("/v1/tenants/{tenant}/invoices"), &world.acme_key).await.with_error(404, "ResourceNotFound");
+        }
+        let list = async |tenant: &str| uids(&world.get(&format!("/v1/tenants/{tenant}/invoices"), &world.operator_key).await.with_status(200).json());
+        assert_eq!((list("acme").await, list("beta").await, list("nobody").await), (vec!["a".to_owned()], vec!["b".to_owned()], vec![]));
+        // A cursor names a place, and opens nothing.
+        import(&world, &["c", "d"]);
+        let page = world.get(&format!("{LIST}?limit=1"), &world.acme_key).await.with_status(200).json();
+        let path = format!("/v1/tenants/beta/invoices?cursor={}", page["nextCursor"].as_str().unwrap());
+        world.get(&path, &world.acme_key).await.with_error(404, "ResourceNotFound");
+    }
+}

@@ -1,0 +1,421 @@
+//! `GET /v1/tenants/{tenantUid}/invoices/{invoiceUid}`: who may read, what is answered, and what nobody gets to know.
+
+use serde_json::{Value, json};
+use stripe_reconciler::clock::Clock;
+
+use crate::each_database;
+use crate::support::{Answer, World, invoice_path};
+
+const FIXTURES: &str = include_str!("../../fixtures/invoices.jsonl");
+/// Stands in the invoice of another tenant.
+const SECRET_OF_BETA: &str = "only beta may read this";
+
+fn paid(id: &str, created: i64) -> Value {
+    json!({"id": id, "object": "event", "type": "invoice.paid", "created": created, "data": {"object": {
+        "id": "in_1", "object": "invoice", "status": "paid", "currency": "usd", "amount_due": 5000, "amount_paid": 5000}}})
+}
+
+/// Header lines that carry a key, each as it stands in a request.
+fn with_key(key: &str) -> Vec<String> {
+    let names = ["ApiKey", "apikey", "APIKEY", "aPiKeY", "Authorization", "authorization", "AUTHORIZATION"];
+    let plain = names.iter().map(|name| format!("{name}: {key}"));
+    let bearer = names[4..].iter().flat_map(|name| ["Bearer", "bearer"].map(|scheme| format!("{name}: {scheme} {key}")));
+    plain.chain(bearer).chain([format!("ApiKey:  {key} "), format!("ApiKey: wrong\r\nAuthorization: {key}")]).collect()
+}
+
+/// Header lines that carry none, although they look like it.
+fn without_key(key: &str, spent: &[String]) -> Vec<String> {
+    let (shorter, upper) = (&key[..key.len() - 1], key.to_uppercase());
+    let values = ["", " ", "Bearer", "Bearer ", "wrong", "*", "null", "\u{e9}", "' or 1=1 --", shorter, &upper];
+    let mut lines = vec!["Accept: */*".to_owned(), format!("X-Api-Key: {key}"), format!("Cookie: ApiKey={key}")];
+    lines.extend(values.iter().flat_map(|value| [format!("ApiKey: {value}"), format!("Authorization: {value}")]));
+    lines.extend([format!("Authorization: Basic {key}"), format!("ApiKey: Bearer {key}"), format!("ApiKey: {key}x")]);
+    // Which of two another party looked at, nobody knows.
+    lines.push(format!("ApiKey: {key}\r\nApiKey: {key}"));
+    lines.extend(spent.iter().flat_map(|key| with_key(key).into_iter().take(12)));
+    lines
+}
+
+/// The answer to one request with these header lines: head and body.
+async fn answered(world: &World, path: &str, lines: &str) -> (String, String) {
+    let request = format!("GET {path} HTTP/1.1\r\nHost: x\r\n{lines}\r\nConnection: close\r\n\r\n");
+    let answer = world.send_raw(request.as_bytes()).await;
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap_or_else(|| panic!("{request:?} is answered {answer:?}"));
+    (head.to_owned(), body.to_owned())
+}
+
+/// What an answer says, without what only names the request.
+fn anonymous(answer: &Answer) -> (u16, Vec<(String, String)>, String) {
+    let of_the_request = ["x-request-id", "date"];
+    let headers = answer.headers.iter().filter(|(name, _)| !of_the_request.contains(&name.as_str()));
+    let headers = headers.map(|(name, value)| (name.to_string(), value.to_str().unwrap().to_owned())).collect();
+    let body = String::from_utf8_lossy(&answer.body).replace(answer.header("x-request-id"), "REF");
+    (answer.status.as_u16(), headers, body)
+}
+
+fn key_ids(world: &World) -> Vec<String> {
+    let keys = world.run(&["keys", "list", "--json"]).with_code(0).json();
+    keys.as_array().unwrap().iter().map(|key| key["id"].as_str().unwrap().to_owned()).collect()
+}
+
+/// A key that was valid, and has been revoked.
+async fn revoked_key(world: &World, path: &str) -> String {
+    let before = key_ids(world);
+    let key = world.key(&["--tenant", "acme"]);
+    world.get(path, &key).await.with_status(200);
+    let id = key_ids(world).into_iter().find(|id| !before.contains(id)).unwrap();
+    world.run(&["keys", "revoke", &id]).with_code(0);
+    world.get(path, &key).await.with_error(401, "Unauthorized");
+    key
+}
+
+/// A key that was valid to its last moment, and has expired.
+async fn expired_key(world: &World, path: &str) -> String {
+    let created_before = Clock::system().now_ms();
+    let key = world.key(&["--tenant", "acme", "--expires-in", "2s"]);
+    let created_after = Clock::system().now_ms();
+    loop {
+        let asked = Clock::system().now_ms();
+        let status = world.get(path, &key).await.status;
+        let answered = Clock::system().now_ms();
+        if answered < created_before + 2000 {
+            assert_eq!(status, 200, "{} ms before it expires", created_before + 2000 - answered);
+        }
+        if asked >= created_after + 2000 {
+            assert_eq!(status, 401, "{} ms after it expired", asked - created_after - 2000);
+            return key;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+}
+
+each_database! {
+    async fn a_key_opens_its_tenant_in_every_style_of_header(world: World) {
+        world.store("a", "in_1").await.with_status(201);
+        for key in [&world.acme_key, &world.operator_key] {
+            for lines in with_key(key) {
+                let (head, body) = answered(&world, &invoice_path("a"), &lines).await;
+                assert!(head.starts_with("HTTP/1.1 200 "), "{lines:?} is answered {head} {body}");
+            }
+        }
+    }
+
+    async fn without_a_valid_key_everything_is_401_and_nothing_is_said(world: World) {
+        world.store("a", "in_1").await.with_status(201);
+        let path = invoice_path("a");
+        let spent = [revoked_key(&world, &path).await, expired_key(&world, &path).await];
+        for lines in without_key(&world.acme_key, &spent) {
+            for path in [&path, &invoice_path("missing"), &invoice_path("%ff"), "/v1/tenants/beta/invoices/a", "/v1/tenants/acme/invoices"] {
+                let (head, body) = answered(&world, path, &lines).await;
+                assert!(head.starts_with("HTTP/1.1 401 "), "{lines:?} to {path} is answered {head} {body}");
+                let error: Value = serde_json::from_str(&body).unwrap();
+                assert_eq!(error["code"], "Unauthorized");
+                assert!(!body.contains(&world.acme_key[..8]), "{body}");
+            }
+        }
+        world.send("GET", &path, &[], vec![]).await.with_error(401, "Unauthorized");
+        world.send("HEAD", &path, &[], vec![]).await.with_status(401);
+    }
+
+    async fn a_missing_invoice_and_another_tenants_cannot_be_told_apart(world: World) {
+        world.put("/v1/tenants/beta/invoices/there", &json!({})).await.with_status(201);
+        let missing = world.get(&invoice_path("missing"), &world.acme_key).await.with_error(404, "ResourceNotFound");
+        for path in ["/v1/tenants/beta/invoices/there", "/v1/tenants/beta/invoices/missing", "/v1/tenants/nobody/invoices/there"] {
+            let answer = world.get(path, &world.acme_key).await.with_error(404, "ResourceNotFound");
+            assert_eq!(anonymous(&answer), anonymous(&missing), "{path}");
+            let put = world.send("PUT", path, &[("ApiKey", &world.acme_key)], b"{}".to_vec()).await;
+            assert_eq!(anonymous(&put), anonymous(&missing), "PUT {path}");
+        }
+        world.get("/v1/tenants/beta/invoices/there", &world.operator_key).await.with_status(200);
+        world.get("/v1/tenants/beta/invoices/missing", &world.operator_key).await.with_error(404, "ResourceNotFound");
+        world.get("/v1/elsewhere", &world.acme_key).await.with_error(404, "ResourceNotFound");
+    }
+
+    async fn an_id_that_cannot_be_one_is_an_invalid_path_and_only_a_key_gets_to_know(world: World) {
+        let (longest, too_long) = ("x".repeat(255), "x".repeat(256));
+        let (wide, too_wide) = ("%C3%A9".repeat(127), "%C3%A9".repeat(128));
+        for uid in [&longest, &wide, "..", "%2e%2e", "a%2Fb", "%20", "a+b", "*", "%25", "%F0%9F%92%A5", "null"] {
+            world.get(&invoice_path(uid), &world.acme_key).await.with_error(404, "ResourceNotFound");
+        }
+        for id in ["", "%ff", "%C3", "%ED%A0%80", "%00", "a%00b", "%0A", "%0d%0a", "%1b", "%7f", "%C2%85", &too_long, &too_wide] {
+            for path in [format!("/v1/tenants/acme/invoices/{id}"), format!("/v1/tenants/{id}/invoices/a"), format!("/v1/tenants/{id}/invoices")] {
+                for key in [&world.acme_key, &world.operator_key] {
+                    world.get(&path, key).await.with_error(400, "InvalidPath");
+                }
+                world.get(&path, "wrong").await.with_error(401, "Unauthorized");
+            }
+            for path in [format!("/v1/tenants/acme/invoices/{id}"), format!("/v1/tenants/{id}/invoices/a")] {
+                world.put(&path, &json!({})).await.with_error(400, "InvalidPath");
+            }
+        }
+    }
+
+    async fn another_method_is_405_and_says_which_there_are(world: World) {
+        world.store("a", "in_1").await.with_status(201);
+        for (path, allowed) in [(invoice_path("a"), "GET,HEAD,PUT"), ("/v1/tenants/acme/invoices".to_owned(), "GET,HEAD")] {
+            for method in ["POST", "DELETE", "PATCH", "OPTIONS", "TRACE", "BREW"] {
+                let answer = world.send(method, &path, &[("ApiKey", &world.operator_key)], vec![]).await;
+                let answer = answer.with_error(405, "MethodNotAllowed");
+                assert_eq!(answer.header("allow"), allowed, "{method} {path}");
+            }
+        }
+    }
+}
+
+each_database! {
+    async fn the_tag_of_an_answer_changes_when_a_state_is_appended(world: World) {
+        world.store("a", "in_1").await.with_status(201);
+        let path = invoice_path("a");
+        let ask = async |named: &str| {
+            world.send("GET", &path, &[("ApiKey", &world.acme_key), ("If-None-Match", named)], vec![]).await
+        };
+        let tag = world.get(&path, &world.acme_key).await.with_status(200).header("etag").to_owned();
+        assert!(tag.starts_with('"') && tag.ends_with('"') && tag.len() > 8, "{tag}");
+        for named in [tag.clone(), format!("W/{tag}"), format!("\"other\", {tag}"), format!("\"other\" ,W/{tag},\"third\""), "*".to_owned()] {
+            let answer = ask(&named).await.with_status(304);
+            assert_eq!((answer.header("etag"), answer.body.len()), (&*tag, 0), "{named}");
+        }
+        for named in ["", "\"other\"", "W/\"other\"", tag.trim_matches('"'), "\"\"", "\u{e9}"] {
+            assert_eq!(ask(named).await.with_status(200).header("etag"), tag, "{named}");
+        }
+        // Says nothing about this payment.
+        let mut other = paid("evt_other", 1_769_850_000);
+        other["data"]["object"]["id"] = "in_other".into();
+        world.deliver(&other).await.with_status(200);
+        ask(&tag).await.with_status(304);
+        world.deliver(&paid("evt_1", 1_769_850_000)).await.with_status(200);
+        let newer = ask(&tag).await.with_status(200).header("etag").to_owned();
+        assert_ne!(newer, tag);
+        world.deliver(&paid("evt_1", 1_769_850_000)).await.with_status(200);
+        ask(&newer).await.with_status(304);
+        world.put(&path, &json!({"metadata": {"name": "another"}})).await.with_status(200);
+        assert_ne!(ask(&newer).await.with_status(200).header("etag"), newer);
+    }
+
+    async fn head_answers_what_get_does_without_the_body(world: World) {
+        world.store("a", "in_1").await.with_status(201);
+        let key = [("ApiKey", world.acme_key.as_str())];
+        let get = world.send("GET", &invoice_path("a"), &key, vec![]).await.with_status(200);
+        let head = world.send("HEAD", &invoice_path("a"), &key, vec![]).await.with_status(200);
+        assert_eq!(head.header("content-length"), get.body.len().to_string());
+        assert_eq!((head.header("etag"), head.header("content-type")), (get.header("etag"), "application/json"));
+        assert!(head.body.is_empty());
+        world.send("HEAD", &invoice_path("missing"), &key, vec![]).await.with_status(404);
+    }
+
+    async fn an_answer_is_compressed_when_asked_for_and_only_then(world: World) {
+        let path = invoice_path("inv-2026-01-001");
+        world.put(&path, &serde_json::from_str(FIXTURES.lines().next().unwrap()).unwrap()).await.with_status(201);
+        let key = ("ApiKey", world.acme_key.as_str());
+        let plain = world.send("GET", &path, &[key], vec![]).await.with_status(200);
+        assert_eq!(plain.header("content-encoding"), "");
+        let packed = world.send("GET", &path, &[key, ("Accept-Encoding", "br, gzip")], vec![]).await.with_status(200);
+        assert_eq!((packed.header("content-encoding"), packed.header("vary")), ("gzip", "accept-encoding"));
+        assert!(packed.body.len() < plain.body.len());
+        assert_eq!(unpack(&packed.body), plain.body);
+        // The tag of other bytes is a weaker one, and still names the answer.
+        let tag = packed.header("etag");
+        assert_eq!(tag, format!("W/{}", plain.header("etag")));
+        for encoding in ["gzip", "identity"] {
+            let headers = [key, ("Accept-Encoding", encoding), ("If-None-Match", tag)];
+            world.send("GET", &path, &headers, vec![]).await.with_status(304);
+        }
+    }
+
+    async fn documents_come_back_as_they_were_stored(world: World) {
+        world.run_with_input(&["invoices", "import", "--tenant", "acme", "-"], FIXTURES.as_bytes()).with_code(0);
+        for line in FIXTURES.lines() {
+            let stored: Value = serde_json::from_str(line).unwrap();
+            let answer = world.get(&invoice_path(stored["metadata"]["uid"].as_str().unwrap()), &world.acme_key).await.with_status(200);
+            assert_eq!(answer.header("content-type"), "application/json");
+            assert_eq!(answer.invoice(), stored);
+        }
+    }
+
+    async fn an_answer_has_the_forms_that_strict_clients_need(world: World) {
+        let stored = r#"{
+            "metadata": {"uid": "a", "creationTimestamp": "2026-01-31T10:15:00+01:00", "deletionTimestamp": null, "labels": {}},
+            "spec": {"credits": {"pureFreeCredits": 2500.0, "alloyFreeCredits": -9223372036854775808}, "address": null,
+                     "plan": {"freeCredits": [], "slaCredits": [{"totalCpuCoreHours": 1e3, "planCredit": {"type": "Pure", "cpuCoreHours": 0.0}}]}},
+            "status": {"billableAmount": 0.1, "projects": [], "productInvoice": {"pure": {"overageLimitPercentage": 10.0, "tierPrice": 0.05}}}}"#;
+        world.put(&invoice_path("a"), &serde_json::from_str(stored).unwrap()).await.with_status(201).invoice();
+        let answer = world.get(&invoice_path("a"), &world.acme_key).await.with_status(200);
+        assert_eq!(answer.invoice(), json!({
+            "metadata": {"uid": "a", "creationTimestamp": "2026-01-31T09:15:00.000Z", "labels": {}},
+            "spec": {"credits": {"pureFreeCredits": 2500, "alloyFreeCredits": i64::MIN},
+                     "plan": {"freeCredits": [], "slaCredits": [{"totalCpuCoreHours": 1000, "planCredit": {"type": "Pure", "cpuCoreHours": 0}}]}},
+            "status": {"billableAmount": 0.1, "projects": [], "states": [],
+                       "productInvoice": {"pure": {"overageLimitPercentage": 10, "tierPrice": 0.05}}},
+        }));
+        assert!(!answer.body.windows(4).any(|four| four == b"null"));
+        for smallest in [json!({}), json!({"status": {}}), json!({"status": null}), json!({"metadata": null, "status": {"states": null}})] {
+            world.put(&invoice_path("b"), &smallest).await;
+            let states = json!({"status": {"states": []}});
+            assert_eq!(world.get(&invoice_path("b"), &world.acme_key).await.with_status(200).invoice(), states, "{smallest}");
+        }
+    }
+
+    async fn unknown_fields_come_back_as_they_came(world: World) {
+        let odd = json!({"": null, "n": [1.0, -0.5, 1e300, u64::MAX], "text": "\u{0}\u{1}\u{7f}é💥\u{2028}\"\\/", "deep": [[[{"a~b/c": {}}]]]});
+        let document = json!({
+            "zzz": odd, "aaa": odd, "metadata": {"uid": "a", "odd": odd}, "spec": {"odd": odd, "address": {"odd": odd}},
+            "status": {"odd": odd, "projects": [{"odd": odd}], "productInvoice": {"pure": {"odd": odd}}}});
+        world.put(&invoice_path("a"), &document).await.with_status(201);
+        let answer = world.get(&invoice_path("a"), &world.acme_key).await.with_status(200);
+        let mut expected = document;
+        expected["status"]["states"] = json!([]);
+        assert_eq!(answer.invoice(), expected);
+        let (first, second) = (answer.body.windows(5).position(|w| w == b"\"zzz\""), answer.body.windows(5).position(|w| w == b"\"aaa\""));
+        assert!(first < second, "fields keep their order");
+    }
+}
+
+/// By a decoder that is not ours.
+fn unpack(packed: &[u8]) -> Vec<u8> {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("answer.gz");
+    std::fs::write(&file, packed).unwrap();
+    let output = std::process::Command::new("gzip").arg("-dc").arg(&file).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    output.stdout
+}
+
+const ODD_PIECES: [&str; 30] = [
+    "",
+    ".",
+    "..",
+    "%2e",
+    "%2e%2e",
+    "%2f",
+    "..%2fbeta",
+    "..%2f..%2fbeta%2finvoices%2fhidden",
+    "%5c..%5cbeta",
+    "%00",
+    "acme%00",
+    "%ff",
+    "%",
+    "%zz",
+    "%u0041",
+    "*",
+    "'",
+    "\"",
+    "hidden'--",
+    "beta",
+    "hidden",
+    "beta/invoices/hidden",
+    "{invoiceUid}",
+    "a;b=c",
+    "?tenant=beta",
+    "#hidden",
+    "\u{e9}",
+    "%F0%9F%92%A5",
+    "+",
+    "../beta",
+];
+
+fn odd_paths() -> Vec<String> {
+    let mut paths: Vec<String> = Vec::new();
+    for piece in ODD_PIECES {
+        paths.extend(ODD_PIECES[..20].iter().map(|other| format!("/v1/tenants/{piece}/invoices/{other}")));
+        paths.push(format!("/v1/tenants/{piece}/invoices"));
+        paths.extend(
+            ["state", "stripeInvoiceId", "limit", "cursor", "tenantUid"]
+                .map(|name| format!("/v1/tenants/acme/invoices?{name}={piece}")),
+        );
+        paths.extend([
+            format!("/{piece}"),
+            format!("//{piece}"),
+            format!("/v1/{piece}"),
+            format!("/v1/tenants/acme/{piece}/hidden"),
+        ]);
+    }
+    // Query by query, a list of another tenant's invoice is asked for; its cursor says whose it is.
+    let cursor: String = r#"[9223372036854775807,"beta","hidden\u0000"]"#.bytes().map(|byte| format!("{byte:02x}")).collect();
+    paths.extend([
+        format!("/v1/tenants/acme/invoices?cursor={cursor}"),
+        "/v1/tenants/acme/invoices?stripeInvoiceId=in_hidden".to_owned(),
+    ]);
+    paths.extend(["*", "http://x/v1/tenants/beta/invoices/hidden", "https://beta:x@y/", "x:1"].map(str::to_owned));
+    paths.push(format!("/v1/tenants/acme/invoices/{}", "x".repeat(60_000)));
+    paths
+}
+
+fn odd_headers(key: &str) -> Vec<String> {
+    let names = [
+        "X-Original-URL",
+        "X-Rewrite-URL",
+        "X-Forwarded-Prefix",
+        "Forwarded",
+        "X-HTTP-Method-Override",
+        "X-Request-Id",
+        "Host",
+        "Range",
+        "If-Match",
+        "If-None-Match",
+        "If-Modified-Since",
+        "Accept",
+        "Accept-Encoding",
+        "Content-Encoding",
+        "Content-Length",
+        "Transfer-Encoding",
+        "Expect",
+        "Upgrade",
+        "TE",
+        "Cookie",
+        "Origin",
+        "ApiKey",
+        "Authorization",
+        "X-Tenant",
+    ];
+    let values = [
+        "",
+        "beta",
+        "/v1/tenants/beta/invoices/hidden",
+        "PUT",
+        "0",
+        "-1",
+        "99999999999999999999",
+        "bytes=0-5",
+        "*",
+        "\"",
+        "gzip;q=x",
+        "identity;q=0, *;q=0",
+        "chunked, chunked",
+        "100-continue",
+        "websocket",
+        "\u{e9}\u{1f4a5}",
+        "\u{1}",
+        "a,b;c=\"d",
+    ];
+    names
+        .iter()
+        .flat_map(|name| values.iter().map(move |value| format!("{name}: {value}")))
+        .chain([format!("X: {key}"), "no colon".to_owned(), format!("X: {}", "y".repeat(70_000))])
+        .collect()
+}
+
+each_database! {
+    async fn no_odd_request_breaks_the_server_or_tells_of_another_tenant(world: World) {
+        let hidden = json!({"metadata": {"name": SECRET_OF_BETA}, "status": {"stripeInvoiceId": "in_hidden"}});
+        world.put("/v1/tenants/beta/invoices/hidden", &hidden).await.with_status(201);
+        world.store("a", "in_1").await.with_status(201);
+        let key_line = format!("ApiKey: {}\r\n", world.acme_key);
+        let by_path = odd_paths().into_iter().map(|path| format!("GET {path} HTTP/1.1\r\nHost: x\r\n{key_line}"));
+        let paths = [invoice_path("a"), "/v1/tenants/beta/invoices/hidden".to_owned()];
+        let by_header = odd_headers(&world.acme_key).into_iter().flat_map(|line| {
+            paths.clone().map(|path| format!("GET {path} HTTP/1.1\r\nHost: x\r\n{key_line}{line}\r\n"))
+        });
+        let mut asked = 0;
+        for request in by_path.chain(by_header) {
+            let answer = world.send_raw(format!("{request}Connection: close\r\n\r\n").as_bytes()).await;
+            let shown = &request[..request.len().min(300)];
+            let status: u16 = answer.get(9..12).and_then(|code| code.parse().ok()).unwrap_or_else(|| panic!("{shown:?} is answered {answer:?}"));
+            assert!(status < 500, "{shown:?} is answered {answer}");
+            assert!(!answer.contains(SECRET_OF_BETA), "{shown:?} is answered {answer}");
+            assert!(!answer.contains(&world.acme_key), "{shown:?} is answered {answer}");
+            asked += 1;
+        }
+        assert!(asked > 500, "{asked}");
+        world.get(&invoice_path("a"), &world.acme_key).await.with_status(200);
+    }
+}

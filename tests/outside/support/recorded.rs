@@ -1,0 +1,57 @@
+//! One recorded story: a stored invoice, and the events that Stripe told about it.
+
+use std::path::PathBuf;
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+pub const INVOICES: &str = include_str!("../../../fixtures/invoices.jsonl");
+const STORY: &str = include_str!("../../../fixtures/stories/declined-twice-then-paid.2025-11-17.clover.jsonl");
+
+/// The stored invoice that `STORY` is about, and its uid.
+pub fn told_invoice() -> (Value, String) {
+    let documents = INVOICES.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    let is_told = |document: &Value| document["metadata"]["annotations"]["story"] == "declined-twice-then-paid.2025-11-17.clover";
+    let document = documents.into_iter().find(is_told).unwrap();
+    let uid = document["metadata"]["uid"].as_str().unwrap().to_owned();
+    (document, uid)
+}
+
+/// Its lines, each once: Stripe delivered some of them twice.
+pub fn lines() -> Vec<&'static str> {
+    let mut lines: Vec<&str> = Vec::new();
+    for line in STORY.lines() {
+        if !lines.contains(&line) {
+            lines.push(line);
+        }
+    }
+    lines
+}
+
+pub fn events() -> Vec<Value> {
+    lines().into_iter().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+pub fn event_id(event: &Value) -> &str {
+    event["id"].as_str().unwrap()
+}
+
+/// A folder of files.
+pub struct Files(TempDir);
+
+impl Files {
+    pub fn new() -> Files {
+        Files(tempfile::tempdir().unwrap())
+    }
+
+    pub fn add(&self, name: &str, text: impl AsRef<[u8]>) -> String {
+        let path = self.path(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(&path, text).unwrap();
+        path.to_str().unwrap().to_owned()
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+}

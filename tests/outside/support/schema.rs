@@ -1,0 +1,42 @@
+//! What every answer with an invoice has to be: a `v1Invoice` that a strict client decodes.
+
+use std::sync::LazyLock;
+
+use jsonschema::Validator;
+use serde_json::Value;
+
+/// The facts of the API's schema, in a layout of our own.
+static V1_INVOICE: LazyLock<Validator> = LazyLock::new(|| {
+    let schema: Value = serde_json::from_str(include_str!("../v1_invoice.schema.json")).unwrap();
+    jsonschema::options().should_validate_formats(true).build(&schema).unwrap()
+});
+
+/// To JSON Schema, `2500.0` is an integer; to a client that decodes into an `int64`, it is none.
+const INTEGERS: [&str; 8] = [
+    "allocatedCredits",
+    "alloyFreeCredits",
+    "cpuCoreHours",
+    "discount",
+    "freeCredits",
+    "overageLimitPercentage",
+    "pureFreeCredits",
+    "totalCpuCoreHours",
+];
+
+#[track_caller]
+pub fn assert_is_invoice(text: &str) -> Value {
+    let invoice: Value = serde_json::from_str(text).unwrap_or_else(|error| panic!("{error} in {text}"));
+    let faults: Vec<String> =
+        V1_INVOICE.iter_errors(&invoice).map(|error| format!("{}: {error}", error.instance_path())).collect();
+    assert!(faults.is_empty(), "{faults:#?} in {text}");
+    for name in INTEGERS {
+        for (at, field) in text.match_indices(&format!("\"{name}\":")) {
+            let value = text[at + field.len()..].trim_start();
+            let written = &value[..value.find([',', '}', '\n']).unwrap()];
+            // A plan has a list of the name that is a number in a product.
+            let is_integer = written.parse::<i64>().is_ok() || written.starts_with('[');
+            assert!(is_integer, "{name} is written as {written}");
+        }
+    }
+    invoice
+}
