@@ -6,7 +6,7 @@
 mod deliveries;
 mod load;
 #[path = "../tests/outside/support/postgres.rs"]
-#[allow(dead_code, reason = "the tests use more of it")]
+#[expect(dead_code, clippy::unwrap_used, reason = "the tests use more of it, and fail by what goes wrong")]
 mod postgres;
 mod process;
 mod reference;
