@@ -124,18 +124,16 @@ impl Bench {
     async fn steady(&mut self, [plain_url, url, fast_url]: &[String; 3]) {
         let seconds = self.time.as_secs_f64() * 2.0;
         println!("\nrate/s  connections  way     p50 ms  p99 ms  p99.9 ms  not 2xx");
-        let cases: [(f64, usize, &str, fn(&str) -> Served, &str); 3] = [
-            (300.0, 64, "plain", Served::plain, plain_url),
-            (300.0, 64, "ours", Served::product, url),
-            (2000.0, 256, "ours", Served::product, fast_url),
-        ];
-        for (rate, connections, way, start, url) in cases {
-            let server = start(url);
-            let requests = self.deliveries((rate * seconds) as usize);
-            let t = open_loop(&server.authority, connections, &requests, rate).await;
-            let (p50, p99, p999) = (t.quantile_ms(0.5), t.quantile_ms(0.99), t.quantile_ms(0.999));
-            println!("{rate:>6}  {connections:>11}  {way:<6}  {p50:>6.2}  {p99:>6.2}  {p999:>8.2}  {:>7}", t.not_2xx);
-        }
+        self.at_rate("plain", Served::plain(plain_url), 300.0, 64, seconds).await;
+        self.at_rate("ours", Served::product(url), 300.0, 64, seconds).await;
+        self.at_rate("ours", Served::product(fast_url), 2000.0, 256, seconds).await;
+    }
+
+    async fn at_rate(&mut self, way: &str, server: Served, rate: f64, connections: usize, seconds: f64) {
+        let requests = self.deliveries((rate * seconds) as usize);
+        let t = open_loop(&server.authority, connections, &requests, rate).await;
+        let (p50, p99, p999) = (t.quantile_ms(0.5), t.quantile_ms(0.99), t.quantile_ms(0.999));
+        println!("{rate:>6}  {connections:>11}  {way:<6}  {p50:>6.2}  {p99:>6.2}  {p999:>8.2}  {:>7}", t.not_2xx);
     }
 
     async fn alone(&mut self, url: &str, commit_ms: f64) {
