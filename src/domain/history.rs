@@ -119,7 +119,7 @@ fn compute<'a>(invoice_id: &'a str, imported: &[ImportedState], known: &'a [Know
     let own: Vec<&Known> = known.into_iter().filter(|k| links.invoice_of(&k.telling.object) == Some(invoice_id)).collect();
     let attempts = failed_attempts(&own);
     let gathered = Gathered::new(&own, &links, &attempts);
-    let facts = Facts::gather(invoice_id, &own);
+    let facts = Facts::gather(invoice_id, &own, &links);
 
     let mut drafts = gathered.stated(&facts);
     drafts.extend(gathered.action_required(&facts));
@@ -185,7 +185,7 @@ impl<'a, 'k> Gathered<'a, 'k> {
     }
 
     /// Facts that stand once in a history.
-    fn stated(&self, facts: &Facts<'a>) -> Vec<Draft<'a>> {
+    fn stated(&self, facts: &Facts<'a, '_>) -> Vec<Draft<'a>> {
         use InvoiceFact::*;
         let once = [
             (Finalized, Stage::Open, Rank::Finalized, State::PaymentPending),
@@ -224,7 +224,7 @@ impl<'a, 'k> Gathered<'a, 'k> {
         self.invoices().filter(|(k, i)| tells(k, i)).collect()
     }
 
-    fn action_required(&self, facts: &Facts<'a>) -> Vec<Draft<'a>> {
+    fn action_required(&self, facts: &Facts<'a, '_>) -> Vec<Draft<'a>> {
         let of_type = |kind: &str| -> Vec<&'a Known> { self.own.iter().copied().filter(|k| k.telling.kind == kind).collect() };
         let by_invoice = of_type("invoice.payment_action_required");
         let by_intent = of_type("payment_intent.requires_action");
@@ -244,7 +244,7 @@ impl<'a, 'k> Gathered<'a, 'k> {
         drafts.collect()
     }
 
-    fn in_flight(&self, facts: &Facts<'a>) -> Vec<Draft<'a>> {
+    fn in_flight(&self, facts: &Facts<'a, '_>) -> Vec<Draft<'a>> {
         let mut flights: BTreeMap<(&'a str, usize), Vec<&'a Known>> = BTreeMap::new();
         for &known in self.own {
             let payment = match (&known.telling.object, known.telling.kind.as_str()) {
@@ -262,7 +262,7 @@ impl<'a, 'k> Gathered<'a, 'k> {
         drafts.collect()
     }
 
-    fn partly_funded(&self, facts: &Facts<'a>) -> Vec<Draft<'a>> {
+    fn partly_funded(&self, facts: &Facts<'a, '_>) -> Vec<Draft<'a>> {
         let mut funded: BTreeMap<(&'a str, i64), Vec<&'a Known>> = BTreeMap::new();
         for &known in self.own {
             if let (Object::PaymentIntent(intent), "payment_intent.partially_funded") =
@@ -279,7 +279,7 @@ impl<'a, 'k> Gathered<'a, 'k> {
     }
 
     /// Left out when it is no part, but the payment: it covers at least what a paid invoice was due.
-    fn part_paid(&self, facts: &Facts<'a>) -> Vec<Draft<'a>> {
+    fn part_paid(&self, facts: &Facts<'a, '_>) -> Vec<Draft<'a>> {
         let paid = self.tellers(InvoiceFact::Paid);
         let shown_paid = paid.iter().filter(|(k, i)| by_snapshot(&k.telling, i, InvoiceFact::Paid));
         let lowest_due = shown_paid.filter_map(|(_, i)| i.amount_due).min();
@@ -298,7 +298,7 @@ impl<'a, 'k> Gathered<'a, 'k> {
         drafts.collect()
     }
 
-    fn finalization_failed(&self, facts: &Facts<'a>) -> Vec<Draft<'a>> {
+    fn finalization_failed(&self, facts: &Facts<'a, '_>) -> Vec<Draft<'a>> {
         let mut seconds: BTreeMap<i64, Vec<(&'a Known, &'a Invoice)>> = BTreeMap::new();
         for (known, invoice) in self.tellers(InvoiceFact::FinalizationFailed) {
             seconds.entry(known.telling.created).or_default().push((known, invoice));
@@ -312,7 +312,7 @@ impl<'a, 'k> Gathered<'a, 'k> {
     }
 }
 
-fn failed<'a>(attempt: &Attempt<'a>, own: &[&'a Known], facts: &Facts<'a>) -> Draft<'a> {
+fn failed<'a>(attempt: &Attempt<'a>, own: &[&'a Known], facts: &Facts<'a, '_>) -> Draft<'a> {
     let told_by = attempt.told_by.iter().chain(attempt.tries.iter().flat_map(|t| &t.told_by)).copied().collect();
     Draft {
         stage: Stage::Open,

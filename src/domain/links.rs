@@ -62,6 +62,11 @@ impl<'a> Links<'a> {
         self.owners.get(&self.groups.find(part)?).copied()
     }
 
+    /// The payment that this object is part of, as a number that holds for these links only.
+    pub fn payment_of(&self, id: &str) -> Option<usize> {
+        self.groups.find(id)
+    }
+
     /// The PaymentIntent that a charge was made by, whichever side told.
     pub fn intent_of(&self, charge_id: &str) -> Option<&'a str> {
         self.intents.get(&self.groups.find(charge_id)?).copied()
@@ -98,23 +103,24 @@ fn named_intent(object: &Object) -> Option<&str> {
 }
 
 fn join_parts<'a>(object: &'a Object, groups: &mut Groups<'a>, documents: &mut BTreeMap<&'a str, &'a str>) {
-    let mut document = |id: &'a str, invoice: &'a Option<String>| {
-        if let Some(invoice) = invoice.as_deref() {
-            let lowest = documents.entry(id).or_insert(invoice);
-            *lowest = invoice.min(*lowest);
-        }
+    let mut note = |id: &'a str, invoice: &'a str| {
+        let lowest = documents.entry(id).or_insert(invoice);
+        *lowest = invoice.min(*lowest);
     };
     match object {
         Object::PaymentIntent(part) => groups.join(&part.id, [&part.latest_charge, &part.error_charge]),
         Object::Charge(part) => groups.join(&part.id, [&part.payment_intent, &None]),
         Object::Refund(part) => groups.join(&part.id, [&part.charge, &part.payment_intent]),
         Object::Dispute(part) => groups.join(&part.id, [&part.charge, &part.payment_intent]),
-        Object::Invoice(invoice) => invoice.payments_named().for_each(|part| groups.add(part)),
+        Object::Invoice(invoice) => {
+            invoice.payments_named().for_each(|part| groups.add(part));
+            invoice.invoice_payments.iter().flatten().for_each(|id| note(id, &invoice.id));
+        }
         Object::InvoicePayment(payment) => {
-            document(&payment.id, &payment.invoice);
+            payment.invoice.iter().for_each(|invoice| note(&payment.id, invoice));
             payment.payment_intent.iter().chain(&payment.charge).for_each(|part| groups.add(part));
         }
-        Object::CreditNote(note) => document(&note.id, &note.invoice),
+        Object::CreditNote(credit) => credit.invoice.iter().for_each(|invoice| note(&credit.id, invoice)),
     }
 }
 

@@ -6,6 +6,7 @@
 use super::event::LAST_SECOND;
 use super::fact::{InvoiceFact, by_snapshot, by_type, contradicts};
 use super::history::{Known, Rank};
+use super::links::Links;
 use super::money;
 use super::object::{Charge, CreditNote, Dispute, Invoice, Object, Reason, Refund};
 use super::tries::Attempt;
@@ -14,9 +15,10 @@ use super::tries::Attempt;
 type Tellers<'t, 'a> = &'t [(&'a Known, &'a Invoice)];
 
 /// What every message may need to know about the invoice.
-pub struct Facts<'a> {
+pub struct Facts<'a, 'k> {
     pub invoice_id: &'a str,
-    own: Vec<&'a Known>,
+    own: &'k [&'a Known],
+    links: &'k Links<'a>,
     number: Option<&'a str>,
     due_date: Option<i64>,
     revision: Option<&'a str>,
@@ -26,19 +28,21 @@ pub struct Facts<'a> {
     amount_paid: Option<i64>,
 }
 
-impl<'a> Facts<'a> {
+impl<'a, 'k> Facts<'a, 'k> {
     /// `own`: all that belongs to the invoice, earliest first.
-    pub fn gather(invoice_id: &'a str, own: &[&'a Known]) -> Facts<'a> {
+    pub fn gather(invoice_id: &'a str, own: &'k [&'a Known], links: &'k Links<'a>) -> Facts<'a, 'k> {
         let snapshots: Vec<(&Known, &Invoice)> = own.iter().filter_map(|k| believed(k)).collect();
         let newest = || snapshots.iter().rev().map(|(_, i)| *i);
         let amount_due = newest().find_map(|i| i.amount_due);
         let is_paid = |k: &Known, i: &Invoice| {
             by_snapshot(&k.telling, i, InvoiceFact::Paid) || by_type(&k.telling, i) == Some(InvoiceFact::Paid)
         };
-        let amount_paid = snapshots.iter().filter(|(k, i)| is_paid(k, i)).find_map(|(_, i)| collected(i)).or(amount_due);
+        let paid: Vec<&Invoice> = snapshots.iter().filter(|(k, i)| is_paid(k, i)).map(|(_, i)| *i).collect();
+        let amount_paid = collected(&paid).or(amount_due);
         Facts {
             invoice_id,
-            own: own.to_vec(),
+            own,
+            links,
             number: newest().find_map(|i| i.number.as_deref()),
             due_date: newest().find_map(|i| i.due_date),
             revision: newest().find_map(|i| i.latest_revision.as_deref()).filter(|id| *id != invoice_id),
@@ -49,21 +53,33 @@ impl<'a> Facts<'a> {
         }
     }
 
-    /// How much an InvoicePayment paid, whichever of its events told.
+    /// How much an InvoicePayment paid: the event that says so comes first, then whatever else tells.
     pub fn amount_of_payment(&self, id: &str) -> Option<i64> {
-        self.own.iter().find_map(|k| match &k.telling.object {
-            Object::InvoicePayment(payment) if payment.id == id => payment.amount_paid,
-            _ => None,
-        })
+        let told = |by_claim: bool| {
+            let told_by = self.own.iter().filter(move |k| (k.telling.kind == "invoice_payment.paid") == by_claim);
+            told_by.filter_map(|k| match &k.telling.object {
+                Object::InvoicePayment(payment) if payment.id == id => payment.amount_paid,
+                _ => None,
+            })
+        };
+        told(true).next().or_else(|| told(false).next())
+    }
+
+    /// The amount of the payment that these are about: as they tell it, else as any part of the same payment does.
+    fn payment_amount(&self, told_by: &[&Known]) -> Option<i64> {
+        let payment = |k: &Known| k.telling.object.names().iter().find_map(|(id, _)| self.links.payment_of(id));
+        let payments: Vec<usize> = told_by.iter().filter_map(|k| payment(k)).collect();
+        let siblings = || self.own.iter().filter(|k| payment(k).is_some_and(|payment| payments.contains(&payment)));
+        told_by.iter().find_map(|k| amount(k)).or_else(|| siblings().find_map(|k| amount(k)))
     }
 
     fn invoice(&self) -> String {
-        format!("invoice {}", clean(self.number.unwrap_or(self.invoice_id)))
+        format!("invoice {}", name(self.number.unwrap_or(self.invoice_id)))
     }
 
     /// An amount in the currency that any of the tellers names, else anything known about the invoice.
     fn money(&self, minor_units: i64, told_by: &[&Known]) -> String {
-        let all = || told_by.iter().chain(&self.own).filter_map(|k| currency(k));
+        let all = || told_by.iter().chain(self.own).filter_map(|k| currency(k));
         let is_code = |c: &&str| c.len() == 3 && c.bytes().all(|b| b.is_ascii_alphabetic());
         let code = all().find(is_code).or_else(|| all().next()).map(clean);
         money::amount(minor_units, code.as_deref())
@@ -100,11 +116,18 @@ fn believed(known: &Known) -> Option<(&Known, &Invoice)> {
     }
 }
 
-/// What a paid invoice brought: before basil, `amount_paid` is 0 for what was paid outside Stripe.
-fn collected(invoice: &Invoice) -> Option<i64> {
-    match (invoice.amount_paid, invoice.amount_due) {
-        (Some(paid), _) if paid != 0 => Some(paid),
-        (paid, due) => due.or(paid),
+/// What a paid invoice brought, by its paid snapshots: before basil, `amount_paid` is 0 for what was paid outside Stripe.
+fn collected(paid: &[&Invoice]) -> Option<i64> {
+    let amount = paid.iter().find_map(|i| i.amount_paid.filter(|amount| *amount != 0));
+    amount.or_else(|| paid.iter().find_map(|i| i.amount_due))
+}
+
+/// What a PaymentIntent or a charge is over.
+fn amount(known: &Known) -> Option<i64> {
+    match &known.telling.object {
+        Object::PaymentIntent(intent) => intent.amount,
+        Object::Charge(charge) => charge.amount,
+        _ => None,
     }
 }
 
@@ -155,7 +178,7 @@ pub fn voided(facts: &Facts, told_by: Tellers) -> String {
 
 pub fn paid(facts: &Facts, told_by: Tellers, was_written_off: bool) -> String {
     let shown: Vec<&Invoice> = told_by.iter().filter_map(|(k, _)| believed(k)).map(|(_, i)| i).collect();
-    let amount = shown.iter().find_map(|i| collected(i)).or(facts.amount_paid);
+    let amount = collected(&shown).or(facts.amount_paid);
     let money = facts.money_of_invoice(amount, told_by);
     let mut text = match (amount, money) {
         (Some(0), Some(money)) => format!("{} is settled: nothing to collect ({money}).", capital(&facts.invoice(), "")),
@@ -189,7 +212,7 @@ pub fn action_required(facts: &Facts, told_by: &[&Known]) -> String {
     let snapshots = || told_by.iter().filter_map(|k| believed(k)).map(|(_, i)| i);
     let remaining = snapshots().find_map(|i| i.amount_remaining);
     let due = || snapshots().find_map(|i| i.amount_due).or(facts.amount_due);
-    let amount = remaining.or_else(|| payment_amount(told_by)).or_else(due);
+    let amount = remaining.or_else(|| facts.payment_amount(told_by)).or_else(due);
     let money = amount.map(|amount| format!(" of {}", facts.money(amount, told_by))).unwrap_or_default();
     facts.close(format!(
         "Payment{money} for {} needs the customer to act, for example to authenticate (3D Secure).",
@@ -198,18 +221,14 @@ pub fn action_required(facts: &Facts, told_by: &[&Known]) -> String {
 }
 
 pub fn in_flight(facts: &Facts, told_by: &[&Known]) -> String {
-    let ids: Vec<&str> =
-        told_by.iter().flat_map(|k| k.telling.object.names()).filter(|(_, is_invoice)| !is_invoice).map(|(id, _)| id).collect();
-    let same_payment: Vec<&Known> =
-        facts.own.iter().copied().filter(|k| k.telling.object.names().first().is_some_and(|(id, _)| ids.contains(id))).collect();
-    let amount = payment_amount(told_by).or_else(|| payment_amount(&same_payment));
+    let amount = facts.payment_amount(told_by);
     let money = amount.map(|amount| format!(" of {}", facts.money(amount, told_by))).unwrap_or_default();
     facts.close(format!("Payment{money} for {} is in progress: submitted, and not yet confirmed by the bank.", facts.invoice()))
 }
 
 pub fn partly_funded(facts: &Facts, funded: i64, told_by: &[&Known]) -> String {
     let arrived = facts.money(funded, told_by);
-    let total = payment_amount(told_by).map(|amount| format!(" of {}", facts.money(amount, told_by))).unwrap_or_default();
+    let total = facts.payment_amount(told_by).map(|amount| format!(" of {}", facts.money(amount, told_by))).unwrap_or_default();
     facts.close(format!("{arrived}{total} has arrived by bank transfer for {}; the rest is outstanding.", facts.invoice()))
 }
 
@@ -227,7 +246,7 @@ pub fn attempt_failed(facts: &Facts, attempt: &Attempt, own: &[&Known]) -> Strin
     let snapshots = || attempt.told_by.iter().filter_map(|k| believed(k)).map(|(_, i)| i);
     let remaining = snapshots().find_map(|i| i.amount_remaining);
     let due = || snapshots().find_map(|i| i.amount_due).or(facts.amount_due);
-    let amount = remaining.or_else(|| payment_amount(&payments)).or_else(due);
+    let amount = remaining.or_else(|| facts.payment_amount(&payments)).or_else(due);
     let money = amount.map(|amount| format!(" of {}", facts.money(amount, &told))).unwrap_or_default();
     let number = attempt.number.filter(|n| *n > 0).map(|n| format!(" (attempt {n})")).unwrap_or_default();
     let reason = failure_reason(&payments);
@@ -270,16 +289,9 @@ fn failure_reason(payments: &[&Known]) -> Option<Reason> {
     (code.is_some() || message.is_some()).then_some(Reason { code, message })
 }
 
-fn payment_amount(told_by: &[&Known]) -> Option<i64> {
-    told_by.iter().find_map(|k| match &k.telling.object {
-        Object::PaymentIntent(intent) => intent.amount,
-        Object::Charge(charge) => charge.amount,
-        _ => None,
-    })
-}
-
 fn out_of(facts: &Facts, told_by: &[&Known]) -> String {
-    facts.amount_paid.map(|paid| format!(" of {}", facts.money(paid, told_by))).unwrap_or_default()
+    let paid = facts.amount_paid.filter(|paid| *paid != 0);
+    paid.map(|paid| format!(" of {}", facts.money(paid, told_by))).unwrap_or_default()
 }
 
 /// The tellings, without what they show.
@@ -315,7 +327,7 @@ pub fn charge_refunded(facts: &Facts, amount: i64, told: &[(&Known, &Charge)]) -
 
 fn note(facts: &Facts, told: &[(&Known, &CreditNote)]) -> String {
     let told_by = tellings(told);
-    let number = told.iter().find_map(|(_, n)| n.number.as_deref()).map(|n| format!(" {}", clean(n))).unwrap_or_default();
+    let number = told.iter().find_map(|(_, n)| n.number.as_deref()).map(|n| format!(" {}", name(n))).unwrap_or_default();
     let amount = told.iter().find_map(|(_, n)| n.amount).map(|amount| facts.money(amount, &told_by));
     format!("redit note{number}{} for {}", over(amount), facts.invoice())
 }
@@ -366,35 +378,62 @@ fn moment(second: i64) -> String {
 /// Longest text of Stripe's that a message repeats, in characters.
 const MOST_CHARACTERS: usize = 300;
 
-/// Text from outside, fit for a message: one line, not endless, and nothing in it that must not be shown.
+/// A number or an id from outside, fit for a message: on one line, not endless, and no address.
+fn name(text: &str) -> String {
+    words(text)
+}
+
+/// Text from outside, fit for a message: as a name, and without card numbers.
 fn clean(text: &str) -> String {
-    let mut words: Vec<&str> = Vec::new();
-    let mut digits = 0;
-    for word in text.split(|c: char| c.is_whitespace() || c.is_control()).filter(|w| !w.is_empty()) {
-        // A card number may be written in groups.
-        let is_group = word.chars().all(|c| c.is_ascii_digit() || c == '-');
-        digits = if is_group { digits + count_digits(word) } else { 0 };
-        if is_private(word) || digits >= 12 {
-            if is_group {
-                while words.last().is_some_and(|w| w.chars().all(|c| c.is_ascii_digit() || c == '-')) {
-                    words.pop();
-                }
-            }
-            if words.last() != Some(&"[removed]") {
-                words.push("[removed]");
-            }
+    words(&without_card_numbers(text))
+}
+
+const REMOVED: &str = "[removed]";
+
+fn words(text: &str) -> String {
+    let words = text.split(|c: char| c.is_whitespace() || c.is_control()).filter(|word| !word.is_empty());
+    let mut shown: Vec<&str> = words.map(|word| if is_private(word) { REMOVED } else { word }).collect();
+    shown.dedup_by(|word, before| *word == REMOVED && *before == REMOVED);
+    shown.join(" ").chars().take(MOST_CHARACTERS).collect()
+}
+
+/// Addresses, links, tokens of hosted pages, and secrets.
+fn is_private(word: &str) -> bool {
+    const MARKS: [&str; 10] =
+        ["@", "://", "_secret_", "stripe.com/", "/live_", "/test_", "sk_live_", "sk_test_", "rk_live_", "whsec_"];
+    MARKS.iter().any(|mark| word.contains(mark))
+}
+
+/// How many digits make a card number, at least.
+const CARD_DIGITS: usize = 12;
+
+/// A card number may be written in groups, with a character or two between them.
+fn without_card_numbers(text: &str) -> String {
+    let characters: Vec<char> = text.chars().collect();
+    let mut cleaned = String::with_capacity(text.len());
+    let mut at = 0;
+    while at < characters.len() {
+        let end = end_of_number(&characters, at);
+        let digits = characters[at..end].iter().filter(|c| c.is_ascii_digit()).count();
+        if digits >= CARD_DIGITS {
+            cleaned.push_str(REMOVED);
         } else {
-            words.push(word);
+            cleaned.extend(&characters[at..end.max(at + 1)]);
+        }
+        at = end.max(at + 1);
+    }
+    cleaned
+}
+
+/// Where the number ends that begins here: after its last digit. Here, if none begins.
+fn end_of_number(characters: &[char], start: usize) -> usize {
+    let (mut end, mut between) = (start, 0);
+    for (at, character) in characters.iter().enumerate().skip(start) {
+        match character {
+            c if c.is_ascii_digit() => (end, between) = (at + 1, 0),
+            ' ' | '-' | '.' | ',' | '/' | '\u{a0}' if end > start && between < 2 => between += 1,
+            _ => break,
         }
     }
-    words.join(" ").chars().take(MOST_CHARACTERS).collect()
-}
-
-fn count_digits(word: &str) -> usize {
-    word.bytes().filter(u8::is_ascii_digit).count()
-}
-
-fn is_private(word: &str) -> bool {
-    let is_number = count_digits(word) >= 12 && word.chars().all(|c| !c.is_alphabetic());
-    word.contains('@') || word.contains("_secret_") || word.contains("://") || is_number
+    end
 }

@@ -63,6 +63,8 @@ sparse! {
         payment_intent: String,
         /// PaymentIntents and charges that `payments.data` names.
         payments: Vec<String>,
+        /// The InvoicePayments there.
+        invoice_payments: Vec<String>,
         latest_revision: String,
         from_invoice: String,
         finalization_error: Reason,
@@ -200,7 +202,9 @@ impl Object {
         match self {
             Object::Invoice(o) => {
                 let mut names = vec![(o.id.as_str(), true)];
-                names.extend(o.payments_named().map(|id| (id, false)));
+                names.extend(
+                    o.payments_named().chain(o.invoice_payments.iter().flatten().map(String::as_str)).map(|id| (id, false)),
+                );
                 names
             }
             Object::InvoicePayment(o) => all(&[Some(&o.id), o.payment_intent.as_ref(), o.charge.as_ref()], &[o.invoice.as_ref()]),
@@ -265,11 +269,17 @@ fn invoice(id: String, json: &Value, previous: Option<&Value>) -> Invoice {
         charge: id_of(json, "charge"),
         payment_intent: id_of(json, "payment_intent"),
         payments: payments(json),
+        invoice_payments: invoice_payments(json),
         latest_revision: id_of(json, "latest_revision"),
         from_invoice: revised.and_then(|f| id_of(f, "invoice")),
         finalization_error: json.get("last_finalization_error").and_then(reason),
         previous_status: previous.and_then(|p| text(p, "status")),
     }
+}
+
+fn invoice_payments(json: &Value) -> Option<Vec<String>> {
+    let ids: Vec<String> = json.pointer("/payments/data")?.as_array()?.iter().filter_map(|p| text(p, "id")).collect();
+    (!ids.is_empty()).then_some(ids)
 }
 
 /// `payments` is a list of InvoicePayments, there only when expanded.

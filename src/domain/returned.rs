@@ -16,7 +16,7 @@ pub struct Returned<'a, 'k> {
     pub paid_ms: i64,
 }
 
-pub fn entries<'a>(returned: &Returned<'a, '_>, facts: &Facts<'a>) -> Vec<Draft<'a>> {
+pub fn entries<'a>(returned: &Returned<'a, '_>, facts: &Facts<'a, '_>) -> Vec<Draft<'a>> {
     let mut drafts = refunds(returned, facts);
     drafts.extend(refunded_charges(returned, facts));
     drafts.extend(credit_notes(returned, facts));
@@ -48,7 +48,7 @@ fn is_refund_event(kind: &str) -> bool {
     kind.starts_with("refund.") || kind == "charge.refund.updated"
 }
 
-fn refunds<'a>(returned: &Returned<'a, '_>, facts: &Facts<'a>) -> Vec<Draft<'a>> {
+fn refunds<'a>(returned: &Returned<'a, '_>, facts: &Facts<'a, '_>) -> Vec<Draft<'a>> {
     let mut drafts = Vec::new();
     for (id, told) in known_refunds(returned) {
         drafts.push(draft(Rank::Refunded, id, message::refunded(facts, &told), &told));
@@ -64,7 +64,7 @@ fn refunds<'a>(returned: &Returned<'a, '_>, facts: &Facts<'a>) -> Vec<Draft<'a>>
 }
 
 /// A charge's running total, where the refunds behind it are not known one by one (before refunds had events).
-fn refunded_charges<'a>(returned: &Returned<'a, '_>, facts: &Facts<'a>) -> Vec<Draft<'a>> {
+fn refunded_charges<'a>(returned: &Returned<'a, '_>, facts: &Facts<'a, '_>) -> Vec<Draft<'a>> {
     let mut totals: BTreeMap<(&str, i64), Told<Charge>> = BTreeMap::new();
     for &known in returned.own {
         if let (Object::Charge(charge), "charge.refunded") = (&known.telling.object, known.telling.kind.as_str())
@@ -84,7 +84,7 @@ fn refunded_charges<'a>(returned: &Returned<'a, '_>, facts: &Facts<'a>) -> Vec<D
         .collect()
 }
 
-fn credit_notes<'a>(returned: &Returned<'a, '_>, facts: &Facts<'a>) -> Vec<Draft<'a>> {
+fn credit_notes<'a>(returned: &Returned<'a, '_>, facts: &Facts<'a, '_>) -> Vec<Draft<'a>> {
     let notes = by_id(returned.own, |k| match &k.telling.object {
         Object::CreditNote(note) if k.telling.kind.starts_with("credit_note.") => Some((&*note.id, note)),
         _ => None,
@@ -117,7 +117,7 @@ fn is_post_payment(told: &Told<CreditNote>, paid_ms: i64) -> bool {
     made.or(told_at).is_some_and(|second| second * 1000 >= paid_ms)
 }
 
-fn disputes<'a>(returned: &Returned<'a, '_>, facts: &Facts<'a>) -> Vec<Draft<'a>> {
+fn disputes<'a>(returned: &Returned<'a, '_>, facts: &Facts<'a, '_>) -> Vec<Draft<'a>> {
     let kinds: [(Rank, &[&str]); 4] = [
         (Rank::DisputeOpened, &["charge.dispute.created", "charge.dispute.updated"]),
         (Rank::FundsWithdrawn, &["charge.dispute.funds_withdrawn"]),

@@ -4,7 +4,7 @@
 //! number. Here they are brought together, so that one failure is one entry.
 
 use super::event::Telling;
-use super::history::Known;
+use super::history::{Known, in_order};
 use super::object::{Invoice, Object};
 
 /// A thin event names no charge; it is one more telling of a try this near.
@@ -92,6 +92,10 @@ fn attempts<'a>(known: &[&'a Known]) -> Vec<Attempt<'a>> {
         }
     }
     attempts.extend(group(rest));
+    for attempt in &mut attempts {
+        // An attempt speaks from its earliest event, in whatever order they were found to belong together.
+        attempt.told_by = in_order(std::mem::take(&mut attempt.told_by));
+    }
     attempts.sort_by_key(Attempt::order);
     attempts
 }
@@ -120,7 +124,6 @@ fn forget_latest_charges(failures: &mut [Failure]) {
         let earlier = |&(charge, number, second): &(Option<&str>, Option<i64>, i64)| {
             charge == failure.charge
                 && number.is_some()
-                && failure.number.is_some()
                 && number != failure.number
                 && (second, number) < (failure.second, failure.number)
         };

@@ -125,7 +125,9 @@ impl Cursor {
     }
 
     pub fn parse(text: &str) -> Option<Cursor> {
-        let (stored_ms, tenant_uid, invoice_uid) = serde_json::from_slice(&hex::decode(text).ok()?).ok()?;
+        let (stored_ms, tenant_uid, invoice_uid): (i64, String, String) =
+            serde_json::from_slice(&hex::decode(text).ok()?).ok()?;
+        [&tenant_uid, &invoice_uid].into_iter().all(|uid| invoice::validate_uid(uid).is_ok()).then_some(())?;
         Some(Cursor(InvoiceCursor { stored_ms, tenant_uid, invoice_uid }))
     }
 

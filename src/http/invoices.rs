@@ -122,6 +122,9 @@ impl ListQuery {
             Some(Ok(limit @ 1..=500)) => limit,
             Some(_) => return Err(ApiError::InvalidQuery("limit must be a number from 1 to 500".to_owned())),
         };
+        if let Some(Err(reason)) = self.stripe_invoice_id.as_deref().map(invoice::validate_uid) {
+            return Err(ApiError::InvalidQuery(format!("stripeInvoiceId {reason}")));
+        }
         let not_given_out = || ApiError::InvalidQuery("cursor is not one that was given out here".to_owned());
         let after = self.cursor.map(|text| flow::Cursor::parse(&text).ok_or_else(not_given_out)).transpose()?;
         Ok(PageRequest { tenant_uid: Some(tenant_uid), stripe_invoice_id: self.stripe_invoice_id, state, limit, after })

@@ -187,18 +187,33 @@ impl Gate {
         Ok(())
     }
 
-    /// Takes a result, and closes when it says that the server is away.
+    /// Takes a result, and closes when it says that the server is away. A statement that did not end in time may have waited for
+    /// a lock: then the server is asked first.
     pub fn judge<T>(&self, ended: Result<Result<T, sqlx::Error>, Elapsed>) -> Result<T, StoreError> {
         let error = match ended {
             Ok(Ok(value)) => return Ok(value),
             Ok(Err(error)) => StoreError::from(error),
-            Err(_) => StoreError::Away("the server did not answer in time".to_owned()),
+            Err(_) => {
+                let suspicious = self.clone();
+                tokio::spawn(async move {
+                    if !suspicious.answers().await {
+                        suspicious.close("the server does not answer");
+                    }
+                });
+                return Err(StoreError::Unavailable("a statement did not end in time".to_owned()));
+            }
         };
-        if matches!(error, StoreError::Away(_)) && !self.0.is_closed.swap(true, Ordering::AcqRel) {
-            tracing::warn!(%error, "the database is away: everything is refused until it is back");
-            tokio::spawn(self.clone().knock());
+        if let StoreError::Away(reason) = &error {
+            self.close(reason);
         }
         Err(error)
+    }
+
+    fn close(&self, reason: &str) {
+        if !self.0.is_closed.swap(true, Ordering::AcqRel) {
+            tracing::warn!(reason, "the database is away: everything is refused until it is back");
+            tokio::spawn(self.clone().knock());
+        }
     }
 
     fn opened(&self) -> MutexGuard<'_, Instant> {
@@ -206,7 +221,7 @@ impl Gate {
     }
 
     async fn knock(self) {
-        while !matches!(limited(self.answers()).await, Ok(Ok(true))) {
+        while !self.answers().await {
             tokio::time::sleep(KNOCK).await;
         }
         *self.opened() = Instant::now();
@@ -215,10 +230,13 @@ impl Gate {
     }
 
     /// Takes statements, and can write.
-    async fn answers(&self) -> Result<bool, sqlx::Error> {
-        let mut connection = self.0.options.connect().await?;
-        let row = sqlx::Executor::fetch_one(&mut connection, sqlx::raw_sql("select not pg_is_in_recovery()")).await?;
-        connection.close().await?;
-        row.try_get(0)
+    async fn answers(&self) -> bool {
+        let asked = async {
+            let mut connection = self.0.options.connect().await?;
+            let row = sqlx::Executor::fetch_one(&mut connection, sqlx::raw_sql("select not pg_is_in_recovery()")).await?;
+            connection.close().await?;
+            row.try_get::<bool, _>(0)
+        };
+        matches!(tokio::time::timeout(ACQUIRE_TIMEOUT, asked).await, Ok(Ok(true)))
     }
 }

@@ -292,3 +292,98 @@ fn no_address_link_secret_or_card_number_reaches_a_message() {
         ["PaymentFailed 100 Payment of 50.00 EUR for invoice in_1Q failed: Card [removed] of [removed] see [removed] now."]
     );
 }
+
+#[test]
+fn an_invoice_number_is_said_in_full_however_many_digits_it_has() {
+    for number in ["20260131-0001", "1234567890123", "2026 0131 0001"] {
+        let overdue = event("evt_1", "invoice.overdue", 100, with(invoice(New, "open"), json!({"number": number})));
+        let said = &told(&[overdue])[1];
+        assert!(said.contains(&format!("Invoice {number} over 50.00 EUR is overdue")), "{said}");
+    }
+}
+
+#[test]
+fn a_card_number_is_removed_however_it_is_written_and_so_are_links_and_tokens() {
+    let private = [
+        "Card (4242 4242 4242 4242) bad",
+        "\"4242 4242 4242 4242\"",
+        "4242, 4242, 4242, 4242",
+        "Amex 3782 822463 10005.",
+        "Amex (3782 822463 10005) declined",
+        "PAN=4242424242424242",
+        "card:4242424242424242 x",
+        "4242424242424242abc",
+        "Card 4242-4242-4242-4242.",
+        "see invoice.stripe.com/i/acct_1/live_abc?s=ap",
+        "https://pay.stripe.com/x",
+        "pi_1_secret_abc",
+        "ask finance@example.com",
+        "key sk_live_abc",
+    ];
+    for message in private {
+        let error = json!({"code": "card_declined", "message": message});
+        let failed = with(intent(Old, "requires_payment_method"), json!({"last_payment_error": error}));
+        let said = told(&[event("evt_1", "payment_intent.payment_failed", 100, failed)]).remove(0);
+        assert!(said.contains("[removed]"), "{said}");
+        let shown = said.trim_start_matches(|c| c != ':');
+        let is_gone = |part: &str| !shown.contains(part);
+        assert!(["4242", "3782", "10005", "stripe.com", "_secret_", "@", "sk_live"].into_iter().all(is_gone), "{said}");
+    }
+    let error = json!({"code": "x", "message": "Retry after 2026-02-03, ref 12345678901."});
+    let failed = with(intent(Old, "requires_payment_method"), json!({"last_payment_error": error}));
+    let said = told(&[event("evt_1", "payment_intent.payment_failed", 100, failed)]).remove(0);
+    assert!(said.ends_with("x: Retry after 2026-02-03, ref 12345678901."), "what is no card number stays: {said}");
+}
+
+#[test]
+fn an_amount_that_only_a_sibling_of_the_same_payment_tells_is_told() {
+    let created =
+        event("evt_1", "payment_intent.created", 100, with(intent(Old, "requires_payment_method"), json!({"amount": 700})));
+    let thin_events =
+        [("v1.payment_intent.payment_failed", "failed"), ("v1.payment_intent.requires_action", "needs the customer")];
+    for (event_type, said) in thin_events {
+        let thin = thin("evt_2", event_type, "1970-01-01T00:03:20Z", INTENT, None);
+        let told = told(&[created.clone(), thin]);
+        assert!(told[0].contains("Payment of 7.00 EUR") && told[0].contains(said), "{told:?}");
+    }
+}
+
+#[test]
+fn an_attempt_speaks_from_its_earliest_event_in_whatever_order_they_join() {
+    let failed =
+        |id: &str, created: i64, fields| event(id, "invoice.payment_failed", created, with(invoice(New, "open"), fields));
+    let events = [
+        failed("evt_1", 1, json!({"attempt_count": 1, "charge": "ch_1", "amount_remaining": 123})),
+        failed("evt_2", 3, json!({"attempt_count": 1, "amount_remaining": 7})),
+        failed("evt_3", 3, json!({"attempt_count": 1, "charge": "ch_1", "amount_remaining": 7})),
+    ];
+    assert!(told(&events)[1].contains("Payment of 1.23 EUR"), "{:?}", told(&events));
+}
+
+#[test]
+fn a_part_payment_and_a_payment_say_the_amount_that_was_paid() {
+    let part = |kind: &str, created, amount: i64| {
+        let part =
+            json!({"id": "inpay_1", "object": "invoice_payment", "invoice": INVOICE, "amount_paid": amount, "currency": "eur"});
+        event(&format!("evt_{created}"), kind, created, part)
+    };
+    let told_parts = told(&[part("invoice_payment.detached", 58, 0), part("invoice_payment.paid", 119, 500)]);
+    assert!(told_parts[0].contains("Part payment of 5.00 EUR"), "{told_parts:?}");
+
+    let bare = |fields| with(json!({"id": INVOICE, "object": "invoice", "status": "paid", "currency": "eur"}), fields);
+    let due_first = [
+        event("evt_1", "invoice.paid", 63, bare(json!({"amount_due": 1000}))),
+        event("evt_2", "invoice.paid", 119, bare(json!({"amount_paid": 500}))),
+    ];
+    assert!(told(&due_first)[0].contains("5.00 EUR paid"), "{:?}", told(&due_first));
+}
+
+#[test]
+fn a_thin_part_payment_is_linked_by_the_payments_that_the_invoice_lists() {
+    let listed = json!({"payments": {"object": "list", "data": [{"id": "inpay_1", "payment": {"type": "payment_intent", "payment_intent": "pi_9"}}]}});
+    let events = [
+        event("evt_1", "invoice.updated", 100, with(invoice(New, "open"), listed)),
+        thin("evt_2", "v1.invoice_payment.paid", "1970-01-01T00:03:20Z", "inpay_1", None),
+    ];
+    assert_eq!(states(&events), ["PaymentPending 100", "PaymentInProgress 200"]);
+}
