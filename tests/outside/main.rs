@@ -6,12 +6,18 @@
 
 mod support;
 
+mod by_turns;
 mod commands;
+mod failover;
 mod invoices;
 mod kill_nine;
+mod outage;
+mod pooler;
 mod reading;
 mod recordings;
+mod replicas;
 mod serving;
 mod stories;
 mod stripe_cli;
+mod tls;
 mod webhook;

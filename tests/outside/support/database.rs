@@ -1,5 +1,7 @@
 //! An empty database of its own for each world.
 
+use std::sync::Arc;
+
 use sqlx::{Connection, PgConnection, SqliteConnection};
 use tempfile::TempDir;
 
@@ -20,7 +22,7 @@ pub struct Database {
 
 enum Place {
     Folder(#[expect(dead_code, reason = "it is removed when it is dropped")] TempDir),
-    Server { name: String },
+    Server { server: Arc<PostgresServer>, name: String },
 }
 
 impl Database {
@@ -31,12 +33,20 @@ impl Database {
                 let url = format!("sqlite://{}/test.db", folder.path().display());
                 Database { engine, url, place: Place::Folder(folder) }
             }
-            Engine::Postgres => {
-                let server = PostgresServer::shared();
-                let name = server.create_database();
-                Database { engine, url: server.url(&name), place: Place::Server { name } }
-            }
+            Engine::Postgres => Database::create_on(PostgresServer::shared()),
         }
+    }
+
+    pub fn create_on(server: &Arc<PostgresServer>) -> Database {
+        let name = server.create_database();
+        Database { engine: Engine::Postgres, url: server.url(&name), place: Place::Server { server: server.clone(), name } }
+    }
+
+    /// The same database, by another way than straight to its server.
+    pub fn by_way_of(mut self, url: impl FnOnce(&str) -> String) -> Database {
+        let Place::Server { name, .. } = &self.place else { unreachable!("SQLite has no other way") };
+        self.url = url(name);
+        self
     }
 
     /// Locks everybody else out of writing events until it is released. Reading goes on.
@@ -72,8 +82,11 @@ impl Held {
 
 impl Drop for Database {
     fn drop(&mut self) {
-        if let Place::Server { name } = &self.place {
-            PostgresServer::shared().drop_database(name);
+        if let Place::Server { server, name } = &self.place {
+            // Any other may be stopped, and is gone with its test.
+            if Arc::ptr_eq(server, PostgresServer::shared()) {
+                server.drop_database(name);
+            }
         }
     }
 }

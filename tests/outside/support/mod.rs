@@ -3,17 +3,22 @@
 mod command;
 mod database;
 mod http;
+mod load;
+mod pooler;
 mod postgres;
 pub mod recorded;
 mod schema;
 mod world;
 
 pub use command::{Ran, binary, run};
-pub use database::Engine;
+pub use database::{Database, Engine};
 pub use http::{Answer, Wire, client, send, try_send};
+pub use load::Load;
+pub use pooler::Pooler;
+pub use postgres::PostgresServer;
 pub use recorded::Files;
 pub use schema::assert_is_invoice;
-pub use world::{OLD_SECRET, SECRET, Server, World, invoice_path, signature};
+pub use world::{OLD_SECRET, SECRET, Server, World, invoice_path, signature, uid_and_states};
 
 /// Writes each test once and runs it on every engine: `name::sqlite` and so on.
 #[macro_export]

@@ -1,5 +1,6 @@
 //! A database, a running server on it, keys that open it, and the moves that most tests make.
 
+use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Stdio};
 
@@ -35,14 +36,18 @@ pub struct Server {
 impl World {
     /// A server on an empty database; it believes `SECRET` (labelled `live`) and `OLD_SECRET` (labelled `old`).
     pub async fn start(engine: Engine) -> World {
-        let database = Database::create(engine);
+        World::on(Database::create(engine)).await
+    }
+
+    /// As [`World::start`], on a database that there is already.
+    pub async fn on(database: Database) -> World {
         let key = |arguments: &[&str]| {
             let arguments = [&["keys", "create"], arguments].concat();
             command::run(&[("DATABASE_URL", &database.url)], &arguments, b"").with_code(0).stdout.trim().to_owned()
         };
         let (operator_key, acme_key) = (key(&["--operator"]), key(&["--tenant", "acme"]));
         let server = Server::start(&database.url);
-        World { engine, database, operator_key, acme_key, server, client: http::client() }
+        World { engine: database.engine, database, operator_key, acme_key, server, client: http::client() }
     }
 
     /// A world of its own on the same engine, to compare with.
@@ -80,6 +85,18 @@ impl World {
 
     pub async fn send_raw(&self, request: &[u8]) -> String {
         http::send_raw(self.server.authority(), request).await
+    }
+
+    /// The payment states of each invoice of tenant `acme` that has any, by its uid, as `invoices list` prints them.
+    pub fn all_histories(&self) -> BTreeMap<String, String> {
+        let listed = self.run(&["invoices", "list", "--tenant", "acme", "--json"]).with_code(0).json_lines();
+        listed.iter().map(uid_and_states).filter(|(_, states)| states != "[]").collect()
+    }
+
+    /// The ids of all events that are kept, as often as they are there.
+    pub fn logged_ids(&self) -> Vec<String> {
+        let log = self.run(&["events", "list", "--limit", "100000", "--json"]).with_code(0).json_lines();
+        log.iter().map(|event| event["id"].as_str().unwrap().to_owned()).collect()
     }
 
     pub async fn get(&self, path: &str, key: &str) -> Answer {
@@ -120,6 +137,10 @@ impl World {
     pub async fn states(&self, uid: &str) -> Value {
         self.get(&invoice_path(uid), &self.acme_key).await.with_status(200).invoice()["status"]["states"].clone()
     }
+}
+
+pub fn uid_and_states(invoice: &Value) -> (String, String) {
+    (invoice["metadata"]["uid"].as_str().unwrap().to_owned(), invoice["status"]["states"].to_string())
 }
 
 pub fn invoice_path(uid: &str) -> String {

@@ -1,0 +1,135 @@
+//! The database goes away: everything that needs it is refused at once, and it all goes on by itself when it is back.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+use tokio::task::block_in_place;
+
+use crate::support::{Answer, Database, Load, PostgresServer, World, invoice_path};
+
+/// "At once".
+const AT_ONCE: Duration = Duration::from_millis(400);
+/// What the first delivery may take that meets a server that is gone.
+const FIRST: Duration = Duration::from_millis(1500);
+/// What it may take until a server counts as away that answers nothing: a statement, and then a question.
+const NOTICED: Duration = Duration::from_secs(10);
+const BACK: Duration = Duration::from_secs(2);
+
+/// Deliveries beside the load, one after the other, each of them new.
+struct Probe<'w> {
+    world: &'w World,
+    count: usize,
+    refused: Vec<String>,
+}
+
+impl Probe<'_> {
+    /// What it is answered, and in which time.
+    async fn deliver(&mut self) -> (Answer, Duration) {
+        self.count += 1;
+        let id = format!("evt_probe_{}", self.count);
+        let event = json!({"id": id, "object": "event", "type": "customer.updated", "created": 1_769_850_000,
+            "data": {"object": {"id": "cus_1", "object": "customer"}}});
+        let asked = Instant::now();
+        let answer = self.world.deliver(&event).await;
+        let took = asked.elapsed();
+        if answer.status == 503 {
+            assert!(!answer.header("retry-after").is_empty(), "{answer:?}");
+            self.refused.push(id);
+        }
+        (answer, took)
+    }
+
+    /// Returns when a delivery is answered 503 at once.
+    async fn until_refused_at_once(&mut self, within: Duration) {
+        let deadline = Instant::now() + within;
+        loop {
+            let (answer, took) = self.deliver().await;
+            if answer.status == 503 && took < AT_ONCE {
+                return;
+            }
+            assert!(Instant::now() < deadline, "it is not refused at once within {within:?}: {answer:?} took {took:?}");
+        }
+    }
+
+    /// Returns when it is taken again, and the server is ready.
+    async fn until_taken(&mut self, within: Duration) {
+        let asked = Instant::now();
+        while self.deliver().await.0.status != 200 || self.world.get("/readyz", "").await.status != 200 {
+            assert!(asked.elapsed() < within, "it is not back within {within:?}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        self.world.get(&invoice_path("inv-0"), &self.world.acme_key).await.with_status(200);
+    }
+}
+
+/// Everything that needs the database is refused; what does not is answered.
+async fn check_refused(world: &World) {
+    let asked = Instant::now();
+    for path in ["/readyz", &invoice_path("inv-0"), "/v1/tenants/acme/invoices"] {
+        let answer = world.get(path, &world.acme_key).await.with_error(503, "Unavailable");
+        assert!(!answer.header("retry-after").is_empty(), "{answer:?}");
+    }
+    world.put(&invoice_path("inv-0"), &json!({})).await.with_error(503, "Unavailable");
+    world.get("/healthz", "").await.with_status(200);
+    assert!(asked.elapsed() < AT_ONCE, "{:?}", asked.elapsed());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_database_that_is_stopped_is_answered_503_at_once_and_it_goes_on_by_itself() {
+    let server = Arc::new(PostgresServer::of_its_own("-c fsync=on", &[]));
+    let world = World::on(Database::create_on(&server)).await;
+    let (load, mut probe) = (Load::start(&world), Probe { world: &world, count: 0, refused: Vec::new() });
+    for round in 0..2 {
+        load.acknowledge(150).await;
+        assert_eq!(probe.deliver().await.0.status, 200);
+        let acknowledged = load.acknowledged();
+        block_in_place(|| server.stop_at_once());
+
+        let (answer, took) = probe.deliver().await;
+        assert!(answer.status == 503 && took < FIRST, "{answer:?} took {took:?}");
+        for _ in 0..20 {
+            let (answer, took) = probe.deliver().await;
+            assert!(answer.status == 503 && took < AT_ONCE, "{answer:?} took {took:?}");
+        }
+        check_refused(&world).await;
+
+        block_in_place(|| server.start_again());
+        probe.until_taken(BACK).await;
+        let kept = world.logged_ids();
+        assert!(acknowledged.iter().all(|id| kept.contains(id)), "round {round}: what was acknowledged is there");
+    }
+    let refused = std::mem::take(&mut probe.refused);
+    check_at_the_end(&world, load).await;
+    assert!(world.logged_ids().iter().all(|id| !refused.contains(id)), "what nobody could take is not there");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_database_that_is_paused_is_answered_503_and_what_was_in_doubt_is_there_at_most_once() {
+    let server = Arc::new(PostgresServer::of_its_own("-c fsync=on", &[]));
+    let world = World::on(Database::create_on(&server)).await;
+    let (load, mut probe) = (Load::start(&world), Probe { world: &world, count: 0, refused: Vec::new() });
+    load.acknowledge(150).await;
+    let paused = block_in_place(|| server.pause());
+    let asked = Instant::now();
+    world.get("/readyz", "").await.with_error(503, "Unavailable");
+    world.get("/healthz", "").await.with_status(200);
+    assert!(asked.elapsed() < FIRST, "{:?}", asked.elapsed());
+    probe.until_refused_at_once(NOTICED).await;
+    check_refused(&world).await;
+
+    drop(paused);
+    probe.until_taken(BACK).await;
+    load.acknowledge(100).await;
+    check_at_the_end(&world, load).await;
+}
+
+async fn check_at_the_end(world: &World, load: Load) {
+    let told = load.finish().await;
+    let (probes, log): (Vec<String>, Vec<String>) = world.logged_ids().into_iter().partition(|id| id.starts_with("evt_probe"));
+    let different: std::collections::BTreeSet<&String> = probes.iter().collect();
+    assert_eq!(different.len(), probes.len(), "a delivery is there twice");
+    assert!(!told.refused_by().is_empty(), "it happened under load");
+    told.check_log(&log, "the database was away");
+    told.check_histories(&world.all_histories(), "the database was away").await;
+}

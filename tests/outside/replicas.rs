@@ -1,0 +1,76 @@
+//! Several servers on one database: no event is lost, none is there twice, and all of them tell the same.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::support::{Database, Engine, Load, PostgresServer, Server, World, client, run, send, uid_and_states};
+
+/// What a server answers about the invoices of tenant `acme` that have a history.
+async fn histories(world: &World, server: &Server) -> BTreeMap<String, String> {
+    let (client, mut histories, mut cursor) = (client(), BTreeMap::new(), String::new());
+    loop {
+        let url = format!("{}/v1/tenants/acme/invoices?limit=500{cursor}", server.base);
+        let page = send(&client, "GET", &url, &[("ApiKey", &world.acme_key)], Vec::new()).await.with_status(200).json();
+        histories.extend(page["items"].as_array().unwrap().iter().map(uid_and_states).filter(|(_, states)| states != "[]"));
+        match page["nextCursor"].as_str() {
+            Some(next) => cursor = format!("&cursor={next}"),
+            None => return histories,
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn three_servers_keep_every_event_once_and_tell_the_same() {
+    let world = World::start(Engine::Postgres).await;
+    let (second, third) = (world.another_server(), world.another_server());
+    let load = Load::start(&world);
+    load.aim_at(&[&world.server.base, &second.base, &third.base]);
+    load.acknowledge(500).await;
+    let told = load.finish().await;
+    assert!(told.refused_by().is_empty(), "{:?}", told.refused_by());
+    told.check_log(&world.logged_ids(), "three servers");
+    for server in [&world.server, &second, &third] {
+        told.check_histories(&histories(&world, server).await, &server.base).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_is_killed_changes_nothing_for_the_others_and_loses_nothing() {
+    let world = World::start(Engine::Postgres).await;
+    let (mut second, third) = (world.another_server(), world.another_server());
+    let load = Load::start(&world);
+    load.aim_at(&[&world.server.base, &second.base, &third.base]);
+    load.acknowledge(200).await;
+    second.kill_nine();
+    // Deliveries still come to it, as long as nobody has told whoever distributes them.
+    load.acknowledge(200).await;
+    let acknowledged = load.acknowledged();
+    let told = load.finish().await;
+    assert_eq!(told.refused_by(), BTreeSet::from([second.base.clone()]), "the others go on");
+    let log = world.logged_ids();
+    assert!(acknowledged.is_subset(&log.iter().cloned().collect()));
+    told.check_log(&log, "one is killed");
+    told.check_histories(&histories(&world, &third).await, "one is killed").await;
+}
+
+#[test]
+fn servers_that_start_at_once_on_an_empty_database_migrate_it_once() {
+    let database = Database::create(Engine::Postgres);
+    let url = database.url.as_str();
+    std::thread::scope(|scope| {
+        let servers: Vec<_> = (0..4).map(|_| scope.spawn(|| Server::start(url))).collect();
+        servers.into_iter().for_each(|server| drop(server.join().expect("each of them starts")));
+    });
+    let applied = PostgresServer::shared().sql(url, "select count(*), count(distinct version) from _sqlx_migrations");
+    let (rows, versions) = applied.split_once('|').unwrap();
+    assert!(rows == versions && rows != "0", "{applied}");
+
+    let database = Database::create(Engine::Postgres);
+    let url = database.url.as_str();
+    let told: Vec<String> = std::thread::scope(|scope| {
+        let migrate = || run(&[("DATABASE_URL", url)], &["migrate"], b"").with_code(0).stdout;
+        let migrating: Vec<_> = (0..4).map(|_| scope.spawn(migrate)).collect();
+        migrating.into_iter().map(|migrated| migrated.join().expect("each of them ends well")).collect()
+    });
+    let did = told.iter().filter(|told| told.contains("start")).count();
+    assert_eq!(did, 1, "one of them migrates it: {told:?}");
+}
