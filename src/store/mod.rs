@@ -96,6 +96,7 @@ impl Store {
                 let mut connection = store.connect_apart().await?;
                 let mut transaction = connection.begin().await?;
                 sqlx::raw_sql(MIGRATION_LOCK).execute(&mut *transaction).await?;
+                store.forget_names(&mut transaction).await?;
                 let applied = migrate_on(&mut *transaction, 1).await?;
                 transaction.commit().await?;
                 connection.close().await?;
@@ -165,7 +166,9 @@ async fn migrate_on(connection: &mut impl Migrate, engine: usize) -> Result<Vec<
     let migrations = MIGRATIONS.map(|(version, name, sql)| {
         Migration::new(version, name.into(), MigrationType::Simple, sql[engine].into_sql_str(), false)
     });
-    let migrator = Migrator::with_migrations(migrations.into());
+    let mut migrator = Migrator::with_migrations(migrations.into());
+    // Its lock would stay with the connection when it fails, and behind a pooler that is another's next.
+    migrator.set_locking(false);
     connection.ensure_migrations_table(MIGRATIONS_TABLE).await?;
     let before = connection.list_applied_migrations(MIGRATIONS_TABLE).await?;
     migrator.run_direct(None, connection, false).await?;

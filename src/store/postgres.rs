@@ -89,12 +89,16 @@ impl PostgresStore {
 
     /// A connection of its own, for migrations: they may take long, and change what others have prepared.
     pub async fn connect_apart(&self) -> Result<PgConnection, StoreError> {
-        let mut connection = self.gate.0.options.connect().await?;
+        Ok(self.gate.0.options.connect().await?)
+    }
+
+    /// Within a transaction, which a pooler keeps on one connection to the server: forgets the names that another client of the
+    /// pooler has given to statements there.
+    pub async fn forget_names(&self, connection: &mut PgConnection) -> Result<(), StoreError> {
         if self.is_pooled {
-            // Names that another client of the pooler has left on this server connection.
-            sqlx::raw_sql("deallocate all").execute(&mut connection).await?;
+            sqlx::raw_sql("deallocate all").execute(connection).await?;
         }
-        Ok(connection)
+        Ok(())
     }
 
     /// The whole batch in one statement: one round trip, one commit.
