@@ -1,7 +1,5 @@
 //! Through PgBouncer in transaction mode, with fewer connections than anybody needs: everything is as it is without.
 
-use serde_json::Value;
-
 use crate::support::{Database, Engine, Load, Pooler, PostgresServer, Ran, World, run};
 
 /// Everything that the program does with a database, by two servers and many commands that share a few connections.
@@ -34,8 +32,8 @@ async fn all_is_as_without(world: World, direct_url: &str) {
 fn check_commands(world: &World, direct_url: &str, uid: &str) {
     let direct = |arguments: &[&str]| run(&[("DATABASE_URL", direct_url)], arguments, b"").with_code(0).stdout;
     let why = ["why", "acme", uid];
-    let key_ids = direct(&["keys", "list", "--json"]);
-    let key_id = key_ids.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()).next().unwrap()["id"].clone();
+    let keys = run(&[("DATABASE_URL", direct_url)], &["keys", "list", "--json"], b"").with_code(0).json();
+    let key_id = keys[0]["id"].clone();
     world.run(&["keys", "revoke", key_id.as_str().unwrap()]).with_code(0);
     for arguments in
         [&why[..], &["keys", "list"], &["events", "list", "--limit", "50"], &["events", "show", "evt_1"], &["events", "export"]]

@@ -17,7 +17,7 @@ const BINARY: &str = "/usr/sbin/pgbouncer";
 /// Runs it until standard input ends, which it does when we die, however we die.
 const UNTIL_WE_DIE: &str = r#"trap '' INT TERM HUP
 "$1" -q "$2/pgbouncer.ini" >"$2/log" 2>&1 </dev/null & p=$!
-cat >/dev/null; kill -KILL $p; wait $p"#;
+cat >/dev/null; kill -KILL $p; wait $p 2>/dev/null"#;
 
 pub struct Pooler {
     address: String,

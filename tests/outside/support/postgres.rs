@@ -22,7 +22,7 @@ while read -r _; do
     [ -z "$p" ] || wait $p
     "$1/postgres" -D "$2/d" -p "$3" -c listen_addresses=127.0.0.1 -c unix_socket_directories= $4 >>"$2/log" 2>&1 </dev/null & p=$!
 done
-kill -CONT $p; kill -QUIT $p; wait $p; rm -rf "$2""#;
+{ kill -CONT $p; kill -QUIT $p; } 2>/dev/null; wait $p; rm -rf "$2""#;
 
 pub struct PostgresServer {
     binaries: PathBuf,

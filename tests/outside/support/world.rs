@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use stripe_reconciler::clock::Clock;
 use stripe_reconciler::domain::signature::{SigningSecrets, sign};
 use stripe_reconciler::transport::Transport;
+use tempfile::NamedTempFile;
 
 use super::command::{self, Ran, binary};
 use super::database::{Database, Engine};
@@ -15,6 +16,9 @@ use super::http::{self, Answer};
 
 pub const SECRET: &str = "whsec_world_live";
 pub const OLD_SECRET: &str = "whsec_world_old";
+
+/// Lines of a server's log that are shown when a test fails.
+const SHOWN: usize = 30;
 
 pub struct World {
     pub engine: Engine,
@@ -31,6 +35,8 @@ pub struct Server {
     /// `http://127.0.0.1:PORT`
     pub base: String,
     process: Child,
+    /// Shown when the test fails: where a database goes away, every refusal is logged.
+    log: NamedTempFile,
 }
 
 impl World {
@@ -162,11 +168,13 @@ impl Server {
     pub fn start_with(environment: &[(&str, &str)]) -> Server {
         let mut command = binary(environment);
         command.env("LISTEN_ADDR", "127.0.0.1:0").env("RUST_LOG", "warn");
-        let mut process = command.arg("serve").stdout(Stdio::piped()).spawn().unwrap();
+        let log = NamedTempFile::new().unwrap();
+        let mut process = command.arg("serve").stdout(Stdio::piped()).stderr(log.reopen().unwrap()).spawn().unwrap();
         let mut line = String::new();
         BufReader::new(process.stdout.take().unwrap()).read_line(&mut line).unwrap();
-        let base = line.trim().strip_prefix("listening on ").unwrap_or_else(|| panic!("first line: {line:?}")).to_owned();
-        Server { base, process }
+        let told = || format!("first line: {line:?}, and {}", std::fs::read_to_string(log.path()).unwrap());
+        let base = line.trim().strip_prefix("listening on ").unwrap_or_else(|| panic!("{}", told())).to_owned();
+        Server { base, process, log }
     }
 
     pub fn authority(&self) -> &str {
@@ -200,5 +208,10 @@ impl Drop for Server {
         // It may have ended already.
         let _ = self.process.kill();
         let _ = self.process.wait();
+        if std::thread::panicking() {
+            let log = std::fs::read_to_string(self.log.path()).unwrap_or_default();
+            let last: Vec<&str> = log.lines().rev().take(SHOWN).collect();
+            eprintln!("what {} logged, its last lines:\n{}", self.base, last.into_iter().rev().collect::<Vec<_>>().join("\n"));
+        }
     }
 }
