@@ -1,7 +1,8 @@
 //! What the README claims about speed: `cargo bench`. Everything is measured in one run, against both engines, beside the plain
 //! way to do it, with the generator on the same machine. It asserts nothing; it prints figures and ratios.
 //!
-//! `cargo bench -- --quick` takes a fifth of the time. `--engine sqlite` or `postgres` measures one.
+//! `cargo bench -- --quick` takes a fifth of the time. `--engine sqlite` or `postgres` measures one, `--connections 256` one
+//! number of connections alone, as one wants it under a profiler.
 
 mod deliveries;
 mod load;
@@ -38,14 +39,15 @@ async fn main() {
     }
     let has = |word: &str| arguments.iter().any(|a| a == word);
     let time = if has("--quick") { Duration::from_millis(800) } else { Duration::from_secs(4) };
-    let only = arguments.iter().position(|a| a == "--engine").and_then(|at| arguments.get(at + 1)).cloned();
+    let value = |name: &str| arguments.iter().position(|a| a == name).and_then(|at| arguments.get(at + 1)).cloned();
+    let (only, connections) = (value("--engine"), value("--connections").and_then(|n| n.parse().ok()));
     let folder = tempfile::Builder::new().prefix("stripe-reconciler-bench-").tempdir().expect("a folder");
     let mut bench = Bench { time, folder, postgres: None, databases: 0, events: 0 };
     let disk = reference::disk_commits(&bench.folder.path().join("disk"), time);
     println!("The disk makes {disk:.0} appends of 8 KB durable a second, one by one.");
     for engine in ["sqlite", "postgres"] {
         if only.as_deref().is_none_or(|only| only == engine) {
-            bench.measure(engine).await;
+            bench.measure(engine, connections).await;
         }
     }
 }
@@ -57,7 +59,7 @@ struct Side {
 }
 
 impl Bench {
-    async fn measure(&mut self, engine: &str) {
+    async fn measure(&mut self, engine: &str, only: Option<usize>) {
         if engine == "postgres" && self.postgres.is_none() {
             self.postgres = Some(PostgresServer::start("-c max_connections=100"));
         }
@@ -67,7 +69,7 @@ impl Bench {
         let commit_ms = reference::commit_ms(&self.database(engine), self.time).await;
         println!("Batch limit: {limit:.0} rows/s. One commit: {commit_ms:.3} ms.\n");
         println!("connections  way      acks/s  p50 ms  p99 ms  p99.9 ms  CPU us/ack  not 2xx");
-        for connections in CONNECTIONS {
+        for connections in CONNECTIONS.into_iter().filter(|n| only.is_none_or(|only| only == *n)) {
             let (plain_url, url) = (self.database(engine), self.database(engine));
             let plain = self.acks(&plain_url, connections, Served::plain, engine).await;
             let ours = self.acks(&url, connections, Served::product, engine).await;
@@ -83,6 +85,9 @@ impl Bench {
                 ours.cpu_us / plain.cpu_us,
                 acks / limit,
             );
+        }
+        if only.is_some() {
+            return;
         }
         let urls = [self.database(engine), self.database(engine), self.database(engine)];
         self.steady(&urls).await;

@@ -46,10 +46,10 @@ impl Drop for Served {
     }
 }
 
-/// The product's binary, as it runs in production: it logs what it has to say.
+/// The product's binary, with no setting that is not needed.
 pub fn product(database_url: &str) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_stripe-reconciler"));
-    command.env("DATABASE_URL", database_url).env("RUST_LOG", "warn");
+    command.env("DATABASE_URL", database_url);
     command
 }
 

@@ -54,13 +54,21 @@ impl Pool {
         }
     }
 
-    /// One payload, one commit.
+    /// One payload, one transaction, as a handler is usually written.
     async fn insert(&self, id: &str, body: &[u8]) -> Result<(), sqlx::Error> {
         const INSERT: &str = "insert into payloads (id, received, body) values ($1, $2, $3) on conflict do nothing";
         let received = Clock::system().now_ms();
         match self {
-            Pool::Sqlite(pool) => sqlx::query(INSERT).bind(id).bind(received).bind(body).execute(pool).await.map(drop),
-            Pool::Postgres(pool) => sqlx::query(INSERT).bind(id).bind(received).bind(body).execute(pool).await.map(drop),
+            Pool::Sqlite(pool) => {
+                let mut transaction = pool.begin().await?;
+                sqlx::query(INSERT).bind(id).bind(received).bind(body).execute(&mut *transaction).await?;
+                transaction.commit().await
+            }
+            Pool::Postgres(pool) => {
+                let mut transaction = pool.begin().await?;
+                sqlx::query(INSERT).bind(id).bind(received).bind(body).execute(&mut *transaction).await?;
+                transaction.commit().await
+            }
         }
     }
 

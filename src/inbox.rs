@@ -49,7 +49,7 @@ impl Inbox {
         (Inbox { queue }, Writers(writers))
     }
 
-    /// Returns when the event is durable. When the caller goes away meanwhile, the event is written all the same.
+    /// Returns when the event is durable. When the caller goes away before its batch is written, it is not kept.
     ///
     /// # Errors
     /// See [`InboxError`]: nothing is promised then.
@@ -81,7 +81,12 @@ async fn write(store: Store, waiting: Arc<Mutex<mpsc::Receiver<Waiting>>>) {
         if waiting.lock().await.recv_many(&mut batch, BATCH).await == 0 {
             return;
         }
-        let (events, callers): (Vec<NewEvent>, Vec<_>) = batch.drain(..).map(|w| (w.event, w.answer)).unzip();
+        // Who was told meanwhile to come again will come again.
+        let waiting = batch.drain(..).filter(|waiting| !waiting.answer.is_closed());
+        let (events, callers): (Vec<NewEvent>, Vec<_>) = waiting.map(|waiting| (waiting.event, waiting.answer)).unzip();
+        if events.is_empty() {
+            continue;
+        }
         let answers = match store.append(&events).await {
             Ok(answers) => answers.into_iter().map(Ok).collect(),
             Err(StoreError::Refused(_)) if events.len() > 1 => one_by_one(&store, &events).await,

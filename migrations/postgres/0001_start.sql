@@ -15,10 +15,10 @@ create table events (
     outcome           text   collate "C" not null,
     unreadable_reason text,
     telling           text,
+    linked            text,
     body              bytea
 );
 create index events_by_receipt on events (received_ms, key);
-create index events_by_id on events (id);
 -- Bodies are compressed already, and small enough to stay in their row: no second table to write to for each of them.
 alter table events alter column body set storage external;
 -- The log only grows: without this, vacuum would visit a table of hundreds of millions of rows after 20 % more have come.
@@ -29,14 +29,13 @@ alter table events set (
     autovacuum_analyze_scale_factor = 0.02
 );
 
--- Which objects an event names: what histories are gathered by.
+-- Which objects an event names: what histories are gathered by. `events.linked` holds those that are no invoices, as JSON: from
+-- them the gathering goes on. (An index from events to objects would cost every delivery a page more.)
 create table mentions (
-    object_id  text    collate "C" not null,
-    event_key  bytea   not null,
-    is_invoice boolean not null,
+    object_id text  collate "C" not null,
+    event_key bytea not null,
     primary key (object_id, event_key)
 );
-create index mentions_by_event on mentions (event_key, is_invoice, object_id);
 alter table mentions set (
     autovacuum_vacuum_insert_scale_factor = 0.02,
     autovacuum_vacuum_scale_factor = 0.02,

@@ -14,19 +14,18 @@ create table events (
     outcome           text    not null,
     unreadable_reason text,
     telling           text,
+    linked            text,
     body              blob
 );
 create index events_by_receipt on events (received_ms, key);
-create index events_by_id on events (id);
 
--- Which objects an event names: what histories are gathered by.
+-- Which objects an event names: what histories are gathered by. `events.linked` holds those that are no invoices, as JSON: from
+-- them the gathering goes on. (An index from events to objects would cost every delivery a page more.)
 create table mentions (
-    object_id  text    not null,
-    event_key  blob    not null,
-    is_invoice boolean not null,
+    object_id text not null,
+    event_key blob not null,
     primary key (object_id, event_key)
 ) without rowid;
-create index mentions_by_event on mentions (event_key, is_invoice, object_id);
 
 create table invoices (
     tenant_uid        text    not null,

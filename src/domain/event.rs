@@ -8,25 +8,34 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
+use super::json;
 use super::object::{Object, boolean, id_of, text, whole};
 
 /// Identity of one rendering of one event: what makes a second delivery a duplicate.
 ///
-/// Sixteen bytes of a hash, and before them eight bytes of the event's id as it stands. Stripe's ids begin with their time, so
-/// keys that are made at the same time lie side by side in an index, however long the log.
+/// Sixteen bytes of a hash, and before them sixteen bytes of the event's id as it stands. Stripe's ids begin with their time, so
+/// keys that are made at the same time lie side by side in an index, however long the log; and an id is found by its prefix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct EventKey(pub [u8; EventKey::LENGTH]);
 
 impl EventKey {
-    pub const LENGTH: usize = 24;
-    const PREFIX: usize = 8;
+    pub const LENGTH: usize = 32;
+    const PREFIX: usize = 16;
+
+    /// The first and the last key that an event with this id may have.
+    pub fn range(id: &str) -> (EventKey, EventKey) {
+        let (mut first, mut last) = ([0; EventKey::LENGTH], [255; EventKey::LENGTH]);
+        let start = id.strip_prefix("evt_").unwrap_or(id).bytes().chain(std::iter::repeat(0));
+        for (at, byte) in start.take(EventKey::PREFIX).enumerate() {
+            (first[at], last[at]) = (byte, byte);
+        }
+        (EventKey(first), EventKey(last))
+    }
 
     /// Parts are preceded by their length, so no two lists of parts give the same bytes.
     fn new(id: &str, parts: &[&[u8]]) -> EventKey {
-        let mut key = [0; EventKey::LENGTH];
-        let (prefix, hash) = key.split_at_mut(EventKey::PREFIX);
-        let start = id.strip_prefix("evt_").unwrap_or(id).bytes();
-        prefix.iter_mut().zip(start).for_each(|(byte, of_id)| *byte = of_id);
+        let (EventKey(mut key), _) = EventKey::range(id);
+        let hash = &mut key[EventKey::PREFIX..];
         let mut sha256 = Sha256::new();
         for part in parts {
             sha256.update((part.len() as u64).to_be_bytes());
@@ -105,7 +114,7 @@ pub const LAST_SECOND: i64 = 253_402_207_200;
 /// Reads any body that Stripe may deliver. Never fails: what is no event is `Unreadable`.
 pub fn read(body: &[u8]) -> Reading {
     let unreadable = |reason: String| Reading::Unreadable { key: EventKey::new("", &[b"unreadable", body]), reason };
-    let json: Value = match serde_json::from_slice(body) {
+    let json = match json::parse(body) {
         Ok(json) => json,
         Err(error) => return unreadable(not_json(&error)),
     };

@@ -26,12 +26,8 @@ pub const SHOWN_BY_SNAPSHOTS: [InvoiceFact; 4] =
 
 /// Does this event tell anything about a payment: new or not, linked or not? Decides `recorded` against `no_payment_fact`.
 pub fn tells_a_fact(event: &Event) -> bool {
-    let thin = event.telling.as_ref().is_some_and(|t| t.thin);
     let kind = event.event_type.strip_prefix("v1.").unwrap_or(&event.event_type);
-    if is_about_returned_money(kind) {
-        return !(thin && kind == "charge.refunded");
-    }
-    event.telling.as_ref().is_some_and(tells)
+    is_about_returned_money(kind) || event.telling.as_ref().is_some_and(tells)
 }
 
 /// Money returned or contested: always worth an entry, whatever the object says.

@@ -5,6 +5,7 @@ pub mod event;
 pub mod fact;
 pub mod history;
 pub mod invoice;
+mod json;
 mod links;
 mod message;
 pub mod money;

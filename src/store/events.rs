@@ -1,7 +1,5 @@
 //! The log of deliveries: appended, never changed but by `rebuild`, and gathered for a history by what events mention.
 
-use std::collections::HashSet;
-
 use super::session::{Session, execute, rows};
 use super::{Store, StoreError};
 use crate::domain::event::{EventKey, Mention};
@@ -95,6 +93,14 @@ pub struct NewEvent {
     pub body: PackedBody,
 }
 
+impl NewEvent {
+    /// The objects mentioned that are no invoices, as a JSON array: from them the gathering of a history goes on.
+    pub(super) fn linked(&self) -> Option<String> {
+        let ids: Vec<&str> = self.mentions.iter().filter(|m| !m.is_invoice).map(|m| m.object_id.as_str()).collect();
+        (!ids.is_empty()).then(|| serde_json::to_string(&ids).expect("strings always serialise"))
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Appended {
     New,
@@ -166,7 +172,11 @@ const PAGE_OF_INVOICE: &str = concat!(
         and key in (select event_key from mentions where object_id = $6)
       order by received_ms desc, key desc limit $5"
 );
-const BY_ID: &str = concat!("select ", logged_columns!(), ", telling, body from events where id = $1 order by received_ms, key");
+const BY_ID: &str = concat!(
+    "select ",
+    logged_columns!(),
+    ", telling, body from events where key between $1 and $2 and id = $3 order by received_ms, key"
+);
 const BY_KEY: &str = concat!("select ", logged_columns!(), " from events where key = $1");
 const BODIES: &str = concat!(
     "select ",
@@ -176,9 +186,9 @@ const BODIES: &str = concat!(
 const INSERT_EVENT: &str = concat!(
     "insert into events (",
     logged_columns!(),
-    ", telling, body) values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13) on conflict do nothing"
+    ", telling, linked, body) values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14) on conflict do nothing"
 );
-const INSERT_MENTION: &str = "insert into mentions (object_id, event_key, is_invoice) values ($1, $2, $3) on conflict do nothing";
+const INSERT_MENTION: &str = "insert into mentions (object_id, event_key) values ($1, $2) on conflict do nothing";
 
 impl Store {
     /// A page of the log, newest receipt first, after the receipt time (ms) and key of the last row of the page before.
@@ -204,8 +214,9 @@ impl Store {
 
     /// All renderings of an event, oldest receipt first, with their bodies (None: pruned).
     pub async fn events_by_id(&self, id: &str) -> Result<Vec<StoredBody>, StoreError> {
+        let (first, last) = EventKey::range(id);
         let mut session = self.session().await?;
-        let rows = rows!(session, fetch_all, BodyRow, BY_ID, id)?;
+        let rows = rows!(session, fetch_all, BodyRow, BY_ID, &first.0[..], &last.0[..], id)?;
         session.done().await?;
         rows.into_iter().map(stored_body).collect()
     }
@@ -231,11 +242,10 @@ impl Store {
     }
 
     /// Replaces what was read in events by what is read in the same bytes now, in one transaction. What became readable has a
-    /// new key; when that is in the log already, only the old row goes.
+    /// new key; when that is in the log already, only the old row goes. What was mentioned stays mentioned: it does no harm.
     pub async fn replace_readings(&self, batch: &[(EventKey, NewEvent)]) -> Result<(), StoreError> {
         let mut session = self.transaction().await?;
         for (old, event) in batch {
-            execute!(session, "delete from mentions where event_key = $1", &old.0[..])?;
             execute!(session, "delete from events where key = $1", &old.0[..])?;
             insert(&mut session, event).await?;
         }
@@ -243,11 +253,9 @@ impl Store {
     }
 }
 
-/// Which of a batch are new, given the keys that were not there before.
-pub(super) fn answers(batch: &[NewEvent], new: impl Iterator<Item = Vec<u8>>) -> Vec<Appended> {
-    let mut new: HashSet<Vec<u8>> = new.collect();
-    let answer = |event: &NewEvent| if new.remove(&event.key.0[..]) { Appended::New } else { Appended::Duplicate };
-    batch.iter().map(answer).collect()
+/// What to answer for each of a batch. `is_new` is asked in its order: the second of two that are equal is no longer new.
+pub(super) fn answers(batch: &[NewEvent], mut is_new: impl FnMut(&EventKey) -> bool) -> Vec<Appended> {
+    batch.iter().map(|event| if is_new(&event.key) { Appended::New } else { Appended::Duplicate }).collect()
 }
 
 async fn insert(session: &mut Session, event: &NewEvent) -> Result<(), StoreError> {
@@ -267,10 +275,11 @@ async fn insert(session: &mut Session, event: &NewEvent) -> Result<(), StoreErro
         event.outcome.as_str(),
         &event.unreadable_reason,
         &event.telling,
+        event.linked(),
         event.body.as_bytes()
     )?;
     for mention in &event.mentions {
-        execute!(session, INSERT_MENTION, &mention.object_id, key, mention.is_invoice)?;
+        execute!(session, INSERT_MENTION, &mention.object_id, key)?;
     }
     Ok(())
 }

@@ -6,8 +6,8 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::events::{TellingRow, known};
-use super::session::{Session, execute, rows};
-use super::{Engine, Store, StoreError};
+use super::session::{Connection, Session, execute, rows};
+use super::{Store, StoreError};
 use crate::domain::history::Known;
 
 /// An invoice as stored, and what is told about it.
@@ -64,23 +64,30 @@ pub struct InvoiceCursor {
 /// How often a transaction is tried that others contend with.
 const ATTEMPTS: u32 = 8;
 
-/// The invoice in a row of its own, then one row for each telling: one statement, one snapshot of the database. A telling
-/// belongs to it that mentions the Stripe invoice, or an object (other than an invoice) that one of these mentions, over any
-/// number of hops. More than belongs to the invoice may be among it.
-const INVOICE_AND_TELLINGS: &str = "
-    with recursive
-    this as (select * from invoices where tenant_uid = $1 and invoice_uid = $2),
-    reached (object_id) as (
-        select stripe_invoice_id from this where stripe_invoice_id is not null
-        union
-        select further.object_id from reached
-        join mentions as here on here.object_id = reached.object_id
-        join mentions as further on further.event_key = here.event_key and not further.is_invoice
-    )
-    select stripe_invoice_id, document, imported_states, stored_ms, revision, null as key, null as telling from this
-    union all
-    select null, null, null, null, null, key, telling from events
-    where telling is not null and key in (select event_key from mentions join reached using (object_id))";
+/// What is told of an invoice: what mentions it, or an object (other than an invoice) that is named together with one that was
+/// reached, over any number of hops. More than belongs to the invoice may be among it.
+///
+/// The invoice comes in a row of its own, then a row for each telling: one statement, one snapshot of the database.
+macro_rules! invoice_and_tellings {
+    ($linked:literal) => {
+        concat!(
+            "with recursive
+             this as (select * from invoices where tenant_uid = $1 and invoice_uid = $2),
+             reached (object_id) as (
+                 select stripe_invoice_id from this where stripe_invoice_id is not null
+                 union
+                 select link.value from reached join mentions on mentions.object_id = reached.object_id
+                 join events on events.key = mentions.event_key cross join ",
+            $linked,
+            " as link
+             )
+             select stripe_invoice_id, document, imported_states, stored_ms, revision, null as key, null as telling from this
+             union all
+             select null, null, null, null, null, key, telling from events
+             where telling is not null and key in (select event_key from mentions join reached using (object_id))"
+        )
+    };
+}
 type InvoiceOrTellingRow =
     (Option<String>, Option<String>, Option<String>, Option<i64>, Option<i64>, Option<Vec<u8>>, Option<String>);
 
@@ -96,25 +103,53 @@ const PAGE_OF_TENANT: &str = "
     order by stored_ms desc, invoice_uid limit $5";
 type InvoiceRow = (String, String, Option<String>, String, String, i64, i64);
 
-/// What is told about each of several Stripe invoices, as in [`INVOICE_AND_TELLINGS`]. `$1` is a JSON array of their ids.
+/// The same for several Stripe invoices: `$1` is a JSON array of their ids.
 macro_rules! tellings_of_each {
-    ($ids:literal) => {
+    ($ids:literal, $linked:literal) => {
         concat!(
             "with recursive reached (root, object_id) as (
-                 ",
+                 select ids.value, ids.value from ",
             $ids,
-            " union
-                 select reached.root, further.object_id from reached
-                 join mentions as here on here.object_id = reached.object_id
-                 join mentions as further on further.event_key = here.event_key and not further.is_invoice
+            " as ids
+                 union
+                 select reached.root, link.value from reached join mentions on mentions.object_id = reached.object_id
+                 join events on events.key = mentions.event_key cross join ",
+            $linked,
+            " as link
              ), told (root, event_key) as (select distinct root, event_key from mentions join reached using (object_id))
              select root, key, telling from told join events on key = event_key where telling is not null"
         )
     };
 }
-const TELLINGS_IN_SQLITE: &str = tellings_of_each!("select value, value from json_each($1)");
-const TELLINGS_IN_POSTGRES: &str =
-    tellings_of_each!("select value collate \"C\", value collate \"C\" from jsonb_array_elements_text($1::jsonb)");
+
+/// The statements that take JSON apart, which each engine does in its own words.
+struct Words {
+    invoice_and_tellings: &'static str,
+    tellings_of_each: &'static str,
+}
+
+const SQLITE: Words = Words {
+    invoice_and_tellings: invoice_and_tellings!("json_each(events.linked)"),
+    tellings_of_each: tellings_of_each!("json_each($1)", "json_each(events.linked)"),
+};
+const POSTGRES: Words = Words {
+    invoice_and_tellings: invoice_and_tellings!(
+        r#"lateral (select value collate "C" from jsonb_array_elements_text(events.linked::jsonb))"#
+    ),
+    tellings_of_each: tellings_of_each!(
+        r#"(select value collate "C" from jsonb_array_elements_text($1::jsonb))"#,
+        r#"lateral (select value collate "C" from jsonb_array_elements_text(events.linked::jsonb))"#
+    ),
+};
+
+impl Words {
+    fn of(session: &Session) -> &'static Words {
+        match session.connection {
+            Connection::Sqlite(_) => &SQLITE,
+            Connection::Postgres(_) => &POSTGRES,
+        }
+    }
+}
 
 const HOLDER: &str = "select tenant_uid, invoice_uid, stripe_invoice_id from invoices where stripe_invoice_id = $1";
 const INSERT: &str = "
@@ -211,10 +246,7 @@ impl Store {
         let mut invoices: Vec<StoredInvoice> = found.into_iter().map(stored_invoice).collect();
         let ids: Vec<&String> = invoices.iter().filter_map(|invoice| invoice.stripe_invoice_id.as_ref()).collect();
         let ids = serde_json::to_string(&ids).expect("strings always serialise");
-        let sql = match &self.0 {
-            Engine::Sqlite(_) => TELLINGS_IN_SQLITE,
-            Engine::Postgres(_) => TELLINGS_IN_POSTGRES,
-        };
+        let sql = Words::of(&session).tellings_of_each;
         let told = rows!(session, fetch_all, (String, Vec<u8>, String), sql, ids)?;
         session.done().await?;
         let mut tellings: HashMap<String, Vec<Known>> = HashMap::new();
@@ -240,7 +272,8 @@ impl Store {
 }
 
 async fn read(session: &mut Session, tenant_uid: &str, invoice_uid: &str) -> Result<Option<StoredInvoice>, StoreError> {
-    let found = rows!(session, fetch_all, InvoiceOrTellingRow, INVOICE_AND_TELLINGS, tenant_uid, invoice_uid)?;
+    let sql = Words::of(session).invoice_and_tellings;
+    let found = rows!(session, fetch_all, InvoiceOrTellingRow, sql, tenant_uid, invoice_uid)?;
     let mut invoice = None;
     let mut tellings: Vec<Known> = Vec::with_capacity(found.len());
     for row in found {

@@ -3,6 +3,7 @@
 //! When the server is away, nobody waits for it: the gate closes with the first failure, everything is refused at once, and a
 //! task knocks until the server answers again.
 
+use std::collections::HashSet;
 use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -128,13 +129,14 @@ impl PostgresStore {
             column(|e| Some(e.outcome.as_str())),
             column(|e| e.unreadable_reason.as_deref()),
             column(|e| e.telling.as_deref()),
+            batch.iter().map(NewEvent::linked).collect::<Vec<_>>(),
             batch.iter().map(|e| e.body.as_bytes()).collect::<Vec<_>>(),
             mentions().map(|(_, m)| m.object_id.as_str()).collect::<Vec<_>>(),
-            mentions().map(|(e, _)| e.key.0.to_vec()).collect::<Vec<_>>(),
-            mentions().map(|(_, m)| m.is_invoice).collect::<Vec<_>>()
+            mentions().map(|(e, _)| e.key.0.to_vec()).collect::<Vec<_>>()
         )?;
         session.done().await?;
-        Ok(super::events::answers(batch, new.into_iter().map(|(key,)| key)))
+        let mut new: HashSet<Vec<u8>> = new.into_iter().map(|(key,)| key).collect();
+        Ok(super::events::answers(batch, |key| new.remove(&key.0[..])))
     }
 
     pub async fn close(&self) {
@@ -146,17 +148,17 @@ impl PostgresStore {
 const APPEND: &str = "
     with incoming as (
         select * from unnest($1::bytea[], $2::text[], $3::text[], $4::text[], $5::text[], $6::bigint[], $7::bigint[], $8::text[],
-                             $9::text[], $10::text[], $11::text[], $12::text[], $13::bytea[])
+                             $9::text[], $10::text[], $11::text[], $12::text[], $13::text[], $14::bytea[])
             as row (key, id, event_type, api_version, object_id, created_s, received_ms, source, secret_label, outcome,
-                    unreadable_reason, telling, body)
+                    unreadable_reason, telling, linked, body)
     ), new as (
         insert into events (key, id, event_type, api_version, object_id, created_s, received_ms, source, secret_label, outcome,
-                            unreadable_reason, telling, body)
+                            unreadable_reason, telling, linked, body)
         select * from incoming order by key
         on conflict do nothing returning key
     ), linked as (
-        insert into mentions (object_id, event_key, is_invoice)
-        select mention.* from unnest($14::text[], $15::bytea[], $16::boolean[]) as mention (object_id, event_key, is_invoice)
+        insert into mentions (object_id, event_key)
+        select mention.* from unnest($15::text[], $16::bytea[]) as mention (object_id, event_key)
         join new on new.key = mention.event_key
         order by mention.object_id, mention.event_key
         on conflict do nothing

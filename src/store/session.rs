@@ -102,14 +102,19 @@ impl Session {
     }
 
     pub(super) async fn begin(&mut self, sql: &'static str) -> Result<(), StoreError> {
-        self.in_transaction = true;
+        self.set_in_transaction(true);
         self.execute_plainly(sql).await
     }
 
     pub(super) async fn commit(mut self) -> Result<(), StoreError> {
         self.execute_plainly("commit").await?;
-        self.in_transaction = false;
+        self.set_in_transaction(false);
         Ok(())
+    }
+
+    /// For statements that begin or end a transaction themselves.
+    pub(super) fn set_in_transaction(&mut self, in_transaction: bool) {
+        self.in_transaction = in_transaction;
     }
 
     /// Ends a session that may have needed a transaction.

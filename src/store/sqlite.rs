@@ -1,5 +1,6 @@
 //! SQLite: opened by path, one connection that writes and several that read beside it; appended to by two statements a batch.
 
+use std::collections::HashSet;
 use std::str::FromStr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -8,7 +9,7 @@ use std::time::Duration;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous};
 use tokio::sync::mpsc;
 
-use super::session::{Connection, Session, execute, rows};
+use super::session::{Connection, Session, rows};
 use super::{Appended, NewEvent, StoreError};
 
 /// How long a statement waits for another process that writes to the same file.
@@ -69,10 +70,10 @@ impl SqliteStore {
         &self.write
     }
 
-    /// A statement for the events and one for what they mention, however many there are: one call each to the connection's
-    /// thread. Small columns go as JSON, what is large or binary as parts of one blob.
+    /// All in one call to the connection's thread, however many there are. Small columns go as JSON, what is large or binary as
+    /// parts of one blob.
     pub async fn append(&self, batch: &[NewEvent]) -> Result<Vec<Appended>, StoreError> {
-        let mut blob = Vec::new();
+        let mut blob = Vec::with_capacity(batch.iter().map(|event| event.body.as_bytes().len() + 1024).sum());
         let (mut events, mut mentions) = (Vec::with_capacity(batch.len()), Vec::new());
         for event in batch {
             let at = blob.len() + 1;
@@ -83,22 +84,22 @@ impl SqliteStore {
             events.push((
                 (at, telling.len(), event.body.as_bytes().len()),
                 (&event.id, &event.event_type, &event.api_version, &event.object_id, event.created_s, event.received_ms),
-                (event.source.as_str(), &event.secret_label, event.outcome.as_str(), &event.unreadable_reason),
+                (event.source.as_str(), &event.secret_label, event.outcome.as_str(), &event.unreadable_reason, event.linked()),
             ));
-            let key = hex::encode(event.key.0);
-            mentions.extend(event.mentions.iter().map(|mention| (&mention.object_id, key.clone(), mention.is_invoice)));
+            mentions.extend(event.mentions.iter().map(|mention| (&mention.object_id, at)));
         }
         let json = |rows: serde_json::Result<String>| rows.expect("strings and numbers always serialise");
         let (events, mentions) = (json(serde_json::to_string(&events)), json(serde_json::to_string(&mentions)));
         let bytes = blob.len();
-        let mut session = self.transaction().await?;
-        let new = rows!(session, fetch_all, (Vec<u8>,), APPEND_EVENTS, events, blob)?;
-        if !new.is_empty() {
-            execute!(session, APPEND_MENTIONS, mentions)?;
-        }
-        session.commit().await?;
+        let mut session = Session::new(Connection::Sqlite(self.write.acquire().await?));
+        session.set_in_transaction(true);
+        // All rows: with the first, the statements that follow would be left undone.
+        let answered = rows!(session, fetch_all, (String,), APPEND, events, blob, mentions)?;
+        session.set_in_transaction(false);
         self.note_appended(bytes);
-        Ok(super::events::answers(batch, new.into_iter().map(|(key,)| key)))
+        let known = answered.first().map(|(keys,)| serde_json::from_str::<HashSet<String>>(keys));
+        let mut known = known.and_then(Result::ok).ok_or_else(|| StoreError::Refused("known keys cannot be read".to_owned()))?;
+        Ok(super::events::answers(batch, |key| known.insert(hex::encode_upper(key.0))))
     }
 
     fn note_appended(&self, bytes: usize) {
@@ -115,18 +116,20 @@ impl SqliteStore {
     }
 }
 
-const APPEND_EVENTS: &str = "
+/// Answers which keys were there before, in hex. `$1`: events, `$2`: keys, tellings and bodies, `$3`: mentions.
+const APPEND: &str = "
+    begin immediate;
+    select json_group_array(hex(key)) from events where key in (select substr($2, value->>'$[0][0]', 32) from json_each($1));
     insert into events (key, id, event_type, api_version, object_id, created_s, received_ms, source, secret_label, outcome,
-                        unreadable_reason, telling, body)
-    select substr($2, value->>'$[0][0]', 24), value->>'$[1][0]', value->>'$[1][1]', value->>'$[1][2]', value->>'$[1][3]',
+                        unreadable_reason, linked, telling, body)
+    select substr($2, value->>'$[0][0]', 32), value->>'$[1][0]', value->>'$[1][1]', value->>'$[1][2]', value->>'$[1][3]',
            value->>'$[1][4]', value->>'$[1][5]', value->>'$[2][0]', value->>'$[2][1]', value->>'$[2][2]', value->>'$[2][3]',
-           nullif(cast(substr($2, (value->>'$[0][0]') + 24, value->>'$[0][1]') as text), ''),
-           substr($2, (value->>'$[0][0]') + 24 + (value->>'$[0][1]'), value->>'$[0][2]')
-    from json_each($1) where true on conflict do nothing returning key";
-/// Those of events that were there already are there too.
-const APPEND_MENTIONS: &str = "
-    insert into mentions (object_id, event_key, is_invoice)
-    select value->>0, unhex(value->>1), value->>2 from json_each($1) where true on conflict do nothing";
+           value->>'$[2][4]', nullif(cast(substr($2, (value->>'$[0][0]') + 32, value->>'$[0][1]') as text), ''),
+           substr($2, (value->>'$[0][0]') + 32 + (value->>'$[0][1]'), value->>'$[0][2]')
+    from json_each($1) where true on conflict do nothing;
+    insert into mentions (object_id, event_key)
+    select value->>0, substr($2, value->>1, 32) from json_each($3) where true on conflict do nothing;
+    commit";
 
 /// Carries what was appended into the database file, beside the writer and not in the commit of a delivery, as long as there is
 /// a store.
