@@ -48,9 +48,9 @@ impl Store {
             Scope::Tenant(tenant_uid) => Some(tenant_uid),
             Scope::Operator => None,
         };
-        let mut session = self.transaction().await?;
+        let mut session = self.writing().await?;
         execute!(session, INSERT, id, &secret_sha256[..], tenant_uid, created_ms, expires_ms, revoked_ms)?;
-        session.commit().await
+        session.done().await
     }
 
     /// The key with this hash, expired and revoked ones too.
@@ -71,9 +71,9 @@ impl Store {
 
     /// Revokes a key at once. False: there is no such key, or it is revoked already.
     pub async fn revoke_key(&self, id: &str, now_ms: i64) -> Result<bool, StoreError> {
-        let mut session = self.transaction().await?;
+        let mut session = self.writing().await?;
         let revoked = execute!(session, REVOKE, id, now_ms)?;
-        session.commit().await?;
+        session.done().await?;
         Ok(revoked == 1)
     }
 }

@@ -153,6 +153,14 @@ impl Store {
         }
     }
 
+    /// A connection for one statement that writes, and that no other can disturb.
+    async fn writing(&self) -> Result<Session, StoreError> {
+        match &self.0 {
+            Engine::Sqlite(store) => store.transaction().await,
+            Engine::Postgres(store) => store.session().await,
+        }
+    }
+
     /// A transaction that sees no other's writes: it is as if it ran alone, or it is [`StoreError::Contended`].
     async fn transaction(&self) -> Result<Session, StoreError> {
         match &self.0 {
