@@ -1,5 +1,7 @@
 //! The log of deliveries: appended, never changed but by `rebuild`, and gathered for a history by what events mention.
 
+use std::collections::HashSet;
+
 use super::session::{Session, execute, rows};
 use super::{Store, StoreError};
 use crate::domain::event::{EventKey, Mention};
@@ -251,6 +253,12 @@ impl Store {
         }
         session.commit().await
     }
+}
+
+/// The first of each key: the others are duplicates, and nothing of them is kept.
+pub(super) fn firsts(batch: &[NewEvent]) -> Vec<&NewEvent> {
+    let mut keys = HashSet::with_capacity(batch.len());
+    batch.iter().filter(|event| keys.insert(event.key)).collect()
 }
 
 /// What to answer for each of a batch. `is_new` is asked in its order: the second of two that are equal is no longer new.

@@ -104,10 +104,11 @@ impl PostgresStore {
 
     /// The whole batch in one statement: one round trip, one commit.
     pub async fn append(&self, batch: &[NewEvent]) -> Result<Vec<Appended>, StoreError> {
+        let firsts = super::events::firsts(batch);
         let column = |pick: fn(&NewEvent) -> Option<&str>| -> Vec<Option<String>> {
-            batch.iter().map(|event| pick(event).map(str::to_owned)).collect()
+            firsts.iter().map(|event| pick(event).map(str::to_owned)).collect()
         };
-        let mentions = || batch.iter().flat_map(|event| event.mentions.iter().map(move |mention| (event, mention)));
+        let mentions = || firsts.iter().flat_map(|event| event.mentions.iter().map(move |mention| (event, mention)));
         let mut session = self.session().await?;
         let Connection::Postgres(connection) = &mut session.connection else {
             unreachable!("the sessions of this store are PostgreSQL's")
@@ -117,20 +118,20 @@ impl PostgresStore {
             fetch_all,
             (Vec<u8>,),
             APPEND,
-            batch.iter().map(|e| e.key.0.to_vec()).collect::<Vec<_>>(),
+            firsts.iter().map(|e| e.key.0.to_vec()).collect::<Vec<_>>(),
             column(|e| e.id.as_deref()),
             column(|e| e.event_type.as_deref()),
             column(|e| e.api_version.as_deref()),
             column(|e| e.object_id.as_deref()),
-            batch.iter().map(|e| e.created_s).collect::<Vec<_>>(),
-            batch.iter().map(|e| e.received_ms).collect::<Vec<_>>(),
+            firsts.iter().map(|e| e.created_s).collect::<Vec<_>>(),
+            firsts.iter().map(|e| e.received_ms).collect::<Vec<_>>(),
             column(|e| Some(e.source.as_str())),
             column(|e| e.secret_label.as_deref()),
             column(|e| Some(e.outcome.as_str())),
             column(|e| e.unreadable_reason.as_deref()),
             column(|e| e.telling.as_deref()),
-            batch.iter().map(NewEvent::linked).collect::<Vec<_>>(),
-            batch.iter().map(|e| e.body.as_bytes()).collect::<Vec<_>>(),
+            firsts.iter().map(|e| e.linked()).collect::<Vec<_>>(),
+            firsts.iter().map(|e| e.body.as_bytes()).collect::<Vec<_>>(),
             mentions().map(|(_, m)| m.object_id.as_str()).collect::<Vec<_>>(),
             mentions().map(|(e, _)| e.key.0.to_vec()).collect::<Vec<_>>()
         )?;

@@ -75,7 +75,7 @@ impl SqliteStore {
     pub async fn append(&self, batch: &[NewEvent]) -> Result<Vec<Appended>, StoreError> {
         let mut blob = Vec::with_capacity(batch.iter().map(|event| event.body.as_bytes().len() + 1024).sum());
         let (mut events, mut mentions) = (Vec::with_capacity(batch.len()), Vec::new());
-        for event in batch {
+        for event in super::events::firsts(batch) {
             let at = blob.len() + 1;
             let telling = event.telling.as_deref().unwrap_or_default();
             blob.extend_from_slice(&event.key.0);
@@ -117,9 +117,13 @@ impl SqliteStore {
 }
 
 /// Answers which keys were there before, in hex. `$1`: events, `$2`: keys, tellings and bodies, `$3`: mentions.
+/// They go first: what an event mentions that is there already adds nothing to it.
 const APPEND: &str = "
     begin immediate;
     select json_group_array(hex(key)) from events where key in (select substr($2, value->>'$[0][0]', 32) from json_each($1));
+    insert into mentions (object_id, event_key)
+    select value->>0, substr($2, value->>1, 32) from json_each($3)
+    where substr($2, value->>1, 32) not in (select key from events) on conflict do nothing;
     insert into events (key, id, event_type, api_version, object_id, created_s, received_ms, source, secret_label, outcome,
                         unreadable_reason, linked, telling, body)
     select substr($2, value->>'$[0][0]', 32), value->>'$[1][0]', value->>'$[1][1]', value->>'$[1][2]', value->>'$[1][3]',
@@ -127,8 +131,6 @@ const APPEND: &str = "
            value->>'$[2][4]', nullif(cast(substr($2, (value->>'$[0][0]') + 32, value->>'$[0][1]') as text), ''),
            substr($2, (value->>'$[0][0]') + 32 + (value->>'$[0][1]'), value->>'$[0][2]')
     from json_each($1) where true on conflict do nothing;
-    insert into mentions (object_id, event_key)
-    select value->>0, substr($2, value->>1, 32) from json_each($3) where true on conflict do nothing;
     commit";
 
 /// Carries what was appended into the database file, beside the writer and not in the commit of a delivery, as long as there is
