@@ -17,6 +17,7 @@ mod reading;
 mod recordings;
 mod replicas;
 mod serving;
+mod store;
 mod stories;
 mod stripe_cli;
 mod tls;
