@@ -2,9 +2,9 @@
 
 use serde_json::Value;
 
-use crate::domain::history::{Entry, fold};
+use crate::domain::history::{Entry, Known, fold};
 use crate::domain::invoice::{self, Fault, ImportedState, State};
-use crate::store::{InvoiceCursor, NewInvoice, Store, StoreError, StoredInvoice};
+use crate::store::{InvoiceCursor, NewInvoice, Store, StoreError, StoredInvoice, StoredTelling};
 
 /// Invoices that one page looks through at most, while it seeks those in a state.
 const SCANNED: usize = 5_000;
@@ -53,7 +53,12 @@ fn invoice_uid(uid: Option<&str>, document: &Value) -> Result<String, Fault> {
 /// [`StoreError::Refused`] when the stored text is damaged.
 pub fn history(stored: &StoredInvoice) -> Result<Vec<Entry>, StoreError> {
     let imported: Vec<ImportedState> = serde_json::from_str(&stored.imported_states).map_err(|e| damaged(stored, e))?;
-    Ok(fold(stored.stripe_invoice_id.as_deref(), &imported, &stored.tellings))
+    let read = |told: &StoredTelling| Ok(Known { key: told.key, telling: serde_json::from_str(&told.json)? });
+    let known: Result<Vec<Known>, _> = stored.tellings.iter().map(read).collect();
+    let known = known.map_err(|e: serde_json::Error| {
+        StoreError::Refused(format!("what an event about {} tells cannot be read, run `rebuild`: {e}", stored.invoice_uid))
+    })?;
+    Ok(fold(stored.stripe_invoice_id.as_deref(), &imported, &known))
 }
 
 /// The document with its payment states.

@@ -5,7 +5,7 @@ use axum::http::{HeaderMap, HeaderName, header};
 use super::AppState;
 use super::error::ApiError;
 use crate::domain::api_key;
-use crate::store::Scope;
+use crate::store::{ApiKey, Scope};
 
 static API_KEY: HeaderName = HeaderName::from_static("apikey");
 
@@ -14,16 +14,27 @@ static API_KEY: HeaderName = HeaderName::from_static("apikey");
 /// # Errors
 /// `Unauthorized` without a valid key, whatever is wrong with it.
 pub async fn authenticate(state: &AppState, headers: &HeaderMap) -> Result<Scope, ApiError> {
-    for key in [the_only(headers, &API_KEY), the_only(headers, &header::AUTHORIZATION).map(without_scheme)].into_iter().flatten()
-    {
-        let found = state.store.key_by_hash(&api_key::hash(key)).await?;
-        let now_ms = state.clock.now_ms();
-        let is_valid = |expires_ms: Option<i64>| expires_ms.is_none_or(|expires_ms| now_ms < expires_ms);
-        if let Some(found) = found.filter(|key| key.revoked_ms.is_none() && is_valid(key.expires_ms)) {
-            return Ok(found.scope);
-        }
+    let mut found = Vec::new();
+    for hash in key_hashes(headers).iter().flatten() {
+        found.extend(state.store.key_by_hash(hash).await?);
     }
-    Err(ApiError::Unauthorized)
+    scope(state, found)
+}
+
+/// The hashes of what the request carries as a key, by either header.
+pub fn key_hashes(headers: &HeaderMap) -> [Option<[u8; 32]>; 2] {
+    let keys = [the_only(headers, &API_KEY), the_only(headers, &header::AUTHORIZATION).map(without_scheme)];
+    keys.map(|key| key.map(api_key::hash))
+}
+
+/// The scope of the first of these keys that is valid now.
+///
+/// # Errors
+/// `Unauthorized`: none is.
+pub fn scope(state: &AppState, found: Vec<ApiKey>) -> Result<Scope, ApiError> {
+    let now_ms = state.clock.now_ms();
+    let is_valid = |key: &ApiKey| key.revoked_ms.is_none() && key.expires_ms.is_none_or(|expires_ms| now_ms < expires_ms);
+    found.into_iter().find(is_valid).map(|key| key.scope).ok_or(ApiError::Unauthorized)
 }
 
 /// A header that is repeated is no key: nobody knows which one another party looked at.

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use super::AppState;
-use super::auth::authenticate;
+use super::auth::{authenticate, key_hashes, scope};
 use super::error::ApiError;
 use crate::domain::invoice::{self, Fault};
 use crate::flows::invoices::{self as flow, Page, PageRequest, StateFilter};
@@ -20,12 +20,16 @@ type TenantAndInvoice = Result<Path<(String, String)>, PathRejection>;
 
 /// `GET /v1/tenants/{tenantUid}/invoices/{invoiceUid}`
 pub async fn read(State(state): State<AppState>, headers: HeaderMap, path: TenantAndInvoice) -> Result<Response, ApiError> {
-    let scope = authenticate(&state, &headers).await?;
-    let (tenant_uid, invoice_uid) = valid(path)?;
-    if !scope.reads(&tenant_uid) {
+    let (tenant_uid, invoice_uid) = match valid(path) {
+        Ok(ids) => ids,
+        // Who has no key does not learn what a path may be.
+        Err(error) => return authenticate(&state, &headers).await.and(Err(error)),
+    };
+    let (invoice, keys) = state.store.invoice_and_keys(&tenant_uid, &invoice_uid, key_hashes(&headers)).await?;
+    if !scope(&state, keys)?.reads(&tenant_uid) {
         return Err(ApiError::NotFound);
     }
-    let invoice = state.store.invoice(&tenant_uid, &invoice_uid).await?.ok_or(ApiError::NotFound)?;
+    let invoice = invoice.ok_or(ApiError::NotFound)?;
     let tag = etag(&invoice);
     if matches(&headers, &header::IF_NONE_MATCH, Some(&tag)) == Some(true) {
         return Ok(

@@ -5,7 +5,6 @@ use std::collections::HashSet;
 use super::session::{Session, execute, rows};
 use super::{Store, StoreError};
 use crate::domain::event::{EventKey, Mention};
-use crate::domain::history::Known;
 
 /// The way a delivery came.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -156,8 +155,6 @@ macro_rules! logged_columns {
 type Text = Option<String>;
 type LoggedRow = (Vec<u8>, Text, Text, Text, Text, Option<i64>, i64, String, Text, String, Text);
 type BodyRow = (Vec<u8>, Text, Text, Text, Text, Option<i64>, i64, String, Text, String, Text, Text, Option<Vec<u8>>);
-/// Key and telling.
-pub(super) type TellingRow = (Vec<u8>, String);
 
 const PAGE: &str = concat!(
     "select ",
@@ -292,15 +289,7 @@ async fn insert(session: &mut Session, event: &NewEvent) -> Result<(), StoreErro
     Ok(())
 }
 
-pub(super) fn known((key, telling): TellingRow) -> Result<Known, StoreError> {
-    let key = event_key(key)?;
-    let telling = serde_json::from_str(&telling).map_err(|e| {
-        StoreError::Refused(format!("what event {} tells cannot be read, run `rebuild`: {e}", hex::encode(key.0)))
-    })?;
-    Ok(Known { key, telling })
-}
-
-fn event_key(bytes: Vec<u8>) -> Result<EventKey, StoreError> {
+pub(super) fn event_key(bytes: Vec<u8>) -> Result<EventKey, StoreError> {
     let key = bytes.try_into().map_err(|_| StoreError::Refused("the key of an event is damaged".to_owned()))?;
     Ok(EventKey(key))
 }

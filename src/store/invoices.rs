@@ -1,14 +1,13 @@
-//! The stored invoices, each read together with all that is told about it.
+//! The stored invoices: stored, replaced, listed. How one is read together with what is told about it is in `histories`.
 
-use std::collections::HashMap;
 use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::events::{TellingRow, known};
-use super::session::{Connection, Session, execute, rows};
+use super::histories;
+use super::session::{Session, execute, rows};
 use super::{Store, StoreError};
-use crate::domain::history::Known;
+use crate::domain::event::EventKey;
 
 /// An invoice as stored, and what is told about it.
 #[derive(Clone, Debug)]
@@ -24,7 +23,15 @@ pub struct StoredInvoice {
     pub stored_ms: i64,
     /// Grows when the document changes.
     pub revision: i64,
-    pub tellings: Vec<Known>,
+    pub tellings: Vec<StoredTelling>,
+}
+
+/// What an event tells, as it is kept: read when a history is folded, and not before.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StoredTelling {
+    pub key: EventKey,
+    /// A `Telling` as JSON.
+    pub json: String,
 }
 
 /// An invoice to be stored. Fields as in [`StoredInvoice`].
@@ -64,33 +71,6 @@ pub struct InvoiceCursor {
 /// How often a transaction is tried that others contend with.
 const ATTEMPTS: u32 = 8;
 
-/// What is told of an invoice: what mentions it, or an object (other than an invoice) that is named together with one that was
-/// reached, over any number of hops. More than belongs to the invoice may be among it.
-///
-/// The invoice comes in a row of its own, then a row for each telling: one statement, one snapshot of the database.
-macro_rules! invoice_and_tellings {
-    ($linked:literal) => {
-        concat!(
-            "with recursive
-             this as (select * from invoices where tenant_uid = $1 and invoice_uid = $2),
-             reached (object_id) as (
-                 select stripe_invoice_id from this where stripe_invoice_id is not null
-                 union
-                 select link.value from reached join mentions on mentions.object_id = reached.object_id
-                 join events on events.key = mentions.event_key cross join ",
-            $linked,
-            " as link
-             )
-             select stripe_invoice_id, document, imported_states, stored_ms, revision, null as key, null as telling from this
-             union all
-             select null, null, null, null, null, key, telling from events
-             where telling is not null and key in (select event_key from mentions join reached using (object_id))"
-        )
-    };
-}
-type InvoiceOrTellingRow =
-    (Option<String>, Option<String>, Option<String>, Option<i64>, Option<i64>, Option<Vec<u8>>, Option<String>);
-
 const PAGE: &str = "
     select tenant_uid, invoice_uid, stripe_invoice_id, document, imported_states, stored_ms, revision from invoices
     where ($1 is null or stripe_invoice_id = $1)
@@ -101,55 +81,7 @@ const PAGE_OF_TENANT: &str = "
     where ($1 is null or stripe_invoice_id = $1)
       and (stored_ms < $2 or (stored_ms = $2 and (tenant_uid, invoice_uid) > ($3, $4))) and tenant_uid = $6
     order by stored_ms desc, invoice_uid limit $5";
-type InvoiceRow = (String, String, Option<String>, String, String, i64, i64);
-
-/// The same for several Stripe invoices: `$1` is a JSON array of their ids.
-macro_rules! tellings_of_each {
-    ($ids:literal, $linked:literal) => {
-        concat!(
-            "with recursive reached (root, object_id) as (
-                 select ids.value, ids.value from ",
-            $ids,
-            " as ids
-                 union
-                 select reached.root, link.value from reached join mentions on mentions.object_id = reached.object_id
-                 join events on events.key = mentions.event_key cross join ",
-            $linked,
-            " as link
-             ), told (root, event_key) as (select distinct root, event_key from mentions join reached using (object_id))
-             select root, key, telling from told join events on key = event_key where telling is not null"
-        )
-    };
-}
-
-/// The statements that take JSON apart, which each engine does in its own words.
-struct Words {
-    invoice_and_tellings: &'static str,
-    tellings_of_each: &'static str,
-}
-
-const SQLITE: Words = Words {
-    invoice_and_tellings: invoice_and_tellings!("json_each(events.linked)"),
-    tellings_of_each: tellings_of_each!("json_each($1)", "json_each(events.linked)"),
-};
-const POSTGRES: Words = Words {
-    invoice_and_tellings: invoice_and_tellings!(
-        r#"lateral (select value collate "C" from jsonb_array_elements_text(events.linked::jsonb))"#
-    ),
-    tellings_of_each: tellings_of_each!(
-        r#"(select value collate "C" from jsonb_array_elements_text($1::jsonb))"#,
-        r#"lateral (select value collate "C" from jsonb_array_elements_text(events.linked::jsonb))"#
-    ),
-};
-
-impl Words {
-    fn of(session: &Session) -> &'static Words {
-        match session.connection {
-            Connection::Sqlite(_) => &SQLITE,
-            Connection::Postgres(_) => &POSTGRES,
-        }
-    }
-}
+pub(super) type InvoiceRow = (String, String, Option<String>, String, String, i64, i64);
 
 const HOLDER: &str = "select tenant_uid, invoice_uid, stripe_invoice_id from invoices where stripe_invoice_id = $1";
 const INSERT: &str = "
@@ -160,14 +92,6 @@ const UPDATE: &str = "
     where tenant_uid = $1 and invoice_uid = $2";
 
 impl Store {
-    /// The invoice and what is told about it.
-    pub async fn invoice(&self, tenant_uid: &str, invoice_uid: &str) -> Result<Option<StoredInvoice>, StoreError> {
-        let mut session = self.session().await?;
-        let invoice = read(&mut session, tenant_uid, invoice_uid).await?;
-        session.done().await?;
-        Ok(invoice)
-    }
-
     /// Stores or replaces an invoice, if `precondition` holds for what is stored now. A replacement keeps the Stripe invoice
     /// and the states that came with the first storing.
     pub async fn put_invoice(&self, new: &NewInvoice, now_ms: i64, precondition: &Precondition<'_>) -> Result<Put, StoreError> {
@@ -204,7 +128,7 @@ impl Store {
         let mut session = self.transaction().await?;
         let mut answers = Vec::with_capacity(batch.len());
         for new in batch {
-            let stored = read(&mut session, &new.tenant_uid, &new.invoice_uid).await?;
+            let (stored, _) = histories::read(&mut session, &new.tenant_uid, &new.invoice_uid, [None, None]).await?;
             answers.push(match precondition(stored.as_ref()) {
                 true => write(&mut session, new, stored, now_ms).await?,
                 false => Put::PreconditionFailed,
@@ -244,18 +168,8 @@ impl Store {
             None => rows!(session, fetch_all, InvoiceRow, PAGE, stripe_invoice_id, stored_ms, last_tenant, last_uid, limit),
         }?;
         let mut invoices: Vec<StoredInvoice> = found.into_iter().map(stored_invoice).collect();
-        let ids: Vec<&String> = invoices.iter().filter_map(|invoice| invoice.stripe_invoice_id.as_ref()).collect();
-        let ids = serde_json::to_string(&ids).expect("strings always serialise");
-        let sql = Words::of(&session).tellings_of_each;
-        let told = rows!(session, fetch_all, (String, Vec<u8>, String), sql, ids)?;
+        histories::tell(&mut session, &mut invoices).await?;
         session.done().await?;
-        let mut tellings: HashMap<String, Vec<Known>> = HashMap::new();
-        for (stripe_invoice_id, key, telling) in told {
-            tellings.entry(stripe_invoice_id).or_default().push(known((key, telling))?);
-        }
-        for invoice in &mut invoices {
-            invoice.tellings = invoice.stripe_invoice_id.as_ref().and_then(|id| tellings.remove(id)).unwrap_or_default();
-        }
         Ok(invoices)
     }
 
@@ -271,26 +185,7 @@ impl Store {
     }
 }
 
-async fn read(session: &mut Session, tenant_uid: &str, invoice_uid: &str) -> Result<Option<StoredInvoice>, StoreError> {
-    let sql = Words::of(session).invoice_and_tellings;
-    let found = rows!(session, fetch_all, InvoiceOrTellingRow, sql, tenant_uid, invoice_uid)?;
-    let mut invoice = None;
-    let mut tellings: Vec<Known> = Vec::with_capacity(found.len());
-    for row in found {
-        match row {
-            (stripe_invoice_id, Some(document), Some(imported_states), Some(stored_ms), Some(revision), ..) => {
-                let (tenant_uid, invoice_uid) = (tenant_uid.to_owned(), invoice_uid.to_owned());
-                let row = (tenant_uid, invoice_uid, stripe_invoice_id, document, imported_states, stored_ms, revision);
-                invoice = Some(stored_invoice(row));
-            }
-            (.., Some(key), Some(telling)) => tellings.push(known((key, telling) as TellingRow)?),
-            _ => return Err(StoreError::Refused("an invoice came without its document".to_owned())),
-        }
-    }
-    Ok(invoice.map(|invoice| StoredInvoice { tellings, ..invoice }))
-}
-
-fn stored_invoice(row: InvoiceRow) -> StoredInvoice {
+pub(super) fn stored_invoice(row: InvoiceRow) -> StoredInvoice {
     let (tenant_uid, invoice_uid, stripe_invoice_id, document, imported_states, stored_ms, revision) = row;
     let tellings = Vec::new();
     StoredInvoice { tenant_uid, invoice_uid, stripe_invoice_id, document, imported_states, stored_ms, revision, tellings }

@@ -33,7 +33,7 @@ pub struct ApiKey {
 }
 
 /// Id, tenant, created, expires, revoked.
-type KeyRow = (String, Option<String>, i64, Option<i64>, Option<i64>);
+pub(super) type KeyRow = (String, Option<String>, i64, Option<i64>, Option<i64>);
 
 const INSERT: &str = "insert into api_keys (id, secret_sha256, tenant_uid, created_ms, expires_ms, revoked_ms)
                       values ($1, $2, $3, $4, $5, $6)";
@@ -78,6 +78,6 @@ impl Store {
     }
 }
 
-fn api_key((id, tenant_uid, created_ms, expires_ms, revoked_ms): KeyRow) -> ApiKey {
+pub(super) fn api_key((id, tenant_uid, created_ms, expires_ms, revoked_ms): KeyRow) -> ApiKey {
     ApiKey { id, scope: tenant_uid.map_or(Scope::Operator, Scope::Tenant), created_ms, expires_ms, revoked_ms }
 }

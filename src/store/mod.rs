@@ -6,6 +6,7 @@
 
 mod error;
 mod events;
+mod histories;
 mod invoices;
 mod keys;
 mod postgres;
@@ -17,7 +18,7 @@ use sqlx::{Connection, SqlSafeStr};
 
 pub use error::StoreError;
 pub use events::{Appended, EventFilter, LoggedEvent, NewEvent, Outcome, PackedBody, Source, StoredBody};
-pub use invoices::{InvoiceCursor, NewInvoice, Put, StoredInvoice};
+pub use invoices::{InvoiceCursor, NewInvoice, Put, StoredInvoice, StoredTelling};
 pub use keys::{ApiKey, Scope};
 
 use postgres::PostgresStore;

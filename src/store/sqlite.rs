@@ -16,17 +16,22 @@ use super::{Appended, NewEvent, StoreError};
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 const READERS: u32 = 4;
 const PAGE_SIZE: u32 = 8192;
-/// Bytes appended until the log (WAL) is carried into the database file.
+/// Bytes written to the log (WAL) until it is carried into the database file. While it is short, it is written over and over in
+/// the same place, which makes a commit twice as fast as where its file has to grow.
 const CHECKPOINT_AFTER: usize = 8 << 20;
+/// What a batch writes beside its own bytes: a page of each index, at least.
+const PAGES_A_BATCH: usize = 6 * PAGE_SIZE as usize;
 /// Pages after which the writer carries them over itself: only when the checkpointer cannot keep up.
 const CHECKPOINT_AT_LAST: &str = "16384";
+/// How long the checkpointer may make the writer wait for readers of an old state.
+const CHECKPOINT_PATIENCE: Duration = Duration::from_millis(5);
 
 #[derive(Clone, Debug)]
 pub(super) struct SqliteStore {
     write: SqlitePool,
     read: SqlitePool,
-    /// Bytes appended since the last checkpoint.
-    appended: Arc<AtomicUsize>,
+    /// Bytes written since the last checkpoint, about.
+    written: Arc<AtomicUsize>,
     checkpoint: mpsc::Sender<()>,
 }
 
@@ -49,10 +54,10 @@ impl SqliteStore {
         // The writer first: it creates the file, which readers may not.
         let write = pool(1).connect_with(options.clone()).await?;
         let read = pool(READERS).connect_with(options.clone().create_if_missing(false).read_only(true)).await?;
-        let checkpointer = pool(1).connect_lazy_with(options);
+        let checkpointer = pool(1).connect_lazy_with(options.busy_timeout(CHECKPOINT_PATIENCE));
         let (checkpoint, due) = mpsc::channel(1);
         tokio::spawn(keep_log_short(checkpointer, due));
-        Ok(SqliteStore { write, read, appended: Arc::default(), checkpoint })
+        Ok(SqliteStore { write, read, written: Arc::default(), checkpoint })
     }
 
     pub async fn session(&self) -> Result<Session, StoreError> {
@@ -96,15 +101,15 @@ impl SqliteStore {
         // All rows: with the first, the statements that follow would be left undone.
         let answered = rows!(session, fetch_all, (String,), APPEND, events, blob, mentions)?;
         session.set_in_transaction(false);
-        self.note_appended(bytes);
+        self.note_written(bytes + PAGES_A_BATCH);
         let known = answered.first().map(|(keys,)| serde_json::from_str::<HashSet<String>>(keys));
         let mut known = known.and_then(Result::ok).ok_or_else(|| StoreError::Refused("known keys cannot be read".to_owned()))?;
         Ok(super::events::answers(batch, |key| known.insert(hex::encode_upper(key.0))))
     }
 
-    fn note_appended(&self, bytes: usize) {
-        if self.appended.fetch_add(bytes, Ordering::Relaxed) + bytes > CHECKPOINT_AFTER {
-            self.appended.store(0, Ordering::Relaxed);
+    fn note_written(&self, bytes: usize) {
+        if self.written.fetch_add(bytes, Ordering::Relaxed) + bytes > CHECKPOINT_AFTER {
+            self.written.store(0, Ordering::Relaxed);
             // One that is under way or waits already will do.
             let _ = self.checkpoint.try_send(());
         }
@@ -137,8 +142,11 @@ const APPEND: &str = "
 /// a store.
 async fn keep_log_short(pool: SqlitePool, mut due: mpsc::Receiver<()>) {
     while due.recv().await.is_some() {
-        if let Err(error) = sqlx::query("pragma wal_checkpoint(passive)").execute(&pool).await {
-            tracing::warn!(%error, "the log of the database could not be shortened");
+        // First what can be done beside the writer; then, with the writer held for a moment, the rest, so that it starts anew.
+        for checkpoint in ["pragma wal_checkpoint(passive)", "pragma wal_checkpoint(restart)"] {
+            if let Err(error) = sqlx::query(checkpoint).execute(&pool).await {
+                tracing::warn!(%error, "the log of the database could not be shortened");
+            }
         }
     }
     pool.close().await;
