@@ -61,6 +61,8 @@ fn of_database(error: &dyn DatabaseError) -> StoreError {
     if error.try_downcast_ref::<PgDatabaseError>().is_some() {
         return match &*code {
             "40001" | "40P01" => StoreError::Contended(message),
+            // No connection more: those that are there go on.
+            "53300" => StoreError::Unavailable(message),
             // Read only: no longer the primary, or out of disk.
             "25006" => StoreError::Away(message),
             code if SERVER.contains(&&code[..2]) => StoreError::Away(message),

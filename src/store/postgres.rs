@@ -4,6 +4,7 @@
 //! task knocks until the server answers again.
 
 use std::collections::HashSet;
+use std::pin::pin;
 use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -11,14 +12,19 @@ use std::time::{Duration, Instant};
 
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{ConnectOptions, Connection as _, PgConnection, PgPool, Row};
-use tokio::time::error::Elapsed;
+use tokio::sync::watch;
+use tokio::time::timeout;
 
-use super::session::{Connection, PostgresConnection, Session, limited, rows_in_postgres};
+use super::session::{Connection, PostgresConnection, Session, rows_in_postgres};
 use super::{Appended, NewEvent, StoreError};
 
 const CONNECTIONS: u32 = 10;
 /// How long to wait for a free connection, or for a new one.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long one statement may take.
+const STATEMENT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a statement takes until the server is asked whether it is there: one that is paused refuses nothing.
+const DOUBT_AFTER: Duration = Duration::from_secs(1);
 /// How often a server that is away is asked again.
 const KNOCK: Duration = Duration::from_millis(200);
 
@@ -37,10 +43,16 @@ pub(super) struct Gate(Arc<GateState>);
 #[derive(Debug)]
 struct GateState {
     options: PgConnectOptions,
-    is_closed: AtomicBool,
+    is_closed: watch::Sender<bool>,
+    /// The server is being asked whether it is there.
+    is_doubted: AtomicBool,
     /// Connections that are older may lead to a server that is gone.
     opened: Mutex<Instant>,
 }
+
+/// A statement did not end in time, or the server went away meanwhile. It may have been done.
+#[derive(Debug)]
+pub(super) struct GivenUp;
 
 impl PostgresStore {
     /// # Errors
@@ -49,9 +61,10 @@ impl PostgresStore {
         let options = PgConnectOptions::from_str(url).map_err(|e| StoreError::Refused(e.to_string()))?;
         // A parameter that poolers do not know; nothing here is a float.
         let options = options.extra_float_digits(None).application_name("stripe-reconciler");
-        let looked_at = limited(look_at(url, &options)).await;
+        let looked_at = timeout(STATEMENT_TIMEOUT, look_at(url, &options)).await;
         let is_pooled = looked_at.map_err(|_| StoreError::Unavailable("the server does not answer".to_owned()))??;
-        let state = GateState { options: options.clone(), is_closed: AtomicBool::new(false), opened: Mutex::new(Instant::now()) };
+        let (is_closed, is_doubted) = (watch::Sender::new(false), AtomicBool::new(false));
+        let state = GateState { options: options.clone(), is_closed, is_doubted, opened: Mutex::new(Instant::now()) };
         let gate = Gate(Arc::new(state));
         let watched = gate.clone();
         let pool = PgPoolOptions::new()
@@ -188,36 +201,61 @@ async fn look_at(url: &str, options: &PgConnectOptions) -> Result<bool, StoreErr
 
 impl Gate {
     fn pass(&self) -> Result<(), StoreError> {
-        if self.0.is_closed.load(Ordering::Acquire) {
+        if *self.0.is_closed.borrow() {
             return Err(StoreError::Unavailable("the server is away".to_owned()));
         }
         Ok(())
     }
 
-    /// Takes a result, and closes when it says that the server is away. A statement that did not end in time may have waited for
-    /// a lock: then the server is asked first.
-    pub fn judge<T>(&self, ended: Result<Result<T, sqlx::Error>, Elapsed>) -> Result<T, StoreError> {
-        let error = match ended {
-            Ok(Ok(value)) => return Ok(value),
-            Ok(Err(error)) => StoreError::from(error),
-            Err(_) => {
-                let suspicious = self.clone();
-                tokio::spawn(async move {
-                    if !suspicious.answers().await {
-                        suspicious.close("the server does not answer");
-                    }
-                });
-                return Err(StoreError::Unavailable("a statement did not end in time".to_owned()));
-            }
-        };
-        if let StoreError::Away(reason) = &error {
-            self.close(reason);
+    /// Gives a statement up when it takes too long, or when it turns out meanwhile that the server is away.
+    pub async fn limited<T>(&self, statement: impl Future<Output = T>) -> Result<T, GivenUp> {
+        let mut statement = pin!(statement);
+        if let Ok(ended) = timeout(DOUBT_AFTER, &mut statement).await {
+            return Ok(ended);
         }
-        Err(error)
+        self.doubt();
+        let mut is_closed = self.0.is_closed.subscribe();
+        tokio::select! {
+            ended = timeout(STATEMENT_TIMEOUT - DOUBT_AFTER, statement) => ended.map_err(|_| GivenUp),
+            _ = is_closed.wait_for(|is_closed| *is_closed) => Err(GivenUp),
+        }
+    }
+
+    /// Takes a result, and closes when it says that the server is away. Where it does not say so, but somebody waited in vain,
+    /// others may be in the way: then the server is asked first.
+    pub fn judge<T>(&self, ended: Result<Result<T, sqlx::Error>, GivenUp>) -> Result<T, StoreError> {
+        let in_vain = match ended {
+            Ok(Ok(value)) => return Ok(value),
+            Ok(Err(sqlx::Error::PoolTimedOut)) => "no connection is free",
+            Ok(Err(error)) => {
+                let error = StoreError::from(error);
+                if let StoreError::Away(reason) = &error {
+                    self.close(reason);
+                }
+                return Err(error);
+            }
+            Err(GivenUp) => "a statement did not end in time",
+        };
+        self.doubt();
+        Err(StoreError::Unavailable(in_vain.to_owned()))
+    }
+
+    /// Asks the server whether it is there, and closes when it is not.
+    fn doubt(&self) {
+        if *self.0.is_closed.borrow() || self.0.is_doubted.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let gate = self.clone();
+        tokio::spawn(async move {
+            if matches!(gate.ask().await, Err(StoreError::Away(_))) {
+                gate.close("the server does not answer");
+            }
+            gate.0.is_doubted.store(false, Ordering::Release);
+        });
     }
 
     fn close(&self, reason: &str) {
-        if !self.0.is_closed.swap(true, Ordering::AcqRel) {
+        if !self.0.is_closed.send_replace(true) {
             tracing::warn!(reason, "the database is away: everything is refused until it is back");
             tokio::spawn(self.clone().knock());
         }
@@ -228,22 +266,27 @@ impl Gate {
     }
 
     async fn knock(self) {
-        while !self.answers().await {
+        while self.ask().await.is_err() {
             tokio::time::sleep(KNOCK).await;
         }
         *self.opened() = Instant::now();
-        self.0.is_closed.store(false, Ordering::Release);
+        self.0.is_closed.send_replace(false);
         tracing::warn!("the database is back");
     }
 
-    /// Takes statements, and can write.
-    async fn answers(&self) -> bool {
+    /// Whether it takes statements, and can write.
+    async fn ask(&self) -> Result<(), StoreError> {
         let asked = async {
             let mut connection = self.0.options.connect().await?;
-            let row = sqlx::Executor::fetch_one(&mut connection, sqlx::raw_sql("select not pg_is_in_recovery()")).await?;
+            let row = sqlx::Executor::fetch_one(&mut connection, sqlx::raw_sql("select pg_is_in_recovery()")).await?;
             connection.close().await?;
             row.try_get::<bool, _>(0)
         };
-        matches!(tokio::time::timeout(ACQUIRE_TIMEOUT, asked).await, Ok(Ok(true)))
+        match timeout(ACQUIRE_TIMEOUT, asked).await {
+            Ok(Ok(false)) => Ok(()),
+            Ok(Ok(true)) => Err(StoreError::Away("it is a standby".to_owned())),
+            Ok(Err(error)) => Err(error.into()),
+            Err(_) => Err(StoreError::Away("it does not answer".to_owned())),
+        }
     }
 }

@@ -1,16 +1,10 @@
 //! A connection of either engine, and statements on it: the same text and the same tuples for both.
 
-use std::time::Duration;
-
 use sqlx::pool::PoolConnection;
 use sqlx::{Executor, PgConnection, Postgres, Sqlite};
-use tokio::time::error::Elapsed;
 
 use super::StoreError;
-use super::postgres::Gate;
-
-/// How long PostgreSQL may take for one statement: a server that is paused refuses nothing.
-pub(super) const STATEMENT_TIMEOUT: Duration = Duration::from_secs(5);
+use super::postgres::{Gate, GivenUp};
 
 /// One connection, for a few statements or for a transaction.
 ///
@@ -52,9 +46,9 @@ macro_rules! rows {
 /// As [`rows`], where a statement is only PostgreSQL's.
 macro_rules! rows_in_postgres {
     ($connection:expr, $method:ident, $row:ty, $sql:expr $(, $bind:expr)* $(,)?) => {{
-        let (inner, named) = $connection.start();
+        let (inner, named, gate) = $connection.start();
         let statement = sqlx::query_as::<_, $row>($sql).persistent(named)$(.bind($bind))*;
-        let ended = $crate::store::session::limited(statement.$method(inner)).await;
+        let ended = gate.limited(statement.$method(inner)).await;
         $connection.end(ended)
     }};
 }
@@ -67,9 +61,9 @@ macro_rules! execute {
                 executed.map(|done| done.rows_affected()).map_err($crate::store::StoreError::from)
             }
             $crate::store::session::Connection::Postgres(connection) => {
-                let (inner, named) = connection.start();
+                let (inner, named, gate) = connection.start();
                 let statement = sqlx::query($sql).persistent(named)$(.bind($bind))*;
-                let ended = $crate::store::session::limited(statement.execute(inner)).await;
+                let ended = gate.limited(statement.execute(inner)).await;
                 connection.end(ended).map(|done| done.rows_affected())
             }
         }
@@ -77,19 +71,14 @@ macro_rules! execute {
 }
 pub(super) use {execute, rows, rows_in_postgres};
 
-/// Gives a statement up when it takes too long.
-pub(super) async fn limited<T>(statement: impl Future<Output = T>) -> Result<T, Elapsed> {
-    tokio::time::timeout(STATEMENT_TIMEOUT, statement).await
-}
-
 impl PostgresConnection {
-    /// The connection, for one statement, and whether that may be prepared under a name.
-    pub(super) fn start(&mut self) -> (&mut PgConnection, bool) {
+    /// The connection, for one statement; whether that may be prepared under a name; and who watches how long it takes.
+    pub(super) fn start(&mut self) -> (&mut PgConnection, bool, &Gate) {
         self.is_unsure = true;
-        (&mut self.inner, self.named)
+        (&mut self.inner, self.named, &self.gate)
     }
 
-    pub(super) fn end<T>(&mut self, ended: Result<Result<T, sqlx::Error>, Elapsed>) -> Result<T, StoreError> {
+    pub(super) fn end<T>(&mut self, ended: Result<Result<T, sqlx::Error>, GivenUp>) -> Result<T, StoreError> {
         let judged = self.gate.judge(ended);
         self.is_unsure = judged.is_err();
         judged
@@ -127,8 +116,8 @@ impl Session {
         match &mut self.connection {
             Connection::Sqlite(connection) => Ok((**connection).execute(sqlx::raw_sql(sql)).await.map(drop)?),
             Connection::Postgres(connection) => {
-                let (inner, _) = connection.start();
-                let ended = limited(inner.execute(sqlx::raw_sql(sql))).await;
+                let (inner, _, gate) = connection.start();
+                let ended = gate.limited(inner.execute(sqlx::raw_sql(sql))).await;
                 connection.end(ended).map(drop)
             }
         }
