@@ -3,17 +3,18 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use futures_util::future::join_all;
 use serde_json::json;
 use tokio::task::block_in_place;
 
-use crate::support::{Answer, Database, Load, PostgresServer, World, invoice_path};
+use crate::support::{Answer, Database, Engine, Load, PostgresServer, World, invoice_path};
 
 /// "At once".
 const AT_ONCE: Duration = Duration::from_millis(400);
 /// What the first delivery may take that meets a server that is gone.
 const FIRST: Duration = Duration::from_millis(1500);
-/// What it may take until a server counts as away that answers nothing: a statement, and then a question.
-const NOTICED: Duration = Duration::from_secs(10);
+/// What it may take until a server counts as away that answers nothing: a statement that takes long, and then a question.
+const NOTICED: Duration = Duration::from_secs(4);
 const BACK: Duration = Duration::from_secs(2);
 
 /// Deliveries beside the load, one after the other, each of them new.
@@ -122,6 +123,25 @@ async fn a_database_that_is_paused_is_answered_503_and_what_was_in_doubt_is_ther
     probe.until_taken(BACK).await;
     load.acknowledge(100).await;
     check_at_the_end(&world, load).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_without_a_connection_to_spare_is_not_away() {
+    let server = PostgresServer::shared();
+    server.sql("postgres", "create role few login connection limit 2");
+    let database = Database::create(Engine::Postgres);
+    let name = database.url.rsplit('/').next().unwrap();
+    server.sql("postgres", &format!("alter database {name} owner to few"));
+    let world = World::on(database.by_way_of(|name| server.url(name).replace("postgres@", "few@"))).await;
+    world.store("inv-0", "in_0").await.with_status(201);
+    let path = invoice_path("inv-0");
+    let reads = join_all((0..30).map(|_| world.get(&path, &world.acme_key))).await;
+    assert!(reads.iter().any(|read| read.status == 503), "there are too few connections");
+    assert!(reads.iter().any(|read| read.status == 200), "those that there are go on");
+    let since = Instant::now();
+    while world.get(&path, &world.acme_key).await.status != 200 {
+        assert!(since.elapsed() < 2 * BACK, "it is not back");
+    }
 }
 
 async fn check_at_the_end(world: &World, load: Load) {

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use serde_json::Value;
 use stripe_reconciler::domain::event::{EventKey, Reading, read};
 use stripe_reconciler::flows::ingest::{Delivery, prepare};
-use stripe_reconciler::store::{InvoiceCursor, NewEvent, NewInvoice, Put, Source, Store, StoredInvoice};
+use stripe_reconciler::store::{ApiKey, InvoiceCursor, NewEvent, NewInvoice, Put, Scope, Source, Store, StoredInvoice};
 
 use super::{ODD, Place, each_store, invoice};
 
@@ -132,6 +132,36 @@ each_store! {
         }
         let listed = store.invoices_page(None, None, None, 10).await.unwrap();
         assert_eq!(listed.iter().map(told_by).collect::<Vec<_>>(), expected, "a page tells the same");
+    }
+
+    async fn an_invoice_comes_with_the_keys_of_who_asks(place: Place) {
+        let store = &place.store;
+        let key = |id: &str, scope| ApiKey { id: id.to_owned(), scope, created_ms: 1, expires_ms: Some(2), revoked_ms: None };
+        let (operator, acme) = (key("key_1", Scope::Operator), key("key_2", Scope::Tenant("acme".to_owned())));
+        store.insert_key(&operator, &[1; 32]).await.unwrap();
+        store.insert_key(&acme, &[2; 32]).await.unwrap();
+        store.revoke_key("key_2", 3).await.unwrap();
+        let acme = ApiKey { revoked_ms: Some(3), ..acme };
+        for is_stored in [false, true] {
+            if is_stored {
+                put(store, &invoice("acme", "a", Some("in_1")), 1).await;
+                store.append(&[telling("evt_1", "charge.failed", r#"{"id":"ch_1","object":"charge","invoice":"in_1"}"#)]).await.unwrap();
+            }
+            let asked = [
+                ([None, None], vec![]),
+                ([Some([1; 32]), None], vec![&operator]),
+                ([None, Some([1; 32])], vec![&operator]),
+                ([Some([2; 32]), Some([1; 32])], vec![&acme, &operator]),
+                ([Some([1; 32]), Some([2; 32])], vec![&operator, &acme]),
+                ([Some([1; 32]), Some([9; 32])], vec![&operator]),
+                ([Some([9; 32]), Some([9; 32])], vec![]),
+            ];
+            for (hashes, expected) in asked {
+                let (invoice, keys) = store.invoice_and_keys("acme", "a", hashes).await.unwrap();
+                assert_eq!(keys.iter().collect::<Vec<_>>(), expected, "{hashes:?}");
+                assert_eq!(invoice.map(|invoice| invoice.tellings.len()), is_stored.then_some(1));
+            }
+        }
     }
 
     async fn pages_are_newest_first_then_by_the_bytes_of_the_ids(place: Place) {

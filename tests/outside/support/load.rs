@@ -27,6 +27,8 @@ const PATIENCE: Duration = Duration::from_secs(40);
 /// Every so many-th event is delivered twice at the same time, to two servers where there are two.
 const TWICE: usize = 4;
 
+/// More than any test here delivers events of.
+const INVOICES: usize = 600;
 /// Invoices whose events come mixed.
 const AT_ONCE: usize = 6;
 /// Events that an invoice lives through.
@@ -139,14 +141,14 @@ impl Load {
             connection.await.unwrap();
         }
         let mut heard = self.shared.heard.lock().unwrap();
+        assert!(heard.len() < INVOICES * LIFE, "{} events: too few invoices are stored for them", heard.len());
         Told(std::mem::take(&mut heard))
     }
 }
 
-/// Invoices, more than any test here delivers events of.
 fn import(world: &World) {
     let document = |n| json!({"metadata": {"uid": format!("inv-{n}")}, "status": {"stripeInvoiceId": format!("in_{n}")}});
-    let lines: Vec<String> = (0..2000).map(|n| document(n).to_string()).collect();
+    let lines: Vec<String> = (0..INVOICES).map(|n| document(n).to_string()).collect();
     world.run_with_input(&["invoices", "import", "--tenant", "acme", "-"], lines.join("\n").as_bytes()).with_code(0);
 }
 
