@@ -176,7 +176,7 @@ async fn migrate_on(connection: &mut impl Migrate, engine: usize) -> Result<Vec<
         Migration::new(version, name.into(), MigrationType::Simple, sql[engine].into_sql_str(), false)
     });
     let mut migrator = Migrator::with_migrations(migrations.into());
-    // Its lock would stay with the connection when it fails, and behind a pooler that is another's next.
+    // Its lock belongs to a session; ours, to the transaction, is held already.
     migrator.set_locking(false);
     connection.ensure_migrations_table(MIGRATIONS_TABLE).await?;
     let before = connection.list_applied_migrations(MIGRATIONS_TABLE).await?;

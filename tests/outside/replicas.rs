@@ -4,6 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::support::{Database, Engine, Load, PostgresServer, Server, World, client, run, send, uid_and_states};
 
+/// Processes that meet an empty database.
+const AT_ONCE: usize = 4;
+
 /// What a server answers about the invoices of tenant `acme` that have a history.
 async fn histories(world: &World, server: &Server) -> BTreeMap<String, String> {
     let (client, mut histories, mut cursor) = (client(), BTreeMap::new(), String::new());
@@ -56,21 +59,30 @@ async fn a_server_that_is_killed_changes_nothing_for_the_others_and_loses_nothin
 fn servers_that_start_at_once_on_an_empty_database_migrate_it_once() {
     let database = Database::create(Engine::Postgres);
     let url = database.url.as_str();
-    std::thread::scope(|scope| {
-        let servers: Vec<_> = (0..4).map(|_| scope.spawn(|| Server::start(url))).collect();
-        servers.into_iter().for_each(|server| drop(server.join().expect("each of them starts")));
-    });
+    let servers = at_once(url, || drop(Server::start(url)));
+    assert_eq!(servers.len(), AT_ONCE, "each of them starts");
     let applied = PostgresServer::shared().sql(url, "select count(*), count(distinct version) from _sqlx_migrations");
     let (rows, versions) = applied.split_once('|').unwrap();
     assert!(rows == versions && rows != "0", "{applied}");
 
     let database = Database::create(Engine::Postgres);
     let url = database.url.as_str();
-    let told: Vec<String> = std::thread::scope(|scope| {
-        let migrate = || run(&[("DATABASE_URL", url)], &["migrate"], b"").with_code(0).stdout;
-        let migrating: Vec<_> = (0..4).map(|_| scope.spawn(migrate)).collect();
-        migrating.into_iter().map(|migrated| migrated.join().expect("each of them ends well")).collect()
-    });
+    let told = at_once(url, || run(&[("DATABASE_URL", url)], &["migrate"], b"").with_code(0).stdout);
     let did = told.iter().filter(|told| told.contains("start")).count();
     assert_eq!(did, 1, "one of them migrates it: {told:?}");
+}
+
+/// Holds the empty database until several are in the middle of migrating it, each in a process of its own.
+fn at_once<T: Send>(url: &str, migrate: impl Fn() -> T + Sync) -> Vec<T> {
+    let server = PostgresServer::shared();
+    let mut holding = server.hold(url, "create table events (held int)");
+    let ended = std::thread::scope(|scope| {
+        let migrating: Vec<_> = (0..AT_ONCE).map(|_| scope.spawn(&migrate)).collect();
+        let waiting = "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'";
+        server.wait_until("they do not come", || server.sql(url, waiting) == AT_ONCE.to_string());
+        holding.kill().unwrap();
+        holding.wait().unwrap();
+        migrating.into_iter().map(|migrated| migrated.join().expect("each of them ends well")).collect()
+    });
+    ended
 }

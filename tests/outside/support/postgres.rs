@@ -1,6 +1,6 @@
 //! A throw-away PostgreSQL, from the server's binaries alone: no server has to be there before, and none is left behind.
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::os::unix::process::CommandExt;
@@ -156,6 +156,17 @@ impl PostgresServer {
     /// What a statement answers, in plain text.
     pub fn sql(&self, database: &str, statement: &str) -> String {
         self.run("psql", &["-XAtq", "-v", "ON_ERROR_STOP=1", "-d", database, "-c", statement])
+    }
+
+    /// A process that has done this, and neither commits nor rolls back until it is killed.
+    pub fn hold(&self, database: &str, statement: &str) -> Child {
+        let mut psql = Command::new(self.binaries.join("psql"));
+        psql.args(["-XAtq", "-d", database]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut psql = psql.spawn().unwrap();
+        writeln!(psql.stdin.as_ref().expect("it is piped"), "begin; {statement}; select 'done';").unwrap();
+        let mut done = [0; 5];
+        psql.stdout.as_mut().expect("it is piped").read_exact(&mut done).unwrap();
+        psql
     }
 
     fn run(&self, program: &str, arguments: &[&str]) -> String {
