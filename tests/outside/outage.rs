@@ -60,11 +60,15 @@ impl Probe<'_> {
             assert!(asked.elapsed() < within, "it is not back within {within:?}");
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
-        // More at a time than there are connections: none of those that led to the server before is used again.
-        let path = invoice_path("inv-0");
-        for read in join_all((0..20).map(|_| self.world.get(&path, &self.world.acme_key))).await {
-            read.with_status(200);
-        }
+        read_on_all_connections(self.world).await;
+    }
+}
+
+/// More at a time than a server has connections to its database.
+async fn read_on_all_connections(world: &World) {
+    let path = invoice_path("inv-0");
+    for read in join_all((0..20).map(|_| world.get(&path, &world.acme_key))).await {
+        read.with_status(200);
     }
 }
 
@@ -88,6 +92,7 @@ async fn a_database_that_is_stopped_is_answered_503_at_once_and_it_goes_on_by_it
     for round in 0..2 {
         load.acknowledge(150).await;
         assert_eq!(probe.deliver().await.0.status, 200);
+        read_on_all_connections(&world).await;
         let acknowledged = load.acknowledged();
         block_in_place(|| server.stop_at_once());
 
@@ -103,6 +108,8 @@ async fn a_database_that_is_stopped_is_answered_503_at_once_and_it_goes_on_by_it
         probe.until_taken(BACK).await;
         let kept = world.logged_ids();
         assert!(acknowledged.iter().all(|id| kept.contains(id)), "round {round}: what was acknowledged is there");
+        // No connection that led to the server before is used again: each would be taken for another outage.
+        assert_eq!(world.server.log().matches("the database is back").count(), round + 1, "{}", world.server.log());
     }
     let refused = std::mem::take(&mut probe.refused);
     check_at_the_end(&world, load).await;

@@ -181,6 +181,11 @@ impl Server {
         self.base.trim_start_matches("http://")
     }
 
+    /// What it has logged until now.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.log.path()).unwrap_or_default()
+    }
+
     pub fn pid(&self) -> u32 {
         self.process.id()
     }
@@ -209,7 +214,7 @@ impl Drop for Server {
         let _ = self.process.kill();
         let _ = self.process.wait();
         if std::thread::panicking() {
-            let log = std::fs::read_to_string(self.log.path()).unwrap_or_default();
+            let log = self.log();
             let last: Vec<&str> = log.lines().rev().take(SHOWN).collect();
             eprintln!("what {} logged, its last lines:\n{}", self.base, last.into_iter().rev().collect::<Vec<_>>().join("\n"));
         }
