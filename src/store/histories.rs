@@ -26,8 +26,8 @@ macro_rules! invoice_and_tellings {
             $linked,
             " as link
              )
-             select 1 as kind, stripe_invoice_id as a, document as b, imported_states as c, stored_ms as x, revision as y,
-                    null as z, null as key
+             select cast(1 as bigint) as kind, stripe_invoice_id as a, document as b, imported_states as c, stored_ms as x, revision as y,
+                    cast(null as bigint) as z, null as key
              from this
              union all
              select 2, telling, null, null, null, null, null, key from events
