@@ -2,17 +2,18 @@
 //! way to do it, with the generator on the same machine. It asserts nothing; it prints figures and ratios.
 //!
 //! `cargo bench -- --quick` takes a fifth of the time. `--engine sqlite` or `postgres` measures one, `--connections 256` one
-//! number of connections alone, as one wants it under a profiler.
+//! number of connections alone, as one wants it under a profiler. `--picture FILE` draws what came out. `--growth 5` measures
+//! instead how deliveries and reads fare while the log grows to five million events.
 
 mod deliveries;
 mod load;
+mod picture;
 #[path = "../tests/outside/support/postgres.rs"]
 #[expect(dead_code, clippy::unwrap_used, reason = "the tests use more of it, and fail by what goes wrong")]
 mod postgres;
 mod process;
 mod reference;
 
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use load::{Timings, closed_loop, open_loop};
@@ -43,12 +44,19 @@ async fn main() {
     let (only, connections) = (value("--engine"), value("--connections").and_then(|n| n.parse().ok()));
     let folder = tempfile::Builder::new().prefix("stripe-reconciler-bench-").tempdir().expect("a folder");
     let mut bench = Bench { time, folder, postgres: None, databases: 0, events: 0 };
+    if let Some(millions) = value("--growth").and_then(|n| n.parse::<f64>().ok()) {
+        return bench.growth(only.as_deref().unwrap_or("sqlite"), millions).await;
+    }
+    let mut drawn = Vec::new();
     let disk = reference::disk_commits(&bench.folder.path().join("disk"), time);
     println!("The disk makes {disk:.0} appends of 8 KB durable a second, one by one.");
     for engine in ["sqlite", "postgres"] {
         if only.as_deref().is_none_or(|only| only == engine) {
-            bench.measure(engine, connections).await;
+            drawn.push(bench.measure(engine, connections).await);
         }
+    }
+    if let Some(file) = value("--picture") {
+        std::fs::write(&file, picture::svg(&drawn)).expect("the picture is written");
     }
 }
 
@@ -59,12 +67,11 @@ struct Side {
 }
 
 impl Bench {
-    async fn measure(&mut self, engine: &str, only: Option<usize>) {
-        if engine == "postgres" && self.postgres.is_none() {
-            self.postgres = Some(PostgresServer::start("-c max_connections=100"));
-        }
-        let url = self.database(engine);
-        println!("\n{}", reference::about(&url).await);
+    /// What is measured, as it is drawn.
+    async fn measure(&mut self, engine: &str, only: Option<usize>) -> (String, Vec<picture::Group>) {
+        let about = reference::about(&self.database(engine)).await;
+        println!("\n{about}");
+        let mut drawn = Vec::new();
         let limit = reference::batch_limit(&self.database(engine), self.time).await;
         let commit_ms = reference::commit_ms(&self.database(engine), self.time).await;
         println!("Batch limit: {limit:.0} rows/s. One commit: {commit_ms:.3} ms.\n");
@@ -76,6 +83,7 @@ impl Bench {
             print_side(connections, "plain", &plain);
             print_side(connections, "ours", &ours);
             let acks = ours.timings.per_second();
+            drawn.push((connections, plain.timings.per_second(), acks));
             println!(
                 "{:>11}  ratio    {:>5.2}x  {:>5.2}x  {:>5.2}x            {:>8.2}x  {:.2} of the batch limit",
                 "",
@@ -87,15 +95,39 @@ impl Bench {
             );
         }
         if only.is_some() {
-            return;
+            return (about, drawn);
         }
         let urls = [self.database(engine), self.database(engine), self.database(engine)];
         self.steady(&urls).await;
         let url = self.database(engine);
         self.alone(&url, commit_ms).await;
+        (about, drawn)
+    }
+
+    /// Deliveries and reads of a log that grows, a fifth at a time.
+    async fn growth(&mut self, engine: &str, millions: f64) {
+        let url = self.database(engine);
+        let step = (millions * 1e6 / 5.0) as usize;
+        println!("    events  acks/s at 64  p50 ms at 1  read p50 ms  replay events/s");
+        for _ in 0..5 {
+            let replay = self.replay(&url, step);
+            let (key, path) = self.invoice(&url);
+            let server = Served::product(&url);
+            let warm = self.deliveries(2_000);
+            closed_loop(&server.authority, 64, &warm).await;
+            let (many, few) = (self.deliveries(20_000), self.deliveries(1_000));
+            let acks = closed_loop(&server.authority, 64, &many).await.per_second();
+            let alone_ms = closed_loop(&server.authority, 1, &few).await.quantile_ms(0.5);
+            let reads = deliveries::reads(&path, &format!("apikey: {key}\r\n"), 2_000);
+            let read_ms = closed_loop(&server.authority, 1, &reads).await.quantile_ms(0.5);
+            println!("{:>10}  {acks:>12.0}  {alone_ms:>11.3}  {read_ms:>11.3}  {replay:>15.0}", self.events);
+        }
     }
 
     fn database(&mut self, engine: &str) -> String {
+        if engine == "postgres" && self.postgres.is_none() {
+            self.postgres = Some(PostgresServer::start("-c max_connections=100"));
+        }
         self.databases += 1;
         match &self.postgres {
             Some(server) if engine == "postgres" => server.url(&server.create_database()),
@@ -141,30 +173,33 @@ impl Bench {
         println!("{rate:>6}  {connections:>11}  {way:<6}  {p50:>6.2}  {p99:>6.2}  {p999:>8.2}  {:>7}", t.not_2xx);
     }
 
-    async fn alone(&mut self, url: &str, commit_ms: f64) {
+    /// An invoice of the next four events, and a key that reads it: the key, and the path of the invoice.
+    fn invoice(&mut self, url: &str) -> (String, String) {
         let run = |arguments: &[&str]| {
             let ran = product(url).args(arguments).output().expect("it runs");
+            assert!(ran.status.success(), "{}", String::from_utf8_lossy(&ran.stderr));
             String::from_utf8_lossy(&ran.stdout).trim().to_owned()
         };
-        let key = run(&["keys", "create", "--tenant", "acme"]);
-        let number = self.events / 4;
-        let invoice = format!(
-            "{{\"metadata\":{{\"uid\":\"one\"}},\"status\":{{\"stripeInvoiceId\":\"{}\"}}}}",
-            deliveries::stripe_invoice_id(number)
-        );
+        self.events = self.events.next_multiple_of(4);
+        let stripe_invoice_id = deliveries::stripe_invoice_id(self.events / 4);
+        let uid = format!("invoice-{}", self.events);
         let file = self.folder.path().join("invoice.json");
+        let invoice = format!(r#"{{"metadata":{{"uid":"{uid}"}},"status":{{"stripeInvoiceId":"{stripe_invoice_id}"}}}}"#);
         std::fs::write(&file, invoice).expect("a file");
         run(&["invoices", "import", "--tenant", "acme", &file.display().to_string()]);
+        (run(&["keys", "create", "--tenant", "acme"]), format!("/v1/tenants/acme/invoices/{uid}"))
+    }
 
+    async fn alone(&mut self, url: &str, commit_ms: f64) {
+        let (key, path) = self.invoice(url);
+        let path = path.as_str();
         let begun = Instant::now();
         let server = Served::product(url);
-        let path = "/v1/tenants/acme/invoices/one";
         let first = closed_loop(&server.authority, 1, &deliveries::reads("/healthz", "", 1)).await;
         let ready_ms = begun.elapsed().as_secs_f64() * 1e3;
         assert_eq!(first.not_2xx, 0);
         let idle_mb = pss_mb(server.pid());
-        self.events = (number + 1) * 4;
-        let events = deliveries::signed(number * 4, 4);
+        let events = self.deliveries(4);
         closed_loop(&server.authority, 1, &events).await;
 
         let headers = format!("apikey: {key}\r\n");
@@ -206,23 +241,27 @@ impl Bench {
     }
 
     fn replay_and_rebuild(&mut self, url: &str) {
-        let count = 50_000;
+        let replayed = self.replay(url, 50_000);
+        let begun = Instant::now();
+        let ran = product(url).args(["rebuild", "--json"]).output().expect("it runs");
+        let rebuilt: serde_json::Value = serde_json::from_slice(&ran.stdout).expect("it reports");
+        let read = rebuilt["events"].as_f64().unwrap_or(0.0) / begun.elapsed().as_secs_f64();
+        println!("replay: {replayed:.0} events/s. rebuild: {read:.0} events/s.");
+    }
+
+    /// Events a second that `replay` takes.
+    fn replay(&mut self, url: &str, count: usize) -> f64 {
         let file = self.folder.path().join("events.jsonl");
-        let lines: Vec<String> = deliveries::bodies(self.events, count).map(|body| body.replace('\n', "")).collect();
+        let mut lines = std::io::BufWriter::new(std::fs::File::create(&file).expect("a file"));
+        for body in deliveries::bodies(self.events, count) {
+            std::io::Write::write_all(&mut lines, format!("{}\n", body.replace('\n', "")).as_bytes()).expect("it is written");
+        }
+        drop(lines);
         self.events += count;
-        std::fs::write(&file, lines.join("\n")).expect("a file");
-        let timed = |command: &mut Command| {
-            let begun = Instant::now();
-            let ran = command.output().expect("it runs");
-            (begun.elapsed().as_secs_f64(), String::from_utf8_lossy(&ran.stdout).trim().to_owned())
-        };
-        let (replay_s, _) = timed(product(url).arg("replay").arg(&file));
-        let (rebuild_s, rebuilt) = timed(product(url).args(["rebuild", "--json"]));
-        let read: f64 = rebuilt
-            .lines()
-            .find_map(|l| l.trim().strip_prefix("\"events\": ")?.trim_end_matches(',').parse().ok())
-            .unwrap_or(0.0);
-        println!("replay: {:.0} events/s. rebuild: {:.0} events/s.", count as f64 / replay_s, read / rebuild_s);
+        let begun = Instant::now();
+        let ran = product(url).arg("replay").arg(&file).output().expect("it runs");
+        assert!(ran.status.success(), "{}", String::from_utf8_lossy(&ran.stderr));
+        count as f64 / begun.elapsed().as_secs_f64()
     }
 }
 

@@ -5,10 +5,6 @@ use std::process::ExitCode;
 use clap::Parser;
 use stripe_reconciler::cli::{self, Arguments};
 
-/// Many small allocations on all threads, every one freed soon: glibc's own allocator spends a tenth of the time on its locks.
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
 #[tokio::main]
 async fn main() -> ExitCode {
     let arguments = Arguments::parse();

@@ -3,12 +3,13 @@
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
-use super::{Exit, Settings, output};
+use super::{Exit, Settings, duration_ms, output};
+use crate::clock::Clock;
 use crate::config::Mistakes;
 use crate::domain::event::EventKey;
 use crate::store::{EventFilter, LoggedEvent, Outcome, Store, StoredBody};
 
-/// List, show and export what was received
+/// List, show, export and prune what was received
 #[derive(Args)]
 #[command(after_help = "Examples:
   stripe-reconciler events list --outcome unreadable
@@ -38,6 +39,19 @@ enum Command {
     /// Write all events to standard output, one a line, oldest receipt first: what `replay` reads
     #[command(after_help = "Example:\n  stripe-reconciler events export > events.jsonl")]
     Export,
+    /// Forget the payload bytes of old events; what they told, and their ids, stay
+    #[command(after_help = "Example:\n  stripe-reconciler events prune --older-than 90d")]
+    Prune(Prune),
+}
+
+#[derive(Args)]
+struct Prune {
+    /// How long ago they were received: a number and s, m, h or d
+    #[arg(long, value_name = "DURATION")]
+    older_than: String,
+    /// Print the counts as JSON
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Args)]
@@ -65,6 +79,7 @@ impl Events {
             Command::List(list) => list.run(settings).await,
             Command::Show { id, json } => show(&settings.store().await?, &id, json).await,
             Command::Export => export(&settings.store().await?).await,
+            Command::Prune(prune) => prune.run(settings).await,
         }
     }
 }
@@ -97,6 +112,33 @@ impl List {
         }
         if !self.json {
             output::line(output::table(&["RECEIVED", "CREATED", "ID", "TYPE", "OUTCOME", "CAME BY", "SECRET"], rows))?;
+        }
+        Ok(Exit::Done)
+    }
+}
+
+impl Prune {
+    /// In small steps: deliveries go on in between.
+    async fn run(self, settings: Settings) -> anyhow::Result<Exit> {
+        let before_ms = Clock::system().now_ms().saturating_sub(duration_ms("--older-than", &self.older_than)?);
+        let store = settings.store().await?;
+        let bar = output::progress("events");
+        let (mut after, mut forgotten) = (None, 0);
+        loop {
+            let (step, next) = store.forget_bodies(before_ms, after, PAGE).await?;
+            forgotten += step;
+            bar.inc(u64::from(PAGE));
+            if next.is_none() {
+                break;
+            }
+            after = next;
+        }
+        bar.finish_and_clear();
+        store.close().await;
+        if self.json {
+            output::line(json!({"forgotten": forgotten}))?;
+        } else {
+            output::line(format!("{forgotten} events forgot their bytes; what they told, and their ids, stay"))?;
         }
         Ok(Exit::Done)
     }

@@ -4,7 +4,7 @@ use clap::{Args, Subcommand};
 use serde_json::json;
 use uuid::Uuid;
 
-use super::{Exit, Settings, output};
+use super::{Exit, Settings, duration_ms, output};
 use crate::clock::Clock;
 use crate::config::Mistakes;
 use crate::domain::api_key;
@@ -78,7 +78,8 @@ impl Create {
             }
             None => Scope::Operator,
         };
-        let expires_ms = self.expires_in.map(|text| duration_ms(&text)).transpose()?.map(|ms| now_ms.saturating_add(ms));
+        let expires_ms =
+            self.expires_in.map(|text| duration_ms("--expires-in", &text)).transpose()?.map(|ms| now_ms.saturating_add(ms));
         let store = settings.store().await?;
         let (key, secret) = make(&store, scope, now_ms, expires_ms).await?;
         output::note(format!("{}: {}, shown this once", key.id, describe(&key.scope)));
@@ -100,20 +101,6 @@ pub(super) async fn make(
     let secret = api_key::from_random(random);
     store.insert_key(&key, &api_key::hash(secret.as_bytes())).await?;
     Ok((key, secret))
-}
-
-/// `90d`, `12h`, `30m`, `10s` in milliseconds.
-fn duration_ms(text: &str) -> Result<i64, Mistakes> {
-    let mistake = || Mistakes(vec![format!("--expires-in: `{text}` is no duration such as 90d, 12h, 30m or 10s")]);
-    let unit_ms = match text.chars().last() {
-        Some('s') => 1_000,
-        Some('m') => 60_000,
-        Some('h') => 3_600_000,
-        Some('d') => 86_400_000,
-        _ => return Err(mistake()),
-    };
-    let number: i64 = text[..text.len() - 1].parse().map_err(|_| mistake())?;
-    number.checked_mul(unit_ms).filter(|ms| *ms > 0).ok_or_else(mistake)
 }
 
 fn describe(scope: &Scope) -> String {

@@ -144,3 +144,17 @@ async fn open(config: Config) -> anyhow::Result<Store> {
     store.migrate().await?;
     Ok(store)
 }
+
+/// `90d`, `12h`, `30m`, `10s` in milliseconds.
+fn duration_ms(flag: &str, text: &str) -> Result<i64, Mistakes> {
+    let mistake = || Mistakes(vec![format!("{flag}: `{text}` is no duration such as 90d, 12h, 30m or 10s")]);
+    let unit_ms = match text.chars().last() {
+        Some('s') => 1_000,
+        Some('m') => 60_000,
+        Some('h') => 3_600_000,
+        Some('d') => 86_400_000,
+        _ => return Err(mistake()),
+    };
+    let number: i64 = text[..text.len() - 1].parse().map_err(|_| mistake())?;
+    number.checked_mul(unit_ms).filter(|ms| *ms > 0).ok_or_else(mistake)
+}

@@ -182,6 +182,12 @@ const BODIES: &str = concat!(
     logged_columns!(),
     ", telling, body from events where (received_ms, key) > ($1, $2) order by received_ms, key limit $3"
 );
+const RECEIVED_BEFORE: &str = "
+    select received_ms, key from events where (received_ms, key) > ($1, $2) and received_ms < $3
+    order by received_ms, key limit $4";
+const FORGET: &str = "
+    update events set body = null
+    where (received_ms, key) > ($1, $2) and (received_ms, key) <= ($3, $4) and body is not null and outcome <> 'unreadable'";
 const INSERT_EVENT: &str = concat!(
     "insert into events (",
     logged_columns!(),
@@ -238,6 +244,28 @@ impl Store {
         let rows = rows!(session, fetch_all, BodyRow, BODIES, received_ms, &key.0[..], i64::from(limit))?;
         session.done().await?;
         rows.into_iter().map(stored_body).collect()
+    }
+
+    /// Forgets the bytes of up to `limit` events that were received before `before_ms`, in the order of their receipt, and says how
+    /// many had any, and where the next step begins (None: this was the last). Unreadable ones keep theirs: nothing else is
+    /// known of them.
+    pub async fn forget_bodies(
+        &self,
+        before_ms: i64,
+        after: Option<(i64, EventKey)>,
+        limit: u32,
+    ) -> Result<(u64, Option<(i64, EventKey)>), StoreError> {
+        let (received_ms, key) = after.unwrap_or(FIRST);
+        let mut session = self.transaction().await?;
+        let found =
+            rows!(session, fetch_all, (i64, Vec<u8>), RECEIVED_BEFORE, received_ms, &key.0[..], before_ms, i64::from(limit))?;
+        let Some((last_ms, last_key)) = found.last() else {
+            session.commit().await?;
+            return Ok((0, None));
+        };
+        let forgotten = execute!(session, FORGET, received_ms, &key.0[..], *last_ms, &last_key[..])?;
+        session.commit().await?;
+        Ok((forgotten, Some((*last_ms, event_key(last_key.clone())?))))
     }
 
     /// Replaces what was read in events by what is read in the same bytes now, in one transaction. What became readable has a

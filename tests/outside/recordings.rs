@@ -249,3 +249,29 @@ each_database! {
         world.run(&["why", "beta", &uid]).with_code(1);
     }
 }
+
+each_database! {
+    async fn pruning_forgets_bytes_and_neither_facts_nor_ids(world: World) {
+        world.store("a", "in_1").await.with_status(201);
+        let paid = json!({"id": "evt_1", "object": "event", "type": "invoice.paid", "created": 1_769_850_000, "livemode": true,
+            "data": {"object": {"id": "in_1", "object": "invoice", "status": "paid", "currency": "eur", "amount_due": 5000, "amount_paid": 5000}}});
+        world.deliver(&paid).await.with_status(200);
+        world.deliver_bytes(b"no event").await.with_status(200);
+        let before = world.states("a").await;
+        assert_eq!(world.run(&["events", "prune", "--older-than", "90d", "--json"]).with_code(0).json(), json!({"forgotten": 0}));
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+        while world.run(&["events", "prune", "--older-than", "1s", "--json"]).with_code(0).json() != json!({"forgotten": 1}) {
+            assert!(std::time::Instant::now() < deadline, "an event of a second ago is never forgotten");
+        }
+        assert_eq!(world.states("a").await, before);
+        assert!(world.run(&["events", "show", "evt_1"]).with_code(0).stdout.contains("its bytes are forgotten"));
+        assert_eq!(world.deliver(&paid).await.json()["outcome"], "duplicate");
+        assert_eq!(world.deliver_bytes(b"no event").await.json()["outcome"], "duplicate");
+        let rebuilt = world.run(&["rebuild", "--json"]).with_code(0).json();
+        assert_eq!((&rebuilt["events"], &rebuilt["pruned"]), (&json!(2), &json!(1)));
+        assert_eq!(world.states("a").await, before);
+        for wrong in ["90", "d", "-1d", "", "0d"] {
+            world.run(&["events", "prune", &format!("--older-than={wrong}")]).with_code(2);
+        }
+    }
+}
