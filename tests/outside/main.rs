@@ -14,4 +14,5 @@ mod recordings;
 mod serving;
 mod stories;
 mod stripe_cli;
+mod stripe_fake;
 mod webhook;
