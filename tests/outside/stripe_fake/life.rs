@@ -56,8 +56,8 @@ fn decline(reason: &str, charge: &str) -> Decline {
 }
 
 impl Life {
-    /// A draft.
-    pub fn begin(stripe: &Stripe, terms: Terms) -> Life {
+    /// A draft. Stripe fails to make events whose type begins so.
+    pub fn begin(stripe: &Stripe, terms: Terms, silenced: &[&'static str]) -> Life {
         let serial = stripe.next_serial();
         let invoice = Invoice {
             id: format!("in_1F{serial:06}"),
@@ -83,7 +83,7 @@ impl Life {
             charge: None,
         };
         let t = terms.start;
-        let (intent, charge, dispute, silenced) = (None, None, None, Vec::new());
+        let (intent, charge, dispute, silenced) = (None, None, None, silenced.to_vec());
         let stripe = stripe.clone();
         let mut life = Life { stripe, terms, t, invoice, intent, charge, dispute, charges: 0, parts: 0, refunds: 0, silenced };
         life.tell_invoice("invoice.created", None);

@@ -11,6 +11,7 @@ mod checks;
 mod delivery;
 mod life;
 mod objects;
+pub mod story;
 mod wire;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -120,7 +121,7 @@ impl Stripe {
 
     /// An invoice's life, from its draft on.
     pub fn draft(&self, terms: Terms) -> Life {
-        Life::begin(self, terms)
+        Life::begin(self, terms, &[])
     }
 
     pub fn register(&self, endpoint: Endpoint) {
