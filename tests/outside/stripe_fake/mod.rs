@@ -22,12 +22,14 @@ use serde_json::{Value, json};
 use stripe_reconciler::clock::Clock;
 use tokio::sync::oneshot;
 
-pub use delivery::Deliveries;
+pub use delivery::{Deliveries, deliver_one};
 pub use life::{DAY, HOUR, Life, Terms};
 pub use objects::{BASIL, CLOVER, ENDIVE, OLD, Object};
 pub use wire::Troubles;
 
 pub const LIVE_KEY: &str = "sk_live_fake_1234567890";
+/// As good as the first: to tell apart who asks.
+pub const OTHER_KEY: &str = "rk_live_fake_1234567890";
 pub const TEST_KEY: &str = "sk_test_fake_1234567890";
 
 /// Cheap to clone; clones are the same Stripe. It is gone with the last one.
@@ -52,6 +54,8 @@ struct State {
     calls: Vec<Call>,
     connections: usize,
     faults: BTreeSet<String>,
+    /// Nothing is answered.
+    held: bool,
     /// How often in a row each URL was answered badly.
     in_a_row: BTreeMap<String, usize>,
 }
@@ -94,6 +98,7 @@ pub struct Endpoint {
 #[derive(Clone, Debug)]
 pub struct Call {
     pub at_ms: i64,
+    pub key: String,
     /// The path, `*` for each id.
     pub endpoint: String,
     /// Path, query and account.
@@ -130,6 +135,15 @@ impl Stripe {
 
     pub fn trouble(&self, troubles: Troubles) {
         self.state().troubles = troubles;
+    }
+
+    /// From now on, Stripe takes every call, and answers none until it is released.
+    pub fn hold(&self) {
+        self.state().held = true;
+    }
+
+    pub fn release(&self) {
+        self.state().held = false;
     }
 
     pub fn events(&self) -> Vec<Event> {

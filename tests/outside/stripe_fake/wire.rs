@@ -57,6 +57,8 @@ enum Trouble {
 /// How late the second half of a slow answer is.
 const SLOW: Duration = Duration::from_millis(150);
 const IN_A_ROW: usize = 2;
+/// How often it is looked whether answers are held.
+const A_MOMENT: Duration = Duration::from_millis(5);
 
 type Body = UnsyncBoxBody<Bytes, io::Error>;
 
@@ -108,9 +110,14 @@ async fn connection(stream: TcpStream, state: Arc<Mutex<State>>) {
     let doomed: Arc<AtomicBool> = Arc::default();
     let wire = Wire { stream, doomed: doomed.clone() };
     let service = service_fn(|request: Request<Incoming>| {
-        let answer = answer(&mut state.lock().unwrap(), &request.into_parts().0);
-        let doomed = doomed.clone();
-        async move { answer.inspect_err(|_| doomed.store(true, Ordering::Relaxed)) }
+        let (state, doomed) = (state.clone(), doomed.clone());
+        async move {
+            let answer = answer(&mut state.lock().unwrap(), &request.into_parts().0);
+            while state.lock().unwrap().held {
+                tokio::time::sleep(A_MOMENT).await;
+            }
+            answer.inspect_err(|_| doomed.store(true, Ordering::Relaxed))
+        }
     });
     // It ends when the client has enough, or badly, by our own will.
     let _ = http1::Builder::new().timer(TokioTimer::new()).serve_connection(TokioIo::new(wire), service).await;
@@ -136,7 +143,8 @@ fn answer(state: &mut State, head: &Parts) -> Result<Response<Body>, io::Error> 
     };
     let whole = !matches!(trouble, Some(Trouble::Reset | Trouble::Truncated));
     let at_ms = Clock::system().now_ms();
-    state.calls.push(Call { at_ms, endpoint, url, status: whole.then_some(status) });
+    let key = api::header(head, "authorization").unwrap_or_default().trim_start_matches("Bearer ").to_owned();
+    state.calls.push(Call { at_ms, key, endpoint, url, status: whole.then_some(status) });
     if trouble == Some(Trouble::Reset) {
         return Err(io::ErrorKind::ConnectionReset.into());
     }
