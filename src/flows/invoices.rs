@@ -52,8 +52,15 @@ fn invoice_uid(uid: Option<&str>, document: &Value) -> Result<String, Fault> {
 /// # Errors
 /// [`StoreError::Refused`] when the stored text is damaged.
 pub fn history(stored: &StoredInvoice) -> Result<Vec<Entry>, StoreError> {
-    let imported: Vec<ImportedState> = serde_json::from_str(&stored.imported_states).map_err(|e| damaged(stored, e))?;
-    Ok(fold(stored.stripe_invoice_id.as_deref(), &imported, &stored.tellings))
+    Ok(fold(stored.stripe_invoice_id.as_deref(), &imported_states(stored)?, &stored.tellings))
+}
+
+/// The states that came with a stored invoice.
+///
+/// # Errors
+/// [`StoreError::Refused`] when the stored text is damaged.
+pub fn imported_states(stored: &StoredInvoice) -> Result<Vec<ImportedState>, StoreError> {
+    serde_json::from_str(&stored.imported_states).map_err(|e| damaged(stored, e))
 }
 
 /// The document with its payment states.

@@ -62,6 +62,11 @@ impl PackedBody {
         PackedBody(lz4_flex::compress_prepend_size(body))
     }
 
+    /// As it stands in its row.
+    pub(super) fn packed(bytes: Vec<u8>) -> PackedBody {
+        PackedBody(bytes)
+    }
+
     pub(super) fn as_bytes(&self) -> &[u8] {
         &self.0
     }
@@ -283,7 +288,7 @@ pub(super) fn known((key, telling): TellingRow) -> Result<Known, StoreError> {
     Ok(Known { key, telling })
 }
 
-fn event_key(bytes: Vec<u8>) -> Result<EventKey, StoreError> {
+pub(super) fn event_key(bytes: Vec<u8>) -> Result<EventKey, StoreError> {
     let key = bytes.try_into().map_err(|_| StoreError::Refused("the key of an event is damaged".to_owned()))?;
     Ok(EventKey(key))
 }

@@ -1,0 +1,345 @@
+//! What reconciliation with Stripe's API keeps: how far it has come, what remains to be asked, when each invoice was compared,
+//! who is at it, and the reports of the last passes.
+
+use serde_json::value::RawValue;
+
+use super::events::{PackedBody, TellingRow, event_key, known};
+use super::session::{execute, rows};
+use super::{Engine, Store, StoreError};
+use crate::domain::event::EventKey;
+use crate::domain::history::Known;
+
+/// An event that something is to be asked about.
+#[derive(Clone, Debug)]
+pub struct ToAsk {
+    pub key: EventKey,
+    pub telling: Option<String>,
+    /// None: it was pruned.
+    pub body: Option<Vec<u8>>,
+    /// How often it was tried.
+    pub attempts: i64,
+}
+
+/// Which events something is to be asked about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Asked {
+    /// Thin events, whose object is to be fetched.
+    Object,
+    /// Events of payments, whose invoice may be unknown.
+    Invoice,
+}
+
+/// A stored invoice that is to be compared with Stripe's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ToCheck {
+    pub tenant_uid: String,
+    pub invoice_uid: String,
+    pub stripe_invoice_id: String,
+    /// Unix milliseconds; None: never.
+    pub differs_since_ms: Option<i64>,
+}
+
+/// What comparing an invoice came to. Times in Unix milliseconds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Checked {
+    pub stripe_invoice_id: String,
+    pub checked_ms: i64,
+    /// None: it is settled.
+    pub check_due_ms: Option<i64>,
+    pub differs_since_ms: Option<i64>,
+    pub agrees: bool,
+}
+
+/// A pass that ended.
+#[derive(Clone, Debug)]
+pub struct Run {
+    pub id: String,
+    /// Unix milliseconds. So is the next.
+    pub started_ms: i64,
+    pub ended_ms: i64,
+    /// JSON.
+    pub report: Box<RawValue>,
+}
+
+/// Passes that are kept.
+const RUNS: i64 = 200;
+
+/// The predicates are those of the partial indices, word for word: only then are these used.
+const TO_FETCH: &str = "
+    select key, telling, body, ask_attempts from events
+    where event_type >= 'v1.' and event_type < 'v1/' and ask_due_ms is not null and ask_due_ms <= $1
+    order by ask_due_ms limit $2";
+macro_rules! to_link {
+    ($of_type:literal) => {
+        concat!(
+            "select key, telling, body, ask_attempts from events where ",
+            $of_type,
+            " and outcome = 'recorded' and ask_due_ms is not null and ask_due_ms <= $1 order by ask_due_ms limit $2"
+        )
+    };
+}
+const TO_LINK: [&str; 3] = [
+    to_link!("event_type >= 'charge.' and event_type < 'charge/'"),
+    to_link!("event_type >= 'payment_intent.' and event_type < 'payment_intent/'"),
+    to_link!("event_type >= 'refund.' and event_type < 'refund/'"),
+];
+type ToAskRow = (Vec<u8>, Option<String>, Option<Vec<u8>>, i64);
+const ASKED: &str = "update events set ask_due_ms = $2, ask_attempts = $3 where key = $1";
+
+/// Who holds these invoices, or any invoice that these objects belong to, over any number of hops.
+macro_rules! invoices_of {
+    ($ids:literal) => {
+        concat!(
+            "with recursive reached (object_id, is_invoice) as (
+                 ",
+            $ids,
+            " union
+                 select further.object_id, further.is_invoice from reached
+                 join mentions as here on here.object_id = reached.object_id and not reached.is_invoice
+                 join mentions as further on further.event_key = here.event_key)
+             select distinct tenant_uid, invoice_uid, stripe_invoice_id from invoices
+             join reached on stripe_invoice_id = object_id"
+        )
+    };
+}
+const INVOICES_IN_SQLITE: &str = invoices_of!("select value, false from json_each($1)");
+const INVOICES_IN_POSTGRES: &str = invoices_of!("select value collate \"C\", false from jsonb_array_elements_text($1::jsonb)");
+
+/// All that is told about these objects and those that belong with them.
+macro_rules! told_of {
+    ($ids:literal) => {
+        concat!(
+            "with recursive reached (object_id) as (
+                 ",
+            $ids,
+            " union
+                 select further.object_id from reached
+                 join mentions as here on here.object_id = reached.object_id
+                 join mentions as further on further.event_key = here.event_key and not further.is_invoice)
+             select key, telling from events
+             where telling is not null and key in (select event_key from mentions join reached using (object_id))"
+        )
+    };
+}
+const TOLD_IN_SQLITE: &str = told_of!("select value from json_each($1)");
+const TOLD_IN_POSTGRES: &str = told_of!("select value collate \"C\" from jsonb_array_elements_text($1::jsonb)");
+
+const WITH_STRIPE_INVOICE: &str = "
+    select tenant_uid, invoice_uid, stripe_invoice_id, differs_since_ms from invoices
+    where stripe_invoice_id > $1 order by stripe_invoice_id limit $2";
+const DUE: &str = "
+    select tenant_uid, invoice_uid, stripe_invoice_id, differs_since_ms from invoices
+    where check_due_ms is not null and check_due_ms <= $1 and stripe_invoice_id is not null order by check_due_ms limit $2";
+const SAMPLE: &str = "
+    select tenant_uid, invoice_uid, stripe_invoice_id, differs_since_ms from invoices
+    where check_due_ms is null and stripe_invoice_id is not null and checked_ms <= $1 order by checked_ms limit $2";
+const ONE: &str = "
+    select tenant_uid, invoice_uid, stripe_invoice_id, differs_since_ms from invoices where stripe_invoice_id = $1";
+type ToCheckRow = (String, String, String, Option<i64>);
+const CHECKED: &str = "
+    update invoices set checked_ms = $2, check_due_ms = $3, differs_since_ms = $4,
+                        confirmed_ms = case when $5 then $2 else confirmed_ms end
+    where stripe_invoice_id = $1";
+
+const PROGRESS: &str = "select name, value from progress where name >= $1 and name < $2 order by name limit 10000";
+const SET_PROGRESS: &str =
+    "insert into progress (name, value) values ($1, $2) on conflict (name) do update set value = excluded.value";
+
+/// One statement, so that two cannot both take it.
+const TAKE_LEASE: &str = "
+    insert into leases (name, holder, expires_ms) values ($1, $2, $3)
+    on conflict (name) do update set holder = excluded.holder, expires_ms = excluded.expires_ms
+    where leases.holder = excluded.holder or leases.expires_ms <= $4";
+const LEASE: &str = "select holder, expires_ms from leases where name = $1";
+const RELEASE: &str = "delete from leases where name = $1 and holder = $2";
+
+const KEEP_RUN: &str = "insert into runs (id, started_ms, ended_ms, report) values ($1, $2, $3, $4)";
+const FORGET_RUNS: &str = "delete from runs where id not in (select id from runs order by started_ms desc, id limit $1)";
+const LAST_RUNS: &str = "select id, started_ms, ended_ms, report from runs order by started_ms desc, id limit $1";
+
+impl Store {
+    /// Events whose time to be asked about has come, the longest due first.
+    pub async fn to_ask(&self, asked: Asked, now_ms: i64, limit: u32) -> Result<Vec<ToAsk>, StoreError> {
+        let mut session = self.session().await?;
+        let mut found = Vec::new();
+        let statements: &[&'static str] = match asked {
+            Asked::Object => &[TO_FETCH],
+            Asked::Invoice => &TO_LINK,
+        };
+        for &statement in statements {
+            found.extend(rows!(session, fetch_all, ToAskRow, statement, now_ms, i64::from(limit))?);
+        }
+        session.done().await?;
+        found.into_iter().map(to_ask).collect()
+    }
+
+    /// Notes when to ask about these events again (None: never), and how often it was tried.
+    pub async fn note_asked(&self, asked: &[(EventKey, Option<i64>, i64)]) -> Result<(), StoreError> {
+        let mut session = self.writing().await?;
+        for (key, due_ms, attempts) in asked {
+            execute!(session, ASKED, &key.0[..], due_ms, attempts)?;
+        }
+        session.commit().await
+    }
+
+    /// Which of these events are in the log, in this rendering.
+    pub async fn known_keys(&self, keys: &[EventKey]) -> Result<Vec<EventKey>, StoreError> {
+        let mut found = Vec::new();
+        let mut session = self.session().await?;
+        for key in keys {
+            found.extend(rows!(session, fetch_optional, (Vec<u8>,), "select key from events where key = $1", &key.0[..])?);
+        }
+        session.done().await?;
+        found.into_iter().map(|(key,)| event_key(key)).collect()
+    }
+
+    /// Which of these event ids are in the log, in any rendering.
+    pub async fn known_ids(&self, ids: &[&str]) -> Result<Vec<String>, StoreError> {
+        let mut found = Vec::new();
+        let mut session = self.session().await?;
+        for &id in ids {
+            found.extend(rows!(session, fetch_optional, (String,), "select id from events where id = $1 limit 1", id)?);
+        }
+        session.done().await?;
+        Ok(found.into_iter().map(|(id,)| id).collect())
+    }
+
+    /// The stored invoices that these objects belong to: tenant, invoice, Stripe invoice.
+    pub async fn invoices_of(&self, object_ids: &[String]) -> Result<Vec<(String, String, String)>, StoreError> {
+        let ids = serde_json::to_string(object_ids).expect("strings always serialise");
+        let sql = match &self.0 {
+            Engine::Sqlite(_) => INVOICES_IN_SQLITE,
+            Engine::Postgres(_) => INVOICES_IN_POSTGRES,
+        };
+        let mut session = self.session().await?;
+        let found = rows!(session, fetch_all, (String, String, String), sql, ids)?;
+        session.done().await?;
+        Ok(found)
+    }
+
+    /// All that is told about these objects and those that belong with them; more may be among it.
+    pub async fn told_of(&self, object_ids: &[String]) -> Result<Vec<Known>, StoreError> {
+        let ids = serde_json::to_string(object_ids).expect("strings always serialise");
+        let sql = match &self.0 {
+            Engine::Sqlite(_) => TOLD_IN_SQLITE,
+            Engine::Postgres(_) => TOLD_IN_POSTGRES,
+        };
+        let mut session = self.session().await?;
+        let found = rows!(session, fetch_all, TellingRow, sql, ids)?;
+        session.done().await?;
+        found.into_iter().map(known).collect()
+    }
+
+    /// A page of the invoices that name a Stripe invoice, by its id, after this one.
+    pub async fn all_to_check(&self, after: &str, limit: u32) -> Result<Vec<ToCheck>, StoreError> {
+        let mut session = self.session().await?;
+        let found = rows!(session, fetch_all, ToCheckRow, WITH_STRIPE_INVOICE, after, i64::from(limit))?;
+        session.done().await?;
+        Ok(found.into_iter().map(to_check).collect())
+    }
+
+    /// Invoices that are not settled, whose time to be compared has come, the longest due first.
+    pub async fn due_to_check(&self, now_ms: i64, limit: u32) -> Result<Vec<ToCheck>, StoreError> {
+        let mut session = self.session().await?;
+        let found = rows!(session, fetch_all, ToCheckRow, DUE, now_ms, i64::from(limit))?;
+        session.done().await?;
+        Ok(found.into_iter().map(to_check).collect())
+    }
+
+    /// Settled invoices that were compared last before this time, the longest ago first.
+    pub async fn sample_to_check(&self, before_ms: i64, limit: u32) -> Result<Vec<ToCheck>, StoreError> {
+        let mut session = self.session().await?;
+        let found = rows!(session, fetch_all, ToCheckRow, SAMPLE, before_ms, i64::from(limit))?;
+        session.done().await?;
+        Ok(found.into_iter().map(to_check).collect())
+    }
+
+    /// The invoices that name these Stripe invoices.
+    pub async fn to_check(&self, stripe_invoice_ids: &[&str]) -> Result<Vec<ToCheck>, StoreError> {
+        let mut found = Vec::new();
+        let mut session = self.session().await?;
+        for &id in stripe_invoice_ids {
+            found.extend(rows!(session, fetch_optional, ToCheckRow, ONE, id)?);
+        }
+        session.done().await?;
+        Ok(found.into_iter().map(to_check).collect())
+    }
+
+    pub async fn note_checked(&self, checked: &[Checked]) -> Result<(), StoreError> {
+        let mut session = self.writing().await?;
+        for Checked { stripe_invoice_id, checked_ms, check_due_ms, differs_since_ms, agrees } in checked {
+            execute!(session, CHECKED, stripe_invoice_id, checked_ms, check_due_ms, differs_since_ms, agrees)?;
+        }
+        session.commit().await
+    }
+
+    /// How far the work has come whose name begins so.
+    pub async fn progress(&self, prefix: &str) -> Result<Vec<(String, i64)>, StoreError> {
+        let mut session = self.session().await?;
+        let end = format!("{prefix}\u{7f}");
+        let found = rows!(session, fetch_all, (String, i64), PROGRESS, prefix, end)?;
+        session.done().await?;
+        Ok(found)
+    }
+
+    pub async fn set_progress(&self, name: &str, value: i64) -> Result<(), StoreError> {
+        let mut session = self.writing().await?;
+        execute!(session, SET_PROGRESS, name, value)?;
+        session.commit().await
+    }
+
+    /// Takes or keeps a lease until `expires_ms`. False: another holds it.
+    pub async fn take_lease(&self, name: &str, holder: &str, now_ms: i64, expires_ms: i64) -> Result<bool, StoreError> {
+        let mut session = self.writing().await?;
+        let taken = execute!(session, TAKE_LEASE, name, holder, expires_ms, now_ms)?;
+        session.commit().await?;
+        Ok(taken == 1)
+    }
+
+    /// Who holds a lease, and until when.
+    pub async fn lease(&self, name: &str) -> Result<Option<(String, i64)>, StoreError> {
+        let mut session = self.session().await?;
+        let found = rows!(session, fetch_optional, (String, i64), LEASE, name)?;
+        session.done().await?;
+        Ok(found)
+    }
+
+    pub async fn release_lease(&self, name: &str, holder: &str) -> Result<(), StoreError> {
+        let mut session = self.writing().await?;
+        execute!(session, RELEASE, name, holder)?;
+        session.commit().await
+    }
+
+    /// Keeps the report of a pass; of the oldest passes it forgets theirs.
+    pub async fn keep_run(&self, run: &Run) -> Result<(), StoreError> {
+        let mut session = self.writing().await?;
+        execute!(session, KEEP_RUN, &run.id, run.started_ms, run.ended_ms, run.report.get())?;
+        execute!(session, FORGET_RUNS, RUNS)?;
+        session.commit().await
+    }
+
+    /// The last passes, the latest first.
+    pub async fn last_runs(&self, limit: u32) -> Result<Vec<Run>, StoreError> {
+        let mut session = self.session().await?;
+        let found = rows!(session, fetch_all, (String, i64, i64, String), LAST_RUNS, i64::from(limit))?;
+        session.done().await?;
+        found.into_iter().map(run).collect()
+    }
+}
+
+fn to_ask((key, telling, packed, attempts): ToAskRow) -> Result<ToAsk, StoreError> {
+    let key = event_key(key)?;
+    let damaged = || StoreError::Refused(format!("the body of event {} is damaged", hex::encode(key.0)));
+    let body = packed.map(|packed| PackedBody::packed(packed).unpack().ok_or_else(damaged)).transpose()?;
+    Ok(ToAsk { key, telling, body, attempts })
+}
+
+fn to_check((tenant_uid, invoice_uid, stripe_invoice_id, differs_since_ms): ToCheckRow) -> ToCheck {
+    ToCheck { tenant_uid, invoice_uid, stripe_invoice_id, differs_since_ms }
+}
+
+fn run((id, started_ms, ended_ms, report): (String, i64, i64, String)) -> Result<Run, StoreError> {
+    let damaged = |e: serde_json::Error| StoreError::Refused(format!("the report of pass {id} is damaged: {e}"));
+    let report = RawValue::from_string(report).map_err(damaged)?;
+    Ok(Run { id, started_ms, ended_ms, report })
+}
