@@ -10,6 +10,7 @@ mod commands;
 mod invoices;
 mod kill_nine;
 mod reading;
+mod reconcile;
 mod recordings;
 mod serving;
 mod stories;

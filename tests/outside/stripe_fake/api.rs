@@ -8,7 +8,7 @@ use percent_encoding::percent_decode_str;
 use serde_json::{Value, json};
 
 use super::objects::Object;
-use super::{Event, Kept, LIVE_KEY, OTHER_KEY, State, TEST_KEY, chance, now_s};
+use super::{Event, Kept, LIVE_KEY, State, TEST_KEY, chance, now_s};
 use crate::stripe_fake::DAY;
 
 /// A call, taken apart.
@@ -89,7 +89,7 @@ impl Ask {
             return Err(invalid(403, fault(format!("{} {}: this key only reads", head.method, head.uri))));
         }
         let livemode = match header(head, "authorization").and_then(|value| value.strip_prefix("Bearer ")) {
-            Some(LIVE_KEY | OTHER_KEY) => true,
+            Some(key) if key == LIVE_KEY || key.starts_with("rk_live_fake_") => true,
             Some(TEST_KEY) => false,
             Some(_) => return Err(invalid(401, "Invalid API Key provided: sk_****".to_owned())),
             None => return Err(invalid(401, fault("You did not provide an API key.".to_owned()))),

@@ -73,7 +73,7 @@ impl Life {
             attempts: 0,
             attempted: false,
             created: terms.start,
-            due_date: terms.sent.then_some(terms.start + 15 * DAY),
+            due_date: terms.sent.then_some(terms.start + 9 * DAY),
             next_attempt: None,
             finalized_at: None,
             paid_at: None,

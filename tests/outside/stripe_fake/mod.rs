@@ -28,7 +28,7 @@ pub use objects::{BASIL, CLOVER, ENDIVE, OLD, Object};
 pub use wire::Troubles;
 
 pub const LIVE_KEY: &str = "sk_live_fake_1234567890";
-/// As good as the first: to tell apart who asks.
+/// As good as the first, as all that begin so: to tell apart who asks.
 pub const OTHER_KEY: &str = "rk_live_fake_1234567890";
 pub const TEST_KEY: &str = "sk_test_fake_1234567890";
 
@@ -217,7 +217,7 @@ impl Event {
         self.render(self.delivered)
     }
 
-    fn render(&self, version: &str) -> Value {
+    pub fn render(&self, version: &str) -> Value {
         let mut event = json!({"id": self.id, "object": "event", "api_version": version, "created": self.created,
             "data": {"object": self.object.render(version)}, "livemode": self.livemode, "pending_webhooks": 1,
             "request": {"id": null, "idempotency_key": null}, "type": self.kind});

@@ -9,7 +9,7 @@ mod schema;
 mod world;
 
 pub use command::{Ran, binary, run};
-pub use database::Engine;
+pub use database::{Database, Engine};
 pub use http::{Answer, Wire, client, send, try_send};
 pub use recorded::Files;
 pub use schema::assert_is_invoice;
