@@ -129,7 +129,8 @@ const WITH_STRIPE_INVOICE: &str = "
     where stripe_invoice_id > $1 order by stripe_invoice_id limit $2";
 const DUE: &str = "
     select tenant_uid, invoice_uid, stripe_invoice_id, differs_since_ms from invoices
-    where check_due_ms is not null and check_due_ms <= $1 and stripe_invoice_id is not null order by check_due_ms limit $2";
+    where check_due_ms is not null and check_due_ms <= $1 and stripe_invoice_id is not null and stored_ms <= $3
+    order by check_due_ms limit $2";
 const SAMPLE: &str = "
     select tenant_uid, invoice_uid, stripe_invoice_id, differs_since_ms from invoices
     where check_due_ms is null and stripe_invoice_id is not null and checked_ms <= $1 order by checked_ms limit $2";
@@ -140,6 +141,15 @@ const CHECKED: &str = "
     update invoices set checked_ms = $2, check_due_ms = $3, differs_since_ms = $4,
                         confirmed_ms = case when $5 then $2 else confirmed_ms end
     where stripe_invoice_id = $1";
+
+/// Most events name no account: the text tells that sooner than the JSON does.
+macro_rules! accounts_since {
+    ($account:literal) => {
+        concat!("select distinct ", $account, " from events where received_ms >= $1 and telling like '%\"account\":\"acct_%'")
+    };
+}
+const ACCOUNTS_IN_SQLITE: &str = accounts_since!("telling->>'$.account'");
+const ACCOUNTS_IN_POSTGRES: &str = accounts_since!("telling::jsonb->>'account'");
 
 const PROGRESS: &str = "select name, value from progress where name >= $1 and name < $2 order by name limit 10000";
 const SET_PROGRESS: &str =
@@ -238,10 +248,11 @@ impl Store {
         Ok(found.into_iter().map(to_check).collect())
     }
 
-    /// Invoices that are not settled, whose time to be compared has come, the longest due first.
-    pub async fn due_to_check(&self, now_ms: i64, limit: u32) -> Result<Vec<ToCheck>, StoreError> {
+    /// Invoices that are not settled, whose time to be compared has come, the longest due first; none that was stored later than
+    /// `stored_before_ms`.
+    pub async fn due_to_check(&self, now_ms: i64, stored_before_ms: i64, limit: u32) -> Result<Vec<ToCheck>, StoreError> {
         let mut session = self.session().await?;
-        let found = rows!(session, fetch_all, ToCheckRow, DUE, now_ms, i64::from(limit))?;
+        let found = rows!(session, fetch_all, ToCheckRow, DUE, now_ms, i64::from(limit), stored_before_ms)?;
         session.done().await?;
         Ok(found.into_iter().map(to_check).collect())
     }
@@ -271,6 +282,18 @@ impl Store {
             execute!(session, CHECKED, stripe_invoice_id, checked_ms, check_due_ms, differs_since_ms, agrees)?;
         }
         session.commit().await
+    }
+
+    /// The connected accounts that events name which were received since.
+    pub async fn accounts_since(&self, received_ms: i64) -> Result<Vec<String>, StoreError> {
+        let sql = match &self.0 {
+            Engine::Sqlite(_) => ACCOUNTS_IN_SQLITE,
+            Engine::Postgres(_) => ACCOUNTS_IN_POSTGRES,
+        };
+        let mut session = self.session().await?;
+        let found = rows!(session, fetch_all, (Option<String>,), sql, received_ms)?;
+        session.done().await?;
+        Ok(found.into_iter().filter_map(|(account,)| account).collect())
     }
 
     /// How far the work has come whose name begins so.

@@ -4,12 +4,14 @@
 //! The list comes newest first, so it is read in windows of time, the oldest window first. When a window is durable, so is
 //! everything older, and the next pass begins there. All types are asked for in one list: two lists of twenty types each would
 //! cost more calls wherever at least half of the events are about payments.
+//!
+//! A pass on request looks further back than its overlap, as far as some calls reach: for what came into the list very late.
 
 use bytes::Bytes;
 use serde_json::Value;
 use serde_json::value::RawValue;
 
-use super::{EVENTS_KEPT_S, Pass, ReconcileError};
+use super::{EVENTS_KEPT_S, Extent, Pass, ReconcileError};
 use crate::stripe_api::Scope;
 
 /// How much of what is known is read again.
@@ -17,6 +19,8 @@ const OVERLAP_S: i64 = 3600;
 const FIRST_WINDOW_S: i64 = 24 * 3600;
 /// Pages that a window should have: as many are read again at most, when a pass is killed.
 const PAGES: i64 = 20;
+/// Pages that a pass on request reads of what was read before.
+const PAGES_BACK: usize = 500;
 /// Pages that a window may have: more than Stripe can make events in a second.
 const MOST_PAGES: usize = 10_000;
 
@@ -40,6 +44,7 @@ async fn of_account(pass: &mut Pass<'_>, scope: &Scope) -> Result<(), ReconcileE
         (None, None) => until - EVENTS_KEPT_S,
     };
     let mut from = wanted.max(until - EVENTS_KEPT_S);
+    let start = from;
     let mut span = FIRST_WINDOW_S;
     while from < until {
         let to = until.min(from.saturating_add(span));
@@ -55,6 +60,9 @@ async fn of_account(pass: &mut Pass<'_>, scope: &Scope) -> Result<(), ReconcileE
             Window::TooLarge { better_span } => span = better_span,
         }
     }
+    if pass.plan.extent == Extent::All && pass.plan.since_s.is_none() {
+        pages(pass, scope, until - EVENTS_KEPT_S, start, PAGES_BACK).await?;
+    }
     Ok(())
 }
 
@@ -68,29 +76,53 @@ enum Window {
     },
 }
 
-/// Reads the events from `from` until before `to`, in seconds.
+/// Reads the events from `from` until before `to`, in seconds; or only the newest of them, when they are many more than a
+/// window should have.
 async fn window(pass: &mut Pass<'_>, scope: &Scope, from: i64, to: i64) -> Result<Window, ReconcileError> {
+    let read = pages(pass, scope, from, to, 1).await?;
+    let Some(oldest) = read.goes_on_after else { return Ok(Window::Read { pages: 1 }) };
+    let (covered, span) = ((to - oldest.created).max(1), to - from);
+    if span / covered > 2 * PAGES && span > 60 {
+        return Ok(Window::TooLarge { better_span: (covered * PAGES).clamp(1, span / 2) });
+    }
+    let rest = pages_after(pass, scope, from, to, Some(oldest.id), MOST_PAGES).await?;
+    Ok(Window::Read { pages: 1 + rest.pages })
+}
+
+struct Pages {
+    pages: i64,
+    /// The last event that was read, when more follow.
+    goes_on_after: Option<About>,
+}
+
+async fn pages(pass: &mut Pass<'_>, scope: &Scope, from: i64, to: i64, most: usize) -> Result<Pages, ReconcileError> {
+    pages_after(pass, scope, from, to, None, most).await
+}
+
+async fn pages_after(
+    pass: &mut Pass<'_>,
+    scope: &Scope,
+    from: i64,
+    to: i64,
+    mut after: Option<String>,
+    most: usize,
+) -> Result<Pages, ReconcileError> {
     let (gte, lt) = (from.to_string(), to.to_string());
-    let mut last_id: Option<String> = None;
-    for pages in 1..=MOST_PAGES as i64 {
+    let mut oldest = None;
+    let mut pages = 0;
+    while from < to && (pages as usize) < most {
         let mut query = vec![("created[gte]", &*gte), ("created[lt]", &*lt)];
-        if let Some(id) = &last_id {
+        if let Some(id) = &after {
             query.push(("starting_after", id));
         }
         let page = pass.tools.api.list("/v1/events", &query, scope).await?;
-        let Some(oldest) = page.data.last().map(|event| about(event)) else { return Ok(Window::Read { pages }) };
+        pages += 1;
         keep(pass, &page.data, scope).await?;
-        if !page.has_more {
-            return Ok(Window::Read { pages });
-        }
-        let covered = (to - oldest.created).max(1);
-        let span = to - from;
-        if pages == 1 && span / covered > 2 * PAGES && span > 60 {
-            return Ok(Window::TooLarge { better_span: (covered * PAGES).clamp(1, span / 2) });
-        }
-        last_id = Some(oldest.id);
+        oldest = page.data.last().filter(|_| page.has_more).map(|event| about(event));
+        let Some(oldest) = &oldest else { break };
+        after = Some(oldest.id.clone());
     }
-    Ok(Window::Read { pages: MOST_PAGES as i64 })
+    Ok(Pages { pages, goes_on_after: oldest })
 }
 
 struct About {

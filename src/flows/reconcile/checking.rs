@@ -29,6 +29,8 @@ const DUE: u32 = 5_000;
 /// Settled invoices that are compared each day.
 const SAMPLE: u32 = 200;
 const DAY_MS: i64 = 24 * 3600 * 1000;
+/// What was stored just now may not be at Stripe yet, and its events are on their way.
+const SETTLING_IN_MS: i64 = 10 * 60_000;
 /// How much of the list of invoices is read again for those that we do not have.
 const OVERLAP_S: i64 = 3600;
 /// Wanted invoices that are asked for one by one without looking at the list.
@@ -90,7 +92,7 @@ async fn wanted(pass: &Pass<'_>) -> Result<HashMap<String, ToCheck>, ReconcileEr
             }
         }
         Extent::Due => {
-            add(store.due_to_check(pass.started_ms, DUE).await?);
+            add(store.due_to_check(pass.started_ms, pass.started_ms - SETTLING_IN_MS, DUE).await?);
             let sampled_ms = pass.progress(SAMPLED).await?.unwrap_or_default();
             // A share of the day's sample for the time that has gone by.
             let share = (pass.started_ms - sampled_ms).clamp(0, DAY_MS) * i64::from(SAMPLE) / DAY_MS;

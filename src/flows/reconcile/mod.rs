@@ -107,6 +107,7 @@ pub async fn run(tools: &Tools, plan: Plan) -> Result<Report, ReconcileError> {
         accounts: known_accounts(&tools.store).await?,
         asked: HashSet::new(),
     };
+    pass.find_accounts().await?;
     catch_up::run(&mut pass).await?;
     fetching::run(&mut pass).await?;
     linking::run(&mut pass).await?;
@@ -135,6 +136,16 @@ impl Pass<'_> {
     fn scopes(&self) -> Vec<Scope> {
         let connected = self.accounts.iter().cloned().map(Scope::Account);
         std::iter::once(Scope::Own).chain(connected).collect()
+    }
+
+    /// The connected accounts that events named since the last pass.
+    async fn find_accounts(&mut self) -> Result<(), ReconcileError> {
+        let seen_ms = self.progress(ACCOUNTS_SEEN).await?.unwrap_or_default();
+        for account in self.tools.store.accounts_since(seen_ms - LATE_MS).await? {
+            self.note_account(&account).await?;
+        }
+        self.set_progress(ACCOUNTS_SEEN, self.started_ms).await?;
+        Ok(())
     }
 
     async fn note_account(&mut self, account: &str) -> Result<(), StoreError> {
@@ -167,6 +178,9 @@ impl Pass<'_> {
 
 /// Names of progress that begin so name connected accounts.
 const ACCOUNT: &str = "account ";
+const ACCOUNTS_SEEN: &str = "accounts seen";
+/// How long after its receipt an event may reach the log.
+const LATE_MS: i64 = 600_000;
 /// Connected accounts that a pass goes through at most.
 const MOST_ACCOUNTS: usize = 1_000;
 
