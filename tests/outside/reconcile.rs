@@ -21,7 +21,7 @@ use crate::support::{Database, Engine, Files, Ran, SECRET, Server, World, binary
 /// Enough for every kind of life with every gap, in every version. The law has been held at 5,000.
 const INVOICES: usize = 180;
 /// Each call costs more there, or each is made more often.
-const INVOICES_IN_TROUBLE: usize = 60;
+const INVOICES_IN_TROUBLE: usize = 45;
 const KILLS: usize = 5;
 /// All of it takes seconds; this is for a machine that has much else to do.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -133,21 +133,15 @@ fn assert_mannered(stripe: &Stripe) {
 }
 
 each_database! {
-    async fn the_story_is_the_same_in_the_versions_that_events_are_listed_in(world: World) {
-        let stripe = Stripe::start();
-        let invoices = story::tell(&stripe, INVOICES);
-        let delivered = undisturbed(&world, &stripe, &invoices);
-        assert_same(&replayed(&world, &stripe, &invoices, Event::as_listed), &delivered, &stripe, "as listed");
-        for state in ["Paid", "PaymentPending", "PaymentInProgress", "PaymentFailed"] {
-            assert!(delivered.values().any(|states| states.contains(&format!("\"state\":\"{state}\""))), "{state}");
-        }
-    }
-
     async fn what_webhooks_lost_is_found_and_the_histories_are_those_of_an_undisturbed_run(world: World) {
         let (stripe, seed) = (Stripe::start(), rand::random::<u64>());
         let told = format!("seed {seed}");
         let invoices = story::tell(&stripe, INVOICES);
         let expected = undisturbed(&world, &stripe, &invoices);
+        assert_same(&replayed(&world, &stripe, &invoices, Event::as_listed), &expected, &stripe, "as listed");
+        for state in ["Paid", "PaymentPending", "PaymentInProgress", "PaymentFailed"] {
+            assert!(expected.values().any(|states| states.contains(&format!("\"state\":\"{state}\""))), "{state}");
+        }
         let url = world.database.url.as_str();
         import(url, &invoices);
         stripe.deliver(&world.server.base, Deliveries::Dropping(1.0 / 3.0, seed)).await;

@@ -55,7 +55,7 @@ enum Trouble {
 }
 
 /// How late the second half of a slow answer is.
-const SLOW: Duration = Duration::from_millis(150);
+const SLOW: Duration = Duration::from_millis(60);
 const IN_A_ROW: usize = 2;
 /// How often it is looked whether answers are held.
 const A_MOMENT: Duration = Duration::from_millis(5);
