@@ -8,6 +8,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::domain::signature::SigningSecrets;
 use crate::store::Store;
+use crate::stripe_api::{self, ApiKey};
 use crate::telemetry::{self, LogFormat};
 
 /// What was given on the command line.
@@ -18,6 +19,9 @@ pub struct Flags {
     pub log_format: Option<String>,
     pub listen_addr: Option<String>,
     pub stripe_webhook_secret: Option<String>,
+    pub stripe_api_key: Option<String>,
+    pub stripe_api_base: Option<String>,
+    pub stripe_api_rate: Option<String>,
 }
 
 pub struct Config {
@@ -27,6 +31,8 @@ pub struct Config {
     pub listen_addr: SocketAddr,
     /// None: not configured.
     pub secrets: Option<SigningSecrets>,
+    /// None: not configured.
+    pub stripe_api: Option<stripe_api::Settings>,
 }
 
 /// What the configuration has to be good for.
@@ -34,7 +40,9 @@ pub struct Config {
 pub enum Purpose {
     /// Needs a signing secret.
     Signatures,
-    /// The settings about the webhook endpoint are not looked at.
+    /// Needs the key of Stripe's API.
+    StripeApi,
+    /// The settings about the webhook endpoint and Stripe's API are not looked at.
     Database,
 }
 
@@ -62,9 +70,10 @@ impl Config {
         let listen_addr = reader.setting("LISTEN_ADDR", &flags.listen_addr).filter(|_| serves);
         let listen_addr = reader.valid("LISTEN_ADDR", parse_address(listen_addr.as_deref().unwrap_or("127.0.0.1:8080")));
         let secrets = if serves { reader.secrets(&flags.stripe_webhook_secret) } else { None };
+        let stripe_api = if purpose == Purpose::Database { None } else { reader.stripe_api(flags, purpose) };
         match (log_filter, log_format, listen_addr) {
             (Some(log_filter), Some(log_format), Some(listen_addr)) if mistakes.is_empty() => {
-                Ok(Config { database_url, log_filter, log_format, listen_addr, secrets })
+                Ok(Config { database_url, log_filter, log_format, listen_addr, secrets, stripe_api })
             }
             _ => Err(Mistakes(mistakes)),
         }
@@ -130,6 +139,24 @@ impl Reader<'_> {
             None => {}
         }
         None
+    }
+
+    fn stripe_api(&mut self, flags: &Flags, purpose: Purpose) -> Option<stripe_api::Settings> {
+        let before = self.mistakes.len();
+        let key = self.setting("STRIPE_API_KEY", &flags.stripe_api_key);
+        if key.is_none() && purpose == Purpose::StripeApi && self.mistakes.len() == before {
+            self.mistakes.push(
+                "STRIPE_API_KEY is not set: give a secret key (sk_...) or, better, a restricted key (rk_...) that may read \
+                 events, invoices, payments and webhook endpoints"
+                    .to_owned(),
+            );
+        }
+        let base = self.setting("STRIPE_API_BASE", &flags.stripe_api_base);
+        let rate = self.setting("STRIPE_API_RATE", &flags.stripe_api_rate);
+        let base = self.valid("STRIPE_API_BASE", stripe_api::Settings::parse_base(base.as_deref()));
+        let rate = self.valid("STRIPE_API_RATE", stripe_api::Settings::parse_rate(rate.as_deref()));
+        let key = key.and_then(|key| self.valid("STRIPE_API_KEY", ApiKey::parse(&key)));
+        Some(stripe_api::Settings { key: key?, base: base?, rate: rate? })
     }
 }
 

@@ -12,7 +12,8 @@
 //! | --- | --- | --- |
 //! | [`domain`] | pure: signature, reading an event, facts, history, messages, the invoice document | everybody |
 //! | [`clock`] | the only caller of the system time | everybody but `domain` |
-//! | [`transport`] | HTTP as a client: pooled, limited | `flows`, `cli` |
+//! | [`transport`] | HTTP as a client: pooled, limited | `stripe_api`, `flows`, `cli` |
+//! | [`stripe_api`] | the only async-stripe: what Stripe's API answers, within a budget of calls | `flows`, `config` (is this a key?), `cli` |
 //! | [`store`] | the only SQL | `inbox`, `flows`, `http`, `config` (is this a database URL?), `cli` |
 //! | [`inbox`] | group commit: many deliveries, one durable transaction | `flows`, `http`, `cli` |
 //! | [`flows`] | one path per file: ingest, replay, rebuild, import | `http`, `cli` |
@@ -35,6 +36,8 @@ pub mod domain;
 
 pub mod clock;
 pub mod transport;
+
+pub mod stripe_api;
 
 pub mod store;
 

@@ -7,6 +7,7 @@ mod keys;
 mod migrate;
 mod output;
 mod rebuild;
+mod reconcile;
 mod replay;
 mod serve;
 mod why;
@@ -16,9 +17,11 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 
 use crate::config::{Config, Flags, Mistakes, Purpose};
+use crate::flows::reconcile::ReconcileError;
 use crate::flows::replay::ReplayError;
 use crate::inbox::InboxError;
 use crate::store::{Store, StoreError};
+use crate::stripe_api::StripeApiError;
 use crate::telemetry;
 
 /// Makes the invoices you store tell the truth about their payment at Stripe.
@@ -33,10 +36,11 @@ use crate::telemetry;
   stripe-reconciler invoices import --tenant acme in.jsonl     store invoices
   STRIPE_WEBHOOK_SECRET=whsec_... stripe-reconciler serve      receive Stripe's webhooks
   stripe-reconciler why acme inv-2026-01                       what proves that an invoice is paid
+  STRIPE_API_KEY=rk_... stripe-reconciler reconcile            find what no webhook told
 
 Settings may stand in the environment instead; NAME_FILE names a file that holds the value of NAME.
 Exit codes: 0 done, 1 some of the input was refused, 2 wrong usage or configuration, 3 something differs or
-would change, 4 the database or the server cannot be reached."
+would change, 4 the database, the server or Stripe cannot be reached."
 )]
 pub struct Arguments {
     #[command(flatten)]
@@ -66,6 +70,7 @@ enum Command {
     Keys(keys::Keys),
     Replay(replay::Replay),
     Rebuild(rebuild::Rebuild),
+    Reconcile(reconcile::Reconcile),
     Events(events::Events),
     Why(why::Why),
     Migrate(migrate::Migrate),
@@ -96,6 +101,7 @@ pub async fn run(arguments: Arguments) -> anyhow::Result<Exit> {
         Command::Keys(command) => command.run(settings).await,
         Command::Replay(command) => command.run(settings).await,
         Command::Rebuild(command) => command.run(settings).await,
+        Command::Reconcile(command) => command.run(settings).await,
         Command::Events(command) => command.run(settings).await,
         Command::Why(command) => command.run(settings).await,
         Command::Migrate(command) => command.run(settings).await,
@@ -112,9 +118,11 @@ pub fn fail(error: &anyhow::Error) -> ExitCode {
         anstream::eprintln!("caused by: {cause}");
     }
     let is = |found: &(dyn std::error::Error + 'static)| {
-        found.is::<StoreError>() || found.is::<ReplayError>() || found.is::<InboxError>()
+        found.is::<StoreError>() || found.is::<ReplayError>() || found.is::<InboxError>() || found.is::<ReconcileError>()
     };
+    let is_wrong_key = |found: &ReconcileError| matches!(found, ReconcileError::Stripe(StripeApiError::Unauthorized(_)));
     match error {
+        error if error.downcast_ref().is_some_and(is_wrong_key) => ExitCode::from(2),
         error if error.chain().any(|cause| cause.is::<Mistakes>()) => ExitCode::from(2),
         error if error.chain().any(is) => ExitCode::from(4),
         _ => ExitCode::from(1),

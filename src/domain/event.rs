@@ -5,7 +5,7 @@
 //! is `fact` and `history`. What the objects look like is in `object`.
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use super::json;
@@ -134,6 +134,9 @@ fn event(json: &Value) -> Result<Event, &'static str> {
     if !json.is_object() {
         return Err("the body is JSON, but not an object");
     }
+    if text(json, "object").as_deref() == Some(FETCHED) {
+        return fetched(json);
+    }
     let id = text(json, "id").ok_or("no event: `id` is not a string")?;
     let event_type = text(json, "type").ok_or("no event: `type` is not a string")?;
     let thin = text(json, "object").as_deref() == Some("v2.core.event");
@@ -165,6 +168,46 @@ fn event(json: &Value) -> Result<Event, &'static str> {
     let (version, object) = (part(&api_version), part(&object_id));
     let key = EventKey::new(&id, &[b"event", id.as_bytes(), event_type.as_bytes(), version.as_bytes(), object.as_bytes()]);
     Ok(Event { key, id, event_type, api_version, object_id, created, telling })
+}
+
+/// What `object` says in the envelope of our own around an object that Stripe's API returned, and the type that it is listed by.
+pub const FETCHED: &str = "fetched";
+
+/// The envelope around an object that Stripe's API returned: what the log keeps, and what `export` and `replay` carry.
+pub fn envelope(object: &Value, fetched_s: i64, account: Option<&str>) -> Value {
+    let mut envelope = json!({"object": FETCHED, "fetched_at": fetched_s});
+    if let Some(account) = account {
+        envelope["account"] = account.into();
+    }
+    if let Some(livemode) = boolean(object, "livemode") {
+        envelope["livemode"] = livemode.into();
+    }
+    envelope["data"] = json!({"object": object});
+    envelope
+}
+
+/// Its key is the object as it stands, whenever it was fetched: an object that has not changed adds nothing.
+fn fetched(json: &Value) -> Result<Event, &'static str> {
+    let object = json.pointer("/data/object").filter(|o| o.is_object()).ok_or("fetched: `data.object` is not an object")?;
+    let id = text(object, "id").ok_or("fetched: `data.object.id` is not a string")?;
+    let created =
+        whole(json, "fetched_at").filter(|s| (0..=LAST_SECOND).contains(s)).ok_or("fetched: `fetched_at` is no time")?;
+    let telling = Object::read("", object, None).map(|object| Telling {
+        id: id.clone(),
+        kind: String::new(),
+        created,
+        thin: false,
+        snapshot_event: None,
+        fetched: true,
+        livemode: boolean(json, "livemode"),
+        account: id_of(json, "account"),
+        object,
+    });
+    let account = id_of(json, "account").unwrap_or_default();
+    let content = object.to_string();
+    let key = EventKey::new(&id, &[FETCHED.as_bytes(), account.as_bytes(), id.as_bytes(), content.as_bytes()]);
+    let object_id = Some(id.clone());
+    Ok(Event { key, id, event_type: FETCHED.to_owned(), api_version: None, object_id, created, telling })
 }
 
 /// Snapshot events carry Unix seconds, thin ones RFC 3339 with up to nanoseconds, cut to the second here.

@@ -24,6 +24,42 @@ pub enum InvoiceFact {
 pub const SHOWN_BY_SNAPSHOTS: [InvoiceFact; 4] =
     [InvoiceFact::Finalized, InvoiceFact::WrittenOff, InvoiceFact::Voided, InvoiceFact::Paid];
 
+/// The types that tell facts by themselves: what a webhook endpoint should send.
+pub const TYPES_THAT_TELL: [&str; 32] = [
+    "invoice.finalized",
+    "invoice.updated",
+    "invoice.paid",
+    "invoice.payment_succeeded",
+    "invoice.overpaid",
+    "invoice.payment_attempt_required",
+    "invoice.payment_action_required",
+    "invoice.overdue",
+    "invoice.payment_failed",
+    "invoice.finalization_failed",
+    "invoice.marked_uncollectible",
+    "invoice.voided",
+    "invoice_payment.paid",
+    "payment_intent.requires_action",
+    "payment_intent.processing",
+    "payment_intent.partially_funded",
+    "payment_intent.payment_failed",
+    "charge.pending",
+    "charge.failed",
+    "charge.refunded",
+    "charge.refund.updated",
+    "refund.created",
+    "refund.updated",
+    "refund.failed",
+    "credit_note.created",
+    "credit_note.updated",
+    "credit_note.voided",
+    "charge.dispute.created",
+    "charge.dispute.updated",
+    "charge.dispute.closed",
+    "charge.dispute.funds_withdrawn",
+    "charge.dispute.funds_reinstated",
+];
+
 /// Does this event tell anything about a payment: new or not, linked or not? Decides `recorded` against `no_payment_fact`.
 pub fn tells_a_fact(event: &Event) -> bool {
     let kind = event.event_type.strip_prefix("v1.").unwrap_or(&event.event_type);

@@ -109,6 +109,14 @@ pub fn fold(stripe_invoice_id: Option<&str>, imported: &[ImportedState], known: 
     entries
 }
 
+/// Whether Stripe's API may know why the latest attempt to collect this invoice failed, which no event told.
+pub fn lacks_reason(stripe_invoice_id: &str, known: &[Known]) -> bool {
+    let known = without_twins(known);
+    let links = Links::read(known.iter().map(|k| &k.telling));
+    let is_own = |k: &&Known| links.invoice_of(&k.telling.object) == Some(stripe_invoice_id);
+    super::tries::lacks_reason(&known.iter().copied().filter(is_own).collect::<Vec<_>>())
+}
+
 fn imported_entry(state: &ImportedState) -> Entry {
     Entry { state: state.state, timestamp_ms: state.timestamp_ms, message: state.message.clone(), proofs: Vec::new() }
 }

@@ -48,6 +48,7 @@ fn is_read(name: &str) -> bool {
             | "failure_code"
             | "failure_message"
             | "failure_reason"
+            | "fetched_at"
             | "finalized_at"
             | "from_invoice"
             | "id"

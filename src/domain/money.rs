@@ -6,6 +6,17 @@ const THREE_DECIMALS: [&str; 5] = ["BHD", "JOD", "KWD", "OMR", "TND"];
 /// Two decimals on the wire, and never used.
 const UNUSED_DECIMALS: [&str; 2] = ["ISK", "UGX"];
 
+/// How many decimals a currency has at Stripe, and how many minor units are one of it.
+pub fn unit_of(code: &str) -> (usize, u64) {
+    let code = code.to_ascii_uppercase();
+    let decimals = match code.as_str() {
+        code if NO_DECIMALS.contains(&code) => 0,
+        code if THREE_DECIMALS.contains(&code) => 3,
+        _ => 2,
+    };
+    (decimals, 10_u64.pow(decimals as u32))
+}
+
 /// `1234.50 EUR` from minor units and Stripe's currency code: no grouping, never through a float. What is not three ASCII
 /// letters is no currency: then the minor units are said as such.
 pub fn amount(minor_units: i64, currency: Option<&str>) -> String {
@@ -14,13 +25,8 @@ pub fn amount(minor_units: i64, currency: Option<&str>) -> String {
     if code.len() != 3 || !code.bytes().all(|b| b.is_ascii_uppercase()) {
         return format!("{minor_units} minor units of {code}");
     }
-    let decimals = match code.as_str() {
-        code if NO_DECIMALS.contains(&code) => 0,
-        code if THREE_DECIMALS.contains(&code) => 3,
-        _ => 2,
-    };
+    let (decimals, unit) = unit_of(&code);
     let sign = if minor_units < 0 { "-" } else { "" };
-    let unit = 10_u64.pow(decimals as u32);
     let (whole, part) = (minor_units.unsigned_abs() / unit, minor_units.unsigned_abs() % unit);
     let hides_decimals = decimals == 0 || (part == 0 && UNUSED_DECIMALS.contains(&code.as_str()));
     if hides_decimals { format!("{sign}{whole} {code}") } else { format!("{sign}{whole}.{part:0decimals$} {code}") }

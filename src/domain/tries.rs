@@ -5,7 +5,7 @@
 
 use super::event::Telling;
 use super::history::{Known, in_order};
-use super::object::{Invoice, Object};
+use super::object::{Invoice, Object, PaymentIntent};
 
 /// A thin event names no charge; it is one more telling of a try this near.
 const SAME_TRY_S: i64 = 2;
@@ -66,8 +66,45 @@ pub fn failed_attempts<'a>(known: &[&'a Known]) -> Vec<Attempt<'a>> {
         }
     }
     pair(&mut attempts, &mut others);
+    give_reason(&mut attempts, known);
     attempts.extend(others.into_iter().map(|failed| Attempt { tries: vec![failed], ..Attempt::default() }));
     attempts
+}
+
+/// Whether Stripe's API may know why the latest attempt failed: no event told it, and it was not asked since.
+pub fn lacks_reason(known: &[&Known]) -> bool {
+    let mut attempts = failed_attempts(known);
+    attempts.sort_by_key(Attempt::order);
+    let Some(latest) = attempts.last().filter(|attempt| attempt.tries.is_empty()) else { return false };
+    !known.iter().any(|k| asked_intent(k).is_some() && k.telling.created >= latest.told_at())
+}
+
+/// The last error of a PaymentIntent, as Stripe's API tells it, is the reason of the latest attempt before it was asked; where
+/// events tell of a try or name a charge, they know better.
+fn give_reason<'a>(attempts: &mut [Attempt<'a>], known: &[&'a Known]) {
+    for &known in known {
+        let Some(intent) = asked_intent(known).filter(|intent| intent.error.is_some()) else { continue };
+        let charge = intent.error_charge.as_deref();
+        let is_known = |a: &Attempt| {
+            charge.is_some_and(|charge| a.charges.contains(&charge) || a.tries.iter().any(|t| t.charge == Some(charge)))
+        };
+        if attempts.iter().any(is_known) {
+            continue;
+        }
+        let before = attempts.iter_mut().filter(|a| !a.told_by.is_empty() && a.told_at() <= known.telling.created);
+        if let Some(attempt) = before.max_by_key(|a| a.order()).filter(|a| a.tries.is_empty() && a.charges.is_empty()) {
+            let time = attempt.told_at();
+            let intent = if charge.is_none() { Some(intent.id.as_str()) } else { None };
+            attempt.tries.push(Try { charge, intent, told_by: vec![known], time });
+        }
+    }
+}
+
+fn asked_intent(known: &Known) -> Option<&PaymentIntent> {
+    match &known.telling.object {
+        Object::PaymentIntent(intent) if known.telling.fetched => Some(intent),
+        _ => None,
+    }
 }
 
 /// One `invoice.payment_failed`, with what decides which attempt it belongs to.

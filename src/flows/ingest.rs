@@ -87,7 +87,11 @@ pub fn prepare(delivery: Delivery) -> NewEvent {
 /// # Errors
 /// The queue is full or closed, or the store cannot be reached: nothing is promised, Stripe delivers again.
 pub async fn ingest(inbox: &Inbox, delivery: Delivery) -> Result<Outcome, InboxError> {
-    let event = prepare(delivery);
+    keep(inbox, prepare(delivery)).await
+}
+
+/// As [`ingest`], for who had to look at it first.
+pub async fn keep(inbox: &Inbox, event: NewEvent) -> Result<Outcome, InboxError> {
     let outcome = match event.outcome {
         store::Outcome::Recorded => Outcome::Recorded,
         store::Outcome::NoPaymentFact => Outcome::NoPaymentFact,

@@ -52,13 +52,37 @@ fn invoice_uid(uid: Option<&str>, document: &Value) -> Result<String, Fault> {
 /// # Errors
 /// [`StoreError::Refused`] when the stored text is damaged.
 pub fn history(stored: &StoredInvoice) -> Result<Vec<Entry>, StoreError> {
-    let imported: Vec<ImportedState> = serde_json::from_str(&stored.imported_states).map_err(|e| damaged(stored, e))?;
-    let read = |told: &StoredTelling| Ok(Known { key: told.key, telling: serde_json::from_str(&told.json)? });
-    let known: Result<Vec<Known>, _> = stored.tellings.iter().map(read).collect();
-    let known = known.map_err(|e: serde_json::Error| {
-        StoreError::Refused(format!("what an event about {} tells cannot be read, run `rebuild`: {e}", stored.invoice_uid))
-    })?;
-    Ok(fold(stored.stripe_invoice_id.as_deref(), &imported, &known))
+    Ok(fold(stored.stripe_invoice_id.as_deref(), &imported_states(stored)?, &known(stored)?))
+}
+
+/// All that is told about a stored invoice.
+///
+/// # Errors
+/// As [`read_tellings`].
+pub fn known(stored: &StoredInvoice) -> Result<Vec<Known>, StoreError> {
+    read_tellings(&stored.tellings)
+}
+
+/// What was read in events, out of the store.
+///
+/// # Errors
+/// [`StoreError::Refused`] when the stored text is damaged.
+pub fn read_tellings(stored: &[StoredTelling]) -> Result<Vec<Known>, StoreError> {
+    let read = |told: &StoredTelling| match serde_json::from_str(&told.json) {
+        Ok(telling) => Ok(Known { key: told.key, telling }),
+        Err(e) => {
+            Err(StoreError::Refused(format!("what event {} tells cannot be read, run `rebuild`: {e}", hex::encode(told.key.0))))
+        }
+    };
+    stored.iter().map(read).collect()
+}
+
+/// The states that came with a stored invoice.
+///
+/// # Errors
+/// [`StoreError::Refused`] when the stored text is damaged.
+pub fn imported_states(stored: &StoredInvoice) -> Result<Vec<ImportedState>, StoreError> {
+    serde_json::from_str(&stored.imported_states).map_err(|e| damaged(stored, e))
 }
 
 /// The document with its payment states.

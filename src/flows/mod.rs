@@ -5,4 +5,5 @@ pub mod import;
 pub mod ingest;
 pub mod invoices;
 pub mod rebuild;
+pub mod reconcile;
 pub mod replay;

@@ -61,6 +61,11 @@ impl PackedBody {
         PackedBody(lz4_flex::compress_prepend_size(body))
     }
 
+    /// As it stands in its row.
+    pub(super) fn packed(bytes: Vec<u8>) -> PackedBody {
+        PackedBody(bytes)
+    }
+
     pub(super) fn as_bytes(&self) -> &[u8] {
         &self.0
     }

@@ -1,6 +1,6 @@
 //! An invoice and all that is told about it, read in one round trip, together with the API keys of who asks.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use super::events::event_key;
 use super::invoices::{InvoiceRow, StoredInvoice, StoredTelling, stored_invoice};
@@ -110,6 +110,15 @@ impl Store {
         session.done().await?;
         Ok(found)
     }
+
+    /// All that is told about these objects and those that belong with them; more may be among it.
+    pub async fn told_of(&self, object_ids: &[String]) -> Result<Vec<StoredTelling>, StoreError> {
+        let mut session = self.session().await?;
+        let found = tellings_of_each(&mut session, &object_ids.iter().collect::<Vec<_>>()).await?;
+        session.done().await?;
+        let mut seen = HashSet::new();
+        Ok(found.into_iter().map(|(_, telling)| telling).filter(|telling| seen.insert(telling.key)).collect())
+    }
 }
 
 pub(super) async fn read(
@@ -146,14 +155,20 @@ pub(super) async fn read(
 /// Adds what is told about each of these invoices.
 pub(super) async fn tell(session: &mut Session, invoices: &mut [StoredInvoice]) -> Result<(), StoreError> {
     let ids: Vec<&String> = invoices.iter().filter_map(|invoice| invoice.stripe_invoice_id.as_ref()).collect();
-    let ids = serde_json::to_string(&ids).expect("strings always serialise");
-    let sql = Words::of(session).tellings_of_each;
     let mut told: HashMap<String, Vec<StoredTelling>> = HashMap::new();
-    for (stripe_invoice_id, key, json) in rows!(session, fetch_all, (String, Vec<u8>, String), sql, ids)? {
-        told.entry(stripe_invoice_id).or_default().push(StoredTelling { key: event_key(key)?, json });
+    for (stripe_invoice_id, telling) in tellings_of_each(session, &ids).await? {
+        told.entry(stripe_invoice_id).or_default().push(telling);
     }
     for invoice in invoices {
         invoice.tellings = invoice.stripe_invoice_id.as_ref().and_then(|id| told.remove(id)).unwrap_or_default();
     }
     Ok(())
+}
+
+/// Each telling with the id that led to it: with several, where several did.
+async fn tellings_of_each(session: &mut Session, ids: &[&String]) -> Result<Vec<(String, StoredTelling)>, StoreError> {
+    let ids = serde_json::to_string(ids).expect("strings always serialise");
+    let sql = Words::of(session).tellings_of_each;
+    let found = rows!(session, fetch_all, (String, Vec<u8>, String), sql, ids)?;
+    found.into_iter().map(|(id, key, json)| Ok((id, StoredTelling { key: event_key(key)?, json }))).collect()
 }

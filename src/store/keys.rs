@@ -50,7 +50,7 @@ impl Store {
         };
         let mut session = self.writing().await?;
         execute!(session, INSERT, id, &secret_sha256[..], tenant_uid, created_ms, expires_ms, revoked_ms)?;
-        session.done().await
+        session.commit().await
     }
 
     /// The key with this hash, expired and revoked ones too.
@@ -73,7 +73,7 @@ impl Store {
     pub async fn revoke_key(&self, id: &str, now_ms: i64) -> Result<bool, StoreError> {
         let mut session = self.writing().await?;
         let revoked = execute!(session, REVOKE, id, now_ms)?;
-        session.done().await?;
+        session.commit().await?;
         Ok(revoked == 1)
     }
 }

@@ -1,6 +1,7 @@
 //! The only SQL. A `Store` is opened by URL; every method is one statement or one transaction.
 //!
-//! `events` is the log of deliveries, `invoices` the stored documents, `keys` the API keys: one text of SQL for both engines,
+//! `events` is the log of deliveries, `invoices` the stored documents, `keys` the API keys, `reconciling` what the passes against
+//! Stripe's API keep: one text of SQL for both engines,
 //! run through `session`. What differs between them, opening and appending, is in `sqlite` and `postgres`. What the rows mean
 //! to a payment is not known here: that is `domain`.
 
@@ -10,6 +11,7 @@ mod histories;
 mod invoices;
 mod keys;
 mod postgres;
+mod reconciling;
 mod session;
 mod sqlite;
 
@@ -20,17 +22,28 @@ pub use error::StoreError;
 pub use events::{Appended, EventFilter, LoggedEvent, NewEvent, Outcome, PackedBody, Source, StoredBody};
 pub use invoices::{InvoiceCursor, NewInvoice, Put, StoredInvoice, StoredTelling};
 pub use keys::{ApiKey, Scope};
+pub use reconciling::{Asked, Checked, Run, ToAsk, ToCheck};
 
 use postgres::PostgresStore;
 use session::{Session, rows};
 use sqlite::SqliteStore;
 
 /// Embedded into the binary, in the words of each engine. An applied migration is never edited.
-const MIGRATIONS: [(i64, &str, [&str; 2]); 1] = [(
-    1,
-    "start",
-    [include_str!("../../migrations/sqlite/0001_start.sql"), include_str!("../../migrations/postgres/0001_start.sql")],
-)];
+const MIGRATIONS: [(i64, &str, [&str; 2]); 2] = [
+    (
+        1,
+        "start",
+        [include_str!("../../migrations/sqlite/0001_start.sql"), include_str!("../../migrations/postgres/0001_start.sql")],
+    ),
+    (
+        2,
+        "reconcile",
+        [
+            include_str!("../../migrations/sqlite/0002_reconcile.sql"),
+            include_str!("../../migrations/postgres/0002_reconcile.sql"),
+        ],
+    ),
+];
 const MIGRATIONS_TABLE: &str = "_sqlx_migrations";
 /// Who migrates holds this lock of PostgreSQL's. Any number, as long as it stays.
 const MIGRATION_LOCK: &str = "select pg_advisory_xact_lock(7305821964)";
@@ -154,11 +167,11 @@ impl Store {
         }
     }
 
-    /// A connection for one statement that writes, and that no other can disturb.
+    /// A transaction whose statements each stand alone: nothing in it depends on what it read, and no other can disturb it.
     async fn writing(&self) -> Result<Session, StoreError> {
         match &self.0 {
             Engine::Sqlite(store) => store.transaction().await,
-            Engine::Postgres(store) => store.session().await,
+            Engine::Postgres(store) => store.transaction("begin").await,
         }
     }
 

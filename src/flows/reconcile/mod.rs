@@ -1,0 +1,197 @@
+//! A pass against Stripe's API: find what no webhook told, and show where we agree with Stripe.
+//!
+//! The steps in their order: `catch_up` reads Stripe's list of events, `fetching` what thin events point to, `linking` asks which
+//! invoice a payment belongs to, `checking` compares invoice by invoice, `endpoints` looks at how deliveries come. All that
+//! they find goes through `keeping`, which knows whether anything is new, and whose history changes. Everything is repeatable:
+//! a pass that was killed is made again, and what is durable already costs nothing.
+
+mod catch_up;
+mod checking;
+mod endpoints;
+mod fetching;
+mod keeping;
+mod lease;
+mod linking;
+mod report;
+mod worker;
+
+use std::collections::HashSet;
+
+use serde_json::value::RawValue;
+use uuid::Uuid;
+
+use crate::clock::Clock;
+use crate::inbox::{Inbox, InboxError};
+use crate::store::{Run, Store, StoreError};
+use crate::stripe_api::{Scope, StripeApi, StripeApiError};
+
+use keeping::Keeper;
+pub use lease::Lease;
+pub use report::{ApiOnlyEvent, Differing, Healed, Report, UnknownHere};
+pub use worker::work;
+
+/// What a pass works with; cheap to clone.
+#[derive(Clone)]
+pub struct Tools {
+    pub store: Store,
+    pub inbox: Inbox,
+    pub api: StripeApi,
+    pub clock: Clock,
+}
+
+/// What a pass looks at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Extent {
+    /// Every stored invoice.
+    All,
+    /// Those whose time has come, and a sample of the settled ones.
+    Due,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    Save,
+    DryRun,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub struct Plan {
+    pub extent: Extent,
+    pub mode: Mode,
+    /// Look at Stripe's events and invoices of this long, in seconds, whatever is known of them. None: from where the last pass
+    /// ended.
+    pub since_s: Option<i64>,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum ReconcileError {
+    #[error(transparent)]
+    Stripe(#[from] StripeApiError),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Inbox(#[from] InboxError),
+    #[error("another process took over: this one was away for too long")]
+    LeaseLost,
+}
+
+/// How far back Stripe's list of events reaches.
+const EVENTS_KEPT_S: i64 = 30 * 24 * 3600;
+
+/// A pass under way.
+struct Pass<'t> {
+    tools: &'t Tools,
+    plan: Plan,
+    keeper: Keeper<'t>,
+    report: Report,
+    started_ms: i64,
+    /// Connected accounts that are known.
+    accounts: Vec<String>,
+    /// PaymentIntents and charges that were asked about in this pass.
+    asked: HashSet<String>,
+}
+
+/// Makes one pass, under a lease that the caller holds.
+///
+/// # Errors
+/// Stripe or the database cannot be reached; what was found before is kept, and the next pass goes on.
+pub async fn run(tools: &Tools, plan: Plan) -> Result<Report, ReconcileError> {
+    let started_ms = tools.clock.now_ms();
+    let calls_before = tools.api.calls();
+    let mut pass = Pass {
+        tools,
+        plan,
+        keeper: Keeper::new(tools, plan.mode),
+        report: Report::new(started_ms, plan),
+        started_ms,
+        accounts: known_accounts(&tools.store).await?,
+        asked: HashSet::new(),
+    };
+    pass.find_accounts().await?;
+    catch_up::run(&mut pass).await?;
+    fetching::run(&mut pass).await?;
+    linking::run(&mut pass).await?;
+    checking::run(&mut pass).await?;
+    endpoints::run(&mut pass).await?;
+    let mut report = pass.close().await?;
+    report.calls = tools.api.calls() - calls_before;
+    report.ended_ms = tools.clock.now_ms();
+    if plan.mode == Mode::Save {
+        keep(&tools.store, &report).await?;
+    }
+    Ok(report)
+}
+
+/// Only what thin events point to, soon after they arrived. True: there was something.
+async fn run_fetching(tools: &Tools) -> Result<bool, ReconcileError> {
+    let plan = Plan { extent: Extent::Due, mode: Mode::Save, since_s: None };
+    let started_ms = tools.clock.now_ms();
+    let (keeper, report) = (Keeper::new(tools, plan.mode), Report::new(started_ms, plan));
+    let mut pass = Pass { tools, plan, keeper, report, started_ms, accounts: Vec::new(), asked: HashSet::new() };
+    fetching::run(&mut pass).await
+}
+
+impl Pass<'_> {
+    /// The account of the key, and the connected ones that events named.
+    fn scopes(&self) -> Vec<Scope> {
+        let connected = self.accounts.iter().cloned().map(Scope::Account);
+        std::iter::once(Scope::Own).chain(connected).collect()
+    }
+
+    /// The connected accounts that events named since the last pass.
+    async fn find_accounts(&mut self) -> Result<(), ReconcileError> {
+        let seen_ms = self.progress(ACCOUNTS_SEEN).await?.unwrap_or_default();
+        for account in self.tools.store.accounts_since(seen_ms - LATE_MS).await? {
+            self.note_account(&account).await?;
+        }
+        self.set_progress(ACCOUNTS_SEEN, self.started_ms).await?;
+        Ok(())
+    }
+
+    async fn note_account(&mut self, account: &str) -> Result<(), StoreError> {
+        if self.accounts.iter().any(|known| known == account) || self.accounts.len() >= MOST_ACCOUNTS {
+            return Ok(());
+        }
+        self.accounts.push(account.to_owned());
+        self.set_progress(&format!("{ACCOUNT}{account}"), self.started_ms).await
+    }
+
+    async fn set_progress(&self, name: &str, value: i64) -> Result<(), StoreError> {
+        match self.plan.mode {
+            Mode::Save => self.tools.store.set_progress(name, value).await,
+            Mode::DryRun => Ok(()),
+        }
+    }
+
+    async fn progress(&self, name: &str) -> Result<Option<i64>, StoreError> {
+        let found = self.tools.store.progress(name).await?;
+        Ok(found.into_iter().find(|(found, _)| found == name).map(|(_, value)| value))
+    }
+
+    async fn close(mut self) -> Result<Report, ReconcileError> {
+        self.report.healed = self.keeper.healed().await?;
+        self.report.api_only_events = std::mem::take(&mut self.keeper.api_only);
+        self.report.put_in_order();
+        Ok(self.report)
+    }
+}
+
+/// Names of progress that begin so name connected accounts.
+const ACCOUNT: &str = "account ";
+const ACCOUNTS_SEEN: &str = "accounts seen";
+/// How long after its receipt an event may reach the log.
+const LATE_MS: i64 = 600_000;
+/// Connected accounts that a pass goes through at most.
+const MOST_ACCOUNTS: usize = 1_000;
+
+async fn known_accounts(store: &Store) -> Result<Vec<String>, StoreError> {
+    let found = store.progress(ACCOUNT).await?;
+    Ok(found.iter().filter_map(|(name, _)| name.strip_prefix(ACCOUNT)).map(str::to_owned).take(MOST_ACCOUNTS).collect())
+}
+
+async fn keep(store: &Store, report: &Report) -> Result<(), StoreError> {
+    let text = report.shortened().to_json().to_string();
+    let report_json = RawValue::from_string(text).map_err(|e| StoreError::Refused(format!("a report is no JSON: {e}")))?;
+    let id = format!("run_{}", Uuid::now_v7().simple());
+    store.keep_run(&Run { id, started_ms: report.started_ms, ended_ms: report.ended_ms, report: report_json }).await
+}
