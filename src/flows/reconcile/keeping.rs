@@ -2,7 +2,7 @@
 //!
 //! A dry run goes the same way, but holds what it found beside the store instead of appending it.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use bytes::Bytes;
 use futures_util::future::try_join_all;
@@ -29,8 +29,9 @@ pub(super) struct Keeper<'t> {
     mode: Mode,
     /// The histories that may change, as they were: by tenant and uid.
     before: BTreeMap<(String, String), Before>,
-    /// What a dry run found.
-    beside: Vec<NewEvent>,
+    /// What a dry run found, and which of it mentions an object.
+    beside: HashMap<EventKey, NewEvent>,
+    mentioned: HashMap<String, Vec<EventKey>>,
     /// Events that only Stripe's API told.
     pub(super) api_only: Vec<ApiOnlyEvent>,
 }
@@ -42,7 +43,7 @@ struct Before {
 
 impl<'t> Keeper<'t> {
     pub fn new(tools: &'t Tools, mode: Mode) -> Keeper<'t> {
-        Keeper { tools, mode, before: BTreeMap::new(), beside: Vec::new(), api_only: Vec::new() }
+        Keeper { tools, mode, before: BTreeMap::new(), beside: HashMap::new(), mentioned: HashMap::new(), api_only: Vec::new() }
     }
 
     /// Something that Stripe's API returned, ready to be kept.
@@ -57,8 +58,10 @@ impl<'t> Keeper<'t> {
 
     /// Keeps what is new of it: returns when that is durable.
     pub async fn keep(&mut self, mut events: Vec<NewEvent>) -> Result<(), ReconcileError> {
-        let mut seen: HashSet<EventKey> = self.beside.iter().map(|event| event.key).collect();
-        events.retain(|event| event.outcome != Outcome::Unreadable && seen.insert(event.key));
+        let mut seen: HashSet<EventKey> = HashSet::new();
+        let beside = &self.beside;
+        let is_new = |event: &NewEvent| event.outcome != Outcome::Unreadable && !beside.contains_key(&event.key);
+        events.retain(|event| is_new(event) && seen.insert(event.key));
         let keys: Vec<EventKey> = events.iter().map(|event| event.key).collect();
         let known: HashSet<EventKey> = self.tools.store.known_keys(&keys).await?.into_iter().collect();
         events.retain(|event| !known.contains(&event.key));
@@ -68,7 +71,7 @@ impl<'t> Keeper<'t> {
         self.remember(&events).await?;
         self.note_api_only(&events).await?;
         match self.mode {
-            Mode::DryRun => self.beside.extend(events),
+            Mode::DryRun => events.into_iter().for_each(|event| self.lay_beside(event)),
             Mode::Save => {
                 // Together, so that they share a commit.
                 let appending: Vec<_> = events.into_iter().map(|event| append(self.tools.inbox.clone(), event)).collect();
@@ -76,6 +79,13 @@ impl<'t> Keeper<'t> {
             }
         }
         Ok(())
+    }
+
+    fn lay_beside(&mut self, event: NewEvent) {
+        for mention in &event.mentions {
+            self.mentioned.entry(mention.object_id.clone()).or_default().push(event.key);
+        }
+        self.beside.insert(event.key, event);
     }
 
     /// The histories that these events may change, as they are before.
@@ -128,13 +138,11 @@ impl<'t> Keeper<'t> {
         for _ in 0..HOPS {
             let objects = known.iter().flat_map(|k| k.telling.mentions()).filter(|mention| !mention.is_invoice);
             reached.extend(objects.map(|mention| mention.object_id));
-            let is_reached = |event: &&NewEvent| event.mentions.iter().any(|mention| reached.contains(&mention.object_id));
-            let found: Vec<Known> =
-                self.beside.iter().filter(is_reached).filter(|e| !taken.contains(&e.key)).filter_map(as_known).collect();
+            let keys = reached.iter().filter_map(|id| self.mentioned.get(id)).flatten().filter(|key| taken.insert(**key));
+            let found: Vec<Known> = keys.filter_map(|key| self.beside.get(key)).filter_map(as_known).collect();
             if found.is_empty() {
                 break;
             }
-            taken.extend(found.iter().map(|k| k.key));
             let objects = found.iter().flat_map(|k| k.telling.mentions()).filter(|mention| !mention.is_invoice);
             let seeds: Vec<String> = objects.map(|mention| mention.object_id).filter(|id| !reached.contains(id)).collect();
             known.extend(found);
