@@ -139,12 +139,13 @@ async fn a_database_that_is_paused_is_answered_503_and_what_was_in_doubt_is_ther
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_server_without_a_connection_to_spare_is_not_away() {
     let server = PostgresServer::shared();
-    server.sql("postgres", "create role few login connection limit 2");
+    server.sql("postgres", "create role few login");
     let database = Database::create(Engine::Postgres);
     let name = database.url.rsplit('/').next().unwrap();
     server.sql("postgres", &format!("alter database {name} owner to few"));
     let world = World::on(database.by_way_of(|name| server.url(name).replace("postgres@", "few@"))).await;
     world.store("inv-0", "in_0").await.with_status(201);
+    server.sql("postgres", "alter role few connection limit 2");
     let path = invoice_path("inv-0");
     let reads = join_all((0..30).map(|_| world.get(&path, &world.acme_key))).await;
     assert!(reads.iter().any(|read| read.status == 503), "there are too few connections");

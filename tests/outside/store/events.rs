@@ -200,6 +200,36 @@ each_store! {
         }
     }
 
+    async fn bytes_are_forgotten_in_steps_and_nothing_else_is(place: Place) {
+        let store = &place.store;
+        let unreadable = NewEvent { id: None, outcome: Outcome::Unreadable, ..nth(3) };
+        let batch: Vec<NewEvent> = (0..3).map(nth).chain([unreadable]).chain((4..10).map(nth)).collect();
+        store.append(&batch).await.unwrap();
+        let before_ms = nth(8).received_ms;
+        let (mut forgotten, mut after, mut steps) = (0, None, 0);
+        loop {
+            let (count, next) = store.forget_bodies(before_ms, after, 3).await.unwrap();
+            assert!(count <= 3);
+            (forgotten, steps) = (forgotten + count, steps + 1);
+            match next {
+                Some(next) => after = Some(next),
+                None => break,
+            }
+        }
+        assert!(forgotten == 7 && (3..=4).contains(&steps), "{forgotten} in {steps}");
+        let stored = store.stored_bodies(None, 100).await.unwrap();
+        assert_eq!(stored.len(), 10, "the events stay");
+        for (n, (stored, event)) in stored.iter().zip(&batch).enumerate() {
+            let is_kept = n == 3 || n >= 8;
+            assert_eq!(stored.body, event.body.unpack().filter(|_| is_kept), "{n}");
+            assert_eq!((&stored.logged.id, stored.logged.received_ms), (&event.id, event.received_ms));
+        }
+        assert!(store.events_by_id("evt_1").await.unwrap()[0].body.is_none());
+        assert_eq!(store.append(&batch).await.unwrap(), vec![Appended::Duplicate; 10], "nor are their ids forgotten");
+        assert_eq!(store.forget_bodies(before_ms, None, 100).await.unwrap().0, 0, "they are forgotten once");
+        assert_eq!(store.forget_bodies(i64::MIN, None, 100).await.unwrap(), (0, None));
+    }
+
     async fn a_reading_is_replaced_and_what_it_names_with_it(place: Place) {
         let store = &place.store;
         let told = |id: &str, n: usize| NewEvent { telling: Some(format!(r#"{{"id":"{id}","type":"charge.failed","created":1,"object":{}}}"#, object(n))), ..nth(n) };

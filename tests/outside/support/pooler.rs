@@ -14,10 +14,10 @@ const CONNECTIONS: u32 = 3;
 /// Debian keeps it where only root looks.
 const BINARY: &str = "/usr/sbin/pgbouncer";
 
-/// Runs it until standard input ends, which it does when we die, however we die.
+/// Runs it until standard input ends, which it does when we die, however we die; then removes the folder.
 const UNTIL_WE_DIE: &str = r#"trap '' INT TERM HUP
 "$1" -q "$2/pgbouncer.ini" >"$2/log" 2>&1 </dev/null & p=$!
-cat >/dev/null; kill -KILL $p; wait $p 2>/dev/null"#;
+cat >/dev/null; kill -KILL $p; wait $p 2>/dev/null; rm -rf "$2""#;
 
 pub struct Pooler {
     address: String,

@@ -16,13 +16,14 @@ const NOBODY: u32 = 65534;
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Starts the server for every line on standard input, until that ends, which it does when we die, however we die; then removes
-/// the folder.
+/// the folder, once more if somebody was just filling it.
 const UNTIL_WE_DIE: &str = r#"trap '' INT TERM HUP
 while read -r _; do
     [ -z "$p" ] || wait $p
     "$1/postgres" -D "$2/d" -p "$3" -c listen_addresses=127.0.0.1 -c unix_socket_directories= $4 >>"$2/log" 2>&1 </dev/null & p=$!
 done
-{ kill -CONT $p; kill -QUIT $p; } 2>/dev/null; wait $p; rm -rf "$2""#;
+{ kill -CONT $p; kill -QUIT $p; } 2>/dev/null; wait $p
+rm -rf "$2" || { sleep 1; rm -rf "$2"; }"#;
 
 pub struct PostgresServer {
     binaries: PathBuf,
@@ -81,11 +82,12 @@ impl PostgresServer {
         let binaries = newest_binaries();
         let folder = tempfile::Builder::new().prefix("stripe-reconciler-pg-").tempdir().unwrap().keep();
         give_to_nobody(&folder, 0o700);
-        prepare(&binaries, &folder.join("d"));
         let port = free_port();
         let mut shell = as_nobody(Command::new("sh"));
         shell.args(["-c", UNTIL_WE_DIE, "sh"]).arg(&binaries).arg(&folder).arg(port.to_string()).arg(options);
         let shell = shell.stdin(Stdio::piped()).process_group(0).spawn().unwrap();
+        // Under the eyes of the shell: it removes what is half prepared, too.
+        prepare(&binaries, &folder.join("d"));
         let server = PostgresServer { binaries, folder, port, databases: AtomicU32::new(0), shell };
         server.start_again();
         server
