@@ -12,29 +12,27 @@ use super::{Store, StoreError};
 /// reached, over any number of hops. More than belongs to the invoice may be among it.
 ///
 /// The keys that were asked for, the invoice, and each telling come in rows of their own: one statement, one round trip, one
-/// snapshot of the database.
+/// snapshot of the database. `$hop` leads from `reached` to `link.value`, `$told` gives `key` and `telling` of what was reached.
 macro_rules! invoice_and_tellings {
-    ($linked:literal) => {
+    ($hop:expr, $told:expr) => {
         concat!(
             "with recursive
              this as (select * from invoices where tenant_uid = $1 and invoice_uid = $2),
-             reached (object_id) as (
-                 select stripe_invoice_id from this where stripe_invoice_id is not null
+             reached (root, object_id) as (
+                 select 0, stripe_invoice_id from this where stripe_invoice_id is not null
                  union
-                 select link.value from reached join mentions on mentions.object_id = reached.object_id
-                 join events on events.key = mentions.event_key cross join ",
-            $linked,
-            " as link
-             )
-             select cast(1 as bigint) as kind, stripe_invoice_id as a, document as b, imported_states as c, stored_ms as x, revision as y,
-                    cast(null as bigint) as z, null as key
+                 select 0, link.value from reached ",
+            $hop,
+            ")
+             select cast(1 as bigint) as kind, stripe_invoice_id as a, document as b, imported_states as c, stored_ms as x,
+                    revision as y, cast(null as bigint) as z, null as key
              from this
              union all
-             select 2, telling, null, null, null, null, null, key from events
-             where telling is not null and key in (select event_key from mentions join reached using (object_id))
-             union all
-             select case when secret_sha256 = $3 then 3 else 4 end, id, tenant_uid, null, created_ms, expires_ms, revoked_ms, null from api_keys
-             where secret_sha256 = $3 or secret_sha256 = $4"
+             select 2, telling, null, null, null, null, null, key from ",
+            $told,
+            "union all
+             select case when secret_sha256 = $3 then 3 else 4 end, id, tenant_uid, null, created_ms, expires_ms, revoked_ms, null
+             from api_keys where secret_sha256 = $3 or secret_sha256 = $4"
         )
     };
 }
@@ -43,42 +41,69 @@ type Row = (i64, Text, Text, Text, Number, Number, Number, Option<Vec<u8>>);
 type Text = Option<String>;
 type Number = Option<i64>;
 
-/// The same for several Stripe invoices: `$1` is a JSON array of their ids.
+/// The same for several objects: `$1` is a JSON array of their ids.
 macro_rules! tellings_of_each {
-    ($ids:literal, $linked:literal) => {
+    ($ids:literal, $hop:expr, $told:expr) => {
         concat!(
             "with recursive reached (root, object_id) as (
                  select ids.value, ids.value from ",
             $ids,
             " as ids
                  union
-                 select reached.root, link.value from reached join mentions on mentions.object_id = reached.object_id
-                 join events on events.key = mentions.event_key cross join ",
-            $linked,
-            " as link
-             ), told (root, event_key) as (select distinct root, event_key from mentions join reached using (object_id))
-             select root, key, telling from told join events on key = event_key where telling is not null"
+                 select reached.root, link.value from reached ",
+            $hop,
+            ") select root, key, telling from ",
+            $told
         )
     };
 }
 
-/// The statements that take JSON apart, which each engine does in its own words.
+macro_rules! sqlite_hop {
+    () => {
+        "join mentions on mentions.object_id = reached.object_id join events on events.key = mentions.event_key
+         cross join json_each(events.linked) as link"
+    };
+}
+macro_rules! sqlite_told {
+    () => {
+        "(select distinct root, event_key from mentions join reached using (object_id))
+         join events on key = event_key and telling is not null "
+    };
+}
+
+/// PostgreSQL cannot know how few rows a recursion brings, and would rather read whole tables than seek in an index so often:
+/// each `offset 0` makes it take one step after the other.
+macro_rules! postgres_hop {
+    () => {
+        r#"cross join lateral (select event_key from mentions where mentions.object_id = reached.object_id offset 0) as mention
+           cross join lateral (select linked from events where events.key = mention.event_key offset 0) as event
+           cross join lateral (select value collate "C" from jsonb_array_elements_text(event.linked::jsonb)) as link"#
+    };
+}
+macro_rules! postgres_told {
+    () => {
+        "(select distinct root, event_key from reached
+          cross join lateral (select event_key from mentions where mentions.object_id = reached.object_id offset 0) as mention) as told
+         cross join lateral (select key, telling from events where events.key = told.event_key and telling is not null offset 0) as event "
+    };
+}
+
+/// The statements that each engine needs in its own words.
 struct Words {
     invoice_and_tellings: &'static str,
     tellings_of_each: &'static str,
 }
 
 const SQLITE: Words = Words {
-    invoice_and_tellings: invoice_and_tellings!("json_each(events.linked)"),
-    tellings_of_each: tellings_of_each!("json_each($1)", "json_each(events.linked)"),
+    invoice_and_tellings: invoice_and_tellings!(sqlite_hop!(), sqlite_told!()),
+    tellings_of_each: tellings_of_each!("json_each($1)", sqlite_hop!(), sqlite_told!()),
 };
 const POSTGRES: Words = Words {
-    invoice_and_tellings: invoice_and_tellings!(
-        r#"lateral (select value collate "C" from jsonb_array_elements_text(events.linked::jsonb))"#
-    ),
+    invoice_and_tellings: invoice_and_tellings!(postgres_hop!(), postgres_told!()),
     tellings_of_each: tellings_of_each!(
         r#"(select value collate "C" from jsonb_array_elements_text($1::jsonb))"#,
-        r#"lateral (select value collate "C" from jsonb_array_elements_text(events.linked::jsonb))"#
+        postgres_hop!(),
+        postgres_told!()
     ),
 };
 

@@ -171,7 +171,7 @@ impl Store {
     async fn writing(&self) -> Result<Session, StoreError> {
         match &self.0 {
             Engine::Sqlite(store) => store.transaction().await,
-            Engine::Postgres(store) => store.transaction("begin").await,
+            Engine::Postgres(store) => store.transaction().await,
         }
     }
 
@@ -179,7 +179,7 @@ impl Store {
     async fn transaction(&self) -> Result<Session, StoreError> {
         match &self.0 {
             Engine::Sqlite(store) => store.transaction().await,
-            Engine::Postgres(store) => store.transaction("begin isolation level serializable").await,
+            Engine::Postgres(store) => store.serializable().await,
         }
     }
 }

@@ -63,6 +63,8 @@ impl PostgresStore {
         let options = options.extra_float_digits(None).application_name("stripe-reconciler");
         let looked_at = timeout(STATEMENT_TIMEOUT, look_at(url, &options)).await;
         let is_pooled = looked_at.map_err(|_| StoreError::Unavailable("the server does not answer".to_owned()))??;
+        // Compiling a statement takes longer than any of ours runs. Poolers do not know this parameter.
+        let options = if is_pooled { options } else { options.options([("jit", "off")]) };
         let (is_closed, is_doubted) = (watch::Sender::new(false), AtomicBool::new(false));
         let state = GateState { options: options.clone(), is_closed, is_doubted, opened: Mutex::new(Instant::now()) };
         let gate = Gate(Arc::new(state));
@@ -83,14 +85,22 @@ impl PostgresStore {
         let mut session = self.acquire().await?;
         if self.is_pooled {
             // sqlx prepares and executes in two steps, and a pooler keeps both on one connection only within a transaction.
-            session.begin("begin").await?;
+            session.begin(BEGIN).await?;
         }
         Ok(session)
     }
 
-    pub async fn transaction(&self, begin: &'static str) -> Result<Session, StoreError> {
+    /// A transaction whose statements each stand alone.
+    pub async fn transaction(&self) -> Result<Session, StoreError> {
         let mut session = self.acquire().await?;
-        session.begin(begin).await?;
+        session.begin(BEGIN).await?;
+        Ok(session)
+    }
+
+    /// A transaction that is as if it ran alone, or fails.
+    pub async fn serializable(&self) -> Result<Session, StoreError> {
+        let mut session = self.acquire().await?;
+        session.begin(BEGIN_SERIALIZABLE).await?;
         Ok(session)
     }
 
@@ -157,6 +167,10 @@ impl PostgresStore {
         self.pool.close().await;
     }
 }
+
+/// What a connection is told when it is made, a pooler is told with every transaction.
+const BEGIN: &str = "begin; set local jit = off";
+const BEGIN_SERIALIZABLE: &str = "begin isolation level serializable; set local jit = off";
 
 /// Sorted, so that batches of several writers take their locks in one order.
 const APPEND: &str = "
