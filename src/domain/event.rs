@@ -5,6 +5,7 @@
 //! is `fact` and `history`. What the objects look like is in `object`.
 
 use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
@@ -118,7 +119,8 @@ pub fn read(body: &[u8]) -> Reading {
         Ok(json) => json,
         Err(error) => return unreadable(not_json(&error)),
     };
-    match event(&json) {
+    let is_fetched = text(&json, "object").as_deref() == Some(FETCHED);
+    match if is_fetched { fetched(&json, body) } else { event(&json) } {
         Ok(event) => Reading::Event(Box::new(event)),
         Err(reason) => unreadable(reason.to_owned()),
     }
@@ -133,9 +135,6 @@ fn not_json(error: &serde_json::Error) -> String {
 fn event(json: &Value) -> Result<Event, &'static str> {
     if !json.is_object() {
         return Err("the body is JSON, but not an object");
-    }
-    if text(json, "object").as_deref() == Some(FETCHED) {
-        return fetched(json);
     }
     let id = text(json, "id").ok_or("no event: `id` is not a string")?;
     let event_type = text(json, "type").ok_or("no event: `type` is not a string")?;
@@ -187,7 +186,7 @@ pub fn envelope(object: &Value, fetched_s: i64, account: Option<&str>) -> Value 
 }
 
 /// Its key is the object as it stands, whenever it was fetched: an object that has not changed adds nothing.
-fn fetched(json: &Value) -> Result<Event, &'static str> {
+fn fetched(json: &Value, body: &[u8]) -> Result<Event, &'static str> {
     let object = json.pointer("/data/object").filter(|o| o.is_object()).ok_or("fetched: `data.object` is not an object")?;
     let id = text(object, "id").ok_or("fetched: `data.object.id` is not a string")?;
     let created =
@@ -204,10 +203,23 @@ fn fetched(json: &Value) -> Result<Event, &'static str> {
         object,
     });
     let account = id_of(json, "account").unwrap_or_default();
-    let content = object.to_string();
-    let key = EventKey::new(&id, &[FETCHED.as_bytes(), account.as_bytes(), id.as_bytes(), content.as_bytes()]);
+    let content = content(body).ok_or("fetched: `data.object` cannot be read")?;
+    let key = EventKey::new(&id, &[FETCHED.as_bytes(), account.as_bytes(), id.as_bytes(), content.get().as_bytes()]);
     let object_id = Some(id.clone());
     Ok(Event { key, id, event_type: FETCHED.to_owned(), api_version: None, object_id, created, telling })
+}
+
+/// The fetched object as it stands, with the fields that nothing here reads yet: the key stays when a later version reads more.
+fn content(envelope: &[u8]) -> Option<Box<RawValue>> {
+    #[derive(Deserialize)]
+    struct Envelope {
+        data: Data,
+    }
+    #[derive(Deserialize)]
+    struct Data {
+        object: Box<RawValue>,
+    }
+    serde_json::from_slice::<Envelope>(envelope).ok().map(|envelope| envelope.data.object)
 }
 
 /// Snapshot events carry Unix seconds, thin ones RFC 3339 with up to nanoseconds, cut to the second here.

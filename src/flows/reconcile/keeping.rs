@@ -15,7 +15,7 @@ use crate::domain::event::{EventKey, Telling, envelope};
 use crate::domain::history::{Entry, Known, fold};
 use crate::domain::invoice::{ImportedState, timestamp};
 use crate::flows::ingest::{Delivery, keep, prepare};
-use crate::flows::invoices::{imported_states, known, read_tellings};
+use crate::flows::invoices::{history, imported_states, known, read_tellings};
 use crate::inbox::{Inbox, InboxError};
 use crate::store::{NewEvent, Outcome, Source, StoreError, StoredInvoice};
 
@@ -90,23 +90,28 @@ impl<'t> Keeper<'t> {
 
     /// The histories that these events may change, as they are before.
     async fn remember(&mut self, events: &[NewEvent]) -> Result<(), ReconcileError> {
-        let mentioned = events.iter().flat_map(|event| event.mentions.iter().map(|mention| mention.object_id.clone()));
-        let seeds: Vec<String> = mentioned.collect::<HashSet<_>>().into_iter().collect();
-        for seeds in seeds.chunks(SEEDS) {
-            let told = read_tellings(&self.tools.store.told_of(seeds).await?)?;
-            let mentioned = told.iter().flat_map(|known| known.telling.mentions()).filter(|mention| mention.is_invoice);
-            // Any of the seeds may be an invoice itself.
-            let reached: HashSet<String> = mentioned.map(|mention| mention.object_id).chain(seeds.iter().cloned()).collect();
-            let reached: Vec<String> = reached.into_iter().collect();
-            for (tenant_uid, invoice_uid, stripe_invoice_id) in self.tools.store.holders(&reached).await? {
-                let place = (tenant_uid, invoice_uid);
-                if self.before.contains_key(&place) {
-                    continue;
-                }
-                if let Some(stored) = self.tools.store.invoice(&place.0, &place.1).await? {
-                    let history = fold(Some(&stripe_invoice_id), &imported_states(&stored)?, &known(&stored)?);
-                    self.before.insert(place, Before { stripe_invoice_id, history });
-                }
+        let mut objects: HashSet<String> = HashSet::new();
+        let mut invoices: HashSet<String> = HashSet::new();
+        for mention in events.iter().flat_map(|event| &event.mentions) {
+            let named = if mention.is_invoice { &mut invoices } else { &mut objects };
+            named.insert(mention.object_id.clone());
+        }
+        let objects: Vec<String> = objects.into_iter().collect();
+        for some in objects.chunks(SEEDS) {
+            for known in read_tellings(&self.tools.store.told_of(some).await?)? {
+                let mentions = known.telling.mentions().into_iter().filter(|mention| mention.is_invoice);
+                invoices.extend(mentions.map(|mention| mention.object_id));
+            }
+        }
+        let invoices: Vec<&str> = invoices.iter().map(String::as_str).collect();
+        for stored in self.tools.store.to_check(&invoices).await? {
+            let place = (stored.tenant_uid, stored.invoice_uid);
+            if self.before.contains_key(&place) {
+                continue;
+            }
+            if let Some(stored) = self.tools.store.invoice(&place.0, &place.1).await? {
+                let stripe_invoice_id = stored.stripe_invoice_id.clone().unwrap_or_default();
+                self.before.insert(place, Before { stripe_invoice_id, history: history(&stored)? });
             }
         }
         Ok(())
