@@ -24,9 +24,8 @@ alter table events alter column body set storage external;
 -- The log only grows: without this, vacuum would visit a table of hundreds of millions of rows after 20 % more have come.
 alter table events set (
     toast_tuple_target = 8160,
-    autovacuum_vacuum_insert_scale_factor = 0.02,
-    autovacuum_vacuum_scale_factor = 0.02,
-    autovacuum_analyze_scale_factor = 0.02
+    autovacuum_vacuum_insert_threshold = 1000000,
+    autovacuum_vacuum_insert_scale_factor = 0.02
 );
 
 -- Which objects an event names: what histories are gathered by. `events.linked` holds those that are no invoices, as JSON: from
@@ -36,11 +35,7 @@ create table mentions (
     event_key bytea not null,
     primary key (object_id, event_key)
 );
-alter table mentions set (
-    autovacuum_vacuum_insert_scale_factor = 0.02,
-    autovacuum_vacuum_scale_factor = 0.02,
-    autovacuum_analyze_scale_factor = 0.02
-);
+alter table mentions set (autovacuum_vacuum_insert_threshold = 1000000, autovacuum_vacuum_insert_scale_factor = 0.02);
 
 create table invoices (
     tenant_uid        text   collate "C" not null,
