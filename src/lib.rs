@@ -27,8 +27,8 @@
 //! # The paths
 //!
 //! * **A delivery**: `http/webhook` (limit, raw bytes) → `domain/signature` → `flows/ingest` → `domain/event` → `inbox` →
-//!   `store/events` (one batch, one transaction, durable) → 200.
-//! * **A read**: `http/auth` → `store/invoices` (the invoice and what was told about it) → `domain/history` → JSON.
+//!   `store/sqlite` or `store/postgres` (one batch, one transaction, durable) → 200.
+//! * **A read**: `http/invoices` → `store/histories` (key, invoice and what was told, in one round trip) → `domain/history` → JSON.
 //! * **A replay**: recorded payloads → `flows/ingest`, without a signature, marked as replayed.
 //! * **A pass against Stripe's API**: `stripe_api` → `flows/reconcile` (events, thin events' objects, links, invoices) → the same
 //!   reading and the same append; `domain/comparison` says what differs.

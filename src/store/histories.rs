@@ -1,6 +1,6 @@
 //! An invoice and all that is told about it, read in one round trip, together with the API keys of who asks.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 
 use super::events::event_key;
 use super::invoices::{InvoiceRow, StoredInvoice, StoredTelling, stored_invoice};
@@ -41,12 +41,15 @@ type Row = (i64, Text, Text, Text, Number, Number, Number, Option<Vec<u8>>);
 type Text = Option<String>;
 type Number = Option<i64>;
 
-/// The same for several objects: `$1` is a JSON array of their ids.
-macro_rules! tellings_of_each {
-    ($ids:literal, $hop:expr, $told:expr) => {
+/// The same for several objects: `$1` is a JSON array of their ids. `$root` says what each telling comes with: the id that led to
+/// it, or the same for all, so that it comes once.
+macro_rules! tellings {
+    ($root:literal, $ids:literal, $hop:expr, $told:expr) => {
         concat!(
             "with recursive reached (root, object_id) as (
-                 select ids.value, ids.value from ",
+                 select ",
+            $root,
+            ", ids.value from ",
             $ids,
             " as ids
                  union
@@ -92,15 +95,24 @@ macro_rules! postgres_told {
 struct Words {
     invoice_and_tellings: &'static str,
     tellings_of_each: &'static str,
+    tellings_of_all: &'static str,
 }
 
 const SQLITE: Words = Words {
     invoice_and_tellings: invoice_and_tellings!(sqlite_hop!(), sqlite_told!()),
-    tellings_of_each: tellings_of_each!("json_each($1)", sqlite_hop!(), sqlite_told!()),
+    tellings_of_each: tellings!("ids.value", "json_each($1)", sqlite_hop!(), sqlite_told!()),
+    tellings_of_all: tellings!("''", "json_each($1)", sqlite_hop!(), sqlite_told!()),
 };
 const POSTGRES: Words = Words {
     invoice_and_tellings: invoice_and_tellings!(postgres_hop!(), postgres_told!()),
-    tellings_of_each: tellings_of_each!(
+    tellings_of_each: tellings!(
+        "ids.value",
+        r#"(select value collate "C" from jsonb_array_elements_text($1::jsonb))"#,
+        postgres_hop!(),
+        postgres_told!()
+    ),
+    tellings_of_all: tellings!(
+        r#"'' collate "C""#,
         r#"(select value collate "C" from jsonb_array_elements_text($1::jsonb))"#,
         postgres_hop!(),
         postgres_told!()
@@ -139,10 +151,10 @@ impl Store {
     /// All that is told about these objects and those that belong with them; more may be among it.
     pub async fn told_of(&self, object_ids: &[String]) -> Result<Vec<StoredTelling>, StoreError> {
         let mut session = self.session().await?;
-        let found = tellings_of_each(&mut session, &object_ids.iter().collect::<Vec<_>>()).await?;
+        let sql = Words::of(&session).tellings_of_all;
+        let found = tellings(&mut session, sql, &object_ids.iter().collect::<Vec<_>>()).await?;
         session.done().await?;
-        let mut seen = HashSet::new();
-        Ok(found.into_iter().map(|(_, telling)| telling).filter(|telling| seen.insert(telling.key)).collect())
+        Ok(found.into_iter().map(|(_, telling)| telling).collect())
     }
 }
 
@@ -181,7 +193,7 @@ pub(super) async fn read(
 pub(super) async fn tell(session: &mut Session, invoices: &mut [StoredInvoice]) -> Result<(), StoreError> {
     let ids: Vec<&String> = invoices.iter().filter_map(|invoice| invoice.stripe_invoice_id.as_ref()).collect();
     let mut told: HashMap<String, Vec<StoredTelling>> = HashMap::new();
-    for (stripe_invoice_id, telling) in tellings_of_each(session, &ids).await? {
+    for (stripe_invoice_id, telling) in tellings(session, Words::of(session).tellings_of_each, &ids).await? {
         told.entry(stripe_invoice_id).or_default().push(telling);
     }
     for invoice in invoices {
@@ -190,10 +202,8 @@ pub(super) async fn tell(session: &mut Session, invoices: &mut [StoredInvoice]) 
     Ok(())
 }
 
-/// Each telling with the id that led to it: with several, where several did.
-async fn tellings_of_each(session: &mut Session, ids: &[&String]) -> Result<Vec<(String, StoredTelling)>, StoreError> {
+async fn tellings(session: &mut Session, sql: &'static str, ids: &[&String]) -> Result<Vec<(String, StoredTelling)>, StoreError> {
     let ids = serde_json::to_string(ids).expect("strings always serialise");
-    let sql = Words::of(session).tellings_of_each;
     let found = rows!(session, fetch_all, (String, Vec<u8>, String), sql, ids)?;
-    found.into_iter().map(|(id, key, json)| Ok((id, StoredTelling { key: event_key(key)?, json }))).collect()
+    found.into_iter().map(|(root, key, json)| Ok((root, StoredTelling { key: event_key(key)?, json }))).collect()
 }
