@@ -17,7 +17,7 @@
 //! | [`store`] | the only SQL | `inbox`, `flows`, `http`, `config` (is this a database URL?), `cli` |
 //! | [`metrics`] | what is counted and measured, by which names | `inbox`, `flows`, `http`, `cli` |
 //! | [`inbox`] | group commit: many deliveries, one durable transaction | `flows`, `http`, `cli` |
-//! | [`flows`] | one path per file: ingest, replay, rebuild, import, reconcile, signs, doctor | `http`, `cli` |
+//! | [`flows`] | one path per file: ingest, replay, rebuild, import, reconcile, evidence, signs, doctor | `http`, `cli` |
 //! | [`http`] | the only axum: webhook endpoint, read endpoint, operator's calls | `cli` |
 //! | [`telemetry`] | logs | `config`, `cli` |
 //! | [`config`] | settings and secrets | `cli` |

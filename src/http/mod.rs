@@ -6,6 +6,7 @@
 mod around;
 mod auth;
 mod error;
+mod evidence;
 mod health;
 mod invoices;
 mod metrics;
@@ -72,6 +73,7 @@ pub fn router(state: AppState, metrics_at: MetricsAt) -> Router {
     let routes = Router::new()
         .route("/webhooks/stripe", post(webhook::receive))
         .route("/v1/tenants/{tenantUid}/invoices/{invoiceUid}", invoice)
+        .route("/v1/tenants/{tenantUid}/invoices/{invoiceUid}/evidence", get(evidence::read))
         .route("/v1/tenants/{tenantUid}/invoices", get(invoices::list))
         .route("/v1/tenants/{tenantUid}/invoices/", get(invoices::without_uid).put(invoices::without_uid))
         .route("/healthz", get(health::alive))
