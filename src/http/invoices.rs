@@ -16,7 +16,7 @@ use crate::domain::invoice::{self, Fault};
 use crate::flows::invoices::{self as flow, Page, PageRequest, StateFilter};
 use crate::store::{Put, Scope, StoredInvoice};
 
-type TenantAndInvoice = Result<Path<(String, String)>, PathRejection>;
+pub type TenantAndInvoice = Result<Path<(String, String)>, PathRejection>;
 
 /// `GET /v1/tenants/{tenantUid}/invoices/{invoiceUid}`
 pub async fn read(State(state): State<AppState>, headers: HeaderMap, path: TenantAndInvoice) -> Result<Response, ApiError> {
@@ -95,7 +95,7 @@ pub async fn list(
     if !scope.reads(&tenant_uid) {
         return Err(ApiError::NotFound);
     }
-    let Query(query) = query.map_err(|_| ApiError::InvalidQuery("the query cannot be read, or repeats a name".to_owned()))?;
+    let Query(query) = query?;
     let request = query.into_request(tenant_uid)?;
     let Page { invoices, next } = flow::page(&state.store, &request).await?;
     let items = invoices.iter().map(flow::render).collect::<Result<Vec<Value>, _>>()?;
@@ -135,7 +135,11 @@ impl ListQuery {
     }
 }
 
-fn valid(path: TenantAndInvoice) -> Result<(String, String), ApiError> {
+/// The ids in a path.
+///
+/// # Errors
+/// `InvalidPath`: one of them can be none.
+pub fn valid(path: TenantAndInvoice) -> Result<(String, String), ApiError> {
     let Path((tenant_uid, invoice_uid)) = path.map_err(|_| not_utf8())?;
     valid_uid("tenantUid", &tenant_uid)?;
     valid_uid("invoiceUid", &invoice_uid)?;

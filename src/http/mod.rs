@@ -6,6 +6,7 @@
 mod around;
 mod auth;
 mod error;
+mod evidence;
 mod health;
 mod invoices;
 mod webhook;
@@ -56,6 +57,7 @@ pub fn router(state: AppState) -> Router {
     Router::new()
         .route("/webhooks/stripe", post(webhook::receive))
         .route("/v1/tenants/{tenantUid}/invoices/{invoiceUid}", invoice)
+        .route("/v1/tenants/{tenantUid}/invoices/{invoiceUid}/evidence", get(evidence::read))
         .route("/v1/tenants/{tenantUid}/invoices", get(invoices::list))
         .route("/v1/tenants/{tenantUid}/invoices/", get(invoices::without_uid).put(invoices::without_uid))
         .route("/healthz", get(health::alive))

@@ -8,6 +8,7 @@ mod support;
 
 mod by_turns;
 mod commands;
+mod evidence;
 mod failover;
 mod invoices;
 mod kill_nine;
