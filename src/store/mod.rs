@@ -22,7 +22,7 @@ pub use error::StoreError;
 pub use events::{Appended, EventFilter, LoggedEvent, NewEvent, Outcome, PackedBody, Source, StoredBody};
 pub use invoices::{InvoiceCursor, NewInvoice, Put, StoredInvoice, StoredTelling};
 pub use keys::{ApiKey, Scope};
-pub use reconciling::{Asked, AskedAbout, Backlog, Checked, Comparison, Run, ToAsk, ToCheck};
+pub use reconciling::{Asked, AskedAbout, Backlog, CLOCKS_DIFFER_MS, Checked, Comparison, Run, ToAsk, ToCheck};
 pub use signs::{Awaited, COUNTED, Counted, Disk, LogLine, News, Space};
 
 use postgres::PostgresStore;
