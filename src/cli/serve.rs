@@ -17,8 +17,7 @@ use crate::clock::Clock;
 use crate::config::{Config, Flags, Mistakes, Purpose};
 use crate::domain::signature::SigningSecrets;
 use crate::flows::reconcile::{self, Tools};
-use crate::flows::signs::Signs;
-use crate::http::{self, AppState, MetricsAt, Scrapers};
+use crate::http::{self, AppState, MetricsAt};
 use crate::inbox::Inbox;
 use crate::metrics::Metrics;
 use crate::store::Store;
@@ -115,19 +114,8 @@ pub(super) async fn serve(service: Service, stopping: CancellationToken) {
         let tools = Tools { store: store.clone(), inbox, api, clock: Clock::system(), metrics };
         beside.spawn(reconcile::work(tools, stopping.clone()));
     }
-    let labels = secrets.labels().into_iter().map(str::to_owned).collect();
-    let signs = Arc::new(Signs::new(store.clone(), metrics.clone(), Clock::system(), labels));
-    beside.spawn(signs.clone().keep_reading(stopping.clone()));
-    let state = AppState {
-        store: store.clone(),
-        inbox,
-        secrets: Arc::new(secrets),
-        clock: Clock::system(),
-        metrics,
-        signs,
-        scrapers: Scrapers::default(),
-        stopping: stopping.clone(),
-    };
+    let state = AppState::new(store.clone(), inbox, secrets, Clock::system(), metrics, stopping.clone());
+    beside.spawn(state.signs.clone().keep_reading(stopping.clone()));
     let metrics_at = match metrics_listener {
         Some(listener) => {
             beside.spawn(http::serve(listener, http::metrics_router(state.clone()), stopping.clone()));

@@ -122,10 +122,11 @@ impl Pass {
 pub async fn read_on(store: &Store, now_ms: i64) -> Result<bool, StoreError> {
     let progress = store.progress(READ_UNTIL).await?;
     let known_ms = progress.into_iter().find(|(name, _)| name == READ_UNTIL).map(|(_, until_ms)| until_ms);
-    let from_ms = known_ms.unwrap_or_default().max(now_ms - DAYS_30_MS);
+    // What is noted for later than now, a clock noted that was ahead.
+    let from_ms = known_ms.unwrap_or_default().clamp(now_ms - DAYS_30_MS, now_ms - SETTLING_MS);
     let (mut news, mut last, mut rows) = (News::default(), None, 0);
     let is_more = loop {
-        let page = store.log_lines(from_ms, last, PAGE).await?;
+        let page = store.log_lines(from_ms, last, now_ms, PAGE).await?;
         page.iter().for_each(|line| note(line, &mut news));
         rows += page.len();
         last = page.last().map(|line| (line.received_ms, line.key)).or(last);
@@ -137,10 +138,11 @@ pub async fn read_on(store: &Store, now_ms: i64) -> Result<bool, StoreError> {
     };
     let Some((last_ms, _)) = last else { return Ok(false) };
     let delivered_ms = news.moments.get(DELIVERED).copied().unwrap_or(last_ms);
-    store.keep_news(&news, silence::first_hour(delivered_ms), now_ms - DAYS_30_MS).await?;
-    // More of the last millisecond may be to come.
-    let until_ms = (last_ms - 1).min(now_ms - SETTLING_MS).max(from_ms);
-    if known_ms.is_none_or(|known_ms| known_ms < until_ms) {
+    store.keep_news(&news, now_ms, silence::first_hour(delivered_ms), now_ms - DAYS_30_MS).await?;
+    // There may be more of the last millisecond.
+    let done_ms = if is_more { (last_ms - 1).max(from_ms + 1) } else { last_ms };
+    let until_ms = done_ms.min(now_ms - SETTLING_MS);
+    if known_ms != Some(until_ms) {
         store.set_progress(READ_UNTIL, until_ms).await?;
     }
     Ok(is_more)
@@ -244,7 +246,7 @@ impl Signs {
         let moments =
             refused.keys().map(|reason| (format!("{REFUSED}{reason}"), self.clock.now_ms())).collect::<BTreeMap<_, _>>();
         if !moments.is_empty() {
-            self.store.note_moments(&moments).await?;
+            self.store.note_moments(&moments, self.clock.now_ms()).await?;
             self.refused.lock().unwrap_or_else(PoisonError::into_inner).extend(refused);
         }
         read_on(&self.store, self.clock.now_ms()).await.map(drop)

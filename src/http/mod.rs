@@ -34,7 +34,7 @@ use crate::inbox::Inbox;
 use crate::metrics::Metrics;
 use crate::store::Store;
 use error::ApiError;
-pub use metrics::Scrapers;
+use metrics::Scrapers;
 
 /// The largest body that is read, in bytes.
 const BODY_LIMIT: usize = 1024 * 1024;
@@ -54,9 +54,25 @@ pub struct AppState {
     pub clock: Clock,
     pub metrics: Arc<Metrics>,
     pub signs: Arc<Signs>,
-    pub scrapers: Scrapers,
+    scrapers: Scrapers,
     /// Set when the server is asked to stop.
     pub stopping: CancellationToken,
+}
+
+impl AppState {
+    pub fn new(
+        store: Store,
+        inbox: Inbox,
+        secrets: SigningSecrets,
+        clock: Clock,
+        metrics: Arc<Metrics>,
+        stopping: CancellationToken,
+    ) -> AppState {
+        let labels = secrets.labels().into_iter().map(str::to_owned).collect();
+        let signs = Arc::new(Signs::new(store.clone(), metrics.clone(), clock.clone(), labels));
+        let (secrets, scrapers) = (Arc::new(secrets), Scrapers::default());
+        AppState { store, inbox, secrets, clock, metrics, signs, scrapers, stopping }
+    }
 }
 
 /// Where `/metrics` is.

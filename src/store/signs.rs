@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde_json::json;
 
 use super::events::{LAST, PackedBody, Source, event_key};
+use super::reconciling::CLOCKS_DIFFER_MS;
 use super::session::{execute, rows};
 use super::{Engine, Store, StoreError};
 use crate::domain::event::EventKey;
@@ -72,13 +73,14 @@ pub struct Disk {
 
 const LOG_LINES: &str = "
     select key, received_ms, source, secret_label, telling, case when telling is null and outcome <> 'unreadable' then body end
-    from events where (received_ms, key) > ($1, $2) order by received_ms, key limit $3";
+    from events where (received_ms, key) > ($1, $2) and received_ms <= $3 order by received_ms, key limit $4";
 type LogLineRow = (Vec<u8>, i64, String, Option<String>, Option<String>, Option<Vec<u8>>);
 
 const MOMENTS: &str = "select name, at_ms from moments order by name limit 10000";
 const NOTE_MOMENT: &str = "
     insert into moments (name, at_ms) values ($1, $2)
-    on conflict (name) do update set at_ms = excluded.at_ms where moments.at_ms < excluded.at_ms";
+    on conflict (name) do update set at_ms = excluded.at_ms
+    where moments.at_ms < excluded.at_ms or moments.at_ms > $3";
 const HOURS: &str = "select hour from delivery_hours where hour >= $1 order by hour limit 10000";
 const NOTE_HOUR: &str = "insert into delivery_hours (hour) values ($1) on conflict do nothing";
 const FORGET_HOURS: &str = "delete from delivery_hours where hour < $1";
@@ -118,17 +120,24 @@ const DIFFERING: &str = "
 
 impl Store {
     /// A page of the log with what signs are read from, oldest receipt first: what was received later than `after_ms`, or comes
-    /// after a row of the page before.
-    pub async fn log_lines(&self, after_ms: i64, after: Option<(i64, EventKey)>, limit: u32) -> Result<Vec<LogLine>, StoreError> {
+    /// after a row of the page before; and not later than now.
+    pub async fn log_lines(
+        &self,
+        after_ms: i64,
+        after: Option<(i64, EventKey)>,
+        now_ms: i64,
+        limit: u32,
+    ) -> Result<Vec<LogLine>, StoreError> {
         let (received_ms, key) = after.unwrap_or((after_ms, LAST.1));
+        let latest_ms = now_ms + CLOCKS_DIFFER_MS;
         let mut session = self.session().await?;
-        let found = rows!(session, fetch_all, LogLineRow, LOG_LINES, received_ms, &key.0[..], i64::from(limit))?;
+        let found = rows!(session, fetch_all, LogLineRow, LOG_LINES, received_ms, &key.0[..], latest_ms, i64::from(limit))?;
         session.done().await?;
         found.into_iter().map(log_line).collect()
     }
 
     /// Keeps what a part of the log adds. Forgets hours before `first_hour`, and what was named before `named_from_ms`.
-    pub async fn keep_news(&self, news: &News, first_hour: i64, named_from_ms: i64) -> Result<(), StoreError> {
+    pub async fn keep_news(&self, news: &News, now_ms: i64, first_hour: i64, named_from_ms: i64) -> Result<(), StoreError> {
         let pairs: Vec<_> = news.named.iter().map(|(id, at_ms)| json!([id, at_ms])).collect();
         let note_awaited = match &self.0 {
             Engine::Sqlite(_) => NOTE_AWAITED_IN_SQLITE,
@@ -137,7 +146,7 @@ impl Store {
         let mut session = self.writing().await?;
         // In one order, so that processes that keep news at the same time do not wait for each other in a circle.
         for (name, at_ms) in &news.moments {
-            execute!(session, NOTE_MOMENT, name, at_ms)?;
+            execute!(session, NOTE_MOMENT, name, at_ms, now_ms + CLOCKS_DIFFER_MS)?;
         }
         for hour in &news.hours {
             execute!(session, NOTE_HOUR, hour)?;
@@ -148,11 +157,12 @@ impl Store {
         session.commit().await
     }
 
-    /// Notes when things last happened, by their names; what is known to have happened later stays.
-    pub async fn note_moments(&self, moments: &BTreeMap<String, i64>) -> Result<(), StoreError> {
+    /// Notes when things last happened, by their names. What is known to have happened later stays, unless that is later than now:
+    /// a clock was ahead.
+    pub async fn note_moments(&self, moments: &BTreeMap<String, i64>, now_ms: i64) -> Result<(), StoreError> {
         let mut session = self.writing().await?;
         for (name, at_ms) in moments {
-            execute!(session, NOTE_MOMENT, name, at_ms)?;
+            execute!(session, NOTE_MOMENT, name, at_ms, now_ms + CLOCKS_DIFFER_MS)?;
         }
         session.commit().await
     }

@@ -40,6 +40,9 @@ pub fn database_away(error: &StoreError) -> Check {
         StoreError::Unavailable(reason) if reason.contains("migrat") => {
             "Run `stripe-reconciler migrate`; `serve` does it when it starts."
         }
+        StoreError::Away(reason) if reason.starts_with("there is no file") => {
+            "Put DATABASE_URL right; or, for a new one, start `serve`, which makes it."
+        }
         _ => {
             "Start it, or put DATABASE_URL right. Meanwhile deliveries are answered 503 and nothing is lost: Stripe delivers them \
              again for three days."

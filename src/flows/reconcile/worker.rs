@@ -82,8 +82,9 @@ async fn fetch(tools: &Tools) -> Result<Worked, ReconcileError> {
 /// For `doctor`, which may be asked elsewhere.
 async fn note_failure(tools: &Tools) {
     tools.metrics.reconcile.runs.with_label_values(&["failed"]).inc();
-    let moment = BTreeMap::from([(RECONCILING_FAILED.to_owned(), tools.clock.now_ms())]);
-    if let Err(error) = tools.store.note_moments(&moment).await {
+    let now_ms = tools.clock.now_ms();
+    let moment = BTreeMap::from([(RECONCILING_FAILED.to_owned(), now_ms)]);
+    if let Err(error) = tools.store.note_moments(&moment, now_ms).await {
         tracing::debug!(%error, "it could not be noted that reconciling failed");
     }
 }

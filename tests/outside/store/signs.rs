@@ -26,28 +26,33 @@ each_store! {
         let silent = NewEvent { source: Source::Replay, secret_label: None, body: body("silent"), ..event("evt_b", 1, "in_1", 10) };
         let unreadable = NewEvent { outcome: Outcome::Unreadable, ..event("evt_c", 1, "in_1", 30) };
         store.append(&[unreadable.clone(), silent.clone(), told.clone()]).await.unwrap();
-        let all: Vec<LogLine> = store.log_lines(9, None, 10).await.unwrap();
+        let all: Vec<LogLine> = store.log_lines(9, None, 50, 10).await.unwrap();
         let keys: Vec<_> = all.iter().map(|line| line.key).collect();
         assert_eq!(keys, [told.key, silent.key, unreadable.key]);
         assert_eq!(all[0].telling.as_deref(), Some("{}"));
         assert!(all[0].body.is_none() && all[2].body.is_none(), "only what tells nothing is looked into");
         assert_eq!((all[1].source, all[1].body.clone()), (Source::Replay, Some(body("silent"))));
         assert_eq!((all[0].secret_label.as_deref(), all[1].secret_label.as_deref()), (Some("live"), None));
-        assert_eq!(store.log_lines(10, None, 10).await.unwrap().len(), 1, "later than this");
-        let rest = store.log_lines(9, Some((10, told.key)), 1).await.unwrap();
+        assert_eq!(store.log_lines(10, None, 50, 10).await.unwrap().len(), 1, "later than this");
+        let clock_behind = store.log_lines(9, None, 20 - 60_000, 10).await.unwrap();
+        assert_eq!(clock_behind.len(), 2, "what a clock that was ahead received is read when its time comes");
+        let rest = store.log_lines(9, Some((10, told.key)), 50, 1).await.unwrap();
         assert_eq!(rest[0].key, silent.key);
     }
 
     async fn what_last_happened_is_kept_and_nothing_earlier_overwrites_it(place: Place) {
         let store = &place.store;
         assert!(store.moments().await.unwrap().is_empty());
-        store.note_moments(&of(&[("delivered live", 20), ("secret it's", 5)])).await.unwrap();
-        store.note_moments(&of(&[("delivered live", 10), ("secret it's", 6)])).await.unwrap();
+        store.note_moments(&of(&[("delivered live", 20), ("secret it's", 5)]), 50).await.unwrap();
+        store.note_moments(&of(&[("delivered live", 10), ("secret it's", 6)]), 50).await.unwrap();
         assert_eq!(store.moments().await.unwrap(), of(&[("delivered live", 20), ("secret it's", 6)]));
         let news = News { moments: of(&[("delivered live", 30)]), hours: BTreeSet::from([1, 5, 9]), ..News::default() };
-        store.keep_news(&news, 5, 0).await.unwrap();
-        store.keep_news(&News { hours: BTreeSet::from([9, 10]), ..News::default() }, 5, 0).await.unwrap();
+        store.keep_news(&news, 50, 5, 0).await.unwrap();
+        store.keep_news(&News { hours: BTreeSet::from([9, 10]), ..News::default() }, 50, 5, 0).await.unwrap();
         assert_eq!(store.moments().await.unwrap()["delivered live"], 30);
+        store.note_moments(&of(&[("delivered live", 90_000)]), 90_000).await.unwrap();
+        store.note_moments(&of(&[("delivered live", 29_000)]), 29_000).await.unwrap();
+        assert_eq!(store.moments().await.unwrap()["delivered live"], 29_000, "the clock was ahead");
         assert_eq!(store.delivery_hours(0).await.unwrap(), BTreeSet::from([5, 9, 10]));
         assert_eq!(store.delivery_hours(10).await.unwrap(), BTreeSet::from([10]));
     }
@@ -57,7 +62,7 @@ each_store! {
             let store = place.store.clone();
             let news = News { moments: (0..20).map(|m| (format!("moment {m}"), n)).collect(), hours: (0..20).collect(),
                 named: (0..20).map(|m| (format!("in_{m}"), n)).collect() };
-            tokio::spawn(async move { store.keep_news(&news, 0, 0).await })
+            tokio::spawn(async move { store.keep_news(&news, 50, 0, 0).await })
         }).collect();
         for kept in keeping {
             kept.await.unwrap().unwrap();
@@ -70,14 +75,14 @@ each_store! {
         let store = &place.store;
         store.append(&[event("evt_a", 1, "in_1", 10), event("evt_b", 1, "in_1", 20), event("evt_c", 1, "in_2", 15)]).await.unwrap();
         store.put_invoice(&invoice("acme", "c", Some("in_3")), 1, &|_| true).await.unwrap();
-        store.keep_news(&named(&[("in_1", 10), ("in_2", 15), ("in_3", 12)]), 0, 0).await.unwrap();
-        store.keep_news(&named(&[("in_1", 20)]), 0, 0).await.unwrap();
+        store.keep_news(&named(&[("in_1", 10), ("in_2", 15), ("in_3", 12)]), 50, 0, 0).await.unwrap();
+        store.keep_news(&named(&[("in_1", 20)]), 50, 0, 0).await.unwrap();
         let both = [awaited("in_1", 10, 2), awaited("in_2", 15, 1)];
         assert_eq!(store.awaited(10).await.unwrap(), both, "in_3 is stored, and what came first counts");
         assert_eq!(store.awaited(1).await.unwrap(), both[..1]);
         store.put_invoices(&[invoice("acme", "a", Some("in_1"))], 1).await.unwrap();
         assert_eq!(store.awaited(10).await.unwrap(), both[1..]);
-        store.keep_news(&News::default(), 0, 16).await.unwrap();
+        store.keep_news(&News::default(), 50, 0, 16).await.unwrap();
         assert!(store.awaited(10).await.unwrap().is_empty(), "what waits for too long is no longer counted");
     }
 
