@@ -142,11 +142,13 @@ const PROGRESS: &str = "select name, value from progress where name >= $1 and na
 const SET_PROGRESS: &str =
     "insert into progress (name, value) values ($1, $2) on conflict (name) do update set value = excluded.value";
 
+/// How much the clocks of processes on the same database may differ.
+pub const CLOCKS_DIFFER_MS: i64 = 60_000;
 /// One statement, so that two cannot both take it.
 const TAKE_LEASE: &str = "
     insert into leases (name, holder, expires_ms) values ($1, $2, $3)
     on conflict (name) do update set holder = excluded.holder, expires_ms = excluded.expires_ms
-    where leases.holder = excluded.holder or leases.expires_ms <= $4";
+    where leases.holder = excluded.holder or leases.expires_ms <= $4 or leases.expires_ms > $5";
 const LEASE: &str = "select holder, expires_ms from leases where name = $1";
 const RELEASE: &str = "delete from leases where name = $1 and holder = $2";
 
@@ -296,15 +298,17 @@ impl Store {
         session.commit().await
     }
 
-    /// Takes or keeps a lease until `expires_ms`. False: another holds it.
+    /// Takes or keeps a lease until `expires_ms`. False: another holds it. One that lasts much longer than this one would was taken
+    /// by a clock that was ahead, and is none.
     pub async fn take_lease(&self, name: &str, holder: &str, now_ms: i64, expires_ms: i64) -> Result<bool, StoreError> {
         let mut session = self.writing().await?;
-        let taken = execute!(session, TAKE_LEASE, name, holder, expires_ms, now_ms)?;
+        let too_late_ms = expires_ms + CLOCKS_DIFFER_MS;
+        let taken = execute!(session, TAKE_LEASE, name, holder, expires_ms, now_ms, too_late_ms)?;
         session.commit().await?;
         Ok(taken == 1)
     }
 
-    /// Who holds a lease, and until when.
+    /// Who holds a lease, and until when, whatever the clock was that it was taken by.
     pub async fn lease(&self, name: &str) -> Result<Option<(String, i64)>, StoreError> {
         let mut session = self.session().await?;
         let found = rows!(session, fetch_optional, (String, i64), LEASE, name)?;

@@ -24,5 +24,7 @@ mod store;
 mod stories;
 mod stripe_cli;
 mod stripe_fake;
+#[path = "stripe_fake/checks.rs"]
+mod stripe_fake_checks;
 mod tls;
 mod webhook;

@@ -72,6 +72,11 @@ each_store! {
         store.release_lease("pass", "late").await.unwrap();
         assert_eq!(store.lease("pass").await.unwrap(), None);
         assert_eq!(store.lease("other").await.unwrap(), Some((ODD[2].to_owned(), 200)));
+        // Taken by a clock that was an hour ahead, it would block everybody for an hour.
+        assert!(!store.take_lease("other", "late", 0, 100).await.unwrap());
+        assert!(store.take_lease("ahead", "dead", 3_600_000, 3_612_000).await.unwrap());
+        assert!(!store.take_lease("ahead", "late", 3_545_000, 3_557_000).await.unwrap(), "clocks differ a little");
+        assert!(store.take_lease("ahead", "late", 0, 12_000).await.unwrap());
     }
 
     async fn the_reports_of_the_last_passes_are_kept(place: Place) {
