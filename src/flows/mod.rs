@@ -2,6 +2,7 @@
 
 pub mod doctor;
 pub mod documents;
+pub mod events;
 pub mod evidence;
 pub mod import;
 pub mod ingest;
