@@ -1,14 +1,16 @@
 //! The only axum: routes, limits, and the server that drains.
 //!
-//! `webhook` is where Stripe delivers, `invoices` the read endpoint and the operator's calls beside it, `health` what an
-//! orchestrator asks. `error` is the one place where a failure becomes a status code, `around` what every request goes through.
+//! `webhook` is where Stripe delivers, `invoices` the read endpoint and the operator's calls beside it, `evidence` and `events` what
+//! proves the answers, `health` what an orchestrator asks. `error` is the one place where a failure becomes a status code, `around` what every request goes through.
 
 mod around;
 mod auth;
 mod error;
+mod events;
 mod evidence;
 mod health;
 mod invoices;
+mod query;
 mod webhook;
 
 use std::sync::Arc;
@@ -60,6 +62,9 @@ pub fn router(state: AppState) -> Router {
         .route("/v1/tenants/{tenantUid}/invoices/{invoiceUid}/evidence", get(evidence::read))
         .route("/v1/tenants/{tenantUid}/invoices", get(invoices::list))
         .route("/v1/tenants/{tenantUid}/invoices/", get(invoices::without_uid).put(invoices::without_uid))
+        .route("/v1/events", get(events::list))
+        .route("/v1/events/", get(events::without_id))
+        .route("/v1/events/{id}", get(events::show))
         .route("/healthz", get(health::alive))
         .route("/readyz", get(health::ready))
         .fallback(async || ApiError::NotFound)
