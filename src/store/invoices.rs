@@ -74,12 +74,12 @@ const ATTEMPTS: u32 = 8;
 const PAGE: &str = "
     select tenant_uid, invoice_uid, stripe_invoice_id, document, imported_states, stored_ms, revision from invoices
     where ($1 is null or stripe_invoice_id = $1)
-      and (stored_ms < $2 or (stored_ms = $2 and (tenant_uid, invoice_uid) > ($3, $4)))
+      and stored_ms <= $2 and (stored_ms < $2 or (tenant_uid, invoice_uid) > ($3, $4))
     order by stored_ms desc, tenant_uid, invoice_uid limit $5";
 const PAGE_OF_TENANT: &str = "
     select tenant_uid, invoice_uid, stripe_invoice_id, document, imported_states, stored_ms, revision from invoices
     where ($1 is null or stripe_invoice_id = $1)
-      and (stored_ms < $2 or (stored_ms = $2 and (tenant_uid, invoice_uid) > ($3, $4))) and tenant_uid = $6
+      and stored_ms <= $2 and (stored_ms < $2 or (tenant_uid, invoice_uid) > ($3, $4)) and tenant_uid = $6
     order by stored_ms desc, invoice_uid limit $5";
 pub(super) type InvoiceRow = (String, String, Option<String>, String, String, i64, i64);
 
