@@ -8,11 +8,13 @@ mod support;
 
 mod by_turns;
 mod commands;
+mod doctor;
 mod events;
 mod evidence;
 mod failover;
 mod invoices;
 mod kill_nine;
+mod metrics;
 mod outage;
 mod pooler;
 mod reading;
