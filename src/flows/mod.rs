@@ -1,9 +1,13 @@
 //! One path per file, each read from top to bottom.
 
+pub mod doctor;
 pub mod documents;
+pub mod events;
+pub mod evidence;
 pub mod import;
 pub mod ingest;
 pub mod invoices;
 pub mod rebuild;
 pub mod reconcile;
 pub mod replay;
+pub mod signs;

@@ -1,6 +1,7 @@
 //! SQLite: opened by path, one connection that writes and several that read beside it; appended to by two statements a batch.
 
 use std::collections::HashSet;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -11,7 +12,7 @@ use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePo
 use tokio::sync::mpsc;
 
 use super::session::{Connection, Session, execute, rows};
-use super::{Appended, NewEvent, StoreError};
+use super::{Appended, Disk, NewEvent, Space, StoreError};
 use crate::domain::event::EventKey;
 
 /// How long a statement waits for another process that writes to the same file.
@@ -30,6 +31,7 @@ const CHECKPOINT: &str = "pragma wal_checkpoint(passive)";
 
 #[derive(Clone, Debug)]
 pub(super) struct SqliteStore {
+    file: PathBuf,
     write: SqlitePool,
     read: SqlitePool,
     /// Bytes written since the last checkpoint, about.
@@ -63,7 +65,7 @@ impl SqliteStore {
         let (checkpoint, due) = mpsc::channel(1);
         let is_nearly_carried = Arc::new(AtomicBool::new(false));
         tokio::spawn(keep_log_short(checkpointer, due, is_nearly_carried.clone()));
-        Ok(SqliteStore { write, read, written: Arc::default(), checkpoint, is_nearly_carried })
+        Ok(SqliteStore { file: file(path), write, read, written: Arc::default(), checkpoint, is_nearly_carried })
     }
 
     pub async fn session(&self) -> Result<Session, StoreError> {
@@ -125,10 +127,29 @@ impl SqliteStore {
         }
     }
 
+    pub fn space(&self) -> Result<Space, StoreError> {
+        let unseen = |error: std::io::Error| StoreError::Unavailable(format!("{}: {error}", self.file.display()));
+        let log = self.file.with_file_name([self.file.file_name().unwrap_or_default(), "-wal".as_ref()].join("".as_ref()));
+        let folder = self.file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let disk = rustix::fs::statvfs(folder).map_err(|error| unseen(error.into()))?;
+        let (free, size) = (disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize);
+        Ok(Space {
+            database: std::fs::metadata(&self.file).map_err(unseen)?.len(),
+            // None yet: nothing was written.
+            log: Some(std::fs::metadata(log).map_or(0, |log| log.len())),
+            disk: Some(Disk { free, size }),
+        })
+    }
+
     pub async fn close(&self) {
         self.read.close().await;
         self.write.close().await;
     }
+}
+
+/// The file that a URL names after `sqlite://`.
+pub(super) fn file(path: &str) -> PathBuf {
+    PathBuf::from(path.split('?').next().unwrap_or_default())
 }
 
 /// Answers which keys were there before, in hex. `$1`: events, `$2`: keys, tellings and bodies, `$3`: mentions.
