@@ -5,6 +5,7 @@ mod events;
 mod invoices;
 mod keys;
 mod migrate;
+mod openapi;
 mod output;
 mod rebuild;
 mod reconcile;
@@ -74,6 +75,8 @@ enum Command {
     Events(events::Events),
     Why(why::Why),
     Migrate(migrate::Migrate),
+    #[command(name = "openapi")]
+    OpenApi(openapi::OpenApi),
 }
 
 /// How a command ended that did what it was asked to.
@@ -105,6 +108,7 @@ pub async fn run(arguments: Arguments) -> anyhow::Result<Exit> {
         Command::Events(command) => command.run(settings).await,
         Command::Why(command) => command.run(settings).await,
         Command::Migrate(command) => command.run(settings).await,
+        Command::OpenApi(command) => command.run(),
     }
 }
 

@@ -1,7 +1,7 @@
 //! The only axum: routes, limits, and the server that drains.
 //!
 //! `webhook` is where Stripe delivers, `invoices` the read endpoint and the operator's calls beside it, `evidence` and `events` what
-//! proves the answers, `health` what an orchestrator asks. `error` is the one place where a failure becomes a status code, `around` what every request goes through.
+//! proves the answers, `health` what an orchestrator asks, `openapi` the document of it all. `error` is the one place where a failure becomes a status code, `around` what every request goes through.
 
 mod around;
 mod auth;
@@ -10,6 +10,7 @@ mod events;
 mod evidence;
 mod health;
 mod invoices;
+pub mod openapi;
 mod query;
 mod webhook;
 
@@ -67,6 +68,7 @@ pub fn router(state: AppState) -> Router {
         .route("/v1/events/{id}", get(events::show))
         .route("/healthz", get(health::alive))
         .route("/readyz", get(health::ready))
+        .route("/openapi.json", get(openapi::read))
         .fallback(async || ApiError::NotFound)
         .method_not_allowed_fallback(async || ApiError::MethodNotAllowed)
         .with_state(state)
