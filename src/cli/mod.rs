@@ -6,6 +6,7 @@ mod events;
 mod invoices;
 mod keys;
 mod migrate;
+mod openapi;
 mod output;
 mod rebuild;
 mod reconcile;
@@ -77,6 +78,8 @@ enum Command {
     Why(why::Why),
     Doctor(doctor::Doctor),
     Migrate(migrate::Migrate),
+    #[command(name = "openapi")]
+    OpenApi(openapi::OpenApi),
 }
 
 /// How a command ended that did what it was asked to.
@@ -111,6 +114,7 @@ pub async fn run(arguments: Arguments) -> anyhow::Result<Exit> {
         Command::Why(command) => command.run(settings).await,
         Command::Doctor(command) => command.run(settings).await,
         Command::Migrate(command) => command.run(settings).await,
+        Command::OpenApi(command) => command.run(),
     }
 }
 

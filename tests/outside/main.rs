@@ -15,6 +15,7 @@ mod failover;
 mod invoices;
 mod kill_nine;
 mod metrics;
+mod openapi;
 mod outage;
 mod pooler;
 mod reading;
