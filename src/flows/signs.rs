@@ -17,7 +17,7 @@ use crate::clock::Clock;
 use crate::domain::event::Telling;
 use crate::domain::silence;
 use crate::metrics::{Metrics, Rejection};
-use crate::store::{Backlog, COUNTED, Counted, LogLine, News, PackedBody, Run, Source, Space, Store, StoreError};
+use crate::store::{Backlog, COUNTED, Counted, EventFilter, LogLine, News, PackedBody, Run, Source, Space, Store, StoreError};
 
 /// Names of moments. What follows is a label.
 pub const DELIVERED: &str = "delivered";
@@ -25,6 +25,7 @@ pub const DELIVERED_IN_MODE: &str = "delivered ";
 pub const SECRET: &str = "secret ";
 pub const REFUSED: &str = "refused ";
 pub const RECONCILING_FAILED: &str = "reconciling failed";
+pub const EXAMINED: &str = "examined";
 
 /// How far the log was read, Unix milliseconds: the name of a progress.
 const READ_UNTIL: &str = "signs";
@@ -40,8 +41,9 @@ const HOUR_MS: i64 = 3_600_000;
 const PASSES: u32 = 12;
 /// How often a server reads on.
 const READ_ON: Duration = Duration::from_secs(5);
-/// Who looks again sooner is told what was seen just now.
+/// Who looks again sooner is told what was seen just now: where looking takes long, it is done less often.
 const FRESH: Duration = Duration::from_secs(1);
+const SHARE: u32 = 20;
 /// How long the database may take to answer at all, and to answer everything.
 const PING_PATIENCE: Duration = Duration::from_secs(1);
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -92,6 +94,14 @@ impl Vitals {
         })
     }
 
+    /// Adds what was read, but could not be kept.
+    pub fn add(&mut self, news: &News) {
+        for (name, at_ms) in &news.moments {
+            let known_ms = self.moments.entry(name.clone()).or_insert(*at_ms);
+            *known_ms = (*at_ms).max(*known_ms);
+        }
+    }
+
     /// When this last happened; None: it is not known that it ever did.
     pub fn moment(&self, kind: &str, label: &str) -> Option<i64> {
         self.moments.get(&format!("{kind}{label}")).copied()
@@ -121,6 +131,23 @@ impl Pass {
 /// # Errors
 /// The database cannot be reached, or takes nothing.
 pub async fn read_on(store: &Store, now_ms: i64) -> Result<bool, StoreError> {
+    let step = read_step(store, now_ms).await?;
+    keep_step(store, &step, now_ms).await?;
+    Ok(step.is_more)
+}
+
+/// A part of the log that was read.
+pub struct Step {
+    pub news: News,
+    pub is_more: bool,
+    known_ms: Option<i64>,
+    /// So far everything was read; None: there was nothing to read.
+    until_ms: Option<i64>,
+}
+
+/// # Errors
+/// The database cannot be reached.
+pub async fn read_step(store: &Store, now_ms: i64) -> Result<Step, StoreError> {
     let progress = store.progress(READ_UNTIL).await?;
     let known_ms = progress.into_iter().find(|(name, _)| name == READ_UNTIL).map(|(_, until_ms)| until_ms);
     // What is noted for later than now, a clock noted that was ahead.
@@ -137,16 +164,32 @@ pub async fn read_on(store: &Store, now_ms: i64) -> Result<bool, StoreError> {
             false => {}
         }
     };
-    let Some((last_ms, _)) = last else { return Ok(false) };
-    let delivered_ms = news.moments.get(DELIVERED).copied().unwrap_or(last_ms);
-    store.keep_news(&news, now_ms, silence::first_hour(delivered_ms), now_ms - DAYS_30_MS).await?;
-    // There may be more of the last millisecond.
-    let done_ms = if is_more { (last_ms - 1).max(from_ms + 1) } else { last_ms };
-    let until_ms = done_ms.min(now_ms - SETTLING_MS);
-    if known_ms != Some(until_ms) {
+    if is_more {
+        // Whoever is far behind knows what came last all the same.
+        let newest = store.told_page(&EventFilter::default(), None, PAGE).await?;
+        for (event, telling) in newest.iter().filter(|(event, _)| event.source == Source::Webhook) {
+            let livemode = telling.as_deref().and_then(|telling| livemode(telling.as_bytes()));
+            note_webhook(&mut news, event.received_ms, livemode, event.secret_label.as_deref());
+        }
+    }
+    let until_ms = last.map(|(last_ms, _)| {
+        // There may be more of the last millisecond.
+        let done_ms = if is_more { (last_ms - 1).max(from_ms + 1) } else { last_ms };
+        done_ms.min(now_ms - SETTLING_MS)
+    });
+    Ok(Step { news, is_more, known_ms, until_ms })
+}
+
+/// # Errors
+/// The database cannot be reached, or takes nothing.
+pub async fn keep_step(store: &Store, step: &Step, now_ms: i64) -> Result<(), StoreError> {
+    let Some(until_ms) = step.until_ms else { return Ok(()) };
+    let delivered_ms = step.news.moments.get(DELIVERED).copied().unwrap_or(until_ms);
+    store.keep_news(&step.news, now_ms, silence::first_hour(delivered_ms), now_ms - DAYS_30_MS).await?;
+    if step.known_ms != Some(until_ms) {
         store.set_progress(READ_UNTIL, until_ms).await?;
     }
-    Ok(is_more)
+    Ok(())
 }
 
 fn note(line: &LogLine, news: &mut News) {
@@ -189,7 +232,8 @@ pub struct Signs {
     clock: Clock,
     secret_labels: Vec<String>,
     started_ms: i64,
-    looked: tokio::sync::Mutex<Option<Instant>>,
+    /// Until then, what was seen is fresh.
+    fresh_until: tokio::sync::Mutex<Option<Instant>>,
     /// Webhooks that added nothing to the log.
     repeated: Mutex<News>,
     /// What is known to be noted of the refusals.
@@ -202,8 +246,8 @@ impl Signs {
             metrics.log.secret_last_used_timestamp_seconds.with_label_values(&[label]).set(0.0);
         }
         let started_ms = clock.now_ms();
-        let (looked, repeated, refused) = Default::default();
-        Signs { store, metrics, clock, secret_labels, started_ms, looked, repeated, refused }
+        let (fresh_until, repeated, refused) = Default::default();
+        Signs { store, metrics, clock, secret_labels, started_ms, fresh_until, repeated, refused }
     }
 
     /// A webhook that brings what is known is not in the log: it does not say that it came.
@@ -216,10 +260,11 @@ impl Signs {
     /// rest as it was.
     pub async fn look(&self) {
         // Who comes while another looks waits for what that one sees.
-        let mut looked = self.looked.lock().await;
+        let mut fresh_until = self.fresh_until.lock().await;
+        let started = Instant::now();
         let reached = tokio::time::timeout(PING_PATIENCE, self.store.ping()).await.is_ok_and(|pinged| pinged.is_ok());
         self.metrics.database.up.set(i64::from(reached));
-        if !reached || looked.is_some_and(|looked| looked.elapsed() < FRESH) {
+        if !reached || fresh_until.is_some_and(|until| started < until) {
             return;
         }
         match tokio::time::timeout(PATIENCE, self.see()).await {
@@ -227,7 +272,7 @@ impl Signs {
             Ok(Err(error)) => tracing::warn!(%error, "what metrics say of the database is old: it could not be looked at"),
             Err(_) => tracing::warn!("what metrics say of the database is old: it took too long to look at"),
         }
-        *looked = Some(Instant::now());
+        *fresh_until = Some(Instant::now() + FRESH.max(SHARE * started.elapsed()));
     }
 
     /// Reads on in the log until it is told to stop.

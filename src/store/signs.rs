@@ -85,6 +85,7 @@ const HOURS: &str = "select hour from delivery_hours where hour >= $1 order by h
 const NOTE_HOUR: &str = "insert into delivery_hours (hour) values ($1) on conflict do nothing";
 const FORGET_HOURS: &str = "delete from delivery_hours where hour < $1";
 
+/// Whether an invoice is stored is looked up one by one: of `not exists`, PostgreSQL may make a join that reads all invoices.
 /// `$1`: pairs of a Stripe invoice's id and a time, as JSON.
 macro_rules! note_awaited {
     ($id:literal, $at:literal, $pairs:literal) => {
@@ -95,9 +96,9 @@ macro_rules! note_awaited {
             $at,
             " from ",
             $pairs,
-            " as pair where not exists (select 1 from invoices where stripe_invoice_id = ",
+            " as pair where (select 1 from invoices where stripe_invoice_id = ",
             $id,
-            ") on conflict do nothing"
+            ") is null on conflict do nothing"
         )
     };
 }
@@ -109,7 +110,7 @@ const FORGET_AWAITED: &str = "delete from awaited where received_ms < $1";
 const AWAITED: &str = "
     select stripe_invoice_id, received_ms, (select count(*) from mentions where object_id = stripe_invoice_id) as events
     from awaited
-    where not exists (select 1 from invoices where invoices.stripe_invoice_id = awaited.stripe_invoice_id)
+    where (select 1 from invoices where invoices.stripe_invoice_id = awaited.stripe_invoice_id) is null
     order by received_ms, stripe_invoice_id limit $1";
 
 const UNREADABLE: &str = "

@@ -12,7 +12,7 @@ use tokio::task::block_in_place;
 use crate::each_database;
 use crate::metrics::until;
 use crate::stripe_fake::{CLOVER, DAY, Endpoint, HOUR, Stripe, Terms, now_s};
-use crate::support::{self, Database, OLD_SECRET, PostgresServer, Ran, SECRET, Server, World, invoice_path, signature};
+use crate::support::{self, Database, Engine, OLD_SECRET, PostgresServer, Ran, SECRET, Server, World, invoice_path, signature};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 const BOTH: &str = "live=whsec_world_live,old=whsec_world_old";
@@ -151,6 +151,27 @@ each_database! {
         }
         let text = support::run(&[("DATABASE_URL", &empty.url)], &["doctor"], b"").with_code(4).stdout;
         assert!(text.contains("FAILING  database") && text.contains("stripe-reconciler migrate"), "{text}");
+    }
+
+    async fn a_database_that_takes_nothing_is_said_with_what_can_be_read(world: World) {
+        came(&world, [10 * MINUTE_MS]).await;
+        match world.engine {
+            Engine::Sqlite => {
+                let held = world.database.hold().await;
+                let said = doctor(&world, &[]);
+                said.assert_wrong(&[("database", "failing")]).assert_says("database", &["takes nothing", "locked", "503"]);
+                said.assert_says("deliveries", &["10 min ago"]).assert_says("unmatched", &["is read not at all yet"]);
+                assert_eq!(said.code, 4);
+                held.release().await;
+            }
+            Engine::Postgres => {
+                let name = world.database.url.rsplit('/').next().unwrap();
+                world.database.execute(&format!("alter database {name} set default_transaction_read_only = on")).await;
+                let said = doctor(&world, &[]);
+                said.assert_wrong(&[("database", "failing")]).assert_says("database", &["read-only", "503"]);
+                assert_eq!(said.code, 4);
+            }
+        }
     }
 
     async fn a_silence_is_wrong_when_the_same_hours_were_busy_in_the_weeks_before(world: World) {

@@ -2,19 +2,16 @@
 
 use std::collections::BTreeSet;
 
-use super::{Check, State};
+use super::Check;
+use super::words::{DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, ago, bytes, count, duration, failing, ok, sentence, unknown, warning};
 use crate::domain::invoice::timestamp;
 use crate::domain::silence::{self, Unusual};
 use crate::flows::signs::{DELIVERED, Pass, RECONCILING_FAILED, REFUSED, SECRET, Vitals};
 use crate::store::{COUNTED, Space, StoreError};
 use crate::stripe_api::StripeApiError;
 
-const SECOND_MS: i64 = 1_000;
-const MINUTE_MS: i64 = 60 * SECOND_MS;
-const HOUR_MS: i64 = 60 * MINUTE_MS;
-const DAY_MS: i64 = 24 * HOUR_MS;
 /// While the room that is left is more than this, no share of a disk is too little.
-const ROOMY: u64 = 50 << 30;
+const ROOMY: u64 = 10 << 30;
 /// SQLite's log is some megabytes long.
 const LONG_LOG: u64 = 1 << 30;
 /// How far clocks may be apart: deliveries are refused at 300 s.
@@ -53,8 +50,18 @@ pub fn database_away(error: &StoreError) -> Check {
     failing("database", sentence(&error.to_string()), cure)
 }
 
-pub fn database(vitals: &Vitals) -> Check {
-    ok("database", format!("Reached, and migrated. It takes {}.", bytes(vitals.space.database)))
+/// `refused`: why it takes nothing.
+pub fn database(vitals: &Vitals, refused: Option<&StoreError>) -> Check {
+    let size = bytes(vitals.space.database + vitals.space.log.unwrap_or_default());
+    match refused {
+        Some(error) => failing(
+            "database",
+            format!("It can be read, but takes nothing: {error}."),
+            "Is its disk full, is it read-only or a standby, does another process hold it locked? Meanwhile deliveries are answered 503, \
+             and Stripe repeats them for three days.",
+        ),
+        None => ok("database", format!("Reached, and migrated. It takes {size}.")),
+    }
 }
 
 pub fn disk(space: &Space) -> Check {
@@ -208,8 +215,14 @@ fn is_old(label: &str) -> bool {
     rest.is_some_and(|rest| !rest.starts_with(|c: char| c.is_ascii_alphabetic()))
 }
 
-pub fn unmatched(vitals: &Vitals, now_ms: i64) -> Check {
+/// `is_read`: the log was read to its end.
+pub fn unmatched(vitals: &Vitals, is_read: bool, now_ms: i64) -> Check {
     let Some(oldest_ms) = vitals.oldest_without_invoice_ms else {
+        if !is_read {
+            let until = vitals.read_until_ms.map_or("not at all".to_owned(), |ms| format!("up to {}", timestamp(ms)));
+            let cure = "Ask again: every time, and by a running `serve`, it is read on.";
+            return unknown("unmatched", format!("None that is known; but the log is read {until} yet."), cure);
+        }
         return ok("unmatched", "Every event of the last 30 days found its invoice.".to_owned());
     };
     let (events, invoices) = (vitals.events_without_invoice, vitals.awaited_invoices);
@@ -348,51 +361,39 @@ pub fn drift(vitals: &Vitals) -> Check {
     }
 }
 
-/// `1 event`, `2 events`
-fn count(number: i64, what: &str) -> String {
-    format!("{number} {what}{}", if number == 1 { "" } else { "s" })
-}
+#[cfg(test)]
+mod tests {
+    use super::super::State;
+    use super::*;
+    use crate::store::Disk;
 
-fn ok(name: &'static str, finding: String) -> Check {
-    Check { name, state: State::Ok, finding, cure: None }
-}
-
-fn unknown(name: &'static str, finding: String, cure: &str) -> Check {
-    Check { name, state: State::Unknown, finding, cure: Some(cure.to_owned()) }
-}
-
-fn warning(name: &'static str, finding: String, cure: &str) -> Check {
-    Check { name, state: State::Warning, finding, cure: Some(cure.to_owned()) }
-}
-
-fn failing(name: &'static str, finding: String, cure: &str) -> Check {
-    Check { name, state: State::Failing, finding, cure: Some(cure.to_owned()) }
-}
-
-/// With a capital letter in front and a full stop behind.
-fn sentence(text: &str) -> String {
-    let mut letters = text.trim_end_matches('.').chars();
-    let first: String = letters.next().map(|c| c.to_uppercase().collect()).unwrap_or_default();
-    format!("{first}{}.", letters.as_str())
-}
-
-fn ago(at_ms: i64, now_ms: i64) -> String {
-    format!("{} ago ({})", duration((now_ms - at_ms).max(0)), timestamp(at_ms))
-}
-
-fn duration(ms: i64) -> String {
-    match ms {
-        DAY_MS.. => format!("{:.1} days", ms as f64 / DAY_MS as f64),
-        HOUR_MS..DAY_MS => format!("{:.1} hours", ms as f64 / HOUR_MS as f64),
-        MINUTE_MS..HOUR_MS => format!("{} min", ms / MINUTE_MS),
-        _ => format!("{} s", ms / SECOND_MS),
+    #[test]
+    fn a_disk_is_full_by_its_share_unless_much_room_is_left() {
+        let judged = |free: u64, size: u64| disk(&Space { disk: Some(Disk { free, size }), ..Space::default() }).state;
+        assert_eq!(judged(50 << 30, 100 << 30), State::Ok);
+        assert_eq!(judged(9 << 30, 100 << 30), State::Warning);
+        assert_eq!(judged(20 << 30, 1000 << 30), State::Ok, "two in a hundred, and much room");
+        assert_eq!(judged(1 << 20, 3 << 30), State::Failing);
+        assert_eq!(judged(0, 0), State::Failing);
+        let long = Space { log: Some(2 << 30), disk: Some(Disk { free: 50 << 30, size: 100 << 30 }), ..Space::default() };
+        assert_eq!(disk(&long).state, State::Warning);
     }
-}
 
-fn bytes(bytes: u64) -> String {
-    match bytes {
-        0..1_000_000 => format!("{} KB", bytes / 1_000),
-        1_000_000..1_000_000_000 => format!("{:.1} MB", bytes as f64 / 1e6),
-        _ => format!("{:.1} GB", bytes as f64 / 1e9),
+    #[test]
+    fn a_secret_is_old_by_its_label() {
+        assert!(["old", "old-2025", "old_1", "old2", "previous"].iter().all(|label| is_old(label)));
+        assert!(["live", "older", "oldenburg", "previously", "gold", "new-old"].iter().all(|label| !is_old(label)));
+    }
+
+    #[test]
+    fn a_pass_is_overdue_by_how_often_there_was_one() {
+        let at = |minutes: &[i64]| -> Vec<Pass> {
+            let pass = |m: &i64| Pass { started_ms: m * MINUTE_MS, ended_ms: m * MINUTE_MS, report: Default::default() };
+            minutes.iter().map(pass).collect()
+        };
+        assert_eq!(overdue_after_ms(&at(&[])), 15 * MINUTE_MS);
+        assert_eq!(overdue_after_ms(&at(&[100, 95, 90, 85])), 15 * MINUTE_MS);
+        assert_eq!(overdue_after_ms(&at(&[4320, 2880, 1440])), 3 * DAY_MS);
+        assert_eq!(overdue_after_ms(&at(&[2000, 1995, 1990, 10])), 15 * MINUTE_MS, "one pause does not count");
     }
 }

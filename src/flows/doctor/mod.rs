@@ -4,17 +4,18 @@
 //! Nothing is put right here, and nothing is migrated. What is judged how stands in `checks`.
 
 mod checks;
+mod words;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use serde::Serialize;
 
 use super::reconcile::look_at_endpoints;
-use super::signs::{DELIVERED, Vitals, read_on};
+use super::signs::{self, DELIVERED, EXAMINED, Vitals};
 use crate::clock::Clock;
 use crate::domain::silence;
-use crate::store::{Store, StoreError};
+use crate::store::{News, Store, StoreError};
 use crate::stripe_api::{StripeApi, StripeApiError};
 
 /// What is looked at.
@@ -75,13 +76,13 @@ pub async fn examine(patient: &Patient) -> Vec<Check> {
     };
     let vitals = &seen.vitals;
     vec![
-        checks::database(vitals),
+        checks::database(vitals, seen.refused.as_ref()),
         checks::disk(&vitals.space),
         checks::clock(seen.database_ahead_ms, stripe_ahead_ms),
         checks::deliveries(vitals, &seen.hours, now_ms),
         checks::signatures(vitals, now_ms),
         checks::secrets(vitals, patient.secret_labels.as_deref(), now_ms),
-        checks::unmatched(vitals, now_ms),
+        checks::unmatched(vitals, seen.is_read, now_ms),
         checks::unreadable(vitals),
         about_stripe(&vitals.passes),
         checks::reconciliation(vitals, patient.api.is_some(), now_ms),
@@ -99,27 +100,39 @@ struct Seen {
     /// In which webhooks came.
     hours: BTreeSet<i64>,
     database_ahead_ms: Option<i64>,
+    /// The log was read to its end.
+    is_read: bool,
+    /// Why the database takes nothing.
+    refused: Option<StoreError>,
 }
 
 async fn look(patient: &Patient) -> Result<Seen, StoreError> {
     let store = patient.store.as_ref().map_err(Clone::clone)?;
     store.ping().await?;
+    let now_ms = patient.clock.now_ms();
     let database_ahead_ms = store.time_ms().await?.map(|time_ms| time_ms - patient.clock.now_ms());
+    // A disk that is full can still be read.
+    let mut refused = store.note_moments(&BTreeMap::from([(EXAMINED.to_owned(), now_ms)]), now_ms).await.err();
+    if let Some(error @ StoreError::Away(_)) = refused {
+        return Err(error);
+    }
+    let (mut read, mut is_read) = (News::default(), false);
     for _ in 0..STEPS {
-        match read_on(store, patient.clock.now_ms()).await {
-            Ok(true) => {}
-            Ok(false) => break,
-            Err(error) => {
-                // A disk that is full can still be read.
-                tracing::debug!(%error, "the log could not be read on");
-                break;
-            }
+        let step = signs::read_step(store, now_ms).await?;
+        if refused.is_none() {
+            refused = signs::keep_step(store, &step, now_ms).await.err();
+        }
+        is_read = !step.is_more && refused.is_none();
+        read = step.news;
+        if !step.is_more || refused.is_some() {
+            break;
         }
     }
-    let vitals = Vitals::read(store, patient.clock.now_ms()).await?;
-    let last_ms = vitals.moment(DELIVERED, "").unwrap_or_default();
-    let hours = store.delivery_hours(silence::first_hour(last_ms)).await?;
-    Ok(Seen { vitals, hours, database_ahead_ms })
+    let mut vitals = Vitals::read(store, now_ms).await?;
+    let mut hours = store.delivery_hours(silence::first_hour(vitals.moment(DELIVERED, "").unwrap_or_default())).await?;
+    vitals.add(&read);
+    hours.extend(read.hours);
+    Ok(Seen { vitals, hours, database_ahead_ms, is_read, refused })
 }
 
 async fn ask(api: &StripeApi) -> Result<Vec<String>, StripeApiError> {
