@@ -18,6 +18,7 @@ pub struct Flags {
     pub log_filter: Option<String>,
     pub log_format: Option<String>,
     pub listen_addr: Option<String>,
+    pub max_connections: Option<String>,
     pub stripe_webhook_secret: Option<String>,
     pub stripe_api_key: Option<String>,
     pub stripe_api_base: Option<String>,
@@ -29,6 +30,8 @@ pub struct Config {
     pub log_filter: EnvFilter,
     pub log_format: LogFormat,
     pub listen_addr: SocketAddr,
+    /// Of the main listener, at a time.
+    pub max_connections: usize,
     /// None: not configured.
     pub secrets: Option<SigningSecrets>,
     /// None: not configured.
@@ -69,11 +72,13 @@ impl Config {
         let serves = purpose == Purpose::Signatures;
         let listen_addr = reader.setting("LISTEN_ADDR", &flags.listen_addr).filter(|_| serves);
         let listen_addr = reader.valid("LISTEN_ADDR", parse_address(listen_addr.as_deref().unwrap_or("127.0.0.1:8080")));
+        let max_connections = reader.setting("MAX_CONNECTIONS", &flags.max_connections).filter(|_| serves);
+        let max_connections = reader.valid("MAX_CONNECTIONS", parse_connections(max_connections.as_deref()));
         let secrets = if serves { reader.secrets(&flags.stripe_webhook_secret) } else { None };
         let stripe_api = if purpose == Purpose::Database { None } else { reader.stripe_api(flags, purpose) };
-        match (log_filter, log_format, listen_addr) {
-            (Some(log_filter), Some(log_format), Some(listen_addr)) if mistakes.is_empty() => {
-                Ok(Config { database_url, log_filter, log_format, listen_addr, secrets, stripe_api })
+        match (log_filter, log_format, listen_addr, max_connections) {
+            (Some(log_filter), Some(log_format), Some(listen_addr), Some(max_connections)) if mistakes.is_empty() => {
+                Ok(Config { database_url, log_filter, log_format, listen_addr, max_connections, secrets, stripe_api })
             }
             _ => Err(Mistakes(mistakes)),
         }
@@ -174,4 +179,10 @@ fn parse_address(text: &str) -> Result<SocketAddr, String> {
     let unfit = |why: &dyn std::fmt::Display| format!("`{text}` is no address such as 127.0.0.1:8080: {why}");
     let mut addresses = text.to_socket_addrs().map_err(|error| unfit(&error))?;
     addresses.next().ok_or_else(|| unfit(&"it has no address"))
+}
+
+fn parse_connections(text: Option<&str>) -> Result<usize, String> {
+    let Some(text) = text else { return Ok(1024) };
+    let connections = text.parse().ok().filter(|n| (16..=65_536).contains(n));
+    connections.ok_or_else(|| format!("must be a number from 16 to 65536, not `{text}`"))
 }

@@ -26,6 +26,8 @@ use crate::store::{Scope, Store};
 use crate::transport::Transport;
 
 const TENANT: &str = "acme";
+/// Of the server: this is all that talks to it.
+const CONNECTIONS: usize = 64;
 /// Deliveries under way at a time, as Stripe makes several.
 const AT_ONCE: usize = 8;
 
@@ -168,7 +170,7 @@ impl Stage {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let base = format!("http://{}", listener.local_addr()?);
         let stop = CancellationToken::new();
-        let server = tokio::spawn(serve(listener, store.clone(), secrets()?, None, stop.clone()));
+        let server = tokio::spawn(serve(listener, CONNECTIONS, store.clone(), secrets()?, None, stop.clone()));
         let endpoint = Endpoint::new(format!("{base}/webhooks/stripe"), secrets()?, Clock::system());
         let transport = Transport::new(Duration::from_secs(10), 1024 * 1024);
         Ok(Stage { folder, base, store, endpoint, transport, operator_key, tenant_key, signing_secret, stop, server })

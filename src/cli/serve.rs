@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::Args;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -20,6 +21,8 @@ use crate::inbox::Inbox;
 use crate::store::Store;
 use crate::stripe_api::StripeApi;
 
+/// Files and sockets beside the connections: database, Stripe's API, log.
+const OTHER_FILES: usize = 100;
 /// How long the last deliveries may take to reach the disk.
 const FINISH: Duration = Duration::from_secs(10);
 
@@ -36,6 +39,9 @@ pub struct Serve {
     /// Where to listen; port 0 picks a free one [env: LISTEN_ADDR] [default: 127.0.0.1:8080]
     #[arg(long, value_name = "ADDR:PORT")]
     listen_addr: Option<String>,
+    /// Connections at a time; when there are more, the one that has waited longest gives way [env: MAX_CONNECTIONS] [default: 1024]
+    #[arg(long, value_name = "N")]
+    max_connections: Option<String>,
     /// Signing secrets, separated by commas or blanks, each with a label or without: live=whsec_...,old=whsec_...
     /// [env: STRIPE_WEBHOOK_SECRET, better: a flag can be seen in the list of processes]
     #[arg(long, value_name = "SECRETS")]
@@ -46,14 +52,15 @@ pub struct Serve {
 
 impl Serve {
     pub(super) async fn run(self, settings: Settings) -> anyhow::Result<Exit> {
-        let (listen_addr, stripe_webhook_secret) = (self.listen_addr, self.stripe_webhook_secret);
-        let flags = Flags { listen_addr, stripe_webhook_secret, ..self.stripe.fill(settings.flags()) };
+        let Serve { listen_addr, max_connections, stripe_webhook_secret, stripe } = self;
+        let flags = Flags { listen_addr, max_connections, stripe_webhook_secret, ..stripe.fill(settings.flags()) };
         let mut config = Config::load(&flags, Purpose::Signatures)?;
         let secrets = config.secrets.take().context("checked with the configuration")?;
         let api = config.stripe_api.take().map(StripeApi::new);
-        let address = config.listen_addr;
+        let (address, max_connections) = (config.listen_addr, config.max_connections);
         let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
         let store = open(config).await?;
+        let connections = allowed_connections(max_connections);
         let listener =
             TcpListener::bind(address).await.map_err(|e| Mistakes(vec![format!("cannot listen on {address}: {e}")]))?;
 
@@ -69,15 +76,34 @@ impl Serve {
             tracing::warn!("stopping at once");
             std::process::exit(130);
         });
-        serve(listener, store, secrets, api, stopping).await;
+        serve(listener, connections, store, secrets, api, stopping).await;
         tracing::info!("stopped");
         Ok(Exit::Done)
     }
 }
 
+/// Each connection is an open file: allows this process as many as it needs, or takes as many connections as it may have.
+fn allowed_connections(wanted: usize) -> usize {
+    let needed = (wanted + OTHER_FILES) as u64;
+    let limit = getrlimit(Resource::Nofile);
+    let Some(current) = limit.current.filter(|current| *current < needed) else { return wanted };
+    let raised = limit.maximum.map_or(needed, |maximum| maximum.min(needed)).max(current);
+    let files = match setrlimit(Resource::Nofile, Rlimit { current: Some(raised), ..limit }) {
+        Ok(()) => raised,
+        Err(_) => current,
+    };
+    if files == needed {
+        return wanted;
+    }
+    let connections = (files as usize).saturating_sub(OTHER_FILES).max(1);
+    tracing::warn!(files, wanted, connections, "fewer connections than configured: this process may not open more files");
+    connections
+}
+
 /// The whole service, until it is told to stop: then it drains, and closes the store. Without `api`, it does not reconcile.
 pub(super) async fn serve(
     listener: TcpListener,
+    connections: usize,
     store: Store,
     secrets: SigningSecrets,
     api: Option<StripeApi>,
@@ -90,7 +116,7 @@ pub(super) async fn serve(
     });
     let state =
         AppState { store: store.clone(), inbox, secrets: Arc::new(secrets), clock: Clock::system(), stopping: stopping.clone() };
-    http::serve(listener, http::router(state), stopping).await;
+    http::serve(listener, http::router(state), connections, stopping).await;
     if let Some(Err(error)) = match worker {
         Some(worker) => Some(worker.await),
         None => None,

@@ -147,7 +147,7 @@ impl Store {
     pub fn writers(&self) -> usize {
         match &self.0 {
             Engine::Sqlite(_) => 1,
-            Engine::Postgres(_) => 2,
+            Engine::Postgres(store) => store.writers(),
         }
     }
 

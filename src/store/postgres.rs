@@ -18,7 +18,10 @@ use tokio::time::timeout;
 use super::session::{Connection, PostgresConnection, Session, rows_in_postgres};
 use super::{Appended, NewEvent, StoreError};
 
-const CONNECTIONS: u32 = 10;
+/// For appending: as many as there are writers. Theirs alone, so that no flood of reads takes them away.
+const WRITERS: u32 = 2;
+/// For all else.
+const CONNECTIONS: u32 = 8;
 /// How long to wait for a free connection, or for a new one.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long one statement may take.
@@ -31,6 +34,7 @@ const KNOCK: Duration = Duration::from_millis(200);
 #[derive(Clone, Debug)]
 pub(super) struct PostgresStore {
     pool: PgPool,
+    writers: PgPool,
     /// A pooler stands between us and the server, and may hand each transaction to another of its connections.
     is_pooled: bool,
     gate: Gate,
@@ -68,21 +72,30 @@ impl PostgresStore {
         let (is_closed, is_doubted) = (watch::Sender::new(false), AtomicBool::new(false));
         let state = GateState { options: options.clone(), is_closed, is_doubted, opened: Mutex::new(Instant::now()) };
         let gate = Gate(Arc::new(state));
-        let watched = gate.clone();
-        let pool = PgPoolOptions::new()
-            .max_connections(CONNECTIONS)
-            .acquire_timeout(ACQUIRE_TIMEOUT)
-            .test_before_acquire(false)
-            .before_acquire(move |_, about| {
+        let pool = |connections| {
+            let watched = gate.clone();
+            let pool = PgPoolOptions::new().max_connections(connections).acquire_timeout(ACQUIRE_TIMEOUT);
+            let pool = pool.test_before_acquire(false).before_acquire(move |_, about| {
                 let is_current = about.age <= watched.opened().elapsed();
                 Box::pin(async move { Ok(is_current) })
             });
-        Ok(PostgresStore { pool: pool.connect_lazy_with(options), is_pooled, gate })
+            pool.connect_lazy_with(options.clone())
+        };
+        Ok(PostgresStore { pool: pool(CONNECTIONS), writers: pool(WRITERS), is_pooled, gate })
+    }
+
+    /// How many batches may be appended at a time.
+    pub fn writers(&self) -> usize {
+        WRITERS as usize
     }
 
     /// A connection for statements that each stand alone.
     pub async fn session(&self) -> Result<Session, StoreError> {
-        let mut session = self.acquire().await?;
+        self.session_of(&self.pool).await
+    }
+
+    async fn session_of(&self, pool: &PgPool) -> Result<Session, StoreError> {
+        let mut session = self.acquire(pool).await?;
         if self.is_pooled {
             // sqlx prepares and executes in two steps, and a pooler keeps both on one connection only within a transaction.
             session.begin(BEGIN).await?;
@@ -92,21 +105,21 @@ impl PostgresStore {
 
     /// A transaction whose statements each stand alone.
     pub async fn transaction(&self) -> Result<Session, StoreError> {
-        let mut session = self.acquire().await?;
+        let mut session = self.acquire(&self.pool).await?;
         session.begin(BEGIN).await?;
         Ok(session)
     }
 
     /// A transaction that is as if it ran alone, or fails.
     pub async fn serializable(&self) -> Result<Session, StoreError> {
-        let mut session = self.acquire().await?;
+        let mut session = self.acquire(&self.pool).await?;
         session.begin(BEGIN_SERIALIZABLE).await?;
         Ok(session)
     }
 
-    async fn acquire(&self) -> Result<Session, StoreError> {
+    async fn acquire(&self, pool: &PgPool) -> Result<Session, StoreError> {
         self.gate.pass()?;
-        let acquired = self.gate.judge(Ok(self.pool.acquire().await))?;
+        let acquired = self.gate.judge(Ok(pool.acquire().await))?;
         let (named, gate) = (!self.is_pooled, self.gate.clone());
         Ok(Session::new(Connection::Postgres(PostgresConnection { inner: acquired, named, gate, is_unsure: false })))
     }
@@ -132,7 +145,7 @@ impl PostgresStore {
             firsts.iter().map(|event| pick(event).map(str::to_owned)).collect()
         };
         let mentions = || firsts.iter().flat_map(|event| event.mentions.iter().map(move |mention| (event, mention)));
-        let mut session = self.session().await?;
+        let mut session = self.session_of(&self.writers).await?;
         let Connection::Postgres(connection) = &mut session.connection else {
             unreachable!("the sessions of this store are PostgreSQL's")
         };
@@ -164,6 +177,7 @@ impl PostgresStore {
     }
 
     pub async fn close(&self) {
+        self.writers.close().await;
         self.pool.close().await;
     }
 }

@@ -9,6 +9,7 @@ mod support;
 mod by_turns;
 mod commands;
 mod failover;
+mod hostile;
 mod invoices;
 mod kill_nine;
 mod outage;

@@ -1,0 +1,223 @@
+//! Accepts connections, and lets them drain. How many there may be and how long they may take is in `places`.
+
+use std::convert::Infallible;
+use std::io;
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Bytes;
+use axum::response::Response;
+use hyper::body::{Body, Frame, Incoming, SizeHint};
+use hyper::server::conn::http1;
+use hyper::service::{Service, service_fn};
+use hyper::{Request, rt};
+use hyper_util::rt::TokioIo;
+use hyper_util::service::TowerToHyperService;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::places::{Held, Place, Places};
+
+/// The largest head of a request, in bytes; also what a connection may keep in memory of what it reads and writes.
+const HEAD_LIMIT: usize = 64 * 1024;
+/// How often it is looked for connections whose time is over.
+const TICK: Duration = Duration::from_secs(1);
+/// After a failure that only others can end, by closing.
+const PAUSE: Duration = Duration::from_millis(50);
+/// How long requests under way may take to finish after the stop.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// Serves up to so many connections at a time until `stop`, then lets the requests under way finish.
+pub async fn serve(listener: TcpListener, router: Router, connections: usize, stop: CancellationToken) {
+    let mut http = http1::Builder::new();
+    http.max_buf_size(HEAD_LIMIT);
+    let places = Places::new(connections);
+    let tasks = TaskTracker::new();
+    let mut tick = tokio::time::interval(TICK);
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            _ = tick.tick() => {
+                places.end_overdue();
+                continue;
+            }
+            () = stop.cancelled() => break,
+        };
+        let socket = match accepted {
+            Ok((socket, _)) => socket,
+            // It was gone before we looked.
+            Err(error) if matches!(error.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset) => continue,
+            Err(error) => {
+                // Out of file descriptors, most likely.
+                tracing::warn!(%error, "a connection could not be accepted: another has to give way");
+                places.free_one();
+                tokio::time::sleep(PAUSE).await;
+                continue;
+            }
+        };
+        if let Err(error) = socket.set_nodelay(true) {
+            tracing::debug!(%error, "a socket kept its delay");
+        }
+        let held = tokio::select! {
+            held = places.take() => held,
+            () = stop.cancelled() => break,
+        };
+        let io = TokioIo::new(WatchedSocket { socket, place: held.place.clone() });
+        let connection = http.serve_connection(io, service(router.clone(), held.place.clone()));
+        tasks.spawn(attend(connection, held, stop.clone()));
+    }
+    drop(listener);
+    places.wake_all();
+    tasks.close();
+    let drained = async {
+        loop {
+            tokio::select! {
+                () = tasks.wait() => return,
+                _ = tick.tick() => places.end_overdue(),
+            }
+        }
+    };
+    if tokio::time::timeout(DRAIN_TIMEOUT, drained).await.is_err() {
+        tracing::warn!("some requests did not finish in time");
+    }
+}
+
+/// One connection, to its end.
+async fn attend<I, S>(connection: http1::Connection<I, S>, held: Held, stop: CancellationToken)
+where
+    I: rt::Read + rt::Write + Unpin,
+    S: Service<Request<Incoming>, Response = Response, Error = Infallible>,
+{
+    let mut connection = pin!(connection);
+    loop {
+        tokio::select! {
+            // What has arrived is looked at before the place is given up.
+            biased;
+            ended = connection.as_mut() => {
+                if let Err(error) = ended {
+                    tracing::debug!(%error, "a connection ended badly");
+                }
+                return;
+            }
+            () = held.place.told() => {
+                if held.place.has_to_go() {
+                    tracing::debug!("a connection gave way, or its time was over");
+                    return;
+                }
+                if stop.is_cancelled() {
+                    connection.as_mut().graceful_shutdown();
+                }
+            }
+        }
+    }
+}
+
+/// The router, whose requests tell their place how far they are.
+fn service(
+    router: Router,
+    place: Arc<Place>,
+) -> impl Service<Request<Incoming>, Response = Response, Error = Infallible, Future: Send> {
+    let router = TowerToHyperService::new(router);
+    service_fn(move |mut request: Request<Incoming>| {
+        let place = place.clone();
+        if request.body().is_end_stream() {
+            place.works()
+        } else {
+            place.reads_body()
+        }
+        request.extensions_mut().insert(place.clone());
+        let answer = router.call(request.map(|body| WatchedBody { body, place: place.clone() }));
+        async move {
+            let answer = answer.await;
+            place.answers();
+            answer
+        }
+    })
+}
+
+struct WatchedBody {
+    body: Incoming,
+    place: Arc<Place>,
+}
+
+impl Body for WatchedBody {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
+        if let Some(data) = frame.as_ref().and_then(|frame| frame.as_ref().ok()?.data_ref()) {
+            self.place.holds(data.len());
+        }
+        if frame.is_none() || self.body.is_end_stream() {
+            self.place.works();
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+struct WatchedSocket {
+    socket: TcpStream,
+    place: Arc<Place>,
+}
+
+impl WatchedSocket {
+    fn noting_stalls<T>(&self, written: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
+        if written.is_pending() {
+            self.place.stalls();
+        }
+        written
+    }
+}
+
+impl AsyncRead for WatchedSocket {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = buffer.filled().len();
+        ready!(Pin::new(&mut self.socket).poll_read(cx, buffer))?;
+        if buffer.filled().len() > before {
+            self.place.heard();
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for WatchedSocket {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.socket).poll_write(cx, bytes);
+        self.noting_stalls(written)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.socket).poll_write_vectored(cx, slices);
+        self.noting_stalls(written)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.socket.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.socket).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.socket).poll_shutdown(cx)
+    }
+}
