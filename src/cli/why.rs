@@ -1,64 +1,78 @@
 //! `why`: for each entry of an invoice's history, the events that prove it.
 
-use std::collections::HashMap;
-
 use clap::Args;
-use serde_json::{Value, json};
 
 use super::{Exit, Settings, output};
-use crate::domain::event::EventKey;
-use crate::domain::history::Entry;
-use crate::flows::invoices::history;
+use crate::clock::Clock;
+use crate::config::Mistakes;
+use crate::flows::evidence::{self, Evidence, Proven};
 use crate::store::LoggedEvent;
 
 /// Show why an invoice is in the state it is in: each entry of its history, and the events that prove it
 #[derive(Args)]
-#[command(after_help = "Example:\n  stripe-reconciler why acme inv-2026-01")]
+#[command(after_help = "Examples:
+  stripe-reconciler why acme inv-2026-01
+  stripe-reconciler why acme inv-2026-01 --as-of 2026-01-31T18:00:00+01:00
+  stripe-reconciler why acme inv-2026-01 --json")]
 pub struct Why {
     tenant: String,
     uid: String,
-    /// Print JSON
+    /// As it was known at this moment: only what was received by then counts
+    #[arg(long, value_name = "TIME")]
+    as_of: Option<String>,
+    /// Print JSON, as GET /v1/tenants/TENANT/invoices/UID/evidence answers it
     #[arg(long)]
     json: bool,
 }
 
 impl Why {
     pub(super) async fn run(self, settings: Settings) -> anyhow::Result<Exit> {
+        let now_ms = Clock::system().now_ms();
+        let mistaken = |reason: String| Mistakes(vec![format!("--as-of {reason}")]);
+        let as_of_ms = self.as_of.as_deref().map(|text| evidence::as_of(text, now_ms)).transpose().map_err(mistaken)?;
         let store = settings.store().await?;
-        let Some(invoice) = store.invoice(&self.tenant, &self.uid).await? else {
+        let Some(evidence) = evidence::gather(&store, &self.tenant, &self.uid, as_of_ms).await? else {
             output::note(format!("error: tenant {} has no invoice {}", self.tenant, self.uid));
             return Ok(Exit::Refused);
         };
-        let history = history(&invoice)?;
-        let keys: Vec<EventKey> = history.iter().flat_map(|entry| entry.proofs.iter().copied()).collect();
-        let found = store.events_by_keys(&keys).await?;
-        let events: HashMap<EventKey, LoggedEvent> = found.into_iter().map(|event| (event.key, event)).collect();
         if self.json {
-            let entries: Vec<Value> = history.iter().map(|entry| as_json(entry, &events)).collect();
-            let answer = json!({"tenantUid": self.tenant, "invoiceUid": self.uid, "stripeInvoiceId": invoice.stripe_invoice_id, "entries": entries});
-            output::line(serde_json::to_string_pretty(&answer)?)?;
-            return Ok(Exit::Done);
-        }
-        output::line(format!(
-            "invoice {} of {}, at Stripe {}",
-            self.uid,
-            self.tenant,
-            output::or_dash(&invoice.stripe_invoice_id)
-        ))?;
-        if history.is_empty() {
-            output::line("nothing is known about its payment")?;
-        }
-        for entry in &history {
-            print(entry, &events)?;
+            output::line(serde_json::to_string_pretty(&evidence.to_json())?)?;
+        } else {
+            print(&evidence)?;
         }
         Ok(Exit::Done)
     }
 }
 
-fn print(entry: &Entry, events: &HashMap<EventKey, LoggedEvent>) -> anyhow::Result<()> {
+fn print(evidence: &Evidence) -> anyhow::Result<()> {
+    let Evidence { tenant_uid, invoice_uid, stripe_invoice_id, .. } = evidence;
+    output::line(format!("invoice {invoice_uid} of {tenant_uid}, at Stripe {}", output::or_dash(stripe_invoice_id)))?;
+    if evidence.as_of_ms.is_some() {
+        output::line(format!("as it was known at {}", output::time(evidence.as_of_ms)))?;
+    }
+    output::line(match evidence.last_event_ms {
+        Some(_) => format!("last event received {}", output::time(evidence.last_event_ms)),
+        None => "no event about it was received".to_owned(),
+    })?;
+    output::line(match (evidence.confirmed_ms, evidence.differs_since_ms) {
+        (_, Some(_)) => format!("Stripe's API says something else since {}", output::time(evidence.differs_since_ms)),
+        (Some(_), _) => format!("Stripe's API last agreed {}", output::time(evidence.confirmed_ms)),
+        (None, None) => "not compared with Stripe's API".to_owned(),
+    })?;
+    if evidence.entries.is_empty() {
+        output::line("nothing is known about its payment")?;
+    }
+    for missing in &evidence.missing {
+        let id = missing.event.as_ref().and_then(|event| event.id.as_deref()).map_or(String::new(), |id| format!(" ({id})"));
+        output::line(format!("{}{id}", missing.message))?;
+    }
+    evidence.entries.iter().try_for_each(print_entry)
+}
+
+fn print_entry(entry: &Proven) -> anyhow::Result<()> {
     let message = entry.message.as_deref().unwrap_or_default();
     output::line(format!("\n{}  {}  {message}", output::time(Some(entry.timestamp_ms)), entry.state.as_str()))?;
-    if entry.proofs.is_empty() {
+    if entry.is_imported {
         return output::line("  came with the stored invoice");
     }
     let row = |event: &LoggedEvent| {
@@ -70,8 +84,7 @@ fn print(entry: &Entry, events: &HashMap<EventKey, LoggedEvent>) -> anyhow::Resu
             came_by(event),
         ]
     };
-    let rows: Vec<Vec<String>> = entry.proofs.iter().filter_map(|key| events.get(key)).map(row).collect();
-    let table = output::table(&[], rows);
+    let table = output::table(&[], entry.proofs.iter().map(row).collect());
     table.lines().try_for_each(|line| output::line(format!("  {line}")))
 }
 
@@ -80,24 +93,4 @@ fn came_by(event: &LoggedEvent) -> String {
         Some(label) => format!("by {}, signed with {label}", event.source.as_str()),
         None => format!("by {}", event.source.as_str()),
     }
-}
-
-fn as_json(entry: &Entry, events: &HashMap<EventKey, LoggedEvent>) -> Value {
-    let proof = |event: &LoggedEvent| {
-        json!({
-            "id": event.id,
-            "type": event.event_type,
-            "createdAt": event.created_s.map(|s| output::time(Some(s * 1000))),
-            "receivedAt": output::time(Some(event.received_ms)),
-            "source": event.source.as_str(),
-            "secretLabel": event.secret_label,
-        })
-    };
-    json!({
-        "state": entry.state.as_str(),
-        "timestamp": output::time(Some(entry.timestamp_ms)),
-        "paymentMsg": entry.message,
-        "imported": entry.proofs.is_empty(),
-        "proofs": entry.proofs.iter().filter_map(|key| events.get(key)).map(proof).collect::<Vec<_>>(),
-    })
 }

@@ -344,7 +344,7 @@ fn imported(states: Option<Value>, faults: &mut Vec<Fault>) -> Vec<ImportedState
 }
 
 /// RFC 3339 to Unix milliseconds, finer digits cut. jiff takes more than RFC 3339, so the shape is checked first.
-fn parse_time(text: &str) -> Result<i64, String> {
+pub fn parse_time(text: &str) -> Result<i64, String> {
     let bad = || "must be a date-time such as 2026-01-31T09:15:00Z (RFC 3339)".to_owned();
     let bytes = text.as_bytes();
     let (digits, rest) = bytes.split_at_checked(19).ok_or_else(bad)?;

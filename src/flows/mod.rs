@@ -1,6 +1,8 @@
 //! One path per file, each read from top to bottom.
 
 pub mod documents;
+pub mod events;
+pub mod evidence;
 pub mod import;
 pub mod ingest;
 pub mod invoices;

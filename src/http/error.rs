@@ -3,6 +3,7 @@
 use std::any::Any;
 
 use axum::body::Body;
+use axum::extract::rejection::QueryRejection;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
@@ -134,6 +135,12 @@ impl From<StoreError> for ApiError {
             StoreError::Refused(_) => ApiError::Internal(error.to_string()),
             _ => ApiError::Unavailable(error.to_string()),
         }
+    }
+}
+
+impl From<QueryRejection> for ApiError {
+    fn from(_: QueryRejection) -> ApiError {
+        ApiError::InvalidQuery("the query cannot be read, or repeats a name".to_owned())
     }
 }
 

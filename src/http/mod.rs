@@ -1,15 +1,19 @@
 //! The only axum: routes, limits, and the server that drains.
 //!
-//! `webhook` is where Stripe delivers, `invoices` the read endpoint and the operator's calls beside it, `health` what an
-//! orchestrator asks. `error` is the one place where a failure becomes a status code, `around` what every request goes through.
-//! Below them, `serve` accepts connections, and `places` says how many there may be, how long they may take, and who gives way.
+//! `webhook` is where Stripe delivers, `invoices` the read endpoint and the operator's calls beside it, `evidence` and `events` what
+//! proves the answers, `health` what an orchestrator asks. `error` is the one place where a failure becomes a status code, `around`
+//! what every request goes through. Below them, `serve` accepts connections, and `places` says how many there may be, how long
+//! they may take, and who gives way.
 
 mod around;
 mod auth;
 mod error;
+mod events;
+mod evidence;
 mod health;
 mod invoices;
 mod places;
+mod query;
 mod serve;
 mod webhook;
 
@@ -49,8 +53,12 @@ pub fn router(state: AppState) -> Router {
     Router::new()
         .route("/webhooks/stripe", post(webhook::receive))
         .route("/v1/tenants/{tenantUid}/invoices/{invoiceUid}", invoice)
+        .route("/v1/tenants/{tenantUid}/invoices/{invoiceUid}/evidence", get(evidence::read))
         .route("/v1/tenants/{tenantUid}/invoices", get(invoices::list))
         .route("/v1/tenants/{tenantUid}/invoices/", get(invoices::without_uid).put(invoices::without_uid))
+        .route("/v1/events", get(events::list))
+        .route("/v1/events/", get(events::without_id))
+        .route("/v1/events/{id}", get(events::show))
         .route("/healthz", get(health::alive))
         .route("/readyz", get(health::ready))
         .fallback(async || ApiError::NotFound)

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::histories;
 use super::session::{Session, execute, rows};
-use super::{Store, StoreError};
+use super::{Engine, Store, StoreError};
 use crate::domain::event::EventKey;
 
 /// An invoice as stored, and what is told about it.
@@ -83,6 +83,12 @@ const PAGE_OF_TENANT: &str = "
     order by stored_ms desc, invoice_uid limit $5";
 pub(super) type InvoiceRow = (String, String, Option<String>, String, String, i64, i64);
 
+/// Those of a JSON array of Stripe's ids.
+const HOLDERS_IN_SQLITE: &str = "
+    select tenant_uid, invoice_uid, stripe_invoice_id from invoices where stripe_invoice_id in (select value from json_each($1))";
+const HOLDERS_IN_POSTGRES: &str = r#"
+    select tenant_uid, invoice_uid, stripe_invoice_id from jsonb_array_elements_text($1::jsonb) as ids
+    cross join lateral (select * from invoices where stripe_invoice_id = ids.value collate "C" offset 0) as holder"#;
 const HOLDER: &str = "select tenant_uid, invoice_uid, stripe_invoice_id from invoices where stripe_invoice_id = $1";
 const INSERT: &str = "
     insert into invoices (tenant_uid, invoice_uid, stripe_invoice_id, document, imported_states, stored_ms, revision)
@@ -173,13 +179,15 @@ impl Store {
         Ok(invoices)
     }
 
-    /// Who holds these Stripe invoices: tenant, invoice, Stripe invoice.
+    /// Who holds these Stripe invoices, each named once: tenant, invoice, Stripe invoice.
     pub async fn holders(&self, stripe_invoice_ids: &[String]) -> Result<Vec<(String, String, String)>, StoreError> {
-        let mut holders = Vec::new();
+        let sql = match &self.0 {
+            Engine::Sqlite(_) => HOLDERS_IN_SQLITE,
+            Engine::Postgres(_) => HOLDERS_IN_POSTGRES,
+        };
+        let ids = serde_json::to_string(stripe_invoice_ids).expect("strings always serialise");
         let mut session = self.session().await?;
-        for id in stripe_invoice_ids {
-            holders.extend(rows!(session, fetch_optional, (String, String, String), HOLDER, id)?);
-        }
+        let holders = rows!(session, fetch_all, (String, String, String), sql, ids)?;
         session.done().await?;
         Ok(holders)
     }

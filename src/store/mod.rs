@@ -22,7 +22,7 @@ pub use error::StoreError;
 pub use events::{Appended, EventFilter, LoggedEvent, NewEvent, Outcome, PackedBody, Source, StoredBody};
 pub use invoices::{InvoiceCursor, NewInvoice, Put, StoredInvoice, StoredTelling};
 pub use keys::{ApiKey, Scope};
-pub use reconciling::{Asked, Checked, Run, ToAsk, ToCheck};
+pub use reconciling::{Asked, AskedAbout, CLOCKS_DIFFER_MS, Checked, Comparison, Run, ToAsk, ToCheck};
 
 use postgres::PostgresStore;
 use session::{Session, rows};

@@ -28,6 +28,26 @@ pub enum Asked {
     Invoice,
 }
 
+/// How far asking about an event has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AskedAbout {
+    pub key: EventKey,
+    /// When it is due, Unix milliseconds; None: never again.
+    pub due_ms: Option<i64>,
+    /// How often it was tried in vain.
+    pub attempts: i64,
+}
+
+/// How an invoice stands to Stripe's. Times in Unix milliseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Comparison {
+    /// None: it is settled, and only compared by samples.
+    pub check_due_ms: Option<i64>,
+    /// When Stripe's API last agreed.
+    pub confirmed_ms: Option<i64>,
+    pub differs_since_ms: Option<i64>,
+}
+
 /// A stored invoice that is to be compared with Stripe's.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ToCheck {
@@ -83,6 +103,7 @@ const TO_LINK: [&str; 3] = [
     to_link!("event_type >= 'refund.' and event_type < 'refund/'"),
 ];
 type ToAskRow = (Vec<u8>, Option<String>, Option<Vec<u8>>, i64);
+const ASKED_ABOUT: &str = "select key, ask_due_ms, ask_attempts from events where key = $1";
 const ASKED: &str = "update events set ask_due_ms = $2, ask_attempts = $3 where key = $1";
 
 const ID: &str = "select id from events where key between $1 and $2 and id = $3 limit 1";
@@ -99,6 +120,9 @@ const SAMPLE: &str = "
     where check_due_ms is null and stripe_invoice_id is not null and checked_ms <= $1 order by checked_ms limit $2";
 const ONE: &str = "
     select tenant_uid, invoice_uid, stripe_invoice_id, differs_since_ms from invoices where stripe_invoice_id = $1";
+const COMPARISON: &str =
+    "select check_due_ms, confirmed_ms, differs_since_ms from invoices where tenant_uid = $1 and invoice_uid = $2";
+type ComparisonRow = (Option<i64>, Option<i64>, Option<i64>);
 type ToCheckRow = (String, String, String, Option<i64>);
 const CHECKED: &str = "
     update invoices set checked_ms = $2, check_due_ms = $3, differs_since_ms = $4,
@@ -118,11 +142,13 @@ const PROGRESS: &str = "select name, value from progress where name >= $1 and na
 const SET_PROGRESS: &str =
     "insert into progress (name, value) values ($1, $2) on conflict (name) do update set value = excluded.value";
 
+/// How much the clocks of processes on the same database may differ.
+pub const CLOCKS_DIFFER_MS: i64 = 60_000;
 /// One statement, so that two cannot both take it.
 const TAKE_LEASE: &str = "
     insert into leases (name, holder, expires_ms) values ($1, $2, $3)
     on conflict (name) do update set holder = excluded.holder, expires_ms = excluded.expires_ms
-    where leases.holder = excluded.holder or leases.expires_ms <= $4";
+    where leases.holder = excluded.holder or leases.expires_ms <= $4 or leases.expires_ms > $5";
 const LEASE: &str = "select holder, expires_ms from leases where name = $1";
 const RELEASE: &str = "delete from leases where name = $1 and holder = $2";
 
@@ -153,6 +179,17 @@ impl Store {
             execute!(session, ASKED, &key.0[..], due_ms, attempts)?;
         }
         session.commit().await
+    }
+
+    /// How far asking about these events has come, in no order; those that are not there are left out.
+    pub async fn asked_about(&self, keys: &[EventKey]) -> Result<Vec<AskedAbout>, StoreError> {
+        let mut found = Vec::with_capacity(keys.len());
+        let mut session = self.session().await?;
+        for key in keys {
+            found.extend(rows!(session, fetch_optional, (Vec<u8>, Option<i64>, i64), ASKED_ABOUT, &key.0[..])?);
+        }
+        session.done().await?;
+        found.into_iter().map(|(key, due_ms, attempts)| Ok(AskedAbout { key: event_key(key)?, due_ms, attempts })).collect()
     }
 
     /// Which of these events are in the log, in this rendering.
@@ -214,6 +251,18 @@ impl Store {
         Ok(found.into_iter().map(to_check).collect())
     }
 
+    /// How an invoice stands to Stripe's; None: there is no such invoice.
+    pub async fn comparison(&self, tenant_uid: &str, invoice_uid: &str) -> Result<Option<Comparison>, StoreError> {
+        let mut session = self.session().await?;
+        let found = rows!(session, fetch_optional, ComparisonRow, COMPARISON, tenant_uid, invoice_uid)?;
+        session.done().await?;
+        Ok(found.map(|(check_due_ms, confirmed_ms, differs_since_ms)| Comparison {
+            check_due_ms,
+            confirmed_ms,
+            differs_since_ms,
+        }))
+    }
+
     pub async fn note_checked(&self, checked: &[Checked]) -> Result<(), StoreError> {
         let mut session = self.writing().await?;
         for Checked { stripe_invoice_id, checked_ms, check_due_ms, differs_since_ms, agrees } in checked {
@@ -249,15 +298,17 @@ impl Store {
         session.commit().await
     }
 
-    /// Takes or keeps a lease until `expires_ms`. False: another holds it.
+    /// Takes or keeps a lease until `expires_ms`. False: another holds it. One that lasts much longer than this one would was taken
+    /// by a clock that was ahead, and is none.
     pub async fn take_lease(&self, name: &str, holder: &str, now_ms: i64, expires_ms: i64) -> Result<bool, StoreError> {
         let mut session = self.writing().await?;
-        let taken = execute!(session, TAKE_LEASE, name, holder, expires_ms, now_ms)?;
+        let too_late_ms = expires_ms + CLOCKS_DIFFER_MS;
+        let taken = execute!(session, TAKE_LEASE, name, holder, expires_ms, now_ms, too_late_ms)?;
         session.commit().await?;
         Ok(taken == 1)
     }
 
-    /// Who holds a lease, and until when.
+    /// Who holds a lease, and until when, whatever the clock was that it was taken by.
     pub async fn lease(&self, name: &str) -> Result<Option<(String, i64)>, StoreError> {
         let mut session = self.session().await?;
         let found = rows!(session, fetch_optional, (String, i64), LEASE, name)?;

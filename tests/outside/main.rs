@@ -8,6 +8,8 @@ mod support;
 
 mod by_turns;
 mod commands;
+mod events;
+mod evidence;
 mod failover;
 mod hostile;
 mod invoices;
@@ -23,5 +25,7 @@ mod store;
 mod stories;
 mod stripe_cli;
 mod stripe_fake;
+#[path = "stripe_fake/checks.rs"]
+mod stripe_fake_checks;
 mod tls;
 mod webhook;

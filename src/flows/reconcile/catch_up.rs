@@ -11,7 +11,7 @@ use bytes::Bytes;
 use serde_json::Value;
 use serde_json::value::RawValue;
 
-use super::{EVENTS_KEPT_S, Extent, Pass, ReconcileError};
+use super::{EVENTS_KEPT_S, Extent, Pass, ReconcileError, believed};
 use crate::stripe_api::Scope;
 
 /// How much of what is known is read again.
@@ -37,7 +37,7 @@ async fn of_account(pass: &mut Pass<'_>, scope: &Scope) -> Result<(), ReconcileE
         _ => "events".to_owned(),
     };
     let until = pass.tools.clock.now_s() + 1;
-    let known = pass.progress(&name).await?;
+    let known = believed(pass.progress(&name).await?, until, OVERLAP_S);
     let wanted = match (pass.plan.since_s, known) {
         (Some(since_s), _) => until - since_s,
         (None, Some(known)) => known - OVERLAP_S,

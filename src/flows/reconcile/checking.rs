@@ -13,7 +13,7 @@ use serde_json::value::RawValue;
 
 use super::keeping::as_known;
 use super::report::{Differing, Invoice, UnknownHere};
-use super::{EVENTS_KEPT_S, Extent, Mode, Pass, ReconcileError, linking};
+use super::{EVENTS_KEPT_S, Extent, Mode, Pass, ReconcileError, believed, linking};
 use crate::domain::comparison::{Difference, Field, Status, differences, next_check_ms, same_facts};
 use crate::domain::history::{Entry, Known, fold, lacks_reason};
 use crate::domain::invoice::{State, timestamp};
@@ -59,7 +59,7 @@ pub async fn run(pass: &mut Pass<'_>) -> Result<(), ReconcileError> {
     let wanted = wanted(pass).await?;
     let mut check = Check { wanted, done: HashSet::new(), checked: Vec::new() };
     let now_s = pass.started_ms / 1000;
-    let listed = pass.progress(LISTED).await?;
+    let listed = believed(pass.progress(LISTED).await?, now_s, OVERLAP_S);
     let window_start = match (pass.plan.since_s, pass.plan.extent, listed) {
         (Some(since_s), ..) => now_s - since_s,
         (None, Extent::Due, Some(listed)) => listed - OVERLAP_S,
@@ -93,7 +93,7 @@ async fn wanted(pass: &Pass<'_>) -> Result<HashMap<String, ToCheck>, ReconcileEr
         }
         Extent::Due => {
             add(store.due_to_check(pass.started_ms, pass.started_ms - SETTLING_IN_MS, DUE).await?);
-            let sampled_ms = pass.progress(SAMPLED).await?.unwrap_or_default();
+            let sampled_ms = believed(pass.progress(SAMPLED).await?, pass.started_ms, DAY_MS).unwrap_or_default();
             // A share of the day's sample for the time that has gone by.
             let share = (pass.started_ms - sampled_ms).clamp(0, DAY_MS) * i64::from(SAMPLE) / DAY_MS;
             if share > 0 {

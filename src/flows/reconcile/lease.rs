@@ -7,7 +7,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use uuid::Uuid;
 
 use crate::clock::Clock;
-use crate::store::{Store, StoreError};
+use crate::store::{CLOCKS_DIFFER_MS, Store, StoreError};
 
 const NAME: &str = "reconcile";
 /// How long a holder that died is believed to live.
@@ -57,7 +57,11 @@ impl Lease {
     /// # Errors
     /// The database cannot be reached.
     pub async fn wait_until_free(store: &Store, clock: &Clock) -> Result<(), StoreError> {
-        while store.lease(NAME).await?.is_some_and(|(_, expires_ms)| expires_ms > clock.now_ms()) {
+        let is_held = |expires_ms: i64| {
+            let now_ms = clock.now_ms();
+            now_ms < expires_ms && expires_ms <= now_ms + LASTS.as_millis() as i64 + CLOCKS_DIFFER_MS
+        };
+        while store.lease(NAME).await?.is_some_and(|(_, expires_ms)| is_held(expires_ms)) {
             tokio::time::sleep(LOOK).await;
         }
         Ok(())

@@ -140,7 +140,7 @@ impl Pass<'_> {
 
     /// The connected accounts that events named since the last pass.
     async fn find_accounts(&mut self) -> Result<(), ReconcileError> {
-        let seen_ms = self.progress(ACCOUNTS_SEEN).await?.unwrap_or_default();
+        let seen_ms = believed(self.progress(ACCOUNTS_SEEN).await?, self.started_ms, LATE_MS).unwrap_or_default();
         for account in self.tools.store.accounts_since(seen_ms - LATE_MS).await? {
             self.note_account(&account).await?;
         }
@@ -176,6 +176,12 @@ impl Pass<'_> {
     }
 }
 
+/// How far the work had come, unless that is a time that has not come yet, by more than is looked at again anyway: the clock was
+/// ahead when it was noted, and what happened since may not have been seen.
+fn believed(noted: Option<i64>, now: i64, overlap: i64) -> Option<i64> {
+    noted.filter(|noted| *noted <= now.saturating_add(overlap))
+}
+
 /// Names of progress that begin so name connected accounts.
 const ACCOUNT: &str = "account ";
 const ACCOUNTS_SEEN: &str = "accounts seen";
@@ -194,4 +200,17 @@ async fn keep(store: &Store, report: &Report) -> Result<(), StoreError> {
     let report_json = RawValue::from_string(text).map_err(|e| StoreError::Refused(format!("a report is no JSON: {e}")))?;
     let id = format!("run_{}", Uuid::now_v7().simple());
     store.keep_run(&Run { id, started_ms: report.started_ms, ended_ms: report.ended_ms, report: report_json }).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_clock_that_was_ahead_noted_is_not_believed() {
+        assert_eq!(believed(Some(100), 1000, 60), Some(100));
+        assert_eq!(believed(Some(1060), 1000, 60), Some(1060), "it is looked at again anyway");
+        assert_eq!(believed(Some(1061), 1000, 60), None);
+        assert_eq!(believed(None, 1000, 60), None);
+    }
 }

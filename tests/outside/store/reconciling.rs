@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use serde_json::value::RawValue;
 use stripe_reconciler::domain::event::EventKey;
-use stripe_reconciler::store::{Asked, Checked, NewEvent, Outcome, Run, Store, ToAsk, ToCheck};
+use stripe_reconciler::store::{Asked, Checked, Comparison, NewEvent, Outcome, Run, Store, ToAsk, ToCheck};
 
 use super::{ODD, Place, each_store, event, invoice, key, mention, nth};
 
@@ -72,6 +72,11 @@ each_store! {
         store.release_lease("pass", "late").await.unwrap();
         assert_eq!(store.lease("pass").await.unwrap(), None);
         assert_eq!(store.lease("other").await.unwrap(), Some((ODD[2].to_owned(), 200)));
+        // Taken by a clock that was an hour ahead, it would block everybody for an hour.
+        assert!(!store.take_lease("other", "late", 0, 100).await.unwrap());
+        assert!(store.take_lease("ahead", "dead", 3_600_000, 3_612_000).await.unwrap());
+        assert!(!store.take_lease("ahead", "late", 3_545_000, 3_557_000).await.unwrap(), "clocks differ a little");
+        assert!(store.take_lease("ahead", "late", 0, 12_000).await.unwrap());
     }
 
     async fn the_reports_of_the_last_passes_are_kept(place: Place) {
@@ -103,6 +108,10 @@ each_store! {
 
         store.note_asked(&[(key("evt_1", 0), Some(50), 3), (key("evt_2", 0), None, 1), (key("evt_9", 0), Some(1), 1)]).await.unwrap();
         store.note_asked(&[]).await.unwrap();
+        let about = store.asked_about(&[key("evt_1", 0), key("evt_9", 0), key("evt_2", 0), key("evt_3", 0)]).await.unwrap();
+        let about: BTreeSet<_> = about.into_iter().map(|about| (about.key, about.due_ms, about.attempts)).collect();
+        assert_eq!(about, BTreeSet::from([(key("evt_1", 0), Some(50), 3), (key("evt_2", 0), None, 1), (key("evt_3", 0), Some(0), 0)]));
+        assert!(store.asked_about(&[]).await.unwrap().is_empty());
         assert!(asked(store, Asked::Object, 49).await.is_empty(), "its time has not come");
         assert_eq!(asked(store, Asked::Object, 50).await, of(&["evt_1"], 3));
         assert_eq!(asked(store, Asked::Invoice, 1000).await, of(&["evt_3", "evt_4"], 0));
@@ -154,6 +163,12 @@ each_store! {
         assert_eq!(ids(&store.sample_to_check(100, 10).await.unwrap()), ["in_\u{e9}", "in_b"], "what is settled, the longest ago first");
         assert_eq!(ids(&store.sample_to_check(49, 10).await.unwrap()), ["in_\u{e9}"]);
         assert_eq!(store.to_check(&["in_A"]).await.unwrap(), [ToCheck { differs_since_ms: Some(70), ..of }]);
+        let stands = |check_due_ms, confirmed_ms, differs_since_ms| Some(Comparison { check_due_ms, confirmed_ms, differs_since_ms });
+        assert_eq!(store.comparison("acme", "1").await.unwrap(), stands(Some(300), None, Some(70)));
+        assert_eq!(store.comparison("acme", "3").await.unwrap(), stands(Some(200), Some(60), None));
+        assert_eq!(store.comparison("acme", "0").await.unwrap(), stands(None, Some(50), None));
+        assert_eq!(store.comparison("acme", "none").await.unwrap(), stands(Some(0), None, None));
+        assert_eq!(store.comparison("beta", "1").await.unwrap(), None);
     }
 
     async fn accounts_and_what_belongs_with_an_object_are_gathered_from_the_log(place: Place) {

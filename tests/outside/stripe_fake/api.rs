@@ -8,7 +8,7 @@ use percent_encoding::percent_decode_str;
 use serde_json::{Value, json};
 
 use super::objects::Object;
-use super::{Event, Kept, LIVE_KEY, State, TEST_KEY, chance, now_s};
+use super::{Event, Kept, LIVE_KEY, State, TEST_KEY, chance};
 use crate::stripe_fake::DAY;
 
 /// A call, taken apart.
@@ -224,7 +224,7 @@ impl State {
             && !lags
             && event.livemode == ask.livemode
             && event.account == ask.account.as_deref()
-            && event.created >= now_s() - 30 * DAY
+            && event.created >= self.clock.now_s() - 30 * DAY
     }
 
     fn event(&self, ask: &Ask, id: &str) -> Result<&Event, Refusal> {
@@ -348,7 +348,7 @@ impl State {
         ask.knows(&PAGING)?;
         let items = self.endpoints.iter().enumerate().rev().map(|(number, endpoint)| {
             let shown = json!({"id": format!("we_1Fake{number}"), "object": "webhook_endpoint", "api_version": null, "application": null,
-                "created": now_s() - 40 * DAY, "description": null, "enabled_events": endpoint.enabled_events, "livemode": ask.livemode,
+                "created": self.clock.now_s() - 40 * DAY, "description": null, "enabled_events": endpoint.enabled_events, "livemode": ask.livemode,
                 "metadata": {}, "status": endpoint.status, "url": endpoint.url});
             (Reverse((0, number as u32)), shown)
         });

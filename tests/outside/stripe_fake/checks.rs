@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Value, json};
 
-use super::{BASIL, CLOVER, DAY, ENDIVE, HOUR, LIVE_KEY, OLD, Stripe, TEST_KEY, Terms, Troubles, now_s};
+use crate::stripe_fake::{BASIL, CLOVER, DAY, ENDIVE, HOUR, LIVE_KEY, OLD, Stripe, TEST_KEY, Terms, Troubles, now_s};
 use crate::support::{client, try_send};
 
 pub fn terms(start: i64, version: &'static str) -> Terms {
@@ -116,6 +116,7 @@ async fn what_stripe_refuses_is_refused_in_its_words() {
         let message = body["error"]["message"].as_str().unwrap();
         assert!(found == status && message.contains(words), "{path}: {found} {body}");
     }
+    assert!(stripe.has("in_1F000001") && !stripe.has("in_none"));
     assert_eq!(stripe.faults().len(), 1, "{:?}", stripe.faults());
     let of_account = [("Stripe-Account", "acct_1Connected")];
     assert_eq!(call(&stripe, "/v1/invoices/in_1F000002", &of_account).await.unwrap().0, 200);

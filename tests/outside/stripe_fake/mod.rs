@@ -7,7 +7,6 @@
 //! `objects` is what there is, `life` what happens, `api` what is answered, `wire` how that goes wrong, `delivery` the webhooks.
 
 mod api;
-mod checks;
 mod delivery;
 mod life;
 mod objects;
@@ -44,8 +43,8 @@ pub struct Stripe {
 /// Ends the server's thread when it is dropped.
 struct Running(Option<oneshot::Sender<()>>);
 
-#[derive(Default)]
 struct State {
+    clock: Clock,
     objects: BTreeMap<String, Kept>,
     events: Vec<Event>,
     endpoints: Vec<Endpoint>,
@@ -109,7 +108,12 @@ pub struct Call {
 
 impl Stripe {
     pub fn start() -> Stripe {
-        let state: Arc<Mutex<State>> = Arc::default();
+        Stripe::start_at(Clock::system())
+    }
+
+    /// A Stripe whose time is this.
+    pub fn start_at(clock: Clock) -> Stripe {
+        let state = Arc::new(Mutex::new(State::new(clock)));
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let base = format!("http://{}", listener.local_addr().unwrap());
         let (ended, end) = oneshot::channel();
@@ -164,6 +168,11 @@ impl Stripe {
         self.state().connections
     }
 
+    /// Whether it has an object of this id.
+    pub fn has(&self, id: &str) -> bool {
+        self.state().objects.contains_key(id)
+    }
+
     /// What was asked that nobody may ask.
     pub fn faults(&self) -> Vec<String> {
         self.state().faults.iter().cloned().collect()
@@ -196,6 +205,24 @@ impl Stripe {
         let origin = if event.kind.starts_with("payment_intent.") || event.kind.starts_with("charge.") { 3 } else { 1 };
         let id = format!("evt_{origin}F{order:08x}{:x}", state.events.len());
         state.events.push(Event { id, order, ..event });
+    }
+}
+
+impl State {
+    fn new(clock: Clock) -> State {
+        State {
+            clock,
+            objects: BTreeMap::new(),
+            events: Vec::new(),
+            endpoints: Vec::new(),
+            serial: 0,
+            troubles: Troubles::default(),
+            calls: Vec::new(),
+            connections: 0,
+            faults: BTreeSet::new(),
+            held: false,
+            in_a_row: BTreeMap::new(),
+        }
     }
 }
 

@@ -1,0 +1,43 @@
+//! `GET /v1/tenants/{tenantUid}/invoices/{invoiceUid}/evidence`: why an invoice is in the state it is in.
+
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{Query, State};
+use axum::http::{HeaderMap, header};
+use axum::response::{IntoResponse, Response};
+use serde::Deserialize;
+
+use super::AppState;
+use super::auth::authenticate;
+use super::error::ApiError;
+use super::invoices::{TenantAndInvoice, valid};
+use crate::flows::evidence;
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct EvidenceQuery {
+    as_of: Option<String>,
+}
+
+pub async fn read(
+    State(state): State<AppState>,
+    headers: HeaderMap,
+    path: TenantAndInvoice,
+    query: Result<Query<EvidenceQuery>, QueryRejection>,
+) -> Result<Response, ApiError> {
+    let scope = authenticate(&state, &headers).await?;
+    let (tenant_uid, invoice_uid) = valid(path)?;
+    if !scope.reads(&tenant_uid) {
+        return Err(ApiError::NotFound);
+    }
+    let Query(query) = query?;
+    let as_of = |text: String| evidence::as_of(&plus(&text), state.clock.now_ms());
+    let as_of_ms = query.as_of.map(as_of).transpose().map_err(|reason| ApiError::InvalidQuery(format!("asOf {reason}")))?;
+    let evidence = evidence::gather(&state.store, &tenant_uid, &invoice_uid, as_of_ms).await?.ok_or(ApiError::NotFound)?;
+    let headers = [(header::CONTENT_TYPE, "application/json"), (header::CACHE_CONTROL, "private, no-cache")];
+    Ok((headers, evidence.to_json().to_string()).into_response())
+}
+
+/// A URL may hold the `+` of an offset as it stands; who decodes it as a form takes it for a blank, which no time has.
+fn plus(text: &str) -> String {
+    text.replace(' ', "+")
+}

@@ -1,0 +1,135 @@
+//! What must be true of the log, whatever happened: all that was acknowledged is in it, byte for byte, nothing that is not Stripe's,
+//! and nothing twice.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde_json::Value;
+use stripe_reconciler::store::{Source, StoredBody};
+
+use crate::stripe_fake::Stripe;
+use crate::support::Answer;
+
+/// What is known of the deliveries, by their identity.
+#[derive(Default)]
+pub struct Ledger {
+    /// Authentic bodies that were delivered, whatever came of it, with the secrets they were signed with.
+    sent: BTreeMap<String, Sent>,
+    /// Answered 2xx.
+    acknowledged: BTreeSet<String>,
+    /// In the log when it was read last.
+    logged: BTreeSet<String>,
+    /// Nobody waited for the answer, and the program that was told may still write it.
+    left: BTreeSet<String>,
+}
+
+#[derive(Default)]
+struct Sent {
+    bodies: BTreeSet<Vec<u8>>,
+    labels: BTreeSet<String>,
+}
+
+/// What a delivery is, as the contract says when it is one that is known: id, type, version and object, or the bytes.
+pub fn identity(body: &[u8]) -> String {
+    let json: Value = serde_json::from_slice(body).unwrap_or_default();
+    let text = |pointer: &str| json.pointer(pointer).and_then(Value::as_str);
+    if json["object"] == "fetched" {
+        return format!("fetched for {} {}", text("/account").unwrap_or("us"), json["data"]["object"]);
+    }
+    let is_thin = json["object"] == "v2.core.event";
+    let has_time = json["created"].as_i64().is_some_and(|created| created >= 0) || is_thin;
+    let object = if is_thin { "/related_object/id" } else { "/data/object/id" };
+    match (text("/id"), text("/type")) {
+        (Some(id), Some(kind)) if has_time && (is_thin || json["data"]["object"].is_object()) => {
+            format!("{id} {kind} {} {}", text("/api_version").unwrap_or(""), text(object).unwrap_or(""))
+        }
+        _ => format!("unreadable {}", String::from_utf8_lossy(body)),
+    }
+}
+
+impl Ledger {
+    /// An authentic body goes out.
+    pub fn note_sent(&mut self, identity: &str, body: &[u8], labels: &[String]) {
+        let sent = self.sent.entry(identity.to_owned()).or_default();
+        sent.bodies.insert(body.to_vec());
+        sent.labels.extend(labels.iter().cloned());
+    }
+
+    /// The program that was told anything has ended.
+    pub fn note_end(&mut self) {
+        self.left.clear();
+    }
+
+    /// Deliveries that were under way together: each with its identity, and its answer if there was one. `alone`: nothing else
+    /// could have brought the same.
+    pub fn judge(&mut self, answered: &[(String, Option<Answer>)], alone: bool) {
+        let mut firsts: BTreeMap<&str, (usize, bool)> = BTreeMap::new();
+        for (identity, answer) in answered {
+            let (new, unanswered) = firsts.entry(identity).or_default();
+            let Some(answer) = answer else {
+                *unanswered = true;
+                continue;
+            };
+            let outcome = outcome(answer);
+            let is_unreadable = identity.starts_with("unreadable");
+            match outcome.as_str() {
+                "duplicate" => {}
+                "unreadable" if is_unreadable => *new += 1,
+                "recorded" | "no_payment_fact" if !is_unreadable => *new += 1,
+                _ => panic!("{identity} is answered as {outcome}"),
+            }
+            self.acknowledged.insert(identity.clone());
+        }
+        for (identity, (new, unanswered)) in firsts {
+            let was_logged = self.logged.contains(identity);
+            assert!(new <= usize::from(!was_logged), "{identity} was new {new} times, and {was_logged} that it was known");
+            let must_be_new = !was_logged && !unanswered && !self.left.contains(identity) && alone;
+            assert!(new == 1 || !must_be_new, "{identity} is answered as a duplicate, and nobody had brought it before");
+            if unanswered {
+                self.left.insert(identity.to_owned());
+            }
+        }
+    }
+
+    /// Holds the log against what was delivered, and what Stripe has.
+    pub fn check(&mut self, log: &[StoredBody], stripe: &Stripe) {
+        let listed: BTreeMap<String, Value> =
+            stripe.events().iter().filter(|event| event.generated).map(|event| (event.id.clone(), event.as_listed())).collect();
+        let mut logged = BTreeSet::new();
+        for row in log {
+            let body = row.body.as_ref().expect("nothing is pruned");
+            let identity = identity(body);
+            match row.logged.source {
+                Source::Webhook => {
+                    let sent = self.sent.get(&identity).unwrap_or_else(|| panic!("in the log, and never sent: {identity}"));
+                    assert!(sent.bodies.contains(body), "other bytes than were delivered: {identity}");
+                    let label = row.logged.secret_label.as_deref().unwrap_or_default();
+                    assert!(sent.labels.contains(label), "signed with {label}, says the log: {identity}");
+                }
+                Source::Api if identity.starts_with("fetched") => {
+                    let id = row.logged.object_id.as_deref().unwrap_or_default();
+                    assert!(stripe.has(id), "Stripe has no such object: {identity}");
+                }
+                Source::Api => {
+                    let id = row.logged.id.as_deref().unwrap_or_default();
+                    let body: Value = serde_json::from_slice(body).unwrap();
+                    assert_eq!(Some(&body), listed.get(id), "not as Stripe lists it: {identity}");
+                }
+                Source::Replay => panic!("nobody replayed anything: {identity}"),
+            }
+            assert!(logged.insert(identity.clone()), "twice in the log: {identity}");
+        }
+        let lost: Vec<&String> = self.acknowledged.difference(&logged).collect();
+        assert!(lost.is_empty(), "acknowledged and lost: {lost:#?}");
+        let gone: Vec<&String> = self.logged.difference(&logged).collect();
+        assert!(gone.is_empty(), "no longer in the log: {gone:#?}");
+        self.logged = logged;
+    }
+}
+
+/// What a 2xx says, in the one form that it has.
+fn outcome(answer: &Answer) -> String {
+    let body: Value = serde_json::from_slice(&answer.body).unwrap_or_default();
+    let outcome = body["outcome"].as_str().unwrap_or_default().to_owned();
+    assert_eq!(body, serde_json::json!({"received": true, "outcome": outcome}), "{answer:?}");
+    outcome
+}

@@ -1,0 +1,279 @@
+//! Lives of invoices: what happens next is drawn, and what a merchant should be shown of it is written down at once, by the rules of
+//! what a payment is and not by what any event says.
+
+use rand::RngExt;
+use rand::rngs::StdRng;
+use rand::seq::IndexedRandom;
+use serde_json::{Value, json};
+
+use crate::stripe_fake::{BASIL, CLOVER, DAY, ENDIVE, Life, OLD, Stripe, Terms};
+
+pub const CONNECTED: &str = "acct_1Connected";
+/// Moves of one invoice this close, in seconds, are hard to tell apart, and may be shown as one until all is known.
+pub const NEAR_S: i64 = 61;
+
+/// An invoice at Stripe, and what is true of it.
+pub struct Invoice {
+    pub uid: String,
+    pub life: Life,
+    currency: &'static str,
+    due: i64,
+    /// Several payments of one invoice are there since basil.
+    is_payable_in_parts: bool,
+    stage: Stage,
+    /// Attempts that failed.
+    failed: usize,
+    is_overdue: bool,
+    is_credited: bool,
+    refunded: i64,
+    dispute: Dispute,
+    truth: Vec<Entry>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    Draft,
+    Open,
+    Debit,
+    PaidInParts,
+    WrittenOff,
+    PaidByCard,
+    PaidOtherwise,
+    Voided,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Dispute {
+    None,
+    Open,
+    Won,
+}
+
+/// One entry of a true history.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Entry {
+    pub fact: Fact,
+    /// Unix seconds.
+    pub at: i64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fact {
+    Finalized,
+    /// In which round: how many attempts had failed before.
+    ActionRequired(usize),
+    InFlight(usize),
+    Part,
+    Failed,
+    Overdue,
+    WrittenOff,
+    Voided,
+    Paid,
+    /// Money returned or contested, a credit note.
+    Information,
+}
+
+impl Fact {
+    pub fn state(self) -> &'static str {
+        match self {
+            Fact::Finalized | Fact::ActionRequired(_) | Fact::Overdue => "PaymentPending",
+            Fact::InFlight(_) | Fact::Part => "PaymentInProgress",
+            Fact::Failed | Fact::WrittenOff | Fact::Voided => "PaymentFailed",
+            Fact::Paid | Fact::Information => "Paid",
+        }
+    }
+
+    /// What leads to the end, the end, and what comes after it.
+    fn chapter(self) -> usize {
+        match self {
+            Fact::Paid | Fact::Voided => 1,
+            Fact::Information => 2,
+            _ => 0,
+        }
+    }
+}
+
+impl Invoice {
+    pub fn begin(stripe: &Stripe, number: usize, at: i64, random: &mut StdRng) -> Invoice {
+        let versions = [OLD, BASIL, CLOVER, ENDIVE];
+        let (listed, delivered) = (*versions.choose(random).unwrap(), *versions.choose(random).unwrap());
+        let due = if random.random_bool(0.05) { 0 } else { random.random_range(100..1_000_000) };
+        let currency = *["usd", "eur", "jpy"].choose(random).unwrap();
+        let account = random.random_bool(0.2).then_some(CONNECTED);
+        let terms = Terms {
+            account,
+            livemode: true,
+            due,
+            currency,
+            sent: random.random_bool(0.3),
+            start: at,
+            listed,
+            delivered,
+            order_reference: random.random_bool(0.15).then_some("PO 17"),
+        };
+        Invoice {
+            uid: format!("inv-{number}"),
+            currency,
+            due,
+            is_payable_in_parts: listed != OLD && delivered != OLD,
+            life: stripe.draft(terms),
+            stage: Stage::Draft,
+            failed: 0,
+            is_overdue: false,
+            is_credited: false,
+            refunded: 0,
+            dispute: Dispute::None,
+            truth: Vec::new(),
+        }
+    }
+
+    /// A `v1Invoice` that agrees with Stripe's.
+    pub fn document(&self) -> Value {
+        let units = if self.currency == "jpy" { 1.0 } else { 100.0 };
+        // There is no other unit than this to store.
+        let spec = if self.currency == "usd" { json!({"paymentUnit": "usd"}) } else { json!({}) };
+        json!({"metadata": {"uid": self.uid}, "spec": spec,
+            "status": {"billableAmount": self.due as f64 / units, "stripeInvoiceId": self.life.id()}})
+    }
+
+    /// What really happened, in the order in which it is to be shown.
+    pub fn truth(&self) -> Vec<Entry> {
+        let mut truth = self.truth.clone();
+        truth.sort_by_key(|entry| (entry.fact.chapter(), entry.at));
+        truth
+    }
+
+    /// Something happens to it now. In words; none: nothing can.
+    pub fn live(&mut self, now: i64, random: &mut StdRng) -> Option<&'static str> {
+        self.life.t = now;
+        match self.stage {
+            Stage::Draft if self.due == 0 => {
+                self.life.paid_at_zero();
+                Some(self.to(Stage::PaidOtherwise, Fact::Paid, "has nothing to collect, and is paid"))
+            }
+            Stage::Draft => {
+                self.life.finalized();
+                Some(self.to(Stage::Open, Fact::Finalized, "is finalized"))
+            }
+            Stage::Open => Some(self.collect(random)),
+            Stage::Debit if random.random_bool(0.4) => {
+                self.life.returned();
+                self.failed += 1;
+                Some(self.to(Stage::Open, Fact::Failed, "has its debit returned"))
+            }
+            Stage::Debit => Some(self.pay_by_card()),
+            Stage::PaidInParts => Some(self.part(random)),
+            Stage::WrittenOff => match random.random_range(0..10) {
+                0..6 => Some(self.pay_by_card()),
+                6..8 => Some(self.void()),
+                _ => Some(self.pay_outside()),
+            },
+            Stage::PaidByCard | Stage::PaidOtherwise => self.after_payment(random),
+            Stage::Voided => None,
+        }
+    }
+
+    fn collect(&mut self, random: &mut StdRng) -> &'static str {
+        match random.random_range(0..100) {
+            0..28 => {
+                let reason = *["insufficient_funds", "expired_card", "generic"].choose(random).unwrap();
+                self.life.declined(reason, random.random_bool(0.7).then_some(3 * DAY));
+                self.failed += 1;
+                self.to(Stage::Open, Fact::Failed, "is declined")
+            }
+            28..42 => {
+                self.life.action_required();
+                self.once(Fact::ActionRequired(self.failed), "needs the customer to act")
+            }
+            42..58 => {
+                self.life.processing();
+                self.stage = Stage::Debit;
+                self.once(Fact::InFlight(self.failed), "has a debit submitted")
+            }
+            58..66 if self.is_payable_in_parts && self.due > 400 => self.part(random),
+            66..72 if !self.is_overdue => {
+                self.life.overdue();
+                self.is_overdue = true;
+                self.to(Stage::Open, Fact::Overdue, "is overdue")
+            }
+            72..78 => {
+                self.life.written_off();
+                self.to(Stage::WrittenOff, Fact::WrittenOff, "is written off")
+            }
+            78..83 => self.void(),
+            83..88 => self.pay_outside(),
+            _ => self.pay_by_card(),
+        }
+    }
+
+    fn pay_by_card(&mut self) -> &'static str {
+        self.life.paid_by_card();
+        self.to(Stage::PaidByCard, Fact::Paid, "is paid by card or debit")
+    }
+
+    fn pay_outside(&mut self) -> &'static str {
+        self.life.paid_outside();
+        self.to(Stage::PaidOtherwise, Fact::Paid, "is paid outside Stripe")
+    }
+
+    fn void(&mut self) -> &'static str {
+        self.life.voided();
+        self.to(Stage::Voided, Fact::Voided, "is voided")
+    }
+
+    fn part(&mut self, random: &mut StdRng) -> &'static str {
+        let rest = self.due - self.life.invoice.paid;
+        let is_last = self.stage == Stage::PaidInParts && random.random_bool(0.4);
+        let amount = if is_last || rest < 3 { rest } else { random.random_range(1..rest) };
+        self.life.part(amount);
+        self.to(Stage::PaidInParts, Fact::Part, "");
+        match amount == rest {
+            true => self.to(Stage::PaidOtherwise, Fact::Paid, "gets its last part, and is paid"),
+            false => "gets a part",
+        }
+    }
+
+    fn after_payment(&mut self, random: &mut StdRng) -> Option<&'static str> {
+        let by_card = self.stage == Stage::PaidByCard;
+        match random.random_range(0..4) {
+            0 if by_card && self.refunded < self.due => {
+                let amount = random.random_range(1..=self.due - self.refunded);
+                self.refunded += amount;
+                self.life.refunded(amount);
+                Some(self.to(self.stage, Fact::Information, "is refunded in part or whole"))
+            }
+            1 if !self.is_credited && self.due > 0 => {
+                self.is_credited = true;
+                self.life.credited(random.random_range(1..=self.due));
+                Some(self.to(self.stage, Fact::Information, "gets a credit note"))
+            }
+            2 if by_card && self.dispute == Dispute::None => {
+                self.dispute = Dispute::Open;
+                self.life.disputed();
+                self.to(self.stage, Fact::Information, "");
+                Some(self.to(self.stage, Fact::Information, "is disputed, and the money withdrawn"))
+            }
+            3 if self.dispute == Dispute::Open => {
+                self.dispute = Dispute::Won;
+                self.life.dispute_won();
+                self.to(self.stage, Fact::Information, "");
+                Some(self.to(self.stage, Fact::Information, "has its dispute won, and the money back"))
+            }
+            _ => None,
+        }
+    }
+
+    fn to(&mut self, stage: Stage, fact: Fact, told: &'static str) -> &'static str {
+        self.stage = stage;
+        self.truth.push(Entry { fact, at: self.life.t });
+        told
+    }
+
+    /// What is one entry however often it happens.
+    fn once(&mut self, fact: Fact, told: &'static str) -> &'static str {
+        if self.truth.iter().all(|entry| entry.fact != fact) {
+            self.truth.push(Entry { fact, at: self.life.t });
+        }
+        told
+    }
+}

@@ -1,0 +1,246 @@
+//! The program as a process that can crash: all of it lives on one runtime, and a crash drops that at once, in the middle of
+//! whatever it waits for. What the database was told by then may be done or not.
+
+use std::cell::RefCell;
+use std::pin::pin;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::task::{Poll, Waker};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full};
+use hyper::Request;
+use hyper::service::Service;
+use hyper_util::service::TowerToHyperService;
+use serde_json::Value;
+use sqlx::{Connection, PgConnection};
+use stripe_reconciler::clock::Clock;
+use stripe_reconciler::domain::signature::SigningSecrets;
+use stripe_reconciler::flows::reconcile::Tools;
+use stripe_reconciler::http::{self, AppState};
+use stripe_reconciler::inbox::{Inbox, Writers};
+use stripe_reconciler::store::{Store, StoredBody};
+use stripe_reconciler::stripe_api::{ApiKey, Settings, StripeApi};
+use tokio::runtime::{Builder, Runtime};
+use tokio_util::sync::CancellationToken;
+
+use crate::stripe_fake::LIVE_KEY;
+use crate::support::{Answer, Database, Engine};
+
+/// Events read from the log at a time.
+const PAGE: u32 = 500;
+/// How long the database may take to notice that somebody is gone.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// What a process is started with.
+pub struct Setup<'s> {
+    pub database_url: &'s str,
+    pub clock: &'s Clock,
+    /// As `STRIPE_WEBHOOK_SECRET` has them.
+    pub secrets: &'s str,
+    pub stripe_base: &'s str,
+    /// As many servers on the same database, which crash together.
+    pub replicas: usize,
+}
+
+pub struct Process {
+    runtime: Runtime,
+    waits: Arc<Mutex<Waits>>,
+    replicas: Vec<Replica>,
+    writers: Vec<Writers>,
+}
+
+/// One server of a process; cheap to clone.
+#[derive(Clone)]
+pub struct Replica {
+    pub store: Store,
+    pub inbox: Inbox,
+    router: TowerToHyperService<axum::Router>,
+    api: StripeApi,
+    clock: Clock,
+    stopping: CancellationToken,
+}
+
+/// Counts how often the runtime has nothing left to do but to wait for the world: those are the moments at which a crash makes a
+/// difference.
+#[derive(Default)]
+struct Waits {
+    left: Option<usize>,
+    are_over: bool,
+    waker: Option<Waker>,
+}
+
+impl Waits {
+    fn one_more(&mut self) {
+        match self.left {
+            Some(0) => {
+                (self.left, self.are_over) = (None, true);
+                self.waker.take().into_iter().for_each(Waker::wake);
+            }
+            Some(left) => self.left = Some(left - 1),
+            None => {}
+        }
+    }
+}
+
+impl Process {
+    pub fn start(setup: &Setup) -> Process {
+        let waits: Arc<Mutex<Waits>> = Arc::default();
+        let counted = waits.clone();
+        let runtime =
+            Builder::new_current_thread().enable_all().on_thread_park(move || locked(&counted).one_more()).build().unwrap();
+        let started = (0..setup.replicas).map(|_| runtime.block_on(Replica::start(setup)));
+        let (replicas, writers) = started.unzip();
+        Process { runtime, waits, replicas, writers }
+    }
+
+    /// One of its servers, whichever this number names.
+    pub fn replica(&self, number: usize) -> Replica {
+        self.replicas[number % self.replicas.len()].clone()
+    }
+
+    pub fn run<T>(&self, work: impl Future<Output = T>) -> T {
+        self.run_until(None, work).expect("nothing disturbs it")
+    }
+
+    /// Runs it until it has to wait for the world, and then so many times more; none: it was left where it was then.
+    pub fn run_until<T>(&self, waits: Option<usize>, work: impl Future<Output = T>) -> Option<T> {
+        *locked(&self.waits) = Waits { left: waits, ..Waits::default() };
+        self.runtime.block_on(async {
+            let mut work = pin!(work);
+            std::future::poll_fn(|context| {
+                if locked(&self.waits).are_over {
+                    return Poll::Ready(None);
+                }
+                locked(&self.waits).waker = Some(context.waker().clone());
+                work.as_mut().poll(context).map(Some)
+            })
+            .await
+        })
+    }
+
+    /// The whole log, oldest receipt first.
+    pub fn log(&self) -> Vec<StoredBody> {
+        let store = self.replica(0).store;
+        self.run(async {
+            let (mut log, mut after) = (Vec::new(), None);
+            loop {
+                let page = store.stored_bodies(after, PAGE).await.unwrap();
+                let Some(last) = page.last() else { return log };
+                after = Some((last.logged.received_ms, last.logged.key));
+                log.extend(page);
+            }
+        })
+    }
+
+    /// Everything in it is gone; returns when the database has noticed.
+    pub fn crash(self, database: &Database) {
+        {
+            let _inside = self.runtime.enter();
+            drop((self.replicas, self.writers));
+        }
+        drop(self.runtime);
+        wait_until_left(database);
+    }
+
+    /// As on SIGTERM: what is under way is finished.
+    pub fn stop(self) {
+        let Process { runtime, replicas, writers, .. } = self;
+        runtime.block_on(async {
+            let stores: Vec<Store> = replicas.iter().map(|replica| replica.store.clone()).collect();
+            replicas.iter().for_each(|replica| replica.stopping.cancel());
+            drop(replicas);
+            for writers in writers {
+                writers.finish().await;
+            }
+            for store in stores {
+                store.close().await;
+            }
+        });
+    }
+}
+
+fn locked(waits: &Mutex<Waits>) -> MutexGuard<'_, Waits> {
+    waits.lock().unwrap()
+}
+
+/// What the last of its connections had begun is done then, or never.
+fn wait_until_left(database: &Database) {
+    thread_local! {
+        static RUNTIME: Runtime = Builder::new_current_thread().enable_all().build().unwrap();
+        static ASKING: RefCell<Option<(String, PgConnection)>> = const { RefCell::new(None) };
+    }
+    let in_postgres = |asking: &mut Option<(String, PgConnection)>| {
+        RUNTIME.with(|runtime| {
+            runtime.block_on(async {
+                if asking.as_ref().is_none_or(|(url, _)| *url != database.url) {
+                    *asking = Some((database.url.clone(), PgConnection::connect(&database.url).await.unwrap()));
+                }
+                let (_, connection) = asking.as_mut().expect("it was just made");
+                let others =
+                    "select count(*) from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()";
+                sqlx::query_scalar::<_, i64>(others).fetch_one(connection).await.unwrap() > 0
+            })
+        })
+    };
+    let deadline = Instant::now() + PATIENCE;
+    while match database.engine {
+        Engine::Sqlite => is_open(database.url.trim_start_matches("sqlite://")),
+        Engine::Postgres => ASKING.with(|asking| in_postgres(&mut asking.borrow_mut())),
+    } {
+        assert!(Instant::now() < deadline, "somebody still uses the database of a process that is gone");
+        std::thread::sleep(Duration::from_micros(300));
+    }
+}
+
+/// Whether this process has the file open.
+fn is_open(path: &str) -> bool {
+    let open = std::fs::read_dir("/proc/self/fd").unwrap().filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok());
+    open.into_iter().any(|link| link.to_str().is_some_and(|link| link.starts_with(path)))
+}
+
+impl Replica {
+    async fn start(setup: &Setup<'_>) -> (Replica, Writers) {
+        let store = Store::connect(setup.database_url).await.unwrap();
+        store.migrate().await.unwrap();
+        let (inbox, writers) = Inbox::start(store.clone());
+        let key = ApiKey::parse(LIVE_KEY).unwrap();
+        let api = StripeApi::new(Settings { key, base: setup.stripe_base.to_owned(), rate: 1000 });
+        let (clock, stopping) = (setup.clock.clone(), CancellationToken::new());
+        let state = AppState {
+            store: store.clone(),
+            inbox: inbox.clone(),
+            secrets: Arc::new(SigningSecrets::parse(setup.secrets).unwrap()),
+            clock: clock.clone(),
+            stopping: stopping.clone(),
+        };
+        let router = TowerToHyperService::new(http::router(state));
+        (Replica { store, inbox, router, api, clock, stopping }, writers)
+    }
+
+    pub fn tools(&self) -> Tools {
+        Tools { store: self.store.clone(), inbox: self.inbox.clone(), api: self.api.clone(), clock: self.clock.clone() }
+    }
+
+    pub async fn send(&self, method: &str, path: &str, headers: &[(&str, &str)], body: Vec<u8>) -> Answer {
+        let mut request = Request::builder().method(method).uri(path);
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        let request: Request<Full<Bytes>> = request.body(Full::from(body)).unwrap();
+        let (head, body) = self.router.call(request).await.unwrap().into_parts();
+        Answer { status: head.status, headers: head.headers, body: body.collect().await.unwrap().to_bytes() }
+    }
+
+    pub async fn deliver(&self, signature: &str, body: Vec<u8>) -> Answer {
+        self.send("POST", "/webhooks/stripe", &[("stripe-signature", signature)], body).await
+    }
+
+    pub async fn get(&self, path: &str, key: &str) -> Answer {
+        self.send("GET", path, &[("apikey", key)], Vec::new()).await
+    }
+
+    pub async fn put(&self, path: &str, key: &str, document: &Value) -> Answer {
+        self.send("PUT", path, &[("apikey", key)], document.to_string().into_bytes()).await
+    }
+}

@@ -1,0 +1,91 @@
+//! Rounds, one after the other, each on both engines; what one of them finds is told with all that led to it.
+
+use std::cell::RefCell;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Once;
+
+use super::ending::{Histories, round};
+use super::script::Script;
+use super::world::Trace;
+use crate::support::Engine;
+
+/// Without a word from `SIMULATOR_ROUNDS`.
+const ROUNDS: u64 = 10;
+/// Rounds that are made to tell a failure in fewer steps.
+const TRIES: usize = 60;
+
+thread_local! {
+    /// What panicked on this thread, whoever caught it.
+    static PANICS: RefCell<Vec<String>> = const { RefCell::new(Vec::new()) };
+}
+
+fn watch_panics() {
+    static WATCHED: Once = Once::new();
+    WATCHED.call_once(|| {
+        std::panic::set_hook(Box::new(|panic| {
+            let told = format!("{panic}");
+            PANICS.with_borrow_mut(|panics| panics.push(told));
+        }));
+    });
+}
+
+/// What went wrong in a round, and all that happened until then.
+struct Failure {
+    told: String,
+    trace: Vec<String>,
+}
+
+fn play(engine: Engine, script: &Script) -> Result<Histories, Failure> {
+    PANICS.take();
+    let trace = Trace::default();
+    let played = catch_unwind(AssertUnwindSafe(|| round(engine, script, trace.clone())));
+    let panics = PANICS.take();
+    match played {
+        Ok(histories) if panics.is_empty() => Ok(histories),
+        _ => Err(Failure { told: panics.join("\n"), trace: std::mem::take(&mut trace.lock().unwrap()) }),
+    }
+}
+
+/// Plays it on both engines at the same time.
+fn play_both(script: &Script) -> Result<(), (Engine, Failure)> {
+    let (sqlite, postgres) = std::thread::scope(|scope| {
+        let postgres = scope.spawn(|| play(Engine::Postgres, script));
+        (play(Engine::Sqlite, script), postgres.join().expect("its panics are caught"))
+    });
+    let sqlite = sqlite.map_err(|failure| (Engine::Sqlite, failure))?;
+    let postgres = postgres.map_err(|failure| (Engine::Postgres, failure))?;
+    if sqlite != postgres {
+        let told = format!("the engines differ:\nSQLite     {sqlite:#?}\nPostgreSQL {postgres:#?}");
+        return Err((Engine::Postgres, Failure { told, trace: Vec::new() }));
+    }
+    Ok(())
+}
+
+fn setting(name: &str) -> Option<u64> {
+    #[expect(clippy::disallowed_methods, reason = "the settings of a test")]
+    std::env::var(name).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{name} is no number: {text}")))
+}
+
+#[test]
+fn random_lives_and_a_wicked_stripe_end_in_the_truth_on_both_engines() {
+    watch_panics();
+    let first = setting("SIMULATOR_SEED").unwrap_or_else(rand::random);
+    let rounds = setting("SIMULATOR_ROUNDS").unwrap_or(ROUNDS);
+    println!("SIMULATOR_SEED={first} SIMULATOR_ROUNDS={rounds}");
+    for seed in (0..rounds).map(|n| first.wrapping_add(n)) {
+        let script = Script::of(seed);
+        let Err((engine, failure)) = play_both(&script) else { continue };
+        let shorter = script.shortened(TRIES, |shorter| play(engine, shorter).is_err());
+        let again = play(engine, &shorter).err();
+        let Failure { told, trace } = again.unwrap_or(failure);
+        println!("{}", trace.join("\n"));
+        println!("{} of its {} steps suffice", shorter.steps.len(), script.steps.len());
+        println!("SIMULATOR_SEED={seed} SIMULATOR_ROUNDS=1 cargo test --test simulator random_lives");
+        std::panic::resume_unwind(Box::new(eprint_and_keep(format!("on {engine:?}, seed {seed}: {told}"))));
+    }
+}
+
+fn eprint_and_keep(told: String) -> String {
+    println!("{told}");
+    told
+}
