@@ -22,6 +22,8 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(75);
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a peer may take over an answer that did not fit on the way to it at once.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long a peer may go on sending what nobody reads, so that it sees its answer.
+const LEAVE_TIMEOUT: Duration = Duration::from_secs(2);
 /// How soon somebody else is asked to give way when nobody has.
 const ASK_AGAIN: Duration = Duration::from_millis(50);
 
@@ -36,6 +38,8 @@ enum Phase {
     Working,
     /// The peer does not take its answer.
     Stalled,
+    /// It was answered before its body was read to its end.
+    Leaving,
 }
 
 /// All places of a listener; cheap to clone.
@@ -133,6 +137,7 @@ impl Places {
             Phase::Idle => Some(IDLE_TIMEOUT.as_millis() as u64),
             Phase::Head => Some(HEAD_TIMEOUT.as_millis() as u64),
             Phase::Stalled => Some(ANSWER_TIMEOUT.as_millis() as u64),
+            Phase::Leaving => Some(LEAVE_TIMEOUT.as_millis() as u64),
             // Requests have a time limit of their own, bodies included.
             Phase::Body | Phase::Working => None,
         };
@@ -201,7 +206,7 @@ impl Place {
     /// The request is done with, its body too; the answer goes out.
     pub fn answers(&self) {
         self.forget_body();
-        self.enter(Phase::Idle);
+        self.enter(if self.is_reading_body() { Phase::Leaving } else { Phase::Idle });
     }
 
     /// The peer does not take what it is sent.
@@ -226,6 +231,11 @@ impl Place {
     /// A body is under way: it has not come in time when the time is over.
     pub fn is_reading_body(&self) -> bool {
         self.phase() == Phase::Body
+    }
+
+    /// The peer may still be sending.
+    pub fn is_leaving(&self) -> bool {
+        self.phase() == Phase::Leaving
     }
 
     fn tell(&self) {
@@ -260,7 +270,8 @@ impl Place {
             1 => Phase::Head,
             2 => Phase::Body,
             3 => Phase::Working,
-            _ => Phase::Stalled,
+            4 => Phase::Stalled,
+            _ => Phase::Leaving,
         }
     }
 }

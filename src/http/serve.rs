@@ -25,6 +25,8 @@ use super::places::{Held, Place, Places};
 
 /// The largest head of a request, in bytes; also what a connection may keep in memory of what it reads and writes.
 const HEAD_LIMIT: usize = 64 * 1024;
+/// What a peer may go on sending after its answer, in bytes.
+const UNREAD_LIMIT: usize = 2 * 1024 * 1024;
 /// How often it is looked for connections whose time is over.
 const TICK: Duration = Duration::from_secs(1);
 /// After a failure that only others can end, by closing.
@@ -67,7 +69,7 @@ pub async fn serve(listener: TcpListener, router: Router, connections: usize, st
             held = places.take() => held,
             () = stop.cancelled() => break,
         };
-        let io = TokioIo::new(WatchedSocket { socket, place: held.place.clone() });
+        let io = TokioIo::new(WatchedSocket { socket, place: held.place.clone(), unread: 0 });
         let connection = http.serve_connection(io, service(router.clone(), held.place.clone()));
         tasks.spawn(attend(connection, held, stop.clone()));
     }
@@ -172,6 +174,8 @@ impl Body for WatchedBody {
 struct WatchedSocket {
     socket: TcpStream,
     place: Arc<Place>,
+    /// Bytes that came when the connection was over.
+    unread: usize,
 }
 
 impl WatchedSocket {
@@ -217,7 +221,17 @@ impl AsyncWrite for WatchedSocket {
         Pin::new(&mut self.socket).poll_flush(cx)
     }
 
+    /// Closing while the peer is sending would reset the connection, and the answer might be lost on its way.
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.socket).poll_shutdown(cx)
+        ready!(Pin::new(&mut self.socket).poll_shutdown(cx))?;
+        let mut space = [0; 16 * 1024];
+        while self.place.is_leaving() && self.unread < UNREAD_LIMIT {
+            let mut buffer = ReadBuf::new(&mut space);
+            match ready!(Pin::new(&mut self.socket).poll_read(cx, &mut buffer)) {
+                Ok(()) if !buffer.filled().is_empty() => self.unread += buffer.filled().len(),
+                _ => break,
+            }
+        }
+        Poll::Ready(Ok(()))
     }
 }

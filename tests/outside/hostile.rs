@@ -233,3 +233,31 @@ async fn where_few_files_may_be_opened_there_are_fewer_connections() {
         drop(held);
     }
 }
+
+#[tokio::test]
+async fn who_is_refused_before_its_body_is_read_sees_the_answer() {
+    let world = World::start(crate::support::Engine::Sqlite).await;
+    let kinds = [
+        (head("nonsense", &format!("Content-Length: {MIB}")), 400),
+        (head(&forged(), &format!("Content-Length: {}", MIB + 1)), 413),
+    ];
+    for (head, status) in kinds {
+        for _ in 0..30 {
+            let mut wire = Wire::connect(world.server.authority()).await;
+            wire.write(&head).await;
+            for _ in 0..16 {
+                wire.write(&[b' '; MIB / 16]).await;
+            }
+            let answer = wire.read_to_end().await;
+            assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{answer:?}");
+        }
+    }
+    let endless = async {
+        let mut wire = Wire::connect(world.server.authority()).await;
+        wire.write(&head("nonsense", "Content-Length: 1000000000")).await;
+        while wire.try_write(&[b' '; 1000]).await {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(6), endless).await.expect("it may not go on for ever");
+}
