@@ -13,4 +13,5 @@ pub mod money;
 pub mod object;
 mod returned;
 pub mod signature;
+pub mod silence;
 mod tries;

@@ -1,5 +1,6 @@
 //! One path per file, each read from top to bottom.
 
+pub mod doctor;
 pub mod documents;
 pub mod events;
 pub mod evidence;
@@ -9,3 +10,4 @@ pub mod invoices;
 pub mod rebuild;
 pub mod reconcile;
 pub mod replay;
+pub mod signs;

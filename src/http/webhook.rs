@@ -1,9 +1,11 @@
 //! `POST /webhooks/stripe`: Stripe delivers here.
 //!
 //! Limit, signature, then JSON: nothing is parsed before it is authentic, and nothing is answered 2xx before it is on disk. What
-//! cannot be right by its head alone is refused before its body is read: forgeries shall cost their sender more than us.
+//! cannot be right by its head alone is refused before its body is read: forgeries shall cost their sender more than us. Every
+//! delivery is counted once, whatever becomes of it.
 
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use axum::Json;
 use axum::body::{Bytes, HttpBody};
@@ -15,7 +17,9 @@ use serde_json::{Value, json};
 use super::error::ApiError;
 use super::{AppState, BODY_LIMIT};
 use crate::domain::signature::{Refusal, SignatureHeader};
-use crate::flows::ingest::{self, Delivery};
+use crate::flows::ingest::{self, Delivery, Outcome};
+use crate::inbox::InboxError;
+use crate::metrics::{Metrics, Rejection};
 use crate::store::Source;
 
 /// How long a delivery may wait for the disk.
@@ -24,13 +28,29 @@ const DEADLINE: Duration = Duration::from_secs(10);
 const TURN: usize = 64 * 1024;
 
 pub async fn receive(State(state): State<AppState>, request: Request) -> Result<Json<Value>, ApiError> {
+    let mut counting = Counting { metrics: state.metrics.clone(), ended: Err(Rejection::Abandoned) };
+    match take(&state, request).await {
+        Ok((outcome, took)) => {
+            counting.ended = Ok((outcome, took));
+            Ok(Json(json!({"received": true, "outcome": outcome.as_str()})))
+        }
+        Err((why, error)) => {
+            counting.ended = Err(why);
+            Err(error)
+        }
+    }
+}
+
+/// What a delivery came to, and how long that took once all of it was there.
+async fn take(state: &AppState, request: Request) -> Result<(Outcome, Duration), (Rejection, ApiError)> {
     if request.body().size_hint().lower() > BODY_LIMIT as u64 {
-        return Err(ApiError::TooLarge);
+        return Err((Rejection::TooLarge, ApiError::TooLarge));
     }
     let lines: Vec<HeaderValue> = request.headers().get_all("stripe-signature").iter().cloned().collect();
     let lines: Vec<&[u8]> = lines.iter().map(HeaderValue::as_bytes).collect();
     let signature = SignatureHeader::read(&lines).map_err(refused)?;
-    let body = Bytes::from_request(request, &state).await?;
+    let body = Bytes::from_request(request, state).await.map_err(unread)?;
+    let started = Instant::now();
     let received_ms = state.clock.now_ms();
     let mut verifier = state.secrets.verifier(&signature);
     for part in body.chunks(TURN) {
@@ -41,17 +61,48 @@ pub async fn receive(State(state): State<AppState>, request: Request) -> Result<
     }
     let label = verifier.finish(received_ms.div_euclid(1000)).map_err(refused)?;
     if state.stopping.is_cancelled() {
-        return Err(ApiError::Unavailable("shutting down".to_owned()));
+        return Err((Rejection::ShuttingDown, ApiError::Unavailable("shutting down".to_owned())));
     }
     let delivery = Delivery { body, source: Source::Webhook, secret_label: Some(label.to_owned()), received_ms };
-    let kept = tokio::time::timeout(DEADLINE, ingest::ingest(&state.inbox, delivery)).await;
-    let outcome = kept.map_err(|_| ApiError::Unavailable("the delivery waited too long for the disk".to_owned()))??;
-    Ok(Json(json!({"received": true, "outcome": outcome.as_str()})))
+    match tokio::time::timeout(DEADLINE, ingest::ingest(&state.inbox, delivery)).await {
+        Ok(kept) => kept.map(|outcome| (outcome, started.elapsed())).map_err(|error| (reason(&error), error.into())),
+        Err(_) => Err((Rejection::TimedOut, ApiError::Unavailable("the delivery waited too long for the disk".to_owned()))),
+    }
 }
 
-fn refused(refusal: Refusal) -> ApiError {
+fn unread(rejection: BytesRejection) -> (Rejection, ApiError) {
+    match ApiError::from(rejection) {
+        ApiError::TooLarge => (Rejection::TooLarge, ApiError::TooLarge),
+        error => (Rejection::Incomplete, error),
+    }
+}
+
+fn reason(error: &InboxError) -> Rejection {
+    match error {
+        InboxError::Full => Rejection::QueueFull,
+        InboxError::Closed => Rejection::ShuttingDown,
+        InboxError::Store(_) => Rejection::Unavailable,
+    }
+}
+
+/// Counts a delivery when it is dropped: also one whose sender went away, or was too slow, in the middle.
+struct Counting {
+    metrics: Arc<Metrics>,
+    ended: Result<(Outcome, Duration), Rejection>,
+}
+
+impl Drop for Counting {
+    fn drop(&mut self) {
+        match self.ended {
+            Ok((outcome, took)) => self.metrics.acknowledged(outcome.as_str(), took),
+            Err(why) => self.metrics.rejected(why),
+        }
+    }
+}
+
+fn refused(refusal: Refusal) -> (Rejection, ApiError) {
     tracing::warn!(reason = refusal.as_str(), "a delivery was refused");
-    ApiError::InvalidSignature
+    (Rejection::Signature(refusal), ApiError::InvalidSignature)
 }
 
 impl From<BytesRejection> for ApiError {

@@ -31,7 +31,7 @@ impl Source {
         }
     }
 
-    fn parse(text: &str) -> Result<Source, StoreError> {
+    pub(super) fn parse(text: &str) -> Result<Source, StoreError> {
         let all = [Source::Webhook, Source::Replay, Source::Api];
         all.into_iter().find(|s| s.as_str() == text).ok_or_else(|| StoreError::Refused(format!("an event came by `{text}`")))
     }
@@ -149,7 +149,7 @@ pub struct EventFilter {
 /// Comes before every receipt, in a page that goes forward.
 const FIRST: (i64, EventKey) = (i64::MIN, EventKey([0; EventKey::LENGTH]));
 /// Comes after every receipt, in a page that goes back.
-const LAST: (i64, EventKey) = (i64::MAX, EventKey([255; EventKey::LENGTH]));
+pub(super) const LAST: (i64, EventKey) = (i64::MAX, EventKey([255; EventKey::LENGTH]));
 
 /// The columns of a [`LoggedEvent`].
 macro_rules! logged_columns {

@@ -61,16 +61,17 @@ macro_rules! tellings {
     };
 }
 
+/// SQLite, too, knows nothing of a recursion, and would rather read whole tables: `cross join` keeps the order.
 macro_rules! sqlite_hop {
     () => {
-        "join mentions on mentions.object_id = reached.object_id join events on events.key = mentions.event_key
+        "cross join mentions on mentions.object_id = reached.object_id cross join events on events.key = mentions.event_key
          cross join json_each(events.linked) as link"
     };
 }
 macro_rules! sqlite_told {
     () => {
-        "(select distinct root, event_key from mentions join reached using (object_id))
-         join events on key = event_key and telling is not null "
+        "(select distinct root, event_key from reached cross join mentions using (object_id))
+         cross join events on key = event_key and telling is not null "
     };
 }
 
@@ -206,4 +207,26 @@ async fn tellings(session: &mut Session, sql: &'static str, ids: &[&String]) -> 
     let ids = serde_json::to_string(ids).expect("strings always serialise");
     let found = rows!(session, fetch_all, (String, Vec<u8>, String), sql, ids)?;
     found.into_iter().map(|(root, key, json)| Ok((root, StoredTelling { key: event_key(key)?, json }))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use sqlx::AssertSqlSafe;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn sqlite_gathers_a_history_by_index_however_long_the_log() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::connect(&format!("sqlite://{}/test.db", folder.path().display())).await.unwrap();
+        store.migrate().await.unwrap();
+        let mut session = store.session().await.unwrap();
+        for sql in [SQLITE.invoice_and_tellings, SQLITE.tellings_of_each, SQLITE.tellings_of_all] {
+            let explained = || AssertSqlSafe(format!("explain query plan {sql}"));
+            let plan = rows!(session, fetch_all, (i64, i64, i64, String), explained()).unwrap();
+            let read_whole: Vec<_> =
+                plan.iter().filter(|(.., step)| ["SCAN events", "SCAN mentions"].contains(&&**step)).collect();
+            assert!(read_whole.is_empty() && plan.iter().any(|(.., step)| step.contains("events")), "{plan:#?}");
+        }
+    }
 }

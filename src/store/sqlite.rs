@@ -1,6 +1,7 @@
 //! SQLite: opened by path, one connection that writes and several that read beside it; appended to by two statements a batch.
 
 use std::collections::HashSet;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -10,7 +11,7 @@ use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePo
 use tokio::sync::mpsc;
 
 use super::session::{Connection, Session, rows};
-use super::{Appended, NewEvent, StoreError};
+use super::{Appended, Disk, NewEvent, Space, StoreError};
 
 /// How long a statement waits for another process that writes to the same file.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
@@ -28,6 +29,7 @@ const CHECKPOINT_PATIENCE: Duration = Duration::from_millis(5);
 
 #[derive(Clone, Debug)]
 pub(super) struct SqliteStore {
+    file: PathBuf,
     write: SqlitePool,
     read: SqlitePool,
     /// Bytes written since the last checkpoint, about.
@@ -57,7 +59,7 @@ impl SqliteStore {
         let checkpointer = pool(1).connect_lazy_with(options.busy_timeout(CHECKPOINT_PATIENCE));
         let (checkpoint, due) = mpsc::channel(1);
         tokio::spawn(keep_log_short(checkpointer, due));
-        Ok(SqliteStore { write, read, written: Arc::default(), checkpoint })
+        Ok(SqliteStore { file: file(path), write, read, written: Arc::default(), checkpoint })
     }
 
     pub async fn session(&self) -> Result<Session, StoreError> {
@@ -115,10 +117,29 @@ impl SqliteStore {
         }
     }
 
+    pub fn space(&self) -> Result<Space, StoreError> {
+        let unseen = |error: std::io::Error| StoreError::Unavailable(format!("{}: {error}", self.file.display()));
+        let log = self.file.with_file_name([self.file.file_name().unwrap_or_default(), "-wal".as_ref()].join("".as_ref()));
+        let folder = self.file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let disk = rustix::fs::statvfs(folder).map_err(|error| unseen(error.into()))?;
+        let (free, size) = (disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize);
+        Ok(Space {
+            database: std::fs::metadata(&self.file).map_err(unseen)?.len(),
+            // None yet: nothing was written.
+            log: Some(std::fs::metadata(log).map_or(0, |log| log.len())),
+            disk: Some(Disk { free, size }),
+        })
+    }
+
     pub async fn close(&self) {
         self.read.close().await;
         self.write.close().await;
     }
+}
+
+/// The file that a URL names after `sqlite://`.
+pub(super) fn file(path: &str) -> PathBuf {
+    PathBuf::from(path.split('?').next().unwrap_or_default())
 }
 
 /// Answers which keys were there before, in hex. `$1`: events, `$2`: keys, tellings and bodies, `$3`: mentions.
