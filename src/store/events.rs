@@ -313,10 +313,13 @@ impl Store {
     }
 }
 
-/// The first of each key: the others are duplicates, and nothing of them is kept.
+/// The first of each key: the others are duplicates, and nothing of them is kept. Sorted by key: neighbours go to the same page of
+/// an index, and batches of several writers take their locks in one order.
 pub(super) fn firsts(batch: &[NewEvent]) -> Vec<&NewEvent> {
     let mut keys = HashSet::with_capacity(batch.len());
-    batch.iter().filter(|event| keys.insert(event.key)).collect()
+    let mut firsts: Vec<&NewEvent> = batch.iter().filter(|event| keys.insert(event.key)).collect();
+    firsts.sort_unstable_by_key(|event| event.key);
+    firsts
 }
 
 /// What to answer for each of a batch. `is_new` is asked in its order: the second of two that are equal is no longer new.

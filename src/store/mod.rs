@@ -165,7 +165,7 @@ impl Store {
     pub fn writers(&self) -> usize {
         match &self.0 {
             Engine::Sqlite(_) => 1,
-            Engine::Postgres(store) => store.writers(),
+            Engine::Postgres(_) => postgres::WRITERS as usize,
         }
     }
 

@@ -18,10 +18,9 @@ use tokio::time::timeout;
 use super::session::{Connection, PostgresConnection, Session, rows_in_postgres};
 use super::{Appended, NewEvent, StoreError};
 
-/// For appending: as many as there are writers. Theirs alone, so that no flood of reads takes them away.
-const WRITERS: u32 = 2;
-/// For all else.
-const CONNECTIONS: u32 = 8;
+const CONNECTIONS: u32 = 10;
+/// Batches that are appended at a time: a second one gains while the first waits for the disk, a third does not.
+pub(super) const WRITERS: u32 = 2;
 /// How long to wait for a free connection, or for a new one.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long one statement may take.
@@ -34,7 +33,8 @@ const KNOCK: Duration = Duration::from_millis(200);
 #[derive(Clone, Debug)]
 pub(super) struct PostgresStore {
     pool: PgPool,
-    writers: PgPool,
+    /// Connections that append, and nothing else: each of them has its statement ready, and never waits for readers.
+    appending: PgPool,
     /// A pooler stands between us and the server, and may hand each transaction to another of its connections.
     is_pooled: bool,
     gate: Gate,
@@ -64,7 +64,7 @@ impl PostgresStore {
     pub async fn open(url: &str) -> Result<PostgresStore, StoreError> {
         let options = PgConnectOptions::from_str(url).map_err(|e| StoreError::Refused(e.to_string()))?;
         // A parameter that poolers do not know; nothing here is a float.
-        let options = options.extra_float_digits(None).application_name("stripe-reconciler");
+        let options = options.extra_float_digits(None).application_name("stripe-reconciler").disable_statement_logging();
         let looked_at = timeout(STATEMENT_TIMEOUT, look_at(url, &options)).await;
         let is_pooled = looked_at.map_err(|_| StoreError::Unavailable("the server does not answer".to_owned()))??;
         // Compiling a statement takes longer than any of ours runs. Poolers do not know this parameter.
@@ -74,19 +74,17 @@ impl PostgresStore {
         let gate = Gate(Arc::new(state));
         let pool = |connections| {
             let watched = gate.clone();
-            let pool = PgPoolOptions::new().max_connections(connections).acquire_timeout(ACQUIRE_TIMEOUT);
-            let pool = pool.test_before_acquire(false).before_acquire(move |_, about| {
-                let is_current = about.age <= watched.opened().elapsed();
-                Box::pin(async move { Ok(is_current) })
-            });
+            let pool = PgPoolOptions::new()
+                .max_connections(connections)
+                .acquire_timeout(ACQUIRE_TIMEOUT)
+                .test_before_acquire(false)
+                .before_acquire(move |_, about| {
+                    let is_current = about.age <= watched.opened().elapsed();
+                    Box::pin(async move { Ok(is_current) })
+                });
             pool.connect_lazy_with(options.clone())
         };
-        Ok(PostgresStore { pool: pool(CONNECTIONS), writers: pool(WRITERS), is_pooled, gate })
-    }
-
-    /// How many batches may be appended at a time.
-    pub fn writers(&self) -> usize {
-        WRITERS as usize
+        Ok(PostgresStore { pool: pool(CONNECTIONS), appending: pool(WRITERS), is_pooled, gate })
     }
 
     /// A connection for statements that each stand alone.
@@ -145,7 +143,7 @@ impl PostgresStore {
             firsts.iter().map(|event| pick(event).map(str::to_owned)).collect()
         };
         let mentions = || firsts.iter().flat_map(|event| event.mentions.iter().map(move |mention| (event, mention)));
-        let mut session = self.session_of(&self.writers).await?;
+        let mut session = self.session_of(&self.appending).await?;
         let Connection::Postgres(connection) = &mut session.connection else {
             unreachable!("the sessions of this store are PostgreSQL's")
         };
@@ -177,7 +175,7 @@ impl PostgresStore {
     }
 
     pub async fn close(&self) {
-        self.writers.close().await;
+        self.appending.close().await;
         self.pool.close().await;
     }
 }
@@ -186,7 +184,7 @@ impl PostgresStore {
 const BEGIN: &str = "begin; set local jit = off";
 const BEGIN_SERIALIZABLE: &str = "begin isolation level serializable; set local jit = off";
 
-/// Sorted, so that batches of several writers take their locks in one order.
+/// Events come sorted, mentions are sorted here, so that batches of several writers take their locks in one order.
 const APPEND: &str = "
     with incoming as (
         select * from unnest($1::bytea[], $2::text[], $3::text[], $4::text[], $5::text[], $6::bigint[], $7::bigint[], $8::text[],
@@ -196,7 +194,7 @@ const APPEND: &str = "
     ), new as (
         insert into events (key, id, event_type, api_version, object_id, created_s, received_ms, source, secret_label, outcome,
                             unreadable_reason, telling, linked, body)
-        select * from incoming order by key
+        select * from incoming
         on conflict do nothing returning key
     ), linked as (
         insert into mentions (object_id, event_key)
