@@ -11,7 +11,6 @@ use http_body_util::Full;
 use hyper::Request;
 use serde_json::Value;
 use tempfile::TempDir;
-use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -22,6 +21,7 @@ use crate::domain::signature::SigningSecrets;
 use crate::flows::ingest::Outcome;
 use crate::flows::invoices::new_invoice;
 use crate::flows::replay::Endpoint;
+use crate::http;
 use crate::store::{Scope, Store};
 use crate::transport::Transport;
 
@@ -167,7 +167,7 @@ impl Stage {
         let signing_secret = format!("whsec_{}", hex::encode(random));
         let secrets = || SigningSecrets::parse(&signing_secret).map_err(|mistakes| anyhow::anyhow!(mistakes.join("; ")));
 
-        let listener = TcpListener::bind("127.0.0.1:0").await?;
+        let listener = http::listen(([127, 0, 0, 1], 0).into())?;
         let base = format!("http://{}", listener.local_addr()?);
         let stop = CancellationToken::new();
         let service =

@@ -71,11 +71,8 @@ impl Serve {
         let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
         let store = open(config).await?;
         let connections = allowed_connections(max_connections);
-        let listener = listen(address).await?;
-        let metrics = match metrics_address {
-            Some(address) => Some(listen(address).await?),
-            None => None,
-        };
+        let listener = listen(address)?;
+        let metrics = metrics_address.map(listen).transpose()?;
 
         let metrics_at = metrics.as_ref().and_then(|listener| listener.local_addr().ok());
         tracing::info!(?secrets, reconciles = api.is_some(), ?metrics_at, "starting");
@@ -114,8 +111,8 @@ fn allowed_connections(wanted: usize) -> usize {
     connections
 }
 
-async fn listen(address: SocketAddr) -> Result<TcpListener, Mistakes> {
-    TcpListener::bind(address).await.map_err(|error| Mistakes(vec![format!("cannot listen on {address}: {error}")]))
+fn listen(address: SocketAddr) -> Result<TcpListener, Mistakes> {
+    http::listen(address).map_err(|error| Mistakes(vec![format!("cannot listen on {address}: {error}")]))
 }
 
 /// What a service is made of.

@@ -11,7 +11,7 @@ use tracing::Instrument;
 use uuid::Uuid;
 
 use super::error::{ApiError, of_status};
-use super::places::Place;
+use super::place::Place;
 use crate::metrics::Metrics;
 
 /// How long a request may take, its body included.

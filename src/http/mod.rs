@@ -13,6 +13,7 @@ mod evidence;
 mod health;
 mod invoices;
 mod metrics;
+mod place;
 mod places;
 mod query;
 mod serve;
@@ -36,7 +37,7 @@ use crate::store::Store;
 use error::ApiError;
 use metrics::Scrapers;
 
-pub use serve::serve;
+pub use serve::{listen, serve};
 
 /// The largest body that is read, in bytes.
 const BODY_LIMIT: usize = 1024 * 1024;

@@ -2,16 +2,19 @@
 //!
 //! Whoever comes is let in. When all places are taken, the connection gives way that has waited longest for its peer: first
 //! those between two requests, then those whose peer still owes the rest of a head or of a body, or does not take its answer. So
-//! connections that are opened and left alone, or fed slowly, hold nobody out. A request that is being worked on never gives way.
+//! connections that are opened and left alone, or fed slowly, hold nobody out. A request that is being worked on never gives way,
+//! nor does one whose bytes have come and were not read yet: then it is we who are slow.
 //!
 //! In the same way bodies share the memory for bodies. There are no shares by peer: behind a load balancer all is one peer.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
+
+use super::place::{Asked, Phase, Place};
 
 /// Bodies in memory at a time, in bytes, of all connections together.
 const BODIES_LIMIT: usize = 64 * 1024 * 1024;
@@ -27,26 +30,12 @@ const LEAVE_TIMEOUT: Duration = Duration::from_secs(2);
 /// How soon somebody else is asked to give way when nobody has.
 const ASK_AGAIN: Duration = Duration::from_millis(50);
 
-/// What a connection is about. Kept in an atomic beside the time since when.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Phase {
-    /// Between two requests, or before the first.
-    Idle,
-    Head,
-    Body,
-    /// The request is there in whole, or nobody reads the rest of it: the peer waits for us.
-    Working,
-    /// The peer does not take its answer.
-    Stalled,
-    /// It was answered before its body was read to its end.
-    Leaving,
-}
-
 /// All places of a listener; cheap to clone.
 #[derive(Clone)]
 pub struct Places(Arc<Shared>);
 
-struct Shared {
+/// What all places have in common.
+pub struct Shared {
     started: Instant,
     limit: usize,
     /// Bytes of bodies, of all connections that were not told to go.
@@ -62,21 +51,11 @@ struct Taken {
     places: HashMap<u64, Arc<Place>>,
 }
 
-/// The place of one connection.
-pub struct Place {
-    /// Milliseconds since the listener started, and the phase in the lowest three bits.
-    since_and_phase: AtomicU64,
-    /// Bytes of the body that is being read or worked on.
-    body: AtomicUsize,
-    told_to_go: AtomicBool,
-    told: Notify,
-    shared: Arc<Shared>,
-}
-
 /// A place, as long as it is held.
 pub struct Held {
     number: u64,
     pub place: Arc<Place>,
+    shared: Arc<Shared>,
 }
 
 impl Places {
@@ -107,30 +86,23 @@ impl Places {
         if taken.places.len() >= self.0.limit {
             return None;
         }
-        let place = Arc::new(Place {
-            since_and_phase: AtomicU64::new(0),
-            body: AtomicUsize::new(0),
-            told_to_go: AtomicBool::new(false),
-            told: Notify::new(),
-            shared: self.0.clone(),
-        });
-        place.enter(Phase::Idle);
+        let place = Arc::new(Place::new(self.0.clone()));
         let number = taken.next;
         taken.next += 1;
         taken.places.insert(number, place.clone());
-        Some(Held { number, place })
+        Some(Held { number, place, shared: self.0.clone() })
     }
 
-    /// Tells the connection to go that has waited longest for its peer.
+    /// Asks the connection to end that has waited longest for its peer.
     pub fn free_one(&self) {
         let taken = self.0.taken();
-        let waiting = taken.places.values().filter(|place| place.is_waiting() && !place.is_told());
+        let waiting = taken.places.values().filter(|place| place.phase() != Phase::Working && !place.is_asked());
         if let Some(place) = waiting.min_by_key(|place| (place.phase() != Phase::Idle, place.since_ms())) {
-            place.tell();
+            place.ask(Asked::ToEnd);
         }
     }
 
-    /// Tells those to go whose time is over. To be called every second or so.
+    /// Asks those to end whose time is over. To be called every second or so.
     pub fn end_overdue(&self) {
         let now_ms = self.0.now_ms();
         let limit_ms = |phase| match phase {
@@ -144,12 +116,12 @@ impl Places {
         let taken = self.0.taken();
         let is_overdue =
             |place: &Place| limit_ms(place.phase()).is_some_and(|limit_ms| now_ms.saturating_sub(place.since_ms()) > limit_ms);
-        taken.places.values().filter(|place| is_overdue(place) && !place.is_told()).for_each(|place| place.tell());
+        taken.places.values().filter(|place| is_overdue(place) && !place.is_asked()).for_each(|place| place.ask(Asked::ToEnd));
     }
 
-    /// Wakes every connection: see [`Place::told`].
+    /// Wakes every connection, to look about.
     pub fn wake_all(&self) {
-        self.0.taken().places.values().for_each(|place| place.told.notify_one());
+        self.0.taken().places.values().for_each(|place| place.wake());
     }
 }
 
@@ -159,119 +131,32 @@ impl Shared {
         self.taken.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn now_ms(&self) -> u64 {
+    /// Milliseconds since the listener started.
+    pub fn now_ms(&self) -> u64 {
         self.started.elapsed().as_millis() as u64
     }
 
-    /// Tells the longest-read of the larger bodies to go. A body within its share of the memory never has to.
+    /// Counts bytes of a body; when they are too many, one has to go.
+    pub fn holds(&self, bytes: usize) {
+        let before = self.bodies.fetch_add(bytes, Ordering::Relaxed);
+        if before + bytes > self.bodies_limit {
+            self.free_a_body();
+        }
+    }
+
+    pub fn forgets(&self, bytes: usize) {
+        self.bodies.fetch_sub(bytes, Ordering::Relaxed);
+    }
+
+    /// Asks the longest-read of the larger bodies to go. A body within its share of the memory never has to.
     fn free_a_body(&self) {
         let share = self.bodies_limit / self.limit;
         let taken = self.taken();
-        let reading = taken.places.values().filter(|place| place.phase() == Phase::Body && !place.is_told());
-        let larger = reading.filter(|place| place.body.load(Ordering::Relaxed) > share);
+        let reading = taken.places.values().filter(|place| place.phase() == Phase::Body && place.asked() != Asked::ToGo);
+        let larger = reading.filter(|place| place.body_bytes() > share);
         if let Some(place) = larger.min_by_key(|place| place.since_ms()) {
-            place.tell();
-        }
-    }
-}
-
-/// What a connection reports of itself.
-impl Place {
-    /// Bytes came from the peer.
-    pub fn heard(&self) {
-        if matches!(self.phase(), Phase::Idle | Phase::Stalled) {
-            self.enter(Phase::Head);
-        }
-    }
-
-    /// The head of a request is there, and a body is to follow.
-    pub fn reads_body(&self) {
-        self.enter(Phase::Body);
-    }
-
-    /// Takes memory for a part of a body.
-    pub fn holds(&self, bytes: usize) {
-        self.body.fetch_add(bytes, Ordering::Relaxed);
-        let before = self.shared.bodies.fetch_add(bytes, Ordering::Relaxed);
-        if before + bytes > self.shared.bodies_limit {
-            self.shared.free_a_body();
-        }
-    }
-
-    /// The request is there in whole.
-    pub fn works(&self) {
-        self.enter(Phase::Working);
-    }
-
-    /// The request is done with, its body too; the answer goes out.
-    pub fn answers(&self) {
-        self.forget_body();
-        self.enter(if self.is_reading_body() { Phase::Leaving } else { Phase::Idle });
-    }
-
-    /// The peer does not take what it is sent.
-    pub fn stalls(&self) {
-        if self.phase() == Phase::Idle {
-            self.enter(Phase::Stalled);
-        }
-    }
-}
-
-impl Place {
-    /// Returns when the connection was told to go, or when all were woken.
-    pub async fn told(&self) {
-        self.told.notified().await;
-    }
-
-    /// Whether it was told to go, and still waits for its peer: then it ends at once. Otherwise a request came in time.
-    pub fn has_to_go(&self) -> bool {
-        self.told_to_go.swap(false, Ordering::Relaxed) && self.is_waiting()
-    }
-
-    /// A body is under way: it has not come in time when the time is over.
-    pub fn is_reading_body(&self) -> bool {
-        self.phase() == Phase::Body
-    }
-
-    /// The peer may still be sending.
-    pub fn is_leaving(&self) -> bool {
-        self.phase() == Phase::Leaving
-    }
-
-    fn tell(&self) {
-        self.told_to_go.store(true, Ordering::Relaxed);
-        self.forget_body();
-        self.told.notify_one();
-    }
-
-    fn is_told(&self) -> bool {
-        self.told_to_go.load(Ordering::Relaxed)
-    }
-
-    fn is_waiting(&self) -> bool {
-        self.phase() != Phase::Working
-    }
-
-    fn forget_body(&self) {
-        self.shared.bodies.fetch_sub(self.body.swap(0, Ordering::Relaxed), Ordering::Relaxed);
-    }
-
-    fn enter(&self, phase: Phase) {
-        self.since_and_phase.store(self.shared.now_ms() << 3 | phase as u64, Ordering::Relaxed);
-    }
-
-    fn since_ms(&self) -> u64 {
-        self.since_and_phase.load(Ordering::Relaxed) >> 3
-    }
-
-    fn phase(&self) -> Phase {
-        match self.since_and_phase.load(Ordering::Relaxed) & 7 {
-            0 => Phase::Idle,
-            1 => Phase::Head,
-            2 => Phase::Body,
-            3 => Phase::Working,
-            4 => Phase::Stalled,
-            _ => Phase::Leaving,
+            place.forget_body();
+            place.ask(Asked::ToGo);
         }
     }
 }
@@ -279,8 +164,8 @@ impl Place {
 impl Drop for Held {
     fn drop(&mut self) {
         self.place.forget_body();
-        self.place.shared.taken().places.remove(&self.number);
-        self.place.shared.freed.notify_one();
+        self.shared.taken().places.remove(&self.number);
+        self.shared.freed.notify_one();
     }
 }
 
@@ -293,10 +178,13 @@ mod tests {
         std::thread::sleep(Duration::from_millis(2));
     }
 
+    /// Places that are taken one after the other, and whose peers are silent.
     fn taken<const N: usize>(places: &Places) -> [Held; N] {
         std::array::from_fn(|_| {
             wait();
-            places.try_take().unwrap()
+            let held = places.try_take().unwrap();
+            held.place.hears_nothing();
+            held
         })
     }
 
@@ -310,26 +198,30 @@ mod tests {
         reads_body.place.reads_body();
         wait();
         reads_head.place.heard();
+        reads_head.place.hears_nothing();
         wait();
         stalls.place.stalls();
         let mut order = Vec::new();
         for _ in 0..6 {
             places.free_one();
-            order.extend(held.iter().position(|held| held.place.is_told()));
-            held.iter().filter(|held| held.place.has_to_go()).for_each(|held| held.place.works());
+            order.extend((0..5).filter(|n| held[*n].place.asked() == Asked::ToGo && !order.contains(n)).collect::<Vec<_>>());
         }
         assert_eq!(order, [4, 2, 1, 3]);
+        assert_eq!(works.place.asked(), Asked::Nothing);
     }
 
     #[test]
-    fn a_request_that_came_in_time_is_worked_on() {
+    fn what_came_in_time_is_answered_first() {
         let places = Places::with(1, 100);
         let [held] = taken(&places);
         places.free_one();
+        held.place.heard();
+        assert_eq!(held.place.asked(), Asked::ToEnd, "its bytes are there: it is not the peer who is slow");
         held.place.works();
-        assert!(!held.place.has_to_go());
+        held.place.hears_nothing();
+        assert_eq!(held.place.asked(), Asked::ToEnd);
         held.place.answers();
-        assert!(!held.place.has_to_go(), "it is told once");
+        assert_eq!(held.place.asked(), Asked::ToGo);
         drop(held);
         assert!(places.try_take().is_some());
     }
@@ -338,24 +230,50 @@ mod tests {
     fn when_bodies_are_too_many_the_longest_read_goes_but_none_within_its_share() {
         let places = Places::with(4, 100);
         let [works, small, first, second] = taken(&places);
-        let told = |held: [&Held; 4]| held.map(|held| held.place.is_told());
+        let gone = || [&works, &small, &first, &second].map(|held| held.place.asked() == Asked::ToGo);
         for held in [&works, &small, &first, &second] {
             held.place.reads_body();
+            held.place.heard();
             wait();
         }
         works.place.holds(30);
         works.place.works();
         small.place.holds(25);
         first.place.holds(26);
-        assert_eq!(told([&works, &small, &first, &second]), [false; 4]);
+        assert_eq!(gone(), [false; 4]);
         second.place.holds(30);
-        assert_eq!(told([&works, &small, &first, &second]), [false, false, true, false]);
+        assert_eq!(gone(), [false, false, true, false]);
         assert_eq!(places.0.bodies.load(Ordering::Relaxed), 85, "what is to go counts no more");
         second.place.holds(20);
-        assert_eq!(told([&works, &small, &first, &second]), [false, false, true, true]);
+        assert_eq!(gone(), [false, false, true, true]);
         works.place.holds(100);
-        assert_eq!(told([&works, &small, &first, &second]), [false, false, true, true], "there is nobody else to ask");
+        assert_eq!(gone(), [false, false, true, true], "there is nobody else to ask");
         drop((works, small, first, second));
         assert_eq!(places.0.bodies.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn each_phase_has_its_time() {
+        let mut places = Places::with(10, 100);
+        let age = Duration::from_secs(100);
+        Arc::get_mut(&mut places.0).unwrap().started = Instant::now().checked_sub(age).unwrap();
+        let [idle, head, body, works, stalled, leaving] = taken(&places);
+        head.place.heard();
+        body.place.reads_body();
+        works.place.works();
+        stalled.place.stalls();
+        leaving.place.reads_body();
+        leaving.place.answers();
+        let all = [&idle, &head, &body, &works, &stalled, &leaving];
+        let asked = |later_s: u64| {
+            all.iter().for_each(|held| held.place.make_older(later_s));
+            places.end_overdue();
+            all.map(|held| held.place.is_asked())
+        };
+        assert_eq!(asked(1), [false; 6]);
+        assert_eq!(asked(2), [false, false, false, false, false, true]);
+        assert_eq!(asked(8), [false, true, false, false, false, true]);
+        assert_eq!(asked(50), [false, true, false, false, true, true]);
+        assert_eq!(asked(15), [true, true, false, false, true, true]);
     }
 }

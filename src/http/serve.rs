@@ -1,7 +1,9 @@
 //! Accepts connections, and lets them drain. How many there may be and how long they may take is in `places`.
 
 use std::convert::Infallible;
+use std::future::poll_fn;
 use std::io;
+use std::net::SocketAddr;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
@@ -9,6 +11,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::body::Bytes;
+use axum::http::{HeaderValue, header};
 use axum::response::Response;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
 use hyper::server::conn::http1;
@@ -17,22 +20,37 @@ use hyper::{Request, rt};
 use hyper_util::rt::TokioIo;
 use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::places::{Held, Place, Places};
+use super::place::{Asked, Place};
+use super::places::{Held, Places};
 
 /// The largest head of a request, in bytes; also what a connection may keep in memory of what it reads and writes.
 const HEAD_LIMIT: usize = 64 * 1024;
 /// What a peer may go on sending after its answer, in bytes.
 const UNREAD_LIMIT: usize = 2 * 1024 * 1024;
+/// Connections that are made, and wait to be accepted. The system may have a lower limit (`net.core.somaxconn`).
+const BACKLOG: u32 = 4096;
 /// How often it is looked for connections whose time is over.
 const TICK: Duration = Duration::from_secs(1);
 /// After a failure that only others can end, by closing.
 const PAUSE: Duration = Duration::from_millis(50);
 /// How long requests under way may take to finish after the stop.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// Listens. When more connections are made at once than `BACKLOG`, the system refuses some, whoever they are from.
+///
+/// # Errors
+/// The address is taken, or not one of this machine's.
+pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    // After a restart, connections of the last process may still be ending.
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
+}
 
 /// Serves up to so many connections at a time until `stop`, then lets the requests under way finish.
 pub async fn serve(listener: TcpListener, router: Router, connections: usize, stop: CancellationToken) {
@@ -96,26 +114,28 @@ where
     S: Service<Request<Incoming>, Response = Response, Error = Infallible>,
 {
     let mut connection = pin!(connection);
-    loop {
-        tokio::select! {
-            // What has arrived is looked at before the place is given up.
-            biased;
-            ended = connection.as_mut() => {
-                if let Err(error) = ended {
-                    tracing::debug!(%error, "a connection ended badly");
-                }
-                return;
-            }
-            () = held.place.told() => {
-                if held.place.has_to_go() {
-                    tracing::debug!("a connection gave way, or its time was over");
-                    return;
-                }
-                if stop.is_cancelled() {
-                    connection.as_mut().graceful_shutdown();
-                }
-            }
+    let mut is_closing = false;
+    let ended = poll_fn(|cx| {
+        held.place.wakes(cx.waker());
+        // What has arrived is looked at before the place is given up.
+        if let Poll::Ready(ended) = connection.as_mut().poll(cx) {
+            return Poll::Ready(Some(ended));
         }
+        let asked = held.place.asked();
+        if asked == Asked::ToGo {
+            return Poll::Ready(None);
+        }
+        if !is_closing && (asked == Asked::ToEnd || stop.is_cancelled()) {
+            is_closing = true;
+            connection.as_mut().graceful_shutdown();
+            return connection.as_mut().poll(cx).map(Some);
+        }
+        Poll::Pending
+    });
+    match ended.await {
+        Some(Ok(())) => {}
+        Some(Err(error)) => tracing::debug!(%error, "a connection ended badly"),
+        None => tracing::debug!("a connection gave way, or its time was over"),
     }
 }
 
@@ -135,8 +155,12 @@ fn service(
         request.extensions_mut().insert(place.clone());
         let answer = router.call(request.map(|body| WatchedBody { body, place: place.clone() }));
         async move {
-            let answer = answer.await;
+            let mut answer = answer.await;
             place.answers();
+            if let (true, Ok(answer)) = (place.is_leaving(), &mut answer) {
+                // Where the next request would begin, this one's body still comes.
+                answer.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+            }
             answer
         }
     })
@@ -190,11 +214,13 @@ impl WatchedSocket {
 impl AsyncRead for WatchedSocket {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let before = buffer.filled().len();
-        ready!(Pin::new(&mut self.socket).poll_read(cx, buffer))?;
-        if buffer.filled().len() > before {
+        let read = Pin::new(&mut self.socket).poll_read(cx, buffer);
+        if read.is_pending() {
+            self.place.hears_nothing();
+        } else if buffer.filled().len() > before {
             self.place.heard();
         }
-        Poll::Ready(Ok(()))
+        read
     }
 }
 

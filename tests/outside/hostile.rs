@@ -146,7 +146,7 @@ each_database! {
         let floods = [
             Flood::new(30, &[&head(&forged(), &length(&small)), &small], true),
             Flood::new(30, &[&head("nonsense", &length(&small)), &small], true),
-            Flood::new(60, &[&head(&forged(), &length(&large)), &large], true),
+            Flood::new(12, &[&head(&forged(), &length(&large)), &large], true),
             Flood::new(60, &[&head("nonsense", &length(&large)), &large], false),
             Flood::new(100, &[&head(&forged(), &length(&large)), &large[..MIB / 2]], false),
             Flood::new(60, &[&head(&forged(), "Transfer-Encoding: chunked"), &chunk.repeat(63)], false),
