@@ -22,6 +22,7 @@ pub struct Flags {
     pub stripe_api_key: Option<String>,
     pub stripe_api_base: Option<String>,
     pub stripe_api_rate: Option<String>,
+    pub copy_to: Option<String>,
 }
 
 pub struct Config {
@@ -33,6 +34,8 @@ pub struct Config {
     pub secrets: Option<SigningSecrets>,
     /// None: not configured.
     pub stripe_api: Option<stripe_api::Settings>,
+    /// None: not configured.
+    pub copy_to: Option<String>,
 }
 
 /// What the configuration has to be good for.
@@ -44,6 +47,8 @@ pub enum Purpose {
     StripeApi,
     /// The settings about the webhook endpoint and Stripe's API are not looked at.
     Database,
+    /// Needs a second database, and else as `Database`.
+    Copy,
 }
 
 /// Everything that is wrong with the configuration.
@@ -70,10 +75,12 @@ impl Config {
         let listen_addr = reader.setting("LISTEN_ADDR", &flags.listen_addr).filter(|_| serves);
         let listen_addr = reader.valid("LISTEN_ADDR", parse_address(listen_addr.as_deref().unwrap_or("127.0.0.1:8080")));
         let secrets = if serves { reader.secrets(&flags.stripe_webhook_secret) } else { None };
-        let stripe_api = if purpose == Purpose::Database { None } else { reader.stripe_api(flags, purpose) };
+        let needs_stripe = matches!(purpose, Purpose::Signatures | Purpose::StripeApi);
+        let stripe_api = if needs_stripe { reader.stripe_api(flags, purpose) } else { None };
+        let copy_to = if purpose == Purpose::Copy { reader.copy_to(flags, &database_url) } else { None };
         match (log_filter, log_format, listen_addr) {
             (Some(log_filter), Some(log_format), Some(listen_addr)) if mistakes.is_empty() => {
-                Ok(Config { database_url, log_filter, log_format, listen_addr, secrets, stripe_api })
+                Ok(Config { database_url, log_filter, log_format, listen_addr, secrets, stripe_api, copy_to })
             }
             _ => Err(Mistakes(mistakes)),
         }
@@ -139,6 +146,21 @@ impl Reader<'_> {
             None => {}
         }
         None
+    }
+
+    fn copy_to(&mut self, flags: &Flags, database_url: &str) -> Option<String> {
+        let before = self.mistakes.len();
+        let url = self.setting("COPY_TO", &flags.copy_to);
+        match &url {
+            None if self.mistakes.len() == before => {
+                self.mistakes
+                    .push("COPY_TO is not set: give the database to copy to (--to sqlite://PATH or postgres://...)".to_owned());
+            }
+            Some(url) if url == database_url => self.mistakes.push("COPY_TO is the same as DATABASE_URL".to_owned()),
+            Some(url) => drop(self.valid("COPY_TO", Store::check_url(url))),
+            None => {}
+        }
+        url
     }
 
     fn stripe_api(&mut self, flags: &Flags, purpose: Purpose) -> Option<stripe_api::Settings> {

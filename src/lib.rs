@@ -16,7 +16,7 @@
 //! | [`stripe_api`] | the only async-stripe: what Stripe's API answers, within a budget of calls | `flows`, `config` (is this a key?), `cli` |
 //! | [`store`] | the only SQL | `inbox`, `flows`, `http`, `config` (is this a database URL?), `cli` |
 //! | [`inbox`] | group commit: many deliveries, one durable transaction | `flows`, `http`, `cli` |
-//! | [`flows`] | one path per file: ingest, replay, rebuild, import, reconcile, evidence | `http`, `cli` |
+//! | [`flows`] | one path per file: ingest, replay, rebuild, import, reconcile, copy, evidence | `http`, `cli` |
 //! | [`http`] | the only axum: webhook endpoint, read endpoint, operator's calls | `cli` |
 //! | [`telemetry`] | logs | `config`, `cli` |
 //! | [`config`] | settings and secrets | `cli` |
@@ -33,6 +33,7 @@
 //! * **A pass against Stripe's API**: `stripe_api` → `flows/reconcile` (events, thin events' objects, links, invoices) → the same
 //!   reading and the same append; `domain/comparison` says what differs.
 //! * **A rebuild**: stored bytes → `domain/event` again → compare → report, and save.
+//! * **A copy**: `store/copying` on two databases, page beside page → `flows/copy` → what differs is written over → all histories compared.
 
 pub mod domain;
 

@@ -10,7 +10,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use super::reconcile::StripeFlags;
-use super::{Exit, Settings, open, output};
+use super::{Access, Exit, Settings, open, output};
 use crate::clock::Clock;
 use crate::config::{Config, Flags, Mistakes, Purpose};
 use crate::domain::signature::SigningSecrets;
@@ -53,7 +53,7 @@ impl Serve {
         let api = config.stripe_api.take().map(StripeApi::new);
         let address = config.listen_addr;
         let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-        let store = open(config).await?;
+        let store = open(config, Access::Writes).await?;
         let listener =
             TcpListener::bind(address).await.map_err(|e| Mistakes(vec![format!("cannot listen on {address}: {e}")]))?;
 

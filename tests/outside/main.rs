@@ -8,6 +8,7 @@ mod support;
 
 mod by_turns;
 mod commands;
+mod copy;
 mod events;
 mod evidence;
 mod failover;

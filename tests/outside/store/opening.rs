@@ -22,7 +22,7 @@ async fn execute(database: &Database, statement: &'static str) {
     }
 }
 
-fn api_key(id: &str, scope: Scope, created_ms: i64) -> ApiKey {
+pub(super) fn api_key(id: &str, scope: Scope, created_ms: i64) -> ApiKey {
     ApiKey { id: id.to_owned(), scope, created_ms, expires_ms: Some(created_ms + 5), revoked_ms: None }
 }
 
