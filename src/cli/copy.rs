@@ -41,8 +41,8 @@ impl Copy {
         let mut config = Config::load(&Flags { copy_to: self.to.clone(), ..settings.flags() }, Purpose::Copy)?;
         let to = config.copy_to.take().unwrap_or_default();
         telemetry::start(config.log_filter, config.log_format);
-        let source = open("DATABASE_URL", &config.database_url).await?;
-        let target = open("COPY_TO", &to).await?;
+        let source = opened("DATABASE_URL", Store::connect_to_existing(&config.database_url).await).await?;
+        let target = opened("COPY_TO", Store::connect(&to).await).await?;
         let (report, took) = copy(&source, &target).await.map_err(|error| match error {
             CopyError::Refused(_) | CopyError::Overtaken => Mistakes(vec![error.to_string()]).into(),
             CopyError::Store(error) => anyhow::Error::from(error),
@@ -58,13 +58,14 @@ impl Copy {
     }
 }
 
-async fn open(name: &str, url: &str) -> anyhow::Result<Store> {
-    let opened = async {
-        let store = Store::connect(url).await?;
+/// Migrated.
+async fn opened(name: &str, connected: Result<Store, StoreError>) -> anyhow::Result<Store> {
+    let migrated = async {
+        let store = connected?;
         store.migrate().await?;
         Ok::<Store, StoreError>(store)
     };
-    opened.await.map_err(|error| anyhow::Error::from(error).context(format!("{name} cannot be opened")))
+    migrated.await.map_err(|error| anyhow::Error::from(error).context(format!("{name} cannot be opened")))
 }
 
 async fn copy(source: &Store, target: &Store) -> Result<(Report, Took), CopyError> {

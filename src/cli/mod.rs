@@ -2,10 +2,12 @@
 
 mod copy;
 mod demo;
+mod doctor;
 mod events;
 mod invoices;
 mod keys;
 mod migrate;
+mod openapi;
 mod output;
 mod rebuild;
 mod reconcile;
@@ -39,10 +41,11 @@ use crate::telemetry;
   STRIPE_WEBHOOK_SECRET=whsec_... stripe-reconciler serve      receive Stripe's webhooks
   stripe-reconciler why acme inv-2026-01                       what proves that an invoice is paid
   STRIPE_API_KEY=rk_... stripe-reconciler reconcile            find what no webhook told
+  stripe-reconciler doctor                                     what is wrong, and what to do
 
 Settings may stand in the environment instead; NAME_FILE names a file that holds the value of NAME.
-Exit codes: 0 done, 1 some of the input was refused, 2 wrong usage or configuration, 3 something differs or
-would change, 4 the database, the server or Stripe cannot be reached."
+Exit codes: 0 done, 1 some of the input was refused, 2 wrong usage or configuration, 3 something differs,
+would change or is wrong, 4 the database, the server or Stripe cannot be reached."
 )]
 pub struct Arguments {
     #[command(flatten)]
@@ -76,7 +79,10 @@ enum Command {
     Events(events::Events),
     Why(why::Why),
     Copy(copy::Copy),
+    Doctor(doctor::Doctor),
     Migrate(migrate::Migrate),
+    #[command(name = "openapi")]
+    OpenApi(openapi::OpenApi),
 }
 
 /// How a command ended that did what it was asked to.
@@ -85,8 +91,10 @@ pub enum Exit {
     Done = 0,
     /// Some of the input was refused, or is not there.
     Refused = 1,
-    /// Something differs, was put right, or would change.
+    /// Something differs, was put right, or would change; or is wrong.
     Differs = 3,
+    /// The database cannot be reached.
+    Unreachable = 4,
 }
 
 impl From<Exit> for ExitCode {
@@ -108,7 +116,9 @@ pub async fn run(arguments: Arguments) -> anyhow::Result<Exit> {
         Command::Events(command) => command.run(settings).await,
         Command::Why(command) => command.run(settings).await,
         Command::Copy(command) => command.run(settings).await,
+        Command::Doctor(command) => command.run(settings).await,
         Command::Migrate(command) => command.run(settings).await,
+        Command::OpenApi(command) => command.run(),
     }
 }
 

@@ -1,6 +1,7 @@
 //! One path per file, each read from top to bottom.
 
 pub mod copy;
+pub mod doctor;
 pub mod documents;
 pub mod events;
 pub mod evidence;
@@ -10,3 +11,4 @@ pub mod invoices;
 pub mod rebuild;
 pub mod reconcile;
 pub mod replay;
+pub mod signs;

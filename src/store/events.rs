@@ -31,7 +31,7 @@ impl Source {
         }
     }
 
-    fn parse(text: &str) -> Result<Source, StoreError> {
+    pub(super) fn parse(text: &str) -> Result<Source, StoreError> {
         let all = [Source::Webhook, Source::Replay, Source::Api];
         all.into_iter().find(|s| s.as_str() == text).ok_or_else(|| StoreError::Refused(format!("an event came by `{text}`")))
     }
@@ -149,7 +149,7 @@ pub struct EventFilter {
 /// Comes before every receipt, in a page that goes forward.
 const FIRST: (i64, EventKey) = (i64::MIN, EventKey([0; EventKey::LENGTH]));
 /// Comes after every receipt, in a page that goes back.
-const LAST: (i64, EventKey) = (i64::MAX, EventKey([255; EventKey::LENGTH]));
+pub(super) const LAST: (i64, EventKey) = (i64::MAX, EventKey([255; EventKey::LENGTH]));
 
 /// The columns of a [`LoggedEvent`].
 macro_rules! logged_columns {
@@ -313,10 +313,13 @@ impl Store {
     }
 }
 
-/// The first of each key: the others are duplicates, and nothing of them is kept.
+/// The first of each key: the others are duplicates, and nothing of them is kept. Sorted by key: neighbours go to the same page of
+/// an index, and batches of several writers take their locks in one order.
 pub(super) fn firsts(batch: &[NewEvent]) -> Vec<&NewEvent> {
     let mut keys = HashSet::with_capacity(batch.len());
-    batch.iter().filter(|event| keys.insert(event.key)).collect()
+    let mut firsts: Vec<&NewEvent> = batch.iter().filter(|event| keys.insert(event.key)).collect();
+    firsts.sort_unstable_by_key(|event| event.key);
+    firsts
 }
 
 /// What to answer for each of a batch. `is_new` is asked in its order: the second of two that are equal is no longer new.

@@ -93,6 +93,7 @@ const HOLDER: &str = "select tenant_uid, invoice_uid, stripe_invoice_id from inv
 const INSERT: &str = "
     insert into invoices (tenant_uid, invoice_uid, stripe_invoice_id, document, imported_states, stored_ms, revision)
     values ($1, $2, $3, $4, $5, $6, 1)";
+const NO_LONGER_AWAITED: &str = "delete from awaited where stripe_invoice_id = $1";
 const UPDATE: &str = "
     update invoices set document = $3, stripe_invoice_id = coalesce($4, stripe_invoice_id), revision = revision + $5
     where tenant_uid = $1 and invoice_uid = $2";
@@ -210,6 +211,7 @@ async fn write(session: &mut Session, new: &NewInvoice, stored: Option<StoredInv
         if holder.is_some_and(|(tenant, uid, _)| (&tenant, &uid) != (tenant_uid, invoice_uid)) {
             return Ok(Put::StripeInvoiceTaken);
         }
+        execute!(session, NO_LONGER_AWAITED, id)?;
     }
     let Some(stored) = stored else {
         execute!(session, INSERT, tenant_uid, invoice_uid, stripe_invoice_id, document, imported_states, now_ms)?;

@@ -35,7 +35,7 @@ impl Table {
     /// In the order in which they are carried. What says how far some work has come goes before what that work adds: where
     /// others write meanwhile, the copy then repeats some of it, and leaves nothing out. Events go before what they mention, so
     /// that none is there without its mentions.
-    pub const ALL: [Table; 6] = [
+    pub const ALL: [Table; 9] = [
         Table {
             name: "api_keys",
             columns: &[
@@ -56,6 +56,15 @@ impl Table {
             key: 1,
             only: "substr(name, 1, 5) <> 'copy '",
             page: 500,
+        },
+        Table { name: "moments", columns: &[("name", Text), ("at_ms", Number)], key: 1, only: ALL_ROWS, page: 500 },
+        Table { name: "delivery_hours", columns: &[("hour", Number)], key: 1, only: ALL_ROWS, page: 5000 },
+        Table {
+            name: "awaited",
+            columns: &[("stripe_invoice_id", Text), ("received_ms", Number)],
+            key: 1,
+            only: ALL_ROWS,
+            page: 5000,
         },
         Table {
             name: "runs",

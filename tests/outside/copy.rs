@@ -193,6 +193,7 @@ each_direction! {
         refused(&[here, ("COPY_TO", &world.database.url)], "the same");
         refused(&[here, ("COPY_TO", "mysql://u:hidden@h/d")], "COPY_TO: it must be");
         let empty = Database::create(target.engine);
+        Store::connect(&empty.url).await.unwrap().close().await;
         refused(&[("DATABASE_URL", &empty.url), ("COPY_TO", &target.url)], "holds nothing");
 
         let other = World::start(target.engine).await;
@@ -210,6 +211,8 @@ each_direction! {
         refused(&[here, ("COPY_TO", &target.url)], "is in use");
 
         let away = run(&[here, ("COPY_TO", "postgres://u:hidden@127.0.0.1:1/d")], &["copy"], b"").with_code(4);
+        let missing = run(&[("DATABASE_URL", "sqlite:///no/such.db"), ("COPY_TO", &target.url)], &["copy"], b"").with_code(4);
+        assert!(missing.stderr.contains("DATABASE_URL cannot be opened"), "{missing:?}");
         assert!(away.stderr.contains("COPY_TO cannot be opened") && !away.stderr.contains("hidden"), "{away:?}");
     }
 

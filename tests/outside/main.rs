@@ -14,6 +14,7 @@ mod evidence;
 mod failover;
 mod invoices;
 mod kill_nine;
+mod openapi;
 mod outage;
 mod pooler;
 mod reading;

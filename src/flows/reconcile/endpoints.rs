@@ -6,7 +6,7 @@ use super::{Pass, ReconcileError};
 use crate::domain::fact::TYPES_THAT_TELL;
 use crate::domain::invoice::timestamp;
 use crate::store::{EventFilter, LoggedEvent, Source};
-use crate::stripe_api::{Scope, StripeApiError};
+use crate::stripe_api::{Scope, StripeApi, StripeApiError};
 
 /// What our own endpoint's URL ends with, wherever it is.
 const PATH: &str = "/webhooks/stripe";
@@ -17,22 +17,30 @@ const ENOUGH: usize = 20;
 const SHORTEST_SILENCE_MS: i64 = 3600 * 1000;
 
 pub async fn run(pass: &mut Pass<'_>) -> Result<(), ReconcileError> {
-    let mut remarks = match pass.tools.api.list("/v1/webhook_endpoints", &[], &Scope::Own).await {
-        Ok(page) => {
-            let endpoints: Vec<Value> = page.data.iter().filter_map(|raw| serde_json::from_str(raw.get()).ok()).collect();
-            about(&endpoints)
-        }
-        Err(StripeApiError::Refused { reason, .. }) => {
-            vec![format!("The webhook endpoints could not be looked at: {reason}. Let the key read webhook endpoints.")]
-        }
-        Err(error) => return Err(error.into()),
-    };
+    let mut remarks = look_at_endpoints(&pass.tools.api).await?;
     remarks.extend(silence(pass).await?);
     for remark in &remarks {
         tracing::warn!(remark, "endpoint watch");
     }
     pass.report.endpoint_remarks = remarks;
     Ok(())
+}
+
+/// What is wrong with the registered webhook endpoints, in words.
+///
+/// # Errors
+/// Stripe cannot be reached, or does not accept the key.
+pub async fn look_at_endpoints(api: &StripeApi) -> Result<Vec<String>, StripeApiError> {
+    match api.list("/v1/webhook_endpoints", &[], &Scope::Own).await {
+        Ok(page) => {
+            let endpoints: Vec<Value> = page.data.iter().filter_map(|raw| serde_json::from_str(raw.get()).ok()).collect();
+            Ok(about(&endpoints))
+        }
+        Err(StripeApiError::Refused { reason, .. }) => {
+            Ok(vec![format!("The webhook endpoints could not be looked at: {reason}. Let the key read webhook endpoints.")])
+        }
+        Err(error) => Err(error),
+    }
 }
 
 /// Ours, by their path; where none has it, all: a proxy may rewrite paths.

@@ -1,7 +1,7 @@
 //! What `copy` does with two databases: pages of rows, what is written over what, and who may write.
 
 use stripe_reconciler::flows::copy::{CopyError, Copying, How};
-use stripe_reconciler::store::{Appended, Cell, Checked, CopyTarget, NewEvent, PackedBody, Row, Scope, Store, Table};
+use stripe_reconciler::store::{Appended, Cell, Checked, CopyTarget, NewEvent, News, PackedBody, Row, Scope, Store, Table};
 
 use super::opening::api_key;
 use super::reconciling::run_of;
@@ -74,6 +74,9 @@ async fn fill(store: &Store) {
     };
     store.note_checked(&[checked("in_1", None), checked("in_2", Some(9))]).await.unwrap();
     store.keep_run(&run_of(7)).await.unwrap();
+    let moments = [(ODD[2].to_owned(), i64::MIN), ("delivered".to_owned(), 7)].into();
+    let news = News { moments, hours: [490_000].into(), named: [("in_awaited".to_owned(), 8)].into() };
+    store.keep_news(&news, 9, 0, 0).await.unwrap();
     store.take_lease("pass", "holder", 0, 100).await.unwrap();
 }
 
@@ -113,14 +116,14 @@ each_store! {
             assert!(table.name != "events" || pages >= 4, "{pages}");
             assert!(table.name != "events" || whole(store, table, &rows).await.1 >= 4);
         }
-        let expected = [("api_keys", 2), ("progress", 1), ("runs", 1), ("invoices", 601), ("events", 1212), ("mentions", 2424)];
+        let expected = [("api_keys", 2), ("progress", 1), ("moments", 2), ("delivery_hours", 1), ("awaited", 1), ("runs", 1), ("invoices", 601), ("events", 1212), ("mentions", 2424)];
         assert_eq!(counts, expected);
     }
 
     async fn what_is_copied_is_the_same_and_a_second_copy_finds_nothing_to_do(place: Place) {
         let (source, target) = (&place.store, &Place::new(place.database.engine).await.store);
         fill(source).await;
-        assert_eq!(copy(source, target).await, 2 + 1 + 1 + 601 + 1212 + 2424);
+        assert_eq!(copy(source, target).await, 2 + 1 + 4 + 1 + 601 + 1212 + 2424);
         assert_same(source, target).await;
         assert_eq!(target.lease("pass").await.unwrap(), None, "who holds a lease, holds it there");
         assert_eq!(copy(source, target).await, 0);

@@ -173,7 +173,7 @@ each_store! {
     }
 
     async fn one_that_the_database_refuses_fails_alone(place: Place) {
-        let (inbox, writers) = Inbox::start(place.store.clone());
+        let (inbox, writers) = Inbox::start(place.store.clone(), Default::default());
         let held = place.database.hold().await;
         // All wait while the database is held, so that they share a batch.
         let append = |event: NewEvent| {

@@ -129,6 +129,17 @@ fn a_url_is_refused_in_words_that_show_no_password() {
 }
 
 #[tokio::test]
+async fn what_is_not_there_is_not_made_by_who_only_looks() {
+    let folder = tempfile::tempdir().unwrap();
+    let url = format!("sqlite://{}/a.db?cache=private", folder.path().display());
+    let missing = Store::connect_to_existing(&url).await.unwrap_err();
+    assert!(matches!(&missing, StoreError::Away(reason) if reason.contains("a.db")), "{missing}");
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+    Store::connect(&url).await.unwrap().close().await;
+    assert!(Store::connect_to_existing(&url).await.unwrap().ping().await.is_err(), "it is there, and not migrated");
+}
+
+#[tokio::test]
 async fn what_cannot_be_opened_is_an_error_in_words() {
     assert!(matches!(Store::connect("mysql://h/d").await, Err(StoreError::Refused(_))));
     let missing = Store::connect("sqlite:///no/such/folder/a.db").await.unwrap_err();
