@@ -14,6 +14,8 @@ mod postgres;
 mod process;
 mod reference;
 
+use std::io::Write;
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use load::{Timings, closed_loop, open_loop};
@@ -151,6 +153,7 @@ impl Bench {
             let database = if engine == "postgres" { bench.postgres.as_ref().map(|server| cpu(server.pid())) } else { None };
             cpu(server.pid()) + database.unwrap_or_default()
         };
+        reference::settle(url).await;
         let before = used(self);
         let timings = closed_loop(&server.authority, connections, &requests).await;
         let cpu_us = (used(self) - before).as_secs_f64() * 1e6 / timings.sorted.len() as f64;
@@ -161,9 +164,15 @@ impl Bench {
     async fn steady(&mut self, [plain_url, url, fast_url]: &[String; 3]) {
         let seconds = self.time.as_secs_f64() * 2.0;
         println!("\nrate/s  connections  way     p50 ms  p99 ms  p99.9 ms  not 2xx");
-        self.at_rate("plain", Served::plain(plain_url), 300.0, 64, seconds).await;
-        self.at_rate("ours", Served::product(url), 300.0, 64, seconds).await;
-        self.at_rate("ours", Served::product(fast_url), 2000.0, 256, seconds).await;
+        for (way, start, url, rate, connections) in [
+            ("plain", Served::plain as fn(&str) -> Served, plain_url, 300.0, 64),
+            ("ours", Served::product, url, 300.0, 64),
+            ("ours", Served::product, fast_url, 2000.0, 256),
+        ] {
+            let server = start(url);
+            reference::settle(url).await;
+            self.at_rate(way, server, rate, connections, seconds).await;
+        }
     }
 
     async fn at_rate(&mut self, way: &str, server: Served, rate: f64, connections: usize, seconds: f64) {
@@ -249,18 +258,17 @@ impl Bench {
         println!("replay: {replayed:.0} events/s. rebuild: {read:.0} events/s.");
     }
 
-    /// Events a second that `replay` takes.
+    /// Events a second that `replay` takes, as they are made: a file of them would be written to the same disk.
     fn replay(&mut self, url: &str, count: usize) -> f64 {
-        let file = self.folder.path().join("events.jsonl");
-        let mut lines = std::io::BufWriter::new(std::fs::File::create(&file).expect("a file"));
+        let begun = Instant::now();
+        let mut replay = product(url).args(["replay", "-"]).stdin(Stdio::piped()).stdout(Stdio::null()).spawn().expect("it runs");
+        let mut lines = std::io::BufWriter::new(replay.stdin.take().expect("piped"));
         for body in deliveries::bodies(self.events, count) {
-            std::io::Write::write_all(&mut lines, format!("{}\n", body.replace('\n', "")).as_bytes()).expect("it is written");
+            writeln!(lines, "{}", body.replace('\n', "")).expect("it takes a line");
         }
         drop(lines);
+        assert!(replay.wait().expect("it ends").success());
         self.events += count;
-        let begun = Instant::now();
-        let ran = product(url).arg("replay").arg(&file).output().expect("it runs");
-        assert!(ran.status.success(), "{}", String::from_utf8_lossy(&ran.stderr));
         count as f64 / begun.elapsed().as_secs_f64()
     }
 }
@@ -279,7 +287,7 @@ fn print_side(connections: usize, way: &str, side: &Side) {
 }
 
 fn etag(authority: &str, path: &str, headers: &str) -> String {
-    use std::io::{Read, Write};
+    use std::io::Read;
     let mut socket = std::net::TcpStream::connect(authority).expect("it listens");
     write!(socket, "GET {path} HTTP/1.1\r\nhost: bench\r\nconnection: close\r\n{headers}\r\n").expect("it takes a request");
     let mut answer = String::new();

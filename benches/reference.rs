@@ -158,6 +158,13 @@ pub async fn commit_ms(url: &str, time: Duration) -> f64 {
     times[times.len() / 2].as_secs_f64() * 1e3
 }
 
+/// Has PostgreSQL write down what earlier measurements left in its memory: no side pays for another's.
+pub async fn settle(url: &str) {
+    if let Pool::Postgres(pool) = Pool::open(url).await {
+        sqlx::query("checkpoint").execute(&pool).await.expect("we may");
+    }
+}
+
 /// Appends of 8 KB that the disk makes durable, one by one, in a second.
 pub fn disk_commits(path: &std::path::Path, time: Duration) -> f64 {
     let mut file = File::create(path).expect("a file");

@@ -18,6 +18,7 @@ pub struct Flags {
     pub log_filter: Option<String>,
     pub log_format: Option<String>,
     pub listen_addr: Option<String>,
+    pub metrics_addr: Option<String>,
     pub stripe_webhook_secret: Option<String>,
     pub stripe_api_key: Option<String>,
     pub stripe_api_base: Option<String>,
@@ -29,6 +30,8 @@ pub struct Config {
     pub log_filter: EnvFilter,
     pub log_format: LogFormat,
     pub listen_addr: SocketAddr,
+    /// None: metrics are on the main listener.
+    pub metrics_addr: Option<SocketAddr>,
     /// None: not configured.
     pub secrets: Option<SigningSecrets>,
     /// None: not configured.
@@ -42,6 +45,8 @@ pub enum Purpose {
     Signatures,
     /// Needs the key of Stripe's API.
     StripeApi,
+    /// Looks at all that is there, and needs none of it.
+    Diagnosis,
     /// The settings about the webhook endpoint and Stripe's API are not looked at.
     Database,
 }
@@ -69,11 +74,16 @@ impl Config {
         let serves = purpose == Purpose::Signatures;
         let listen_addr = reader.setting("LISTEN_ADDR", &flags.listen_addr).filter(|_| serves);
         let listen_addr = reader.valid("LISTEN_ADDR", parse_address(listen_addr.as_deref().unwrap_or("127.0.0.1:8080")));
-        let secrets = if serves { reader.secrets(&flags.stripe_webhook_secret) } else { None };
+        let metrics_addr = reader.setting("METRICS_ADDR", &flags.metrics_addr).filter(|_| serves);
+        let metrics_addr = metrics_addr.and_then(|text| reader.valid("METRICS_ADDR", parse_address(&text)));
+        let secrets = match purpose {
+            Purpose::Signatures | Purpose::Diagnosis => reader.secrets(&flags.stripe_webhook_secret, purpose),
+            Purpose::StripeApi | Purpose::Database => None,
+        };
         let stripe_api = if purpose == Purpose::Database { None } else { reader.stripe_api(flags, purpose) };
         match (log_filter, log_format, listen_addr) {
             (Some(log_filter), Some(log_format), Some(listen_addr)) if mistakes.is_empty() => {
-                Ok(Config { database_url, log_filter, log_format, listen_addr, secrets, stripe_api })
+                Ok(Config { database_url, log_filter, log_format, listen_addr, metrics_addr, secrets, stripe_api })
             }
             _ => Err(Mistakes(mistakes)),
         }
@@ -124,14 +134,14 @@ impl Reader<'_> {
         value.map_err(|mistake| self.mistakes.push(format!("{name}: {mistake}"))).ok()
     }
 
-    fn secrets(&mut self, flag: &Option<String>) -> Option<SigningSecrets> {
+    fn secrets(&mut self, flag: &Option<String>, purpose: Purpose) -> Option<SigningSecrets> {
         let before = self.mistakes.len();
         match self.setting("STRIPE_WEBHOOK_SECRET", flag) {
             Some(text) => match SigningSecrets::parse(&text) {
                 Ok(secrets) => return Some(secrets),
                 Err(mistakes) => self.mistakes.extend(mistakes.iter().map(|m| format!("STRIPE_WEBHOOK_SECRET: {m}"))),
             },
-            None if self.mistakes.len() == before => self.mistakes.push(
+            None if self.mistakes.len() == before && purpose == Purpose::Signatures => self.mistakes.push(
                 "STRIPE_WEBHOOK_SECRET is not set: give the signing secret of the webhook endpoint (whsec_...), \
                  or the one that `stripe listen --print-secret` prints"
                     .to_owned(),

@@ -4,10 +4,12 @@
 //! the next batch gathers. The queue is bounded: what does not fit is refused, and Stripe delivers it again.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use tokio::sync::{Mutex, mpsc, oneshot};
 use tokio::task::JoinSet;
 
+use crate::metrics::Metrics;
 use crate::store::{Appended, NewEvent, Store, StoreError};
 
 /// Deliveries that may wait.
@@ -42,10 +44,10 @@ struct Waiting {
 
 impl Inbox {
     /// Starts as many writers as the store gains by.
-    pub fn start(store: Store) -> (Inbox, Writers) {
+    pub fn start(store: Store, metrics: Arc<Metrics>) -> (Inbox, Writers) {
         let (queue, waiting) = mpsc::channel(QUEUE);
         let waiting = Arc::new(Mutex::new(waiting));
-        let writers = (0..store.writers()).map(|_| write(store.clone(), waiting.clone())).collect();
+        let writers = (0..store.writers()).map(|_| write(store.clone(), waiting.clone(), metrics.clone())).collect();
         (Inbox { queue }, Writers(writers))
     }
 
@@ -61,6 +63,11 @@ impl Inbox {
         })?;
         answered.await.unwrap_or(Err(InboxError::Closed))
     }
+
+    /// How many wait, and how many may.
+    pub fn depth(&self) -> (usize, usize) {
+        (self.queue.max_capacity() - self.queue.capacity(), self.queue.max_capacity())
+    }
 }
 
 impl Writers {
@@ -74,7 +81,7 @@ impl Writers {
     }
 }
 
-async fn write(store: Store, waiting: Arc<Mutex<mpsc::Receiver<Waiting>>>) {
+async fn write(store: Store, waiting: Arc<Mutex<mpsc::Receiver<Waiting>>>, metrics: Arc<Metrics>) {
     let mut batch = Vec::with_capacity(BATCH);
     loop {
         // One writer waits for deliveries at a time; while it writes, the next one does.
@@ -87,7 +94,13 @@ async fn write(store: Store, waiting: Arc<Mutex<mpsc::Receiver<Waiting>>>) {
         if events.is_empty() {
             continue;
         }
-        let answers = match store.append(&events).await {
+        let started = Instant::now();
+        let appended = store.append(&events).await;
+        match &appended {
+            Ok(_) => metrics.committed(events.len(), started.elapsed()),
+            Err(_) => metrics.commit_failed(),
+        }
+        let answers = match appended {
             Ok(answers) => answers.into_iter().map(Ok).collect(),
             Err(StoreError::Refused(_)) if events.len() > 1 => one_by_one(&store, &events).await,
             Err(error) => events.iter().map(|_| Err(error.clone().into())).collect(),

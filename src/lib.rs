@@ -15,8 +15,9 @@
 //! | [`transport`] | HTTP as a client: pooled, limited | `stripe_api`, `flows`, `cli` |
 //! | [`stripe_api`] | the only async-stripe: what Stripe's API answers, within a budget of calls | `flows`, `config` (is this a key?), `cli` |
 //! | [`store`] | the only SQL | `inbox`, `flows`, `http`, `config` (is this a database URL?), `cli` |
+//! | [`metrics`] | what is counted and measured, by which names | `inbox`, `flows`, `http`, `cli` |
 //! | [`inbox`] | group commit: many deliveries, one durable transaction | `flows`, `http`, `cli` |
-//! | [`flows`] | one path per file: ingest, replay, rebuild, import, reconcile, evidence | `http`, `cli` |
+//! | [`flows`] | one path per file: ingest, replay, rebuild, import, reconcile, evidence, signs, doctor | `http`, `cli` |
 //! | [`http`] | the only axum: webhook endpoint, read endpoint, operator's calls | `cli` |
 //! | [`telemetry`] | logs | `config`, `cli` |
 //! | [`config`] | settings and secrets | `cli` |
@@ -32,6 +33,8 @@
 //! * **A replay**: recorded payloads → `flows/ingest`, without a signature, marked as replayed.
 //! * **A pass against Stripe's API**: `stripe_api` → `flows/reconcile` (events, thin events' objects, links, invoices) → the same
 //!   reading and the same append; `domain/comparison` says what differs.
+//! * **A scrape, and `doctor`**: `flows/signs` reads on in the log, and what it has come to from `store/signs`; nothing in the path of a
+//!   delivery but counters.
 //! * **A rebuild**: stored bytes → `domain/event` again → compare → report, and save.
 
 pub mod domain;
@@ -42,6 +45,8 @@ pub mod transport;
 pub mod stripe_api;
 
 pub mod store;
+
+pub mod metrics;
 
 pub mod inbox;
 

@@ -15,7 +15,7 @@ use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use super::serve::serve;
+use super::serve::{Service, serve};
 use super::{Exit, Settings, keys, output};
 use crate::clock::Clock;
 use crate::domain::signature::SigningSecrets;
@@ -168,7 +168,8 @@ impl Stage {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let base = format!("http://{}", listener.local_addr()?);
         let stop = CancellationToken::new();
-        let server = tokio::spawn(serve(listener, store.clone(), secrets()?, None, stop.clone()));
+        let service = Service { listener, metrics: None, store: store.clone(), secrets: secrets()?, api: None };
+        let server = tokio::spawn(serve(service, stop.clone()));
         let endpoint = Endpoint::new(format!("{base}/webhooks/stripe"), secrets()?, Clock::system());
         let transport = Transport::new(Duration::from_secs(10), 1024 * 1024);
         Ok(Stage { folder, base, store, endpoint, transport, operator_key, tenant_key, signing_secret, stop, server })

@@ -1,13 +1,13 @@
 //! `events`: what was received, in a list, one by one, or all of it for `replay`.
 
 use clap::{Args, Subcommand};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::{Exit, Settings, duration_ms, output};
 use crate::clock::Clock;
 use crate::config::Mistakes;
-use crate::domain::event::EventKey;
-use crate::store::{EventFilter, LoggedEvent, Outcome, Store, StoredBody};
+use crate::flows::events::{self, Body, OutcomeFilter, PageRequest, Shown};
+use crate::store::{LoggedEvent, Outcome, Store};
 
 /// List, show, export and prune what was received
 #[derive(Args)]
@@ -25,12 +25,16 @@ enum Command {
     #[command(after_help = "Examples:
   stripe-reconciler events list --invoice in_1Q...
   stripe-reconciler events list --outcome unreadable
+  stripe-reconciler events list --outcome unmatched
   stripe-reconciler events list --limit 1000 --json")]
     List(List),
     /// Show an event, in all renderings that were received
-    #[command(after_help = "Example:\n  stripe-reconciler events show evt_1Q... --json")]
+    #[command(after_help = "Examples:
+  stripe-reconciler events show evt_1Q... --json
+  stripe-reconciler events list --outcome unreadable --json | jq -r .key | head -1 | xargs stripe-reconciler events show")]
     Show {
-        /// evt_...
+        /// evt_..., or the key that `events list --json` shows: what is unreadable has no id
+        #[arg(value_name = "ID")]
         id: String,
         /// Print JSON
         #[arg(long)]
@@ -62,7 +66,7 @@ struct List {
     /// Only events that name this Stripe invoice
     #[arg(long, value_name = "in_...")]
     invoice: Option<String>,
-    /// Only with this outcome: recorded, no_payment_fact, unreadable
+    /// Only with this outcome: recorded, no_payment_fact, unreadable; or unmatched: it names an invoice that nobody stored
     #[arg(long)]
     outcome: Option<String>,
     /// How many at most
@@ -89,25 +93,29 @@ const PAGE: u32 = 500;
 
 impl List {
     async fn run(self, settings: Settings) -> anyhow::Result<Exit> {
-        let filter = EventFilter {
-            event_type: self.event_type,
-            stripe_invoice_id: self.invoice,
-            outcome: self.outcome.as_deref().map(parse_outcome).transpose()?,
+        let outcome = match self.outcome.as_deref().map(OutcomeFilter::parse) {
+            None => OutcomeFilter::Any,
+            Some(Ok(outcome)) => outcome,
+            Some(Err(reason)) => return Err(Mistakes(vec![format!("--outcome {reason}")]).into()),
         };
+        let (event_type, stripe_invoice_id) = (self.event_type, self.invoice);
+        let mut request = PageRequest { event_type, stripe_invoice_id, outcome, limit: 0, after: None };
         let store = settings.store().await?;
-        let mut rows = Vec::new();
-        let (mut after, mut left): (Option<(i64, EventKey)>, u32) = (None, self.limit);
+        let (mut rows, mut left) = (Vec::new(), self.limit);
         while left > 0 {
-            let page = store.events_page(&filter, after, left.min(PAGE)).await?;
-            let Some(last) = page.last() else { break };
-            after = Some((last.received_ms, last.key));
-            left -= page.len() as u32;
-            for event in &page {
+            request.limit = left.min(PAGE) as usize;
+            let page = events::page(&store, &request).await?;
+            left -= page.events.len() as u32;
+            for event in &page.events {
                 if self.json {
-                    output::line(as_json(event))?;
+                    output::line(serde_json::to_string(&events::listed(event))?)?;
                 } else {
                     rows.push(row(event));
                 }
+            }
+            request.after = page.next;
+            if request.after.is_none() {
+                break;
             }
         }
         if !self.json {
@@ -144,11 +152,6 @@ impl Prune {
     }
 }
 
-fn parse_outcome(text: &str) -> Result<Outcome, Mistakes> {
-    let unknown = || Mistakes(vec![format!("--outcome: `{text}` is none of recorded, no_payment_fact, unreadable")]);
-    Outcome::parse(text).ok_or_else(unknown)
-}
-
 fn row(event: &LoggedEvent) -> Vec<String> {
     vec![
         output::time(Some(event.received_ms)),
@@ -161,51 +164,41 @@ fn row(event: &LoggedEvent) -> Vec<String> {
     ]
 }
 
-fn as_json(event: &LoggedEvent) -> Value {
-    json!({
-        "key": hex::encode(event.key.0),
-        "id": event.id,
-        "type": event.event_type,
-        "apiVersion": event.api_version,
-        "objectId": event.object_id,
-        "createdAt": event.created_s.map(|s| output::time(Some(s * 1000))),
-        "receivedAt": output::time(Some(event.received_ms)),
-        "source": event.source.as_str(),
-        "secretLabel": event.secret_label,
-        "outcome": event.outcome.as_str(),
-        "unreadableReason": event.unreadable_reason,
-    })
-}
-
 async fn show(store: &Store, id: &str, json: bool) -> anyhow::Result<Exit> {
-    let renderings = store.events_by_id(id).await?;
-    if renderings.is_empty() {
+    let (mut found, mut after) = (Vec::new(), None);
+    loop {
+        let page = events::renderings(store, id, after).await?;
+        found.extend(page.renderings.into_iter().map(events::show));
+        after = page.next;
+        if after.is_none() {
+            break;
+        }
+    }
+    if found.is_empty() {
         output::note(format!("error: no event {id} was received"));
         return Ok(Exit::Refused);
     }
     if json {
-        let items: Vec<Value> = renderings.iter().map(with_body).collect();
-        output::line(serde_json::to_string_pretty(&items)?)?;
+        output::line(serde_json::to_string_pretty(&found)?)?;
         return Ok(Exit::Done);
     }
-    for stored in &renderings {
-        for (name, value) in as_json(&stored.logged).as_object().into_iter().flatten().filter(|(_, value)| !value.is_null()) {
-            output::line(format!("{name:<12} {}", value.as_str().map_or_else(|| value.to_string(), str::to_owned)))?;
-        }
-        match &stored.body {
-            Some(body) => output::line(String::from_utf8_lossy(body))?,
-            None => output::line("(its bytes are forgotten)")?,
-        }
-        output::line("")?;
-    }
+    found.iter().try_for_each(print)?;
     Ok(Exit::Done)
 }
 
-fn with_body(stored: &StoredBody) -> Value {
-    let mut item = as_json(&stored.logged);
-    let body = stored.body.as_deref().and_then(|body| serde_json::from_slice(body).ok());
-    item["body"] = body.unwrap_or(Value::Null);
-    item
+fn print(shown: &Shown) -> anyhow::Result<()> {
+    let fields = serde_json::to_value(&shown.event)?;
+    for (name, value) in fields.as_object().into_iter().flatten() {
+        if let Some(text) = value.as_str() {
+            output::line(format!("{name:<12} {text}"))?;
+        }
+    }
+    output::line(match &shown.body {
+        Body::Json(json) => json.get(),
+        Body::Text(text) => text,
+        Body::Pruned => "(its bytes are forgotten)",
+    })?;
+    output::line("")
 }
 
 async fn export(store: &Store) -> anyhow::Result<Exit> {

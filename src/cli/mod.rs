@@ -1,10 +1,12 @@
 //! The command line: one file per command. What is printed for a script goes to standard output, all else to standard error.
 
 mod demo;
+mod doctor;
 mod events;
 mod invoices;
 mod keys;
 mod migrate;
+mod openapi;
 mod output;
 mod rebuild;
 mod reconcile;
@@ -37,10 +39,11 @@ use crate::telemetry;
   STRIPE_WEBHOOK_SECRET=whsec_... stripe-reconciler serve      receive Stripe's webhooks
   stripe-reconciler why acme inv-2026-01                       what proves that an invoice is paid
   STRIPE_API_KEY=rk_... stripe-reconciler reconcile            find what no webhook told
+  stripe-reconciler doctor                                     what is wrong, and what to do
 
 Settings may stand in the environment instead; NAME_FILE names a file that holds the value of NAME.
-Exit codes: 0 done, 1 some of the input was refused, 2 wrong usage or configuration, 3 something differs or
-would change, 4 the database, the server or Stripe cannot be reached."
+Exit codes: 0 done, 1 some of the input was refused, 2 wrong usage or configuration, 3 something differs,
+would change or is wrong, 4 the database, the server or Stripe cannot be reached."
 )]
 pub struct Arguments {
     #[command(flatten)]
@@ -73,7 +76,10 @@ enum Command {
     Reconcile(reconcile::Reconcile),
     Events(events::Events),
     Why(why::Why),
+    Doctor(doctor::Doctor),
     Migrate(migrate::Migrate),
+    #[command(name = "openapi")]
+    OpenApi(openapi::OpenApi),
 }
 
 /// How a command ended that did what it was asked to.
@@ -82,8 +88,10 @@ pub enum Exit {
     Done = 0,
     /// Some of the input was refused, or is not there.
     Refused = 1,
-    /// Something differs, was put right, or would change.
+    /// Something differs, was put right, or would change; or is wrong.
     Differs = 3,
+    /// The database cannot be reached.
+    Unreachable = 4,
 }
 
 impl From<Exit> for ExitCode {
@@ -104,7 +112,9 @@ pub async fn run(arguments: Arguments) -> anyhow::Result<Exit> {
         Command::Reconcile(command) => command.run(settings).await,
         Command::Events(command) => command.run(settings).await,
         Command::Why(command) => command.run(settings).await,
+        Command::Doctor(command) => command.run(settings).await,
         Command::Migrate(command) => command.run(settings).await,
+        Command::OpenApi(command) => command.run(),
     }
 }
 

@@ -45,6 +45,20 @@ pub fn table(head: &[&str], rows: Vec<Vec<String>>) -> String {
     table.lines().map(|line| line.trim().to_owned()).collect::<Vec<_>>().join("\n")
 }
 
+/// Lines of so many letters at most, broken between words; a word that is longer stands alone.
+pub fn wrap(text: &str, width: usize) -> Vec<String> {
+    let mut lines = vec![String::new()];
+    for word in text.split_whitespace() {
+        let line = lines.last_mut().expect("there is one from the start");
+        match line.is_empty() {
+            true => line.push_str(word),
+            false if line.chars().count() + 1 + word.chars().count() <= width => line.extend([" ", word]),
+            false => lines.push(word.to_owned()),
+        }
+    }
+    lines
+}
+
 /// Counts on a terminal; elsewhere silent.
 pub fn progress(what: &str) -> ProgressBar {
     let bar = ProgressBar::new_spinner().with_message(what.to_owned());

@@ -1,5 +1,6 @@
 //! `reconcile`: one pass against Stripe's API, and its report; or the reports of the last passes.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
@@ -88,8 +89,8 @@ impl Reconcile {
 }
 
 async fn reconcile(store: &Store, api: StripeApi, plan: Plan) -> anyhow::Result<Report> {
-    let (inbox, writers) = Inbox::start(store.clone());
-    let tools = Tools { store: store.clone(), inbox, api, clock: Clock::system() };
+    let (inbox, writers) = Inbox::start(store.clone(), Arc::default());
+    let tools = Tools { store: store.clone(), inbox, api, clock: Clock::system(), metrics: Arc::default() };
     let bar = output::progress("calls to Stripe");
     let counting = async {
         loop {

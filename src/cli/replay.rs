@@ -1,6 +1,7 @@
 //! `replay`: recorded payloads once more, into the database or to an endpoint.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::Context;
 use clap::Args;
@@ -47,7 +48,7 @@ impl Replay {
             }
             None => {
                 let store = settings.store().await?;
-                let (inbox, writer) = Inbox::start(store.clone());
+                let (inbox, writer) = Inbox::start(store.clone(), Arc::default());
                 let target = Target::Store(inbox);
                 self.deliver(&target, &clock, &mut screen, &mut counts).await?;
                 drop(target);

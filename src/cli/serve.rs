@@ -1,5 +1,6 @@
 //! `serve`: the webhook endpoint and the read API, until SIGTERM or SIGINT.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -7,6 +8,7 @@ use anyhow::Context;
 use clap::Args;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::reconcile::StripeFlags;
@@ -15,8 +17,9 @@ use crate::clock::Clock;
 use crate::config::{Config, Flags, Mistakes, Purpose};
 use crate::domain::signature::SigningSecrets;
 use crate::flows::reconcile::{self, Tools};
-use crate::http::{self, AppState};
+use crate::http::{self, AppState, MetricsAt};
 use crate::inbox::Inbox;
+use crate::metrics::Metrics;
 use crate::store::Store;
 use crate::stripe_api::StripeApi;
 
@@ -30,12 +33,17 @@ const FINISH: Duration = Duration::from_secs(10);
   STRIPE_WEBHOOK_SECRET='live=whsec_...,old=whsec_...' stripe-reconciler serve --listen-addr 0.0.0.0:8080
   STRIPE_WEBHOOK_SECRET_FILE=/run/secrets/stripe stripe-reconciler serve
   STRIPE_API_KEY=rk_live_... STRIPE_WEBHOOK_SECRET=whsec_... stripe-reconciler serve     and finds what no webhook told
+  STRIPE_WEBHOOK_SECRET=whsec_... stripe-reconciler serve --metrics-addr 10.0.0.5:9464
 
 The first line on standard output says where it listens, once it is ready. Logs go to standard error.")]
 pub struct Serve {
     /// Where to listen; port 0 picks a free one [env: LISTEN_ADDR] [default: 127.0.0.1:8080]
     #[arg(long, value_name = "ADDR:PORT")]
     listen_addr: Option<String>,
+    /// A listener of its own for /metrics, then without a key: bind it to a private address [env: METRICS_ADDR] [default: on the
+    /// main listener, with the operator's key]
+    #[arg(long, value_name = "ADDR:PORT")]
+    metrics_addr: Option<String>,
     /// Signing secrets, separated by commas or blanks, each with a label or without: live=whsec_...,old=whsec_...
     /// [env: STRIPE_WEBHOOK_SECRET, better: a flag can be seen in the list of processes]
     #[arg(long, value_name = "SECRETS")]
@@ -46,18 +54,22 @@ pub struct Serve {
 
 impl Serve {
     pub(super) async fn run(self, settings: Settings) -> anyhow::Result<Exit> {
-        let (listen_addr, stripe_webhook_secret) = (self.listen_addr, self.stripe_webhook_secret);
-        let flags = Flags { listen_addr, stripe_webhook_secret, ..self.stripe.fill(settings.flags()) };
+        let Serve { listen_addr, metrics_addr, stripe_webhook_secret, stripe } = self;
+        let flags = Flags { listen_addr, metrics_addr, stripe_webhook_secret, ..stripe.fill(settings.flags()) };
         let mut config = Config::load(&flags, Purpose::Signatures)?;
         let secrets = config.secrets.take().context("checked with the configuration")?;
         let api = config.stripe_api.take().map(StripeApi::new);
-        let address = config.listen_addr;
+        let (address, metrics_address) = (config.listen_addr, config.metrics_addr);
         let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
         let store = open(config).await?;
-        let listener =
-            TcpListener::bind(address).await.map_err(|e| Mistakes(vec![format!("cannot listen on {address}: {e}")]))?;
+        let listener = listen(address).await?;
+        let metrics = match metrics_address {
+            Some(address) => Some(listen(address).await?),
+            None => None,
+        };
 
-        tracing::info!(?secrets, reconciles = api.is_some(), "starting");
+        let metrics_at = metrics.as_ref().and_then(|listener| listener.local_addr().ok());
+        tracing::info!(?secrets, reconciles = api.is_some(), ?metrics_at, "starting");
         output::line(format!("listening on http://{}", listener.local_addr()?))?;
         let stopping = CancellationToken::new();
         let stop = stopping.clone();
@@ -69,33 +81,53 @@ impl Serve {
             tracing::warn!("stopping at once");
             std::process::exit(130);
         });
-        serve(listener, store, secrets, api, stopping).await;
+        serve(Service { listener, metrics, store, secrets, api }, stopping).await;
         tracing::info!("stopped");
         Ok(Exit::Done)
     }
 }
 
-/// The whole service, until it is told to stop: then it drains, and closes the store. Without `api`, it does not reconcile.
-pub(super) async fn serve(
-    listener: TcpListener,
-    store: Store,
-    secrets: SigningSecrets,
-    api: Option<StripeApi>,
-    stopping: CancellationToken,
-) {
-    let (inbox, writer) = Inbox::start(store.clone());
-    let worker = api.map(|api| {
-        let tools = Tools { store: store.clone(), inbox: inbox.clone(), api, clock: Clock::system() };
-        tokio::spawn(reconcile::work(tools, stopping.clone()))
-    });
-    let state =
-        AppState { store: store.clone(), inbox, secrets: Arc::new(secrets), clock: Clock::system(), stopping: stopping.clone() };
-    http::serve(listener, http::router(state), stopping).await;
-    if let Some(Err(error)) = match worker {
-        Some(worker) => Some(worker.await),
-        None => None,
-    } {
-        tracing::error!(%error, "the worker ended badly");
+async fn listen(address: SocketAddr) -> Result<TcpListener, Mistakes> {
+    TcpListener::bind(address).await.map_err(|error| Mistakes(vec![format!("cannot listen on {address}: {error}")]))
+}
+
+/// What a service is made of.
+pub(super) struct Service {
+    pub listener: TcpListener,
+    /// A listener of its own for `/metrics`.
+    pub metrics: Option<TcpListener>,
+    pub store: Store,
+    pub secrets: SigningSecrets,
+    /// None: it does not reconcile.
+    pub api: Option<StripeApi>,
+}
+
+/// The whole service, until it is told to stop: then it drains, and closes the store.
+pub(super) async fn serve(service: Service, stopping: CancellationToken) {
+    let Service { listener, metrics: metrics_listener, store, secrets, api } = service;
+    let metrics: Arc<Metrics> = Arc::default();
+    let (inbox, writer) = Inbox::start(store.clone(), metrics.clone());
+    metrics.reconcile.enabled.set(i64::from(api.is_some()));
+    let mut beside = JoinSet::new();
+    if let Some(api) = api {
+        let (inbox, metrics) = (inbox.clone(), metrics.clone());
+        let tools = Tools { store: store.clone(), inbox, api, clock: Clock::system(), metrics };
+        beside.spawn(reconcile::work(tools, stopping.clone()));
+    }
+    let state = AppState::new(store.clone(), inbox, secrets, Clock::system(), metrics, stopping.clone());
+    beside.spawn(state.signs.clone().keep_reading(stopping.clone()));
+    let metrics_at = match metrics_listener {
+        Some(listener) => {
+            beside.spawn(http::serve(listener, http::metrics_router(state.clone()), stopping.clone()));
+            MetricsAt::ListenerOfItsOwn
+        }
+        None => MetricsAt::MainListener,
+    };
+    http::serve(listener, http::router(state, metrics_at), stopping).await;
+    while let Some(ended) = beside.join_next().await {
+        if let Err(error) = ended {
+            tracing::error!(%error, "a worker ended badly");
+        }
     }
     if tokio::time::timeout(FINISH, writer.finish()).await.is_err() {
         tracing::error!("the disk did not take the last deliveries in time; none of them was acknowledged");

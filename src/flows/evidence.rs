@@ -208,7 +208,7 @@ impl Proven {
             json!({
                 "id": event.id,
                 "type": event.event_type,
-                "createdAt": event.created_s.map(|s| timestamp(s * 1000)),
+                "createdAt": event.created_s.map(|s| timestamp(s.saturating_mul(1000))),
                 "receivedAt": timestamp(event.received_ms),
                 "source": event.source.as_str(),
                 "secretLabel": event.secret_label,

@@ -1,6 +1,8 @@
 //! One path per file, each read from top to bottom.
 
+pub mod doctor;
 pub mod documents;
+pub mod events;
 pub mod evidence;
 pub mod import;
 pub mod ingest;
@@ -8,3 +10,4 @@ pub mod invoices;
 pub mod rebuild;
 pub mod reconcile;
 pub mod replay;
+pub mod signs;

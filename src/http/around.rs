@@ -1,21 +1,23 @@
 //! What every request goes through: an id, a time limit, a line in the log, and the body of an error.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use axum::extract::{MatchedPath, Request};
-use axum::http::{HeaderName, HeaderValue, header};
+use axum::extract::{MatchedPath, Request, State};
+use axum::http::{HeaderName, HeaderValue, Method, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use tracing::Instrument;
 use uuid::Uuid;
 
 use super::error::{ApiError, of_status};
+use crate::metrics::Metrics;
 
 /// How long a request may take, its body included.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(15);
 static REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
-pub async fn request(request: Request, next: Next) -> Response {
+pub async fn request(State(metrics): State<Arc<Metrics>>, request: Request, next: Next) -> Response {
     let started = Instant::now();
     // Ours, whatever the client sends: it is what support is asked about.
     let id = Uuid::now_v7().to_string();
@@ -35,6 +37,9 @@ pub async fn request(request: Request, next: Next) -> Response {
     response.headers_mut().insert(&REQUEST_ID, id);
 
     let status = response.status().as_u16();
+    if (method == Method::GET || method == Method::HEAD) && route.starts_with("/v1/") {
+        metrics.read(&route, response.status().as_str(), started.elapsed());
+    }
     let duration_ms = started.elapsed().as_millis() as u64;
     let _entered = span.enter();
     match error.as_ref().and_then(ApiError::reason) {

@@ -21,6 +21,17 @@ pub async fn authenticate(state: &AppState, headers: &HeaderMap) -> Result<Scope
     scope(state, found)
 }
 
+/// As [`authenticate`], for what only an operator may see.
+///
+/// # Errors
+/// `Forbidden`: the key is a tenant's.
+pub async fn authenticate_operator(state: &AppState, headers: &HeaderMap) -> Result<(), ApiError> {
+    match authenticate(state, headers).await? {
+        Scope::Operator => Ok(()),
+        Scope::Tenant(_) => Err(ApiError::Forbidden),
+    }
+}
+
 /// The hashes of what the request carries as a key, by either header.
 pub fn key_hashes(headers: &HeaderMap) -> [Option<[u8; 32]>; 2] {
     let keys = [the_only(headers, &API_KEY), the_only(headers, &header::AUTHORIZATION).map(without_scheme)];

@@ -12,6 +12,7 @@ use sha2::{Digest, Sha256};
 use super::AppState;
 use super::auth::{authenticate, key_hashes, scope};
 use super::error::ApiError;
+use super::query;
 use crate::domain::invoice::{self, Fault};
 use crate::flows::invoices::{self as flow, Page, PageRequest, StateFilter};
 use crate::store::{Put, Scope, StoredInvoice};
@@ -90,8 +91,7 @@ pub async fn list(
     query: Result<Query<ListQuery>, QueryRejection>,
 ) -> Result<Response, ApiError> {
     let scope = authenticate(&state, &headers).await?;
-    let Path(tenant_uid) = path.map_err(|_| not_utf8())?;
-    valid_uid("tenantUid", &tenant_uid)?;
+    let tenant_uid = valid_id("tenantUid", path)?;
     if !scope.reads(&tenant_uid) {
         return Err(ApiError::NotFound);
     }
@@ -121,17 +121,10 @@ impl ListQuery {
             None => StateFilter::Any,
             Some(text) => StateFilter::parse(text).map_err(ApiError::InvalidQuery)?,
         };
-        let limit = match self.limit.as_deref().map(str::parse) {
-            None => 50,
-            Some(Ok(limit @ 1..=500)) => limit,
-            Some(_) => return Err(ApiError::InvalidQuery("limit must be a number from 1 to 500".to_owned())),
-        };
-        if let Some(Err(reason)) = self.stripe_invoice_id.as_deref().map(invoice::validate_uid) {
-            return Err(ApiError::InvalidQuery(format!("stripeInvoiceId {reason}")));
-        }
-        let not_given_out = || ApiError::InvalidQuery("cursor is not one that was given out here".to_owned());
-        let after = self.cursor.map(|text| flow::Cursor::parse(&text).ok_or_else(not_given_out)).transpose()?;
-        Ok(PageRequest { tenant_uid: Some(tenant_uid), stripe_invoice_id: self.stripe_invoice_id, state, limit, after })
+        let stripe_invoice_id = query::sought("stripeInvoiceId", self.stripe_invoice_id)?;
+        let limit = query::limit(self.limit.as_deref())?;
+        let after = query::cursor(self.cursor.as_deref(), flow::Cursor::parse)?;
+        Ok(PageRequest { tenant_uid: Some(tenant_uid), stripe_invoice_id, state, limit, after })
     }
 }
 
@@ -144,6 +137,16 @@ pub fn valid(path: TenantAndInvoice) -> Result<(String, String), ApiError> {
     valid_uid("tenantUid", &tenant_uid)?;
     valid_uid("invoiceUid", &invoice_uid)?;
     Ok((tenant_uid, invoice_uid))
+}
+
+/// The only id in a path.
+///
+/// # Errors
+/// `InvalidPath`: it can be none.
+pub fn valid_id(name: &str, path: Result<Path<String>, PathRejection>) -> Result<String, ApiError> {
+    let Path(id) = path.map_err(|_| not_utf8())?;
+    valid_uid(name, &id)?;
+    Ok(id)
 }
 
 fn valid_uid(name: &str, uid: &str) -> Result<(), ApiError> {

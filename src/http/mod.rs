@@ -1,14 +1,19 @@
 //! The only axum: routes, limits, and the server that drains.
 //!
-//! `webhook` is where Stripe delivers, `invoices` the read endpoint and the operator's calls beside it, `health` what an
-//! orchestrator asks. `error` is the one place where a failure becomes a status code, `around` what every request goes through.
+//! `webhook` is where Stripe delivers, `invoices` the read endpoint and the operator's calls beside it, `evidence` and `events` what
+//! proves the answers, `health` what an orchestrator asks, `metrics` what Prometheus does, `openapi` the document of it all. `error`
+//! is the one place where a failure becomes a status code, `around` what every request goes through.
 
 mod around;
 mod auth;
 mod error;
+mod events;
 mod evidence;
 mod health;
 mod invoices;
+mod metrics;
+pub mod openapi;
+mod query;
 mod webhook;
 
 use std::sync::Arc;
@@ -28,9 +33,12 @@ use tower_http::compression::CompressionLayer;
 
 use crate::clock::Clock;
 use crate::domain::signature::SigningSecrets;
+use crate::flows::signs::Signs;
 use crate::inbox::Inbox;
+use crate::metrics::Metrics;
 use crate::store::Store;
 use error::ApiError;
+use metrics::Scrapers;
 
 /// The largest body that is read, in bytes.
 const BODY_LIMIT: usize = 1024 * 1024;
@@ -48,27 +56,75 @@ pub struct AppState {
     pub inbox: Inbox,
     pub secrets: Arc<SigningSecrets>,
     pub clock: Clock,
+    pub metrics: Arc<Metrics>,
+    pub signs: Arc<Signs>,
+    scrapers: Scrapers,
     /// Set when the server is asked to stop.
     pub stopping: CancellationToken,
 }
 
-pub fn router(state: AppState) -> Router {
+impl AppState {
+    pub fn new(
+        store: Store,
+        inbox: Inbox,
+        secrets: SigningSecrets,
+        clock: Clock,
+        metrics: Arc<Metrics>,
+        stopping: CancellationToken,
+    ) -> AppState {
+        let labels = secrets.labels().into_iter().map(str::to_owned).collect();
+        let signs = Arc::new(Signs::new(store.clone(), metrics.clone(), clock.clone(), labels));
+        let (secrets, scrapers) = (Arc::new(secrets), Scrapers::default());
+        AppState { store, inbox, secrets, clock, metrics, signs, scrapers, stopping }
+    }
+}
+
+/// Where `/metrics` is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MetricsAt {
+    /// With the operator's key.
+    MainListener,
+    /// Without a key: see [`metrics_router`].
+    ListenerOfItsOwn,
+}
+
+pub fn router(state: AppState, metrics_at: MetricsAt) -> Router {
     let invoice = get(invoices::read).put(invoices::put);
-    Router::new()
+    let routes = Router::new()
         .route("/webhooks/stripe", post(webhook::receive))
         .route("/v1/tenants/{tenantUid}/invoices/{invoiceUid}", invoice)
         .route("/v1/tenants/{tenantUid}/invoices/{invoiceUid}/evidence", get(evidence::read))
         .route("/v1/tenants/{tenantUid}/invoices", get(invoices::list))
         .route("/v1/tenants/{tenantUid}/invoices/", get(invoices::without_uid).put(invoices::without_uid))
+        .route("/v1/events", get(events::list))
+        .route("/v1/events/", get(events::without_id))
+        .route("/v1/events/{id}", get(events::show))
         .route("/healthz", get(health::alive))
         .route("/readyz", get(health::ready))
+        .route("/openapi.json", get(openapi::read));
+    let routes = match metrics_at {
+        MetricsAt::MainListener => routes.route("/metrics", get(metrics::with_key)),
+        MetricsAt::ListenerOfItsOwn => routes,
+    };
+    finish(routes, state)
+}
+
+/// For a listener of its own, which nobody but Prometheus should reach.
+pub fn metrics_router(state: AppState) -> Router {
+    finish(Router::new().route("/metrics", get(metrics::without_key)), state)
+}
+
+/// What every route goes through.
+fn finish(routes: Router<AppState>, state: AppState) -> Router {
+    let metrics = state.metrics.clone();
+    routes
         .fallback(async || ApiError::NotFound)
         .method_not_allowed_fallback(async || ApiError::MethodNotAllowed)
         .with_state(state)
         .layer(DefaultBodyLimit::max(BODY_LIMIT))
         .layer(CatchPanicLayer::custom(error::panicked))
         .layer(CompressionLayer::new())
-        .layer(axum::middleware::from_fn(around::request))
+        .layer(axum::middleware::from_fn_with_state(metrics, around::request))
 }
 
 /// Serves until `stop`, then lets the requests under way finish.

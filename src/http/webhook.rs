@@ -1,44 +1,96 @@
 //! `POST /webhooks/stripe`: Stripe delivers here.
 //!
-//! Limit, signature, then JSON: nothing is parsed before it is authentic, and nothing is answered 2xx before it is on disk.
+//! Limit, signature, then JSON: nothing is parsed before it is authentic, and nothing is answered 2xx before it is on disk. Every
+//! delivery is counted once, whatever becomes of it.
 
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use axum::Json;
 use axum::body::Bytes;
-use axum::extract::State;
 use axum::extract::rejection::BytesRejection;
-use axum::http::HeaderMap;
+use axum::extract::{FromRequest, Request, State};
+use axum::http::HeaderValue;
 use serde_json::{Value, json};
 
 use super::AppState;
 use super::error::ApiError;
-use crate::flows::ingest::{self, Delivery};
+use crate::flows::ingest::{self, Delivery, Outcome};
+use crate::inbox::InboxError;
+use crate::metrics::{Metrics, Rejection};
 use crate::store::Source;
 
 /// How long a delivery may wait for the disk.
 const DEADLINE: Duration = Duration::from_secs(10);
 
-pub async fn receive(
-    State(state): State<AppState>,
-    headers: HeaderMap,
-    body: Result<Bytes, BytesRejection>,
-) -> Result<Json<Value>, ApiError> {
-    let body = body?;
+pub async fn receive(State(state): State<AppState>, request: Request) -> Result<Json<Value>, ApiError> {
+    let mut counting = Counting { metrics: state.metrics.clone(), ended: Err(Rejection::Abandoned) };
+    match take(&state, request).await {
+        Ok((outcome, took)) => {
+            counting.ended = Ok((outcome, took));
+            Ok(Json(json!({"received": true, "outcome": outcome.as_str()})))
+        }
+        Err((why, error)) => {
+            counting.ended = Err(why);
+            Err(error)
+        }
+    }
+}
+
+/// What a delivery came to, and how long that took once all of it was there.
+async fn take(state: &AppState, request: Request) -> Result<(Outcome, Duration), (Rejection, ApiError)> {
+    let headers: Vec<HeaderValue> = request.headers().get_all("stripe-signature").iter().cloned().collect();
+    let body = Bytes::from_request(request, state).await.map_err(unread)?;
+    let started = Instant::now();
     let received_ms = state.clock.now_ms();
-    let signatures: Vec<&[u8]> = headers.get_all("stripe-signature").iter().map(|value| value.as_bytes()).collect();
+    let signatures: Vec<&[u8]> = headers.iter().map(HeaderValue::as_bytes).collect();
     let verified = state.secrets.verify(&signatures, &body, received_ms.div_euclid(1000));
     let label = verified.map_err(|refusal| {
         tracing::warn!(reason = refusal.as_str(), "a delivery was refused");
-        ApiError::InvalidSignature
+        (Rejection::Signature(refusal), ApiError::InvalidSignature)
     })?;
     if state.stopping.is_cancelled() {
-        return Err(ApiError::Unavailable("shutting down".to_owned()));
+        return Err((Rejection::ShuttingDown, ApiError::Unavailable("shutting down".to_owned())));
     }
-    let delivery = Delivery { body, source: Source::Webhook, secret_label: Some(label.to_owned()), received_ms };
+    let (source, secret_label) = (Source::Webhook, Some(label.to_owned()));
+    let delivery = Delivery { body: body.clone(), source, secret_label, received_ms };
     let kept = tokio::time::timeout(DEADLINE, ingest::ingest(&state.inbox, delivery)).await;
-    let outcome = kept.map_err(|_| ApiError::Unavailable("the delivery waited too long for the disk".to_owned()))??;
-    Ok(Json(json!({"received": true, "outcome": outcome.as_str()})))
+    let too_slow = |_| (Rejection::TimedOut, ApiError::Unavailable("the delivery waited too long for the disk".to_owned()));
+    let outcome = kept.map_err(too_slow)?.map_err(|error| (reason(&error), error.into()))?;
+    if outcome == Outcome::Duplicate {
+        state.signs.note_repeated(&body, received_ms, label);
+    }
+    Ok((outcome, started.elapsed()))
+}
+
+fn unread(rejection: BytesRejection) -> (Rejection, ApiError) {
+    match ApiError::from(rejection) {
+        ApiError::TooLarge => (Rejection::TooLarge, ApiError::TooLarge),
+        error => (Rejection::Incomplete, error),
+    }
+}
+
+fn reason(error: &InboxError) -> Rejection {
+    match error {
+        InboxError::Full => Rejection::QueueFull,
+        InboxError::Closed => Rejection::ShuttingDown,
+        InboxError::Store(_) => Rejection::Unavailable,
+    }
+}
+
+/// Counts a delivery when it is dropped: also one whose sender went away, or was too slow, in the middle.
+struct Counting {
+    metrics: Arc<Metrics>,
+    ended: Result<(Outcome, Duration), Rejection>,
+}
+
+impl Drop for Counting {
+    fn drop(&mut self) {
+        match self.ended {
+            Ok((outcome, took)) => self.metrics.acknowledged(outcome.as_str(), took),
+            Err(why) => self.metrics.rejected(why),
+        }
+    }
 }
 
 impl From<BytesRejection> for ApiError {

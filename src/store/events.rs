@@ -31,7 +31,7 @@ impl Source {
         }
     }
 
-    fn parse(text: &str) -> Result<Source, StoreError> {
+    pub(super) fn parse(text: &str) -> Result<Source, StoreError> {
         let all = [Source::Webhook, Source::Replay, Source::Api];
         all.into_iter().find(|s| s.as_str() == text).ok_or_else(|| StoreError::Refused(format!("an event came by `{text}`")))
     }
@@ -149,7 +149,7 @@ pub struct EventFilter {
 /// Comes before every receipt, in a page that goes forward.
 const FIRST: (i64, EventKey) = (i64::MIN, EventKey([0; EventKey::LENGTH]));
 /// Comes after every receipt, in a page that goes back.
-const LAST: (i64, EventKey) = (i64::MAX, EventKey([255; EventKey::LENGTH]));
+pub(super) const LAST: (i64, EventKey) = (i64::MAX, EventKey([255; EventKey::LENGTH]));
 
 /// The columns of a [`LoggedEvent`].
 macro_rules! logged_columns {
@@ -159,19 +159,20 @@ macro_rules! logged_columns {
 }
 type Text = Option<String>;
 type LoggedRow = (Vec<u8>, Text, Text, Text, Text, Option<i64>, i64, String, Text, String, Text);
+type ToldRow = (Vec<u8>, Text, Text, Text, Text, Option<i64>, i64, String, Text, String, Text, Text);
 type BodyRow = (Vec<u8>, Text, Text, Text, Text, Option<i64>, i64, String, Text, String, Text, Text, Option<Vec<u8>>);
 
 const PAGE: &str = concat!(
     "select ",
     logged_columns!(),
-    " from events
+    ", telling from events
       where (received_ms, key) < ($1, $2) and ($3 is null or event_type = $3) and ($4 is null or outcome = $4)
       order by received_ms desc, key desc limit $5"
 );
 const PAGE_OF_INVOICE: &str = concat!(
     "select ",
     logged_columns!(),
-    " from events
+    ", telling from events
       where (received_ms, key) < ($1, $2) and ($3 is null or event_type = $3) and ($4 is null or outcome = $4)
         and key in (select event_key from mentions where object_id = $6)
       order by received_ms desc, key desc limit $5"
@@ -179,8 +180,10 @@ const PAGE_OF_INVOICE: &str = concat!(
 const BY_ID: &str = concat!(
     "select ",
     logged_columns!(),
-    ", telling, body from events where key between $1 and $2 and id = $3 order by received_ms, key"
+    ", telling, body from events where key between $1 and $2 and id = $3 and (received_ms, key) > ($4, $5)
+      order by received_ms, key limit $6"
 );
+const BODY_BY_KEY: &str = concat!("select ", logged_columns!(), ", telling, body from events where key = $1");
 const BY_KEY: &str = concat!("select ", logged_columns!(), " from events where key = $1");
 const BODIES: &str = concat!(
     "select ",
@@ -208,27 +211,52 @@ impl Store {
         after: Option<(i64, EventKey)>,
         limit: u32,
     ) -> Result<Vec<LoggedEvent>, StoreError> {
+        Ok(self.told_page(filter, after, limit).await?.into_iter().map(|(logged, _)| logged).collect())
+    }
+
+    /// The same, with what was read in each: a `Telling` as JSON.
+    pub async fn told_page(
+        &self,
+        filter: &EventFilter,
+        after: Option<(i64, EventKey)>,
+        limit: u32,
+    ) -> Result<Vec<(LoggedEvent, Option<String>)>, StoreError> {
         let (received_ms, key) = after.unwrap_or(LAST);
         let EventFilter { event_type, stripe_invoice_id, outcome } = filter;
         let (key, outcome, limit) = (&key.0[..], outcome.map(Outcome::as_str), i64::from(limit));
         let mut session = self.session().await?;
         let rows = match stripe_invoice_id {
             Some(id) => {
-                rows!(session, fetch_all, LoggedRow, PAGE_OF_INVOICE, received_ms, key, event_type, outcome, limit, id)
+                rows!(session, fetch_all, ToldRow, PAGE_OF_INVOICE, received_ms, key, event_type, outcome, limit, id)
             }
-            None => rows!(session, fetch_all, LoggedRow, PAGE, received_ms, key, event_type, outcome, limit),
+            None => rows!(session, fetch_all, ToldRow, PAGE, received_ms, key, event_type, outcome, limit),
         }?;
         session.done().await?;
-        rows.into_iter().map(logged).collect()
+        rows.into_iter().map(told).collect()
     }
 
-    /// All renderings of an event, oldest receipt first, with their bodies (None: pruned).
-    pub async fn events_by_id(&self, id: &str) -> Result<Vec<StoredBody>, StoreError> {
+    /// A page of the renderings of an event, oldest receipt first, with their bodies (None: pruned).
+    pub async fn events_by_id(
+        &self,
+        id: &str,
+        after: Option<(i64, EventKey)>,
+        limit: u32,
+    ) -> Result<Vec<StoredBody>, StoreError> {
         let (first, last) = EventKey::range(id);
+        let (received_ms, key) = after.unwrap_or(FIRST);
+        let (first, last, key, limit) = (&first.0[..], &last.0[..], &key.0[..], i64::from(limit));
         let mut session = self.session().await?;
-        let rows = rows!(session, fetch_all, BodyRow, BY_ID, &first.0[..], &last.0[..], id)?;
+        let rows = rows!(session, fetch_all, BodyRow, BY_ID, first, last, id, received_ms, key, limit)?;
         session.done().await?;
         rows.into_iter().map(stored_body).collect()
+    }
+
+    /// An event with its body, by its key.
+    pub async fn event_by_key(&self, key: &EventKey) -> Result<Option<StoredBody>, StoreError> {
+        let mut session = self.session().await?;
+        let row = rows!(session, fetch_optional, BodyRow, BODY_BY_KEY, &key.0[..])?;
+        session.done().await?;
+        row.map(stored_body).transpose()
     }
 
     /// The log rows of these events, in no order; those that are not there are left out.
@@ -285,10 +313,13 @@ impl Store {
     }
 }
 
-/// The first of each key: the others are duplicates, and nothing of them is kept.
+/// The first of each key: the others are duplicates, and nothing of them is kept. Sorted by key: neighbours go to the same page of
+/// an index, and batches of several writers take their locks in one order.
 pub(super) fn firsts(batch: &[NewEvent]) -> Vec<&NewEvent> {
     let mut keys = HashSet::with_capacity(batch.len());
-    batch.iter().filter(|event| keys.insert(event.key)).collect()
+    let mut firsts: Vec<&NewEvent> = batch.iter().filter(|event| keys.insert(event.key)).collect();
+    firsts.sort_unstable_by_key(|event| event.key);
+    firsts
 }
 
 /// What to answer for each of a batch. `is_new` is asked in its order: the second of two that are equal is no longer new.
@@ -344,6 +375,11 @@ fn logged(row: LoggedRow) -> Result<LoggedEvent, StoreError> {
         outcome: Outcome::parse(&outcome).ok_or_else(unknown)?,
         unreadable_reason,
     })
+}
+
+fn told(row: ToldRow) -> Result<(LoggedEvent, Option<String>), StoreError> {
+    let (a, b, c, d, e, f, g, h, i, j, k, telling) = row;
+    Ok((logged((a, b, c, d, e, f, g, h, i, j, k))?, telling))
 }
 
 fn stored_body(row: BodyRow) -> Result<StoredBody, StoreError> {

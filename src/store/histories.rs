@@ -7,14 +7,17 @@ use super::invoices::{InvoiceRow, StoredInvoice, StoredTelling, stored_invoice};
 use super::keys::{ApiKey, KeyRow, api_key};
 use super::session::{Connection, Session, rows};
 use super::{Store, StoreError};
+use crate::domain::event::EventKey;
 
 /// What is told of an invoice: what mentions it, or an object (other than an invoice) that is named together with one that was
 /// reached, over any number of hops. More than belongs to the invoice may be among it.
 ///
-/// The keys that were asked for, the invoice, and each telling come in rows of their own: one statement, one round trip, one
-/// snapshot of the database. `$hop` leads from `reached` to `link.value`, `$told` gives `key` and `telling` of what was reached.
+/// The invoice, what is told of it and the keys that were asked for come as one row: one statement, one round trip, one snapshot
+/// of the database, and nothing to hand over row by row. `$hop` leads from `reached` to `link.value`, `$told` gives `key` and
+/// `telling` of what was reached, `$lines` makes a line of each: the key in hex, then the telling, which is JSON and so has no
+/// line break. `$keys` makes a JSON array of the keys.
 macro_rules! invoice_and_tellings {
-    ($hop:expr, $told:expr) => {
+    ($hop:expr, $told:expr, $lines:literal, $keys:literal) => {
         concat!(
             "with recursive
              this as (select * from invoices where tenant_uid = $1 and invoice_uid = $2),
@@ -24,27 +27,27 @@ macro_rules! invoice_and_tellings {
                  select 0, link.value from reached ",
             $hop,
             ")
-             select cast(1 as bigint) as kind, stripe_invoice_id as a, document as b, imported_states as c, stored_ms as x,
-                    revision as y, cast(null as bigint) as z, null as key
-             from this
-             union all
-             select 2, telling, null, null, null, null, null, key from ",
+             select (select ",
+            $keys,
+            " from api_keys where secret_sha256 = $3 or secret_sha256 = $4),
+                    document, stripe_invoice_id, imported_states, stored_ms, revision,
+                    (select ",
+            $lines,
+            " from ",
             $told,
-            "union all
-             select case when secret_sha256 = $3 then 3 else 4 end, id, tenant_uid, null, created_ms, expires_ms, revoked_ms, null
-             from api_keys where secret_sha256 = $3 or secret_sha256 = $4"
+            ") from (select 1 as always) as one left join this on true"
         )
     };
 }
-/// The kind of the row, three texts, three numbers, an event's key.
-type Row = (i64, Text, Text, Text, Number, Number, Number, Option<Vec<u8>>);
-type Text = Option<String>;
-type Number = Option<i64>;
+/// API keys; document, Stripe invoice, imported states, stored, revision, tellings.
+type Row = (Option<String>, Option<String>, Option<String>, Option<String>, Option<i64>, Option<i64>, Option<String>);
+/// Whether it is the second that was asked for, and the key.
+type AskedKey = (bool, KeyRow);
 
 /// The same for several objects: `$1` is a JSON array of their ids. `$root` says what each telling comes with: the id that led to
 /// it, or the same for all, so that it comes once.
 macro_rules! tellings {
-    ($root:literal, $ids:literal, $hop:expr, $told:expr) => {
+    ($root:literal, $ids:expr, $hop:expr, $told:expr) => {
         concat!(
             "with recursive reached (root, object_id) as (
                  select ",
@@ -61,21 +64,27 @@ macro_rules! tellings {
     };
 }
 
+/// SQLite, too, knows nothing of a recursion, and would rather read whole tables: `cross join` keeps the order.
 macro_rules! sqlite_hop {
     () => {
-        "join mentions on mentions.object_id = reached.object_id join events on events.key = mentions.event_key
+        "cross join mentions on mentions.object_id = reached.object_id cross join events on events.key = mentions.event_key
          cross join json_each(events.linked) as link"
     };
 }
 macro_rules! sqlite_told {
     () => {
-        "(select distinct root, event_key from mentions join reached using (object_id))
-         join events on key = event_key and telling is not null "
+        "(select distinct root, event_key from reached cross join mentions using (object_id))
+         cross join events on key = event_key and telling is not null "
     };
 }
 
 /// PostgreSQL cannot know how few rows a recursion brings, and would rather read whole tables than seek in an index so often:
 /// each `offset 0` makes it take one step after the other.
+macro_rules! postgres_ids {
+    () => {
+        r#"(select value collate "C" from jsonb_array_elements_text($1::jsonb))"#
+    };
+}
 macro_rules! postgres_hop {
     () => {
         r#"cross join lateral (select event_key from mentions where mentions.object_id = reached.object_id offset 0) as mention
@@ -99,24 +108,26 @@ struct Words {
 }
 
 const SQLITE: Words = Words {
-    invoice_and_tellings: invoice_and_tellings!(sqlite_hop!(), sqlite_told!()),
+    invoice_and_tellings: invoice_and_tellings!(
+        sqlite_hop!(),
+        sqlite_told!(),
+        "group_concat(hex(key) || telling, char(10))",
+        "json_group_array(json_array(json(iif(secret_sha256 = $3, 'false', 'true')),
+                                     json_array(id, tenant_uid, created_ms, expires_ms, revoked_ms)))"
+    ),
     tellings_of_each: tellings!("ids.value", "json_each($1)", sqlite_hop!(), sqlite_told!()),
     tellings_of_all: tellings!("''", "json_each($1)", sqlite_hop!(), sqlite_told!()),
 };
 const POSTGRES: Words = Words {
-    invoice_and_tellings: invoice_and_tellings!(postgres_hop!(), postgres_told!()),
-    tellings_of_each: tellings!(
-        "ids.value",
-        r#"(select value collate "C" from jsonb_array_elements_text($1::jsonb))"#,
+    invoice_and_tellings: invoice_and_tellings!(
         postgres_hop!(),
-        postgres_told!()
+        postgres_told!(),
+        "string_agg(encode(key, 'hex') || telling, chr(10))",
+        "json_agg(json_build_array(secret_sha256 is distinct from $3,
+                                   json_build_array(id, tenant_uid, created_ms, expires_ms, revoked_ms)))::text"
     ),
-    tellings_of_all: tellings!(
-        r#"'' collate "C""#,
-        r#"(select value collate "C" from jsonb_array_elements_text($1::jsonb))"#,
-        postgres_hop!(),
-        postgres_told!()
-    ),
+    tellings_of_each: tellings!("ids.value", postgres_ids!(), postgres_hop!(), postgres_told!()),
+    tellings_of_all: tellings!(r#"'' collate "C""#, postgres_ids!(), postgres_hop!(), postgres_told!()),
 };
 
 impl Words {
@@ -166,27 +177,30 @@ pub(super) async fn read(
 ) -> Result<(Option<StoredInvoice>, Vec<ApiKey>), StoreError> {
     let sql = Words::of(session).invoice_and_tellings;
     let [first, second] = secrets_sha256.map(|hash| hash.map(|hash| hash.to_vec()));
-    let found = rows!(session, fetch_all, Row, sql, tenant_uid, invoice_uid, first, second)?;
-    let (mut invoice, mut tellings, mut keys) = (None, Vec::with_capacity(found.len()), Vec::new());
-    for row in found {
-        match row {
-            (1, stripe_invoice_id, Some(document), Some(imported_states), Some(stored_ms), Some(revision), ..) => {
-                let (tenant_uid, invoice_uid) = (tenant_uid.to_owned(), invoice_uid.to_owned());
-                let row: InvoiceRow =
-                    (tenant_uid, invoice_uid, stripe_invoice_id, document, imported_states, stored_ms, revision);
-                invoice = Some(stored_invoice(row));
-            }
-            (2, Some(json), .., Some(key)) => tellings.push(StoredTelling { key: event_key(key)?, json }),
-            (asked @ (3 | 4), Some(id), tenant_uid, _, Some(created_ms), expires_ms, revoked_ms, _) => {
-                let row: KeyRow = (id, tenant_uid, created_ms, expires_ms, revoked_ms);
-                keys.push((asked, api_key(row)));
-            }
-            _ => return Err(StoreError::Refused("an invoice is damaged".to_owned())),
-        }
-    }
-    keys.sort_by_key(|(asked, _)| *asked);
-    let keys = keys.into_iter().map(|(_, key)| key).collect();
-    Ok((invoice.map(|invoice| StoredInvoice { tellings, ..invoice }), keys))
+    let (keys, document, stripe_invoice_id, imported_states, stored_ms, revision, lines) =
+        rows!(session, fetch_one, Row, sql, tenant_uid, invoice_uid, first, second)?;
+    let damaged = || StoreError::Refused("an invoice is damaged".to_owned());
+    let mut keys: Vec<AskedKey> = serde_json::from_str(keys.as_deref().unwrap_or("[]")).map_err(|_| damaged())?;
+    keys.sort_by_key(|(is_second, _)| *is_second);
+    let keys = keys.into_iter().map(|(_, key)| api_key(key)).collect();
+    let (Some(document), Some(imported_states), Some(stored_ms), Some(revision)) =
+        (document, imported_states, stored_ms, revision)
+    else {
+        return Ok((None, keys));
+    };
+    let (tenant_uid, invoice_uid) = (tenant_uid.to_owned(), invoice_uid.to_owned());
+    let row: InvoiceRow = (tenant_uid, invoice_uid, stripe_invoice_id, document, imported_states, stored_ms, revision);
+    let tellings =
+        lines.as_deref().unwrap_or_default().lines().map(|line| telling(line).ok_or_else(damaged)).collect::<Result<_, _>>()?;
+    Ok((Some(StoredInvoice { tellings, ..stored_invoice(row) }), keys))
+}
+
+/// A key in hex, and what it tells.
+fn telling(line: &str) -> Option<StoredTelling> {
+    let mut key = EventKey([0; EventKey::LENGTH]);
+    let (hex, json) = line.split_at_checked(2 * EventKey::LENGTH)?;
+    hex::decode_to_slice(hex, &mut key.0).ok()?;
+    Some(StoredTelling { key, json: json.to_owned() })
 }
 
 /// Adds what is told about each of these invoices.
@@ -206,4 +220,26 @@ async fn tellings(session: &mut Session, sql: &'static str, ids: &[&String]) -> 
     let ids = serde_json::to_string(ids).expect("strings always serialise");
     let found = rows!(session, fetch_all, (String, Vec<u8>, String), sql, ids)?;
     found.into_iter().map(|(root, key, json)| Ok((root, StoredTelling { key: event_key(key)?, json }))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use sqlx::AssertSqlSafe;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn sqlite_gathers_a_history_by_index_however_long_the_log() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::connect(&format!("sqlite://{}/test.db", folder.path().display())).await.unwrap();
+        store.migrate().await.unwrap();
+        let mut session = store.session().await.unwrap();
+        for sql in [SQLITE.invoice_and_tellings, SQLITE.tellings_of_each, SQLITE.tellings_of_all] {
+            let explained = || AssertSqlSafe(format!("explain query plan {sql}"));
+            let plan = rows!(session, fetch_all, (i64, i64, i64, String), explained()).unwrap();
+            let read_whole: Vec<_> =
+                plan.iter().filter(|(.., step)| ["SCAN events", "SCAN mentions"].contains(&&**step)).collect();
+            assert!(read_whole.is_empty() && plan.iter().any(|(.., step)| step.contains("events")), "{plan:#?}");
+        }
+    }
 }

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::histories;
 use super::session::{Session, execute, rows};
-use super::{Store, StoreError};
+use super::{Engine, Store, StoreError};
 use crate::domain::event::EventKey;
 
 /// An invoice as stored, and what is told about it.
@@ -74,19 +74,26 @@ const ATTEMPTS: u32 = 8;
 const PAGE: &str = "
     select tenant_uid, invoice_uid, stripe_invoice_id, document, imported_states, stored_ms, revision from invoices
     where ($1 is null or stripe_invoice_id = $1)
-      and (stored_ms < $2 or (stored_ms = $2 and (tenant_uid, invoice_uid) > ($3, $4)))
+      and stored_ms <= $2 and (stored_ms < $2 or (tenant_uid, invoice_uid) > ($3, $4))
     order by stored_ms desc, tenant_uid, invoice_uid limit $5";
 const PAGE_OF_TENANT: &str = "
     select tenant_uid, invoice_uid, stripe_invoice_id, document, imported_states, stored_ms, revision from invoices
     where ($1 is null or stripe_invoice_id = $1)
-      and (stored_ms < $2 or (stored_ms = $2 and (tenant_uid, invoice_uid) > ($3, $4))) and tenant_uid = $6
+      and stored_ms <= $2 and (stored_ms < $2 or (tenant_uid, invoice_uid) > ($3, $4)) and tenant_uid = $6
     order by stored_ms desc, invoice_uid limit $5";
 pub(super) type InvoiceRow = (String, String, Option<String>, String, String, i64, i64);
 
+/// Those of a JSON array of Stripe's ids.
+const HOLDERS_IN_SQLITE: &str = "
+    select tenant_uid, invoice_uid, stripe_invoice_id from invoices where stripe_invoice_id in (select value from json_each($1))";
+const HOLDERS_IN_POSTGRES: &str = r#"
+    select tenant_uid, invoice_uid, stripe_invoice_id from jsonb_array_elements_text($1::jsonb) as ids
+    cross join lateral (select * from invoices where stripe_invoice_id = ids.value collate "C" offset 0) as holder"#;
 const HOLDER: &str = "select tenant_uid, invoice_uid, stripe_invoice_id from invoices where stripe_invoice_id = $1";
 const INSERT: &str = "
     insert into invoices (tenant_uid, invoice_uid, stripe_invoice_id, document, imported_states, stored_ms, revision)
     values ($1, $2, $3, $4, $5, $6, 1)";
+const NO_LONGER_AWAITED: &str = "delete from awaited where stripe_invoice_id = $1";
 const UPDATE: &str = "
     update invoices set document = $3, stripe_invoice_id = coalesce($4, stripe_invoice_id), revision = revision + $5
     where tenant_uid = $1 and invoice_uid = $2";
@@ -173,13 +180,15 @@ impl Store {
         Ok(invoices)
     }
 
-    /// Who holds these Stripe invoices: tenant, invoice, Stripe invoice.
+    /// Who holds these Stripe invoices, each named once: tenant, invoice, Stripe invoice.
     pub async fn holders(&self, stripe_invoice_ids: &[String]) -> Result<Vec<(String, String, String)>, StoreError> {
-        let mut holders = Vec::new();
+        let sql = match &self.0 {
+            Engine::Sqlite(_) => HOLDERS_IN_SQLITE,
+            Engine::Postgres(_) => HOLDERS_IN_POSTGRES,
+        };
+        let ids = serde_json::to_string(stripe_invoice_ids).expect("strings always serialise");
         let mut session = self.session().await?;
-        for id in stripe_invoice_ids {
-            holders.extend(rows!(session, fetch_optional, (String, String, String), HOLDER, id)?);
-        }
+        let holders = rows!(session, fetch_all, (String, String, String), sql, ids)?;
         session.done().await?;
         Ok(holders)
     }
@@ -202,6 +211,7 @@ async fn write(session: &mut Session, new: &NewInvoice, stored: Option<StoredInv
         if holder.is_some_and(|(tenant, uid, _)| (&tenant, &uid) != (tenant_uid, invoice_uid)) {
             return Ok(Put::StripeInvoiceTaken);
         }
+        execute!(session, NO_LONGER_AWAITED, id)?;
     }
     let Some(stored) = stored else {
         execute!(session, INSERT, tenant_uid, invoice_uid, stripe_invoice_id, document, imported_states, now_ms)?;

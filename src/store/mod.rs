@@ -1,8 +1,7 @@
 //! The only SQL. A `Store` is opened by URL; every method is one statement or one transaction.
 //!
 //! `events` is the log of deliveries, `invoices` the stored documents, `keys` the API keys, `reconciling` what the passes against
-//! Stripe's API keep: one text of SQL for both engines,
-//! run through `session`. What differs between them, opening and appending, is in `sqlite` and `postgres`. What the rows mean
+//! Stripe's API keep, `signs` what the person on call is told: one text of SQL for both engines, run through `session`. What differs between them, opening and appending, is in `sqlite` and `postgres`. What the rows mean
 //! to a payment is not known here: that is `domain`.
 
 mod error;
@@ -13,6 +12,7 @@ mod keys;
 mod postgres;
 mod reconciling;
 mod session;
+mod signs;
 mod sqlite;
 
 use sqlx::migrate::{Migrate, Migration, MigrationType, Migrator};
@@ -22,14 +22,15 @@ pub use error::StoreError;
 pub use events::{Appended, EventFilter, LoggedEvent, NewEvent, Outcome, PackedBody, Source, StoredBody};
 pub use invoices::{InvoiceCursor, NewInvoice, Put, StoredInvoice, StoredTelling};
 pub use keys::{ApiKey, Scope};
-pub use reconciling::{Asked, AskedAbout, CLOCKS_DIFFER_MS, Checked, Comparison, Run, ToAsk, ToCheck};
+pub use reconciling::{Asked, AskedAbout, Backlog, CLOCKS_DIFFER_MS, Checked, Comparison, Run, ToAsk, ToCheck};
+pub use signs::{Awaited, COUNTED, Counted, Disk, LogLine, News, Space};
 
 use postgres::PostgresStore;
 use session::{Session, rows};
 use sqlite::SqliteStore;
 
 /// Embedded into the binary, in the words of each engine. An applied migration is never edited.
-const MIGRATIONS: [(i64, &str, [&str; 2]); 2] = [
+const MIGRATIONS: [(i64, &str, [&str; 2]); 3] = [
     (
         1,
         "start",
@@ -42,6 +43,11 @@ const MIGRATIONS: [(i64, &str, [&str; 2]); 2] = [
             include_str!("../../migrations/sqlite/0002_reconcile.sql"),
             include_str!("../../migrations/postgres/0002_reconcile.sql"),
         ],
+    ),
+    (
+        3,
+        "signs",
+        [include_str!("../../migrations/sqlite/0003_signs.sql"), include_str!("../../migrations/postgres/0003_signs.sql")],
     ),
 ];
 const MIGRATIONS_TABLE: &str = "_sqlx_migrations";
@@ -69,6 +75,18 @@ impl Store {
             Some(path) => Engine::Sqlite(SqliteStore::open(path).await.map_err(|e| e.about(path))?),
             None => Engine::Postgres(PostgresStore::open(url).await?),
         }))
+    }
+
+    /// As [`Store::connect`], but creates nothing.
+    ///
+    /// # Errors
+    /// [`StoreError::Away`] when there is no such database.
+    pub async fn connect_to_existing(url: &str) -> Result<Store, StoreError> {
+        Store::check_url(url).map_err(StoreError::Refused)?;
+        match url.strip_prefix("sqlite://").map(sqlite::file) {
+            Some(file) if !file.exists() => Err(StoreError::Away(format!("there is no file {}", file.display()))),
+            _ => Store::connect(url).await,
+        }
     }
 
     /// Whether `connect` can make anything of this URL.
@@ -147,7 +165,7 @@ impl Store {
     pub fn writers(&self) -> usize {
         match &self.0 {
             Engine::Sqlite(_) => 1,
-            Engine::Postgres(_) => 2,
+            Engine::Postgres(_) => postgres::WRITERS as usize,
         }
     }
 

@@ -19,6 +19,8 @@ use super::session::{Connection, PostgresConnection, Session, rows_in_postgres};
 use super::{Appended, NewEvent, StoreError};
 
 const CONNECTIONS: u32 = 10;
+/// Batches that are appended at a time: a second one gains while the first waits for the disk, a third does not.
+pub(super) const WRITERS: u32 = 2;
 /// How long to wait for a free connection, or for a new one.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long one statement may take.
@@ -31,6 +33,8 @@ const KNOCK: Duration = Duration::from_millis(200);
 #[derive(Clone, Debug)]
 pub(super) struct PostgresStore {
     pool: PgPool,
+    /// Connections that append, and nothing else: each of them has its statement ready, and never waits for readers.
+    appending: PgPool,
     /// A pooler stands between us and the server, and may hand each transaction to another of its connections.
     is_pooled: bool,
     gate: Gate,
@@ -60,7 +64,7 @@ impl PostgresStore {
     pub async fn open(url: &str) -> Result<PostgresStore, StoreError> {
         let options = PgConnectOptions::from_str(url).map_err(|e| StoreError::Refused(e.to_string()))?;
         // A parameter that poolers do not know; nothing here is a float.
-        let options = options.extra_float_digits(None).application_name("stripe-reconciler");
+        let options = options.extra_float_digits(None).application_name("stripe-reconciler").disable_statement_logging();
         let looked_at = timeout(STATEMENT_TIMEOUT, look_at(url, &options)).await;
         let is_pooled = looked_at.map_err(|_| StoreError::Unavailable("the server does not answer".to_owned()))??;
         // Compiling a statement takes longer than any of ours runs. Poolers do not know this parameter.
@@ -68,21 +72,28 @@ impl PostgresStore {
         let (is_closed, is_doubted) = (watch::Sender::new(false), AtomicBool::new(false));
         let state = GateState { options: options.clone(), is_closed, is_doubted, opened: Mutex::new(Instant::now()) };
         let gate = Gate(Arc::new(state));
-        let watched = gate.clone();
-        let pool = PgPoolOptions::new()
-            .max_connections(CONNECTIONS)
-            .acquire_timeout(ACQUIRE_TIMEOUT)
-            .test_before_acquire(false)
-            .before_acquire(move |_, about| {
-                let is_current = about.age <= watched.opened().elapsed();
-                Box::pin(async move { Ok(is_current) })
-            });
-        Ok(PostgresStore { pool: pool.connect_lazy_with(options), is_pooled, gate })
+        let pool = |connections| {
+            let watched = gate.clone();
+            let pool = PgPoolOptions::new()
+                .max_connections(connections)
+                .acquire_timeout(ACQUIRE_TIMEOUT)
+                .test_before_acquire(false)
+                .before_acquire(move |_, about| {
+                    let is_current = about.age <= watched.opened().elapsed();
+                    Box::pin(async move { Ok(is_current) })
+                });
+            pool.connect_lazy_with(options.clone())
+        };
+        Ok(PostgresStore { pool: pool(CONNECTIONS), appending: pool(WRITERS), is_pooled, gate })
     }
 
     /// A connection for statements that each stand alone.
     pub async fn session(&self) -> Result<Session, StoreError> {
-        let mut session = self.acquire().await?;
+        self.session_of(&self.pool).await
+    }
+
+    async fn session_of(&self, pool: &PgPool) -> Result<Session, StoreError> {
+        let mut session = self.acquire(pool).await?;
         if self.is_pooled {
             // sqlx prepares and executes in two steps, and a pooler keeps both on one connection only within a transaction.
             session.begin(BEGIN).await?;
@@ -92,21 +103,21 @@ impl PostgresStore {
 
     /// A transaction whose statements each stand alone.
     pub async fn transaction(&self) -> Result<Session, StoreError> {
-        let mut session = self.acquire().await?;
+        let mut session = self.acquire(&self.pool).await?;
         session.begin(BEGIN).await?;
         Ok(session)
     }
 
     /// A transaction that is as if it ran alone, or fails.
     pub async fn serializable(&self) -> Result<Session, StoreError> {
-        let mut session = self.acquire().await?;
+        let mut session = self.acquire(&self.pool).await?;
         session.begin(BEGIN_SERIALIZABLE).await?;
         Ok(session)
     }
 
-    async fn acquire(&self) -> Result<Session, StoreError> {
+    async fn acquire(&self, pool: &PgPool) -> Result<Session, StoreError> {
         self.gate.pass()?;
-        let acquired = self.gate.judge(Ok(self.pool.acquire().await))?;
+        let acquired = self.gate.judge(Ok(pool.acquire().await))?;
         let (named, gate) = (!self.is_pooled, self.gate.clone());
         Ok(Session::new(Connection::Postgres(PostgresConnection { inner: acquired, named, gate, is_unsure: false })))
     }
@@ -132,7 +143,7 @@ impl PostgresStore {
             firsts.iter().map(|event| pick(event).map(str::to_owned)).collect()
         };
         let mentions = || firsts.iter().flat_map(|event| event.mentions.iter().map(move |mention| (event, mention)));
-        let mut session = self.session().await?;
+        let mut session = self.session_of(&self.appending).await?;
         let Connection::Postgres(connection) = &mut session.connection else {
             unreachable!("the sessions of this store are PostgreSQL's")
         };
@@ -164,6 +175,7 @@ impl PostgresStore {
     }
 
     pub async fn close(&self) {
+        self.appending.close().await;
         self.pool.close().await;
     }
 }
@@ -172,7 +184,7 @@ impl PostgresStore {
 const BEGIN: &str = "begin; set local jit = off";
 const BEGIN_SERIALIZABLE: &str = "begin isolation level serializable; set local jit = off";
 
-/// Sorted, so that batches of several writers take their locks in one order.
+/// Events come sorted, mentions are sorted here, so that batches of several writers take their locks in one order.
 const APPEND: &str = "
     with incoming as (
         select * from unnest($1::bytea[], $2::text[], $3::text[], $4::text[], $5::text[], $6::bigint[], $7::bigint[], $8::text[],
@@ -182,7 +194,7 @@ const APPEND: &str = "
     ), new as (
         insert into events (key, id, event_type, api_version, object_id, created_s, received_ms, source, secret_label, outcome,
                             unreadable_reason, telling, linked, body)
-        select * from incoming order by key
+        select * from incoming
         on conflict do nothing returning key
     ), linked as (
         insert into mentions (object_id, event_key)

@@ -5,6 +5,7 @@ use serde_json::value::RawValue;
 
 use super::events::{PackedBody, event_key};
 use super::session::{execute, rows};
+use super::signs::COUNTED;
 use super::{Engine, Store, StoreError};
 use crate::domain::event::EventKey;
 
@@ -80,27 +81,43 @@ pub struct Run {
     pub report: Box<RawValue>,
 }
 
+/// What waits to be asked at Stripe, each up to [`COUNTED`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Backlog {
+    /// Thin events, whose object is to be fetched.
+    pub objects: i64,
+    /// Events of payments, whose invoice may be unknown.
+    pub links: i64,
+    /// Invoices whose time to be compared has come.
+    pub checks: i64,
+}
+
 /// Passes that are kept.
 const RUNS: i64 = 200;
 
 /// The predicates are those of the partial indices, word for word: only then are these used.
-const TO_FETCH: &str = "
-    select key, telling, body, ask_attempts from events
-    where event_type >= 'v1.' and event_type < 'v1/' and ask_due_ms is not null and ask_due_ms <= $1
-    order by ask_due_ms limit $2";
-macro_rules! to_link {
-    ($of_type:literal) => {
-        concat!(
-            "select key, telling, body, ask_attempts from events where ",
-            $of_type,
-            " and outcome = 'recorded' and ask_due_ms is not null and ask_due_ms <= $1 order by ask_due_ms limit $2"
-        )
+macro_rules! to_ask {
+    ($which:literal) => {
+        [
+            concat!(
+                "select key, telling, body, ask_attempts from events where ",
+                $which,
+                " and ask_due_ms is not null and ask_due_ms <= $1 order by ask_due_ms limit $2"
+            ),
+            concat!(
+                "select count(*) from (select 1 from events where ",
+                $which,
+                " and ask_due_ms is not null and ask_due_ms <= $1 limit $2) as counted"
+            ),
+        ]
     };
 }
-const TO_LINK: [&str; 3] = [
-    to_link!("event_type >= 'charge.' and event_type < 'charge/'"),
-    to_link!("event_type >= 'payment_intent.' and event_type < 'payment_intent/'"),
-    to_link!("event_type >= 'refund.' and event_type < 'refund/'"),
+/// The events, and how many there are.
+const TO_FETCH: [[&str; 2]; 1] = [to_ask!("event_type >= 'v1.' and event_type < 'v1/'")];
+const TO_LINK: [[&str; 2]; 3] = [
+    to_ask!("event_type >= 'charge.' and event_type < 'charge/' and outcome = 'recorded'"),
+    to_ask!("event_type >= 'payment_intent.' and event_type < 'payment_intent/' and outcome = 'recorded'"),
+    to_ask!("event_type >= 'refund.' and event_type < 'refund/' and outcome = 'recorded'"),
 ];
 type ToAskRow = (Vec<u8>, Option<String>, Option<Vec<u8>>, i64);
 const ASKED_ABOUT: &str = "select key, ask_due_ms, ask_attempts from events where key = $1";
@@ -115,6 +132,10 @@ const DUE: &str = "
     select tenant_uid, invoice_uid, stripe_invoice_id, differs_since_ms from invoices
     where check_due_ms is not null and check_due_ms <= $1 and stripe_invoice_id is not null and stored_ms <= $3
     order by check_due_ms limit $2";
+const COUNT_DUE: &str = "
+    select count(*) from (
+        select 1 from invoices where check_due_ms is not null and check_due_ms <= $1 and stripe_invoice_id is not null limit $2
+    ) as counted";
 const SAMPLE: &str = "
     select tenant_uid, invoice_uid, stripe_invoice_id, differs_since_ms from invoices
     where check_due_ms is null and stripe_invoice_id is not null and checked_ms <= $1 order by checked_ms limit $2";
@@ -161,15 +182,28 @@ impl Store {
     pub async fn to_ask(&self, asked: Asked, now_ms: i64, limit: u32) -> Result<Vec<ToAsk>, StoreError> {
         let mut session = self.session().await?;
         let mut found = Vec::new();
-        let statements: &[&'static str] = match asked {
-            Asked::Object => &[TO_FETCH],
+        let statements: &[[&'static str; 2]] = match asked {
+            Asked::Object => &TO_FETCH,
             Asked::Invoice => &TO_LINK,
         };
-        for &statement in statements {
+        for &[statement, _] in statements {
             found.extend(rows!(session, fetch_all, ToAskRow, statement, now_ms, i64::from(limit))?);
         }
         session.done().await?;
         found.into_iter().map(to_ask).collect()
+    }
+
+    /// How much waits to be asked at Stripe.
+    pub async fn backlog(&self, now_ms: i64) -> Result<Backlog, StoreError> {
+        let mut session = self.session().await?;
+        let mut counts = Vec::new();
+        for statement in TO_FETCH.iter().chain(&TO_LINK).map(|[_, count]| *count).chain([COUNT_DUE]) {
+            let (count,) = rows!(session, fetch_one, (i64,), statement, now_ms, i64::from(COUNTED))?;
+            counts.push(count);
+        }
+        session.done().await?;
+        let [objects, charges, intents, refunds, checks] = counts[..] else { unreachable!("as many as there are statements") };
+        Ok(Backlog { objects, links: charges + intents + refunds, checks })
     }
 
     /// Notes when to ask about these events again (None: never), and how often it was tried.

@@ -1,16 +1,19 @@
 //! SQLite: opened by path, one connection that writes and several that read beside it; appended to by two statements a batch.
 
 use std::collections::HashSet;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
+use sqlx::ConnectOptions;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous};
 use tokio::sync::mpsc;
 
-use super::session::{Connection, Session, rows};
-use super::{Appended, NewEvent, StoreError};
+use super::session::{Connection, Session, execute, rows};
+use super::{Appended, Disk, NewEvent, Space, StoreError};
+use crate::domain::event::EventKey;
 
 /// How long a statement waits for another process that writes to the same file.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
@@ -23,16 +26,19 @@ const CHECKPOINT_AFTER: usize = 8 << 20;
 const PAGES_A_BATCH: usize = 6 * PAGE_SIZE as usize;
 /// Pages after which the writer carries them over itself: only when the checkpointer cannot keep up.
 const CHECKPOINT_AT_LAST: &str = "16384";
-/// How long the checkpointer may make the writer wait for readers of an old state.
-const CHECKPOINT_PATIENCE: Duration = Duration::from_millis(5);
+/// Carries over what no reader needs any more, and makes nobody wait.
+const CHECKPOINT: &str = "pragma wal_checkpoint(passive)";
 
 #[derive(Clone, Debug)]
 pub(super) struct SqliteStore {
+    file: PathBuf,
     write: SqlitePool,
     read: SqlitePool,
     /// Bytes written since the last checkpoint, about.
     written: Arc<AtomicUsize>,
     checkpoint: mpsc::Sender<()>,
+    /// The checkpointer has been through: what came meanwhile is left to the writer.
+    is_nearly_carried: Arc<AtomicBool>,
 }
 
 impl SqliteStore {
@@ -46,7 +52,8 @@ impl SqliteStore {
             .synchronous(SqliteSynchronous::Full)
             .busy_timeout(BUSY_TIMEOUT)
             .statement_cache_capacity(64)
-            .pragma("wal_autocheckpoint", CHECKPOINT_AT_LAST);
+            .pragma("wal_autocheckpoint", CHECKPOINT_AT_LAST)
+            .disable_statement_logging();
         let pool = |connections| {
             let pool = SqlitePoolOptions::new().max_connections(connections).test_before_acquire(false);
             pool.idle_timeout(None).max_lifetime(None).acquire_timeout(BUSY_TIMEOUT)
@@ -54,10 +61,11 @@ impl SqliteStore {
         // The writer first: it creates the file, which readers may not.
         let write = pool(1).connect_with(options.clone()).await?;
         let read = pool(READERS).connect_with(options.clone().create_if_missing(false).read_only(true)).await?;
-        let checkpointer = pool(1).connect_lazy_with(options.busy_timeout(CHECKPOINT_PATIENCE));
+        let checkpointer = pool(1).connect_lazy_with(options);
         let (checkpoint, due) = mpsc::channel(1);
-        tokio::spawn(keep_log_short(checkpointer, due));
-        Ok(SqliteStore { write, read, written: Arc::default(), checkpoint })
+        let is_nearly_carried = Arc::new(AtomicBool::new(false));
+        tokio::spawn(keep_log_short(checkpointer, due, is_nearly_carried.clone()));
+        Ok(SqliteStore { file: file(path), write, read, written: Arc::default(), checkpoint, is_nearly_carried })
     }
 
     pub async fn session(&self) -> Result<Session, StoreError> {
@@ -97,6 +105,10 @@ impl SqliteStore {
         let (events, mentions) = (json(serde_json::to_string(&events)), json(serde_json::to_string(&mentions)));
         let bytes = blob.len();
         let mut session = Session::new(Connection::Sqlite(self.write.acquire().await?));
+        if self.is_nearly_carried.swap(false, Ordering::Relaxed) {
+            // The little that is left. With nothing in it that is still needed, the log starts anew with what is written next.
+            execute!(session, CHECKPOINT)?;
+        }
         session.set_in_transaction(true);
         // All rows: with the first, the statements that follow would be left undone.
         let answered = rows!(session, fetch_all, (String,), APPEND, events, blob, mentions)?;
@@ -115,10 +127,29 @@ impl SqliteStore {
         }
     }
 
+    pub fn space(&self) -> Result<Space, StoreError> {
+        let unseen = |error: std::io::Error| StoreError::Unavailable(format!("{}: {error}", self.file.display()));
+        let log = self.file.with_file_name([self.file.file_name().unwrap_or_default(), "-wal".as_ref()].join("".as_ref()));
+        let folder = self.file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let disk = rustix::fs::statvfs(folder).map_err(|error| unseen(error.into()))?;
+        let (free, size) = (disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize);
+        Ok(Space {
+            database: std::fs::metadata(&self.file).map_err(unseen)?.len(),
+            // None yet: nothing was written.
+            log: Some(std::fs::metadata(log).map_or(0, |log| log.len())),
+            disk: Some(Disk { free, size }),
+        })
+    }
+
     pub async fn close(&self) {
         self.read.close().await;
         self.write.close().await;
     }
+}
+
+/// The file that a URL names after `sqlite://`.
+pub(super) fn file(path: &str) -> PathBuf {
+    PathBuf::from(path.split('?').next().unwrap_or_default())
 }
 
 /// Answers which keys were there before, in hex. `$1`: events, `$2`: keys, tellings and bodies, `$3`: mentions.
@@ -137,16 +168,15 @@ const APPEND: &str = "
            substr($2, (value->>'$[0][0]') + 32 + (value->>'$[0][1]'), value->>'$[0][2]')
     from json_each($1) where true on conflict do nothing;
     commit";
+const _: () = assert!(EventKey::LENGTH == 32, "APPEND cuts keys out of its blob by their length");
 
 /// Carries what was appended into the database file, beside the writer and not in the commit of a delivery, as long as there is
 /// a store.
-async fn keep_log_short(pool: SqlitePool, mut due: mpsc::Receiver<()>) {
+async fn keep_log_short(pool: SqlitePool, mut due: mpsc::Receiver<()>, is_nearly_carried: Arc<AtomicBool>) {
     while due.recv().await.is_some() {
-        // First what can be done beside the writer; then, with the writer held for a moment, the rest, so that it starts anew.
-        for checkpoint in ["pragma wal_checkpoint(passive)", "pragma wal_checkpoint(restart)"] {
-            if let Err(error) = sqlx::query(checkpoint).execute(&pool).await {
-                tracing::warn!(%error, "the log of the database could not be shortened");
-            }
+        match sqlx::query(CHECKPOINT).execute(&pool).await {
+            Ok(_) => is_nearly_carried.store(true, Ordering::Relaxed),
+            Err(error) => tracing::warn!(%error, "the log of the database could not be shortened"),
         }
     }
     pool.close().await;

@@ -8,7 +8,7 @@
 mod budget;
 mod settings;
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -48,6 +48,8 @@ struct Shared {
     bearer: HeaderValue,
     budget: Budget,
     calls: AtomicU64,
+    /// What time it was at Stripe with the last answer, Unix seconds; 0: there was none.
+    answered_s: AtomicI64,
 }
 
 /// Whose objects are asked for.
@@ -92,12 +94,18 @@ impl StripeApi {
             bearer: settings.key.bearer(),
             budget: Budget::new(settings.rate),
             calls: AtomicU64::new(0),
+            answered_s: AtomicI64::new(0),
         }))
     }
 
     /// How many calls were made so far, retries among them.
     pub fn calls(&self) -> u64 {
         self.0.calls.load(Ordering::Relaxed)
+    }
+
+    /// What time it was at Stripe when it last answered, Unix seconds.
+    pub fn answered_s(&self) -> Option<i64> {
+        Some(self.0.answered_s.load(Ordering::Relaxed)).filter(|seconds| *seconds != 0)
     }
 
     /// A page of a list such as `/v1/events`.
@@ -174,6 +182,10 @@ impl StripeApi {
         };
         let request = request.body(Full::default()).map_err(|error| Failure::lasting(refused(path, 0, &error.to_string())))?;
         let answer = self.0.transport.send(request).await?;
+        let date = answer.headers().get("date").and_then(|value| value.to_str().ok());
+        if let Some(date) = date.and_then(|text| jiff::fmt::rfc2822::parse(text).ok()) {
+            self.0.answered_s.store(date.timestamp().as_second(), Ordering::Relaxed);
+        }
         understand(path, &answer)
     }
 }

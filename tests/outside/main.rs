@@ -8,10 +8,14 @@ mod support;
 
 mod by_turns;
 mod commands;
+mod doctor;
+mod events;
 mod evidence;
 mod failover;
 mod invoices;
 mod kill_nine;
+mod metrics;
+mod openapi;
 mod outage;
 mod pooler;
 mod reading;

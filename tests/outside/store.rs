@@ -4,6 +4,7 @@ mod events;
 mod invoices;
 mod opening;
 mod reconciling;
+mod signs;
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -136,6 +137,7 @@ fn nothing_public_in_the_store_is_left_out_here() {
         include_str!("store/invoices.rs"),
         include_str!("store/opening.rs"),
         include_str!("store/reconciling.rs"),
+        include_str!("store/signs.rs"),
         include_str!("store.rs"),
     ];
     let functions = public_functions();

@@ -17,7 +17,7 @@ use sqlx::{Connection, PgConnection};
 use stripe_reconciler::clock::Clock;
 use stripe_reconciler::domain::signature::SigningSecrets;
 use stripe_reconciler::flows::reconcile::Tools;
-use stripe_reconciler::http::{self, AppState};
+use stripe_reconciler::http::{self, AppState, MetricsAt};
 use stripe_reconciler::inbox::{Inbox, Writers};
 use stripe_reconciler::store::{Store, StoredBody};
 use stripe_reconciler::stripe_api::{ApiKey, Settings, StripeApi};
@@ -203,23 +203,19 @@ impl Replica {
     async fn start(setup: &Setup<'_>) -> (Replica, Writers) {
         let store = Store::connect(setup.database_url).await.unwrap();
         store.migrate().await.unwrap();
-        let (inbox, writers) = Inbox::start(store.clone());
+        let (inbox, writers) = Inbox::start(store.clone(), Arc::default());
         let key = ApiKey::parse(LIVE_KEY).unwrap();
         let api = StripeApi::new(Settings { key, base: setup.stripe_base.to_owned(), rate: 1000 });
         let (clock, stopping) = (setup.clock.clone(), CancellationToken::new());
-        let state = AppState {
-            store: store.clone(),
-            inbox: inbox.clone(),
-            secrets: Arc::new(SigningSecrets::parse(setup.secrets).unwrap()),
-            clock: clock.clone(),
-            stopping: stopping.clone(),
-        };
-        let router = TowerToHyperService::new(http::router(state));
+        let secrets = SigningSecrets::parse(setup.secrets).unwrap();
+        let state = AppState::new(store.clone(), inbox.clone(), secrets, clock.clone(), Arc::default(), stopping.clone());
+        let router = TowerToHyperService::new(http::router(state, MetricsAt::MainListener));
         (Replica { store, inbox, router, api, clock, stopping }, writers)
     }
 
     pub fn tools(&self) -> Tools {
-        Tools { store: self.store.clone(), inbox: self.inbox.clone(), api: self.api.clone(), clock: self.clock.clone() }
+        let (store, inbox, api, clock) = (self.store.clone(), self.inbox.clone(), self.api.clone(), self.clock.clone());
+        Tools { store, inbox, api, clock, metrics: Arc::default() }
     }
 
     pub async fn send(&self, method: &str, path: &str, headers: &[(&str, &str)], body: Vec<u8>) -> Answer {

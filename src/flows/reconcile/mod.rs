@@ -16,15 +16,18 @@ mod report;
 mod worker;
 
 use std::collections::HashSet;
+use std::sync::Arc;
 
 use serde_json::value::RawValue;
 use uuid::Uuid;
 
 use crate::clock::Clock;
 use crate::inbox::{Inbox, InboxError};
+use crate::metrics::Metrics;
 use crate::store::{Run, Store, StoreError};
 use crate::stripe_api::{Scope, StripeApi, StripeApiError};
 
+pub use endpoints::look_at_endpoints;
 use keeping::Keeper;
 pub use lease::Lease;
 pub use report::{ApiOnlyEvent, Differing, Healed, Report, UnknownHere};
@@ -37,6 +40,7 @@ pub struct Tools {
     pub inbox: Inbox,
     pub api: StripeApi,
     pub clock: Clock,
+    pub metrics: Arc<Metrics>,
 }
 
 /// What a pass looks at.

@@ -1,12 +1,14 @@
 //! Reconciliation beside a running server: a pass at start, every few minutes, and as soon as Stripe and the database are back;
 //! what thin events point to is fetched soon after they arrived. Webhooks never wait for any of it.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::{Extent, Lease, Mode, Plan, ReconcileError, Report, Tools, run, run_fetching};
+use crate::flows::signs::RECONCILING_FAILED;
 use crate::store::Asked;
 
 /// Between two passes.
@@ -29,6 +31,8 @@ async fn go_on(tools: Tools) {
     let mut wait = FIRST_WAIT;
     loop {
         let worked = if Instant::now() >= next_pass { pass(&tools).await } else { fetch(&tools).await };
+        let counted = &tools.metrics.reconcile.api_calls;
+        counted.inc_by(tools.api.calls().saturating_sub(counted.get()));
         match worked {
             Ok(Worked::Pass) => (next_pass, wait) = (Instant::now() + INTERVAL, FIRST_WAIT),
             // Another replica is at it; it may also die.
@@ -36,6 +40,7 @@ async fn go_on(tools: Tools) {
             Ok(Worked::Fetching) => {}
             Err(error) => {
                 tracing::warn!(%error, retry_s = wait.as_secs(), "reconciling with Stripe failed");
+                note_failure(&tools).await;
                 tokio::time::sleep(wait).await;
                 (next_pass, wait) = (Instant::now(), (wait * 2).min(INTERVAL));
             }
@@ -58,7 +63,7 @@ async fn pass(tools: &Tools) -> Result<Worked, ReconcileError> {
         () = lease.lost() => Err(ReconcileError::LeaseLost),
     };
     lease.release().await;
-    ended.map(|report| log(&report)).map(|()| Worked::Pass)
+    ended.map(|report| tell(tools, &report)).map(|()| Worked::Pass)
 }
 
 async fn fetch(tools: &Tools) -> Result<Worked, ReconcileError> {
@@ -72,6 +77,24 @@ async fn fetch(tools: &Tools) -> Result<Worked, ReconcileError> {
     };
     lease.release().await;
     ended.map(|_| Worked::Fetching)
+}
+
+/// For `doctor`, which may be asked elsewhere.
+async fn note_failure(tools: &Tools) {
+    tools.metrics.reconcile.runs.with_label_values(&["failed"]).inc();
+    let now_ms = tools.clock.now_ms();
+    let moment = BTreeMap::from([(RECONCILING_FAILED.to_owned(), now_ms)]);
+    if let Err(error) = tools.store.note_moments(&moment, now_ms).await {
+        tracing::debug!(%error, "it could not be noted that reconciling failed");
+    }
+}
+
+fn tell(tools: &Tools, report: &Report) {
+    let counted = &tools.metrics.reconcile;
+    counted.runs.with_label_values(&[if report.differs() { "differs" } else { "agrees" }]).inc();
+    counted.healed.inc_by(report.healed.len() as u64);
+    counted.api_only_events.inc_by(report.api_only_events.len() as u64);
+    log(report);
 }
 
 fn log(report: &Report) {

@@ -66,7 +66,7 @@ each_store! {
             let found = pages(store, &EventFilter { stripe_invoice_id: Some(odd.to_owned()), ..EventFilter::default() }, 10).await;
             assert_eq!(found.len(), 1, "what it names is kept: {odd}");
             let id = found[0].id.as_deref().unwrap();
-            assert_eq!(store.events_by_id(id).await.unwrap().len(), 1, "{id}");
+            assert_eq!(store.events_by_id(id, None, 100).await.unwrap().len(), 1, "{id}");
         }
     }
 
@@ -78,13 +78,13 @@ each_store! {
         let changed = NewEvent { received_ms: 1, body: PackedBody::pack(b"other"), mentions: vec![mention("in_2", true)], ..nth(2) };
         assert_eq!(store.append(&[nth(4), changed, nth(3)]).await.unwrap(), [Appended::New, Appended::Duplicate, Appended::Duplicate]);
         assert_eq!(ids(&all(store).await), ["evt_4", "evt_3", "evt_2", "evt_1"], "the first stays as it was");
-        let second = store.events_by_id("evt_2").await.unwrap();
+        let second = store.events_by_id("evt_2", None, 100).await.unwrap();
         assert_eq!((second.len(), second[0].body.clone()), (1, nth(2).body.unpack()));
         let named = EventFilter { stripe_invoice_id: Some("in_2".to_owned()), ..EventFilter::default() };
         assert!(pages(store, &named, 10).await.is_empty(), "a duplicate names nothing");
         let (first, second) = (nth(5), NewEvent { body: PackedBody::pack(b"other"), mentions: vec![mention("in_2", true)], ..nth(5) });
         assert_eq!(store.append(&[first.clone(), second]).await.unwrap(), [Appended::New, Appended::Duplicate]);
-        assert_eq!(store.events_by_id("evt_5").await.unwrap()[0].body, first.body.unpack(), "the first of a batch is kept");
+        assert_eq!(store.events_by_id("evt_5", None, 100).await.unwrap()[0].body, first.body.unpack(), "the first of a batch is kept");
         assert!(pages(store, &named, 10).await.is_empty(), "nor does one in the same batch");
     }
 
@@ -95,10 +95,16 @@ each_store! {
         for rendering in [&second, &first, &third] {
             assert_eq!(store.append(std::slice::from_ref(rendering)).await.unwrap(), [Appended::New]);
         }
-        let found = store.events_by_id("evt_1").await.unwrap();
+        let found = store.events_by_id("evt_1", None, 100).await.unwrap();
         let keys: Vec<EventKey> = found.iter().map(|stored| stored.logged.key).collect();
         assert_eq!(keys, [first.key, third.key, second.key], "oldest receipt first");
-        assert!(store.events_by_id("evt_").await.unwrap().is_empty() && store.events_by_id("EVT_1").await.unwrap().is_empty());
+        assert!(store.events_by_id("evt_", None, 100).await.unwrap().is_empty() && store.events_by_id("EVT_1", None, 100).await.unwrap().is_empty());
+        let page = store.events_by_id("evt_1", Some((30, first.key)), 1).await.unwrap();
+        assert_eq!(page.iter().map(|stored| stored.logged.key).collect::<Vec<_>>(), [third.key], "after the first, one more");
+        assert!(store.events_by_id("evt_1", Some((40, second.key)), 1).await.unwrap().is_empty());
+        let by_key = store.event_by_key(&third.key).await.unwrap().unwrap();
+        assert_eq!((by_key.logged.key, by_key.body), (third.key, third.body.unpack()));
+        assert!(store.event_by_key(&key("evt_1", 77)).await.unwrap().is_none());
         let found = store.events_by_keys(&[second.key, key("evt_1", 77), first.key]).await.unwrap();
         let keys: BTreeSet<EventKey> = found.iter().map(|logged| logged.key).collect();
         assert_eq!(keys, BTreeSet::from([first.key, second.key]), "what is not there is left out");
@@ -167,7 +173,7 @@ each_store! {
     }
 
     async fn one_that_the_database_refuses_fails_alone(place: Place) {
-        let (inbox, writers) = Inbox::start(place.store.clone());
+        let (inbox, writers) = Inbox::start(place.store.clone(), Default::default());
         let held = place.database.hold().await;
         // All wait while the database is held, so that they share a batch.
         let append = |event: NewEvent| {
@@ -224,7 +230,7 @@ each_store! {
             assert_eq!(stored.body, event.body.unpack().filter(|_| is_kept), "{n}");
             assert_eq!((&stored.logged.id, stored.logged.received_ms), (&event.id, event.received_ms));
         }
-        assert!(store.events_by_id("evt_1").await.unwrap()[0].body.is_none());
+        assert!(store.events_by_id("evt_1", None, 100).await.unwrap()[0].body.is_none());
         assert_eq!(store.append(&batch).await.unwrap(), vec![Appended::Duplicate; 10], "nor are their ids forgotten");
         assert_eq!(store.forget_bodies(before_ms, None, 100).await.unwrap().0, 0, "they are forgotten once");
         assert_eq!(store.forget_bodies(i64::MIN, None, 100).await.unwrap(), (0, None));
@@ -245,6 +251,9 @@ each_store! {
         let keys: BTreeSet<EventKey> = all(store).await.iter().map(|logged| logged.key).collect();
         assert_eq!(keys, BTreeSet::from([first.key, second.key]));
         assert_eq!(pages(store, &named("in_9"), 10).await.len(), 2);
+        let told = store.told_page(&named("in_9"), None, 10).await.unwrap();
+        let told: BTreeSet<Option<String>> = told.into_iter().map(|(_, telling)| telling).collect();
+        assert_eq!(told, BTreeSet::from([first.telling.clone(), second.telling.clone()]));
         assert_eq!(store.invoice("acme", "a").await.unwrap().unwrap().tellings.len(), 2);
         store.replace_readings(&[]).await.unwrap();
         store.replace_readings(&[(first.key, first.clone())]).await.unwrap();

@@ -2,25 +2,10 @@
 
 use std::time::Duration;
 
-use sqlx::{Connection, PgConnection, SqliteConnection};
 use stripe_reconciler::store::{ApiKey, Outcome, PackedBody, Scope, Source, Store, StoreError};
 
 use super::{Place, each_store, nth};
 use crate::support::{Database, Engine};
-
-async fn execute(database: &Database, statement: &'static str) {
-    match database.engine {
-        Engine::Sqlite => {
-            let mut connection = SqliteConnection::connect(&database.url).await.unwrap();
-            sqlx::raw_sql(statement).execute(&mut connection).await.unwrap();
-            connection.close().await.unwrap();
-        }
-        Engine::Postgres => {
-            let mut connection = PgConnection::connect(&database.url).await.unwrap();
-            sqlx::raw_sql(statement).execute(&mut connection).await.unwrap();
-        }
-    }
-}
 
 fn api_key(id: &str, scope: Scope, created_ms: i64) -> ApiKey {
     ApiKey { id: id.to_owned(), scope, created_ms, expires_ms: Some(created_ms + 5), revoked_ms: None }
@@ -50,7 +35,7 @@ each_store! {
     }
 
     async fn a_database_of_a_newer_version_is_refused(place: Place) {
-        execute(&place.database, "update _sqlx_migrations set version = 9999 where version = (select max(version) from _sqlx_migrations)").await;
+        place.database.execute("update _sqlx_migrations set version = 9999 where version = (select max(version) from _sqlx_migrations)").await;
         let refused = place.store.migrate().await.unwrap_err();
         assert!(matches!(&refused, StoreError::Refused(reason) if reason.contains("newer version")), "{refused}");
         assert!(place.store.ping().await.is_err(), "it is not what this version needs");
@@ -126,6 +111,17 @@ fn a_url_is_refused_in_words_that_show_no_password() {
         let told = Store::check_url(wrong).unwrap_err();
         assert!(!told.is_empty() && !told.contains("hidden@") && !told.contains("u:"), "{wrong}: {told}");
     }
+}
+
+#[tokio::test]
+async fn what_is_not_there_is_not_made_by_who_only_looks() {
+    let folder = tempfile::tempdir().unwrap();
+    let url = format!("sqlite://{}/a.db?cache=private", folder.path().display());
+    let missing = Store::connect_to_existing(&url).await.unwrap_err();
+    assert!(matches!(&missing, StoreError::Away(reason) if reason.contains("a.db")), "{missing}");
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+    Store::connect(&url).await.unwrap().close().await;
+    assert!(Store::connect_to_existing(&url).await.unwrap().ping().await.is_err(), "it is there, and not migrated");
 }
 
 #[tokio::test]

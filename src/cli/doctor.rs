@@ -1,0 +1,113 @@
+//! `doctor`: what is wrong and what to do, in words.
+
+use clap::Args;
+use serde_json::json;
+
+use super::reconcile::StripeFlags;
+use super::{Exit, Settings, output};
+use crate::clock::Clock;
+use crate::config::{Config, Flags, Purpose};
+use crate::flows::doctor::{self, Check, Patient, State};
+use crate::store::Store;
+use crate::stripe_api::StripeApi;
+use crate::telemetry;
+
+/// Letters of a line that are for words.
+const WIDTH: usize = 90;
+
+/// Say what is wrong and what to do; changes nothing that matters, and does not migrate
+#[derive(Args)]
+#[command(after_help = "Examples:
+  stripe-reconciler doctor                          with the same settings as `serve`
+  stripe-reconciler doctor --quiet || mail ...      from cron: prints only what is wrong
+  stripe-reconciler doctor --json | jq .state
+
+With STRIPE_API_KEY it asks Stripe about the webhook endpoint and the time; without, it says what the last pass of
+reconciliation saw. With STRIPE_WEBHOOK_SECRET it knows which signing secrets are configured.
+Exit codes: 0 nothing is wrong, 2 a setting is wrong, 3 something is wrong, 4 the database cannot be used.")]
+pub struct Doctor {
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+    /// Print only what is wrong
+    #[arg(long)]
+    quiet: bool,
+    /// Signing secrets as `serve` has them [env: STRIPE_WEBHOOK_SECRET, better: a flag can be seen in the list of processes]
+    #[arg(long, value_name = "SECRETS")]
+    stripe_webhook_secret: Option<String>,
+    #[command(flatten)]
+    stripe: StripeFlags,
+}
+
+impl Doctor {
+    pub(super) async fn run(self, settings: Settings) -> anyhow::Result<Exit> {
+        let flags =
+            Flags { stripe_webhook_secret: self.stripe_webhook_secret.clone(), ..self.stripe.clone().fill(settings.flags()) };
+        let config = Config::load(&flags, Purpose::Diagnosis)?;
+        telemetry::start(config.log_filter, config.log_format);
+        let patient = Patient {
+            store: Store::connect_to_existing(&config.database_url).await,
+            api: config.stripe_api.map(StripeApi::new),
+            secret_labels: config.secrets.map(|secrets| secrets.labels().into_iter().map(str::to_owned).collect()),
+            clock: Clock::system(),
+        };
+        let checks = doctor::examine(&patient).await;
+        if let Ok(store) = &patient.store {
+            store.close().await;
+        }
+        let state = doctor::worst(&checks);
+        if self.json {
+            output::line(serde_json::to_string_pretty(&json!({"state": verdict(state), "checks": checks}))?)?;
+        } else {
+            self.print(&checks)?;
+        }
+        Ok(match state {
+            State::Ok | State::Unknown => Exit::Done,
+            _ if is_database_away(&checks) => Exit::Unreachable,
+            State::Warning | State::Failing => Exit::Differs,
+        })
+    }
+
+    fn print(&self, checks: &[Check]) -> anyhow::Result<()> {
+        let is_wrong = |check: &&Check| check.state >= State::Warning;
+        let wrong = checks.iter().filter(is_wrong).count();
+        for check in checks.iter().filter(|check| !self.quiet || is_wrong(check)) {
+            let word = match check.state {
+                State::Ok => "ok".to_owned(),
+                State::Unknown => "?".to_owned(),
+                State::Warning => output::bold("warning"),
+                State::Failing => output::bold("FAILING"),
+            };
+            // The codes that make it bold take no room.
+            let padding = " ".repeat(9 - visible(check.state));
+            let words = [Some(&check.finding), check.cure.as_ref()].into_iter().flatten();
+            for (at, text) in words.flat_map(|words| output::wrap(words, WIDTH)).enumerate() {
+                let head = if at == 0 { format!("{word}{padding}{:<16}", check.name) } else { " ".repeat(25) };
+                output::line(format!("{head}{text}"))?;
+            }
+        }
+        match wrong {
+            _ if self.quiet => Ok(()),
+            0 => output::line("\nNothing is wrong."),
+            1 => output::line("\nOne thing is wrong."),
+            _ => output::line(format!("\n{wrong} things are wrong.")),
+        }
+    }
+}
+
+fn visible(state: State) -> usize {
+    match state {
+        State::Ok => 2,
+        State::Unknown => 1,
+        State::Warning | State::Failing => 7,
+    }
+}
+
+/// What cannot be told is nothing wrong.
+fn verdict(state: State) -> State {
+    if state == State::Unknown { State::Ok } else { state }
+}
+
+fn is_database_away(checks: &[Check]) -> bool {
+    checks.iter().any(|check| check.name == "database" && check.state == State::Failing)
+}

@@ -1,0 +1,309 @@
+//! Vital signs: what the log comes to, for whoever watches over the service. `/metrics` and `doctor` read the same.
+//!
+//! No delivery pays for it. The log is read once more, in the order of receipt, a bounded step at a time, and what it adds is kept
+//! beside it (`store/signs`): so what was seen survives restarts, is the same for all replicas, and costs a few look-ups to read,
+//! however long the log is.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use serde::Deserialize;
+use serde_json::Value;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::clock::Clock;
+use crate::domain::event::Telling;
+use crate::domain::silence;
+use crate::metrics::{Metrics, Rejection};
+use crate::store::{Backlog, COUNTED, Counted, LogLine, News, PackedBody, Run, Source, Space, Store, StoreError};
+
+/// Names of moments. What follows is a label.
+pub const DELIVERED: &str = "delivered";
+pub const DELIVERED_IN_MODE: &str = "delivered ";
+pub const SECRET: &str = "secret ";
+pub const REFUSED: &str = "refused ";
+pub const RECONCILING_FAILED: &str = "reconciling failed";
+
+/// How far the log was read, Unix milliseconds: the name of a progress.
+const READ_UNTIL: &str = "signs";
+/// Rows read at a time, and in one step at most.
+const PAGE: u32 = 500;
+const STEP: usize = 10_000;
+/// How long after its receipt a delivery may reach the log: so long it is read again.
+const SETTLING_MS: i64 = 15_000;
+/// Events of this long are looked at; what waits for longer is no longer counted.
+const DAYS_30_MS: i64 = 30 * 24 * 3600 * 1000;
+const HOUR_MS: i64 = 3_600_000;
+/// Passes that are looked at: of about an hour.
+const PASSES: u32 = 12;
+/// How often a server reads on.
+const READ_ON: Duration = Duration::from_secs(5);
+/// Who looks again sooner is told what was seen just now.
+const FRESH: Duration = Duration::from_secs(1);
+/// How long the database may take to answer at all, and to answer everything.
+const PING_PATIENCE: Duration = Duration::from_secs(1);
+const PATIENCE: Duration = Duration::from_secs(3);
+
+/// What the database says. Times in Unix milliseconds.
+#[derive(Clone, Debug, Default)]
+pub struct Vitals {
+    /// When things last happened, by the names above.
+    pub moments: BTreeMap<String, i64>,
+    pub awaited_invoices: usize,
+    pub events_without_invoice: i64,
+    pub oldest_without_invoice_ms: Option<i64>,
+    pub unreadable: Counted,
+    pub differing: Counted,
+    pub backlog: Backlog,
+    /// The passes against Stripe's API that ended last, the latest first.
+    pub passes: Vec<Pass>,
+    pub space: Space,
+    /// So far the log was read.
+    pub read_until_ms: Option<i64>,
+}
+
+#[derive(Clone, Debug)]
+pub struct Pass {
+    pub started_ms: i64,
+    pub ended_ms: i64,
+    pub report: Value,
+}
+
+impl Vitals {
+    /// # Errors
+    /// The database cannot be reached.
+    pub async fn read(store: &Store, now_ms: i64) -> Result<Vitals, StoreError> {
+        let awaited = store.awaited(COUNTED).await?;
+        let runs = store.last_runs(PASSES).await?;
+        let progress = store.progress(READ_UNTIL).await?;
+        Ok(Vitals {
+            moments: store.moments().await?,
+            awaited_invoices: awaited.len(),
+            events_without_invoice: awaited.iter().map(|awaited| awaited.events).sum(),
+            oldest_without_invoice_ms: awaited.first().map(|awaited| awaited.received_ms),
+            unreadable: store.count_unreadable().await?,
+            differing: store.count_differing().await?,
+            backlog: store.backlog(now_ms).await?,
+            passes: runs.iter().map(Pass::of).collect(),
+            space: store.space().await?,
+            read_until_ms: progress.into_iter().find(|(name, _)| name == READ_UNTIL).map(|(_, until_ms)| until_ms),
+        })
+    }
+
+    /// When this last happened; None: it is not known that it ever did.
+    pub fn moment(&self, kind: &str, label: &str) -> Option<i64> {
+        self.moments.get(&format!("{kind}{label}")).copied()
+    }
+}
+
+impl Pass {
+    fn of(run: &Run) -> Pass {
+        let report = serde_json::from_str(run.report.get()).unwrap_or_default();
+        Pass { started_ms: run.started_ms, ended_ms: run.ended_ms, report }
+    }
+
+    /// How many items a list of its report has.
+    pub fn count(&self, list: &str) -> i64 {
+        self.report["counts"][list].as_i64().unwrap_or_default()
+    }
+
+    /// What it found about the webhook endpoint.
+    pub fn endpoint_remarks(&self) -> Vec<String> {
+        let remarks = self.report["endpointRemarks"].as_array().into_iter().flatten();
+        remarks.filter_map(Value::as_str).map(str::to_owned).collect()
+    }
+}
+
+/// Reads on in the log, one step, and keeps what it adds. True: there is more.
+///
+/// # Errors
+/// The database cannot be reached, or takes nothing.
+pub async fn read_on(store: &Store, now_ms: i64) -> Result<bool, StoreError> {
+    let progress = store.progress(READ_UNTIL).await?;
+    let known_ms = progress.into_iter().find(|(name, _)| name == READ_UNTIL).map(|(_, until_ms)| until_ms);
+    // What is noted for later than now, a clock noted that was ahead.
+    let from_ms = known_ms.unwrap_or_default().clamp(now_ms - DAYS_30_MS, now_ms - SETTLING_MS);
+    let (mut news, mut last, mut rows) = (News::default(), None, 0);
+    let is_more = loop {
+        let page = store.log_lines(from_ms, last, now_ms, PAGE).await?;
+        page.iter().for_each(|line| note(line, &mut news));
+        rows += page.len();
+        last = page.last().map(|line| (line.received_ms, line.key)).or(last);
+        match page.len() < PAGE as usize {
+            true => break false,
+            false if rows >= STEP => break true,
+            false => {}
+        }
+    };
+    let Some((last_ms, _)) = last else { return Ok(false) };
+    let delivered_ms = news.moments.get(DELIVERED).copied().unwrap_or(last_ms);
+    store.keep_news(&news, now_ms, silence::first_hour(delivered_ms), now_ms - DAYS_30_MS).await?;
+    // There may be more of the last millisecond.
+    let done_ms = if is_more { (last_ms - 1).max(from_ms + 1) } else { last_ms };
+    let until_ms = done_ms.min(now_ms - SETTLING_MS);
+    if known_ms != Some(until_ms) {
+        store.set_progress(READ_UNTIL, until_ms).await?;
+    }
+    Ok(is_more)
+}
+
+fn note(line: &LogLine, news: &mut News) {
+    let telling = line.telling.as_deref().and_then(|text| serde_json::from_str::<Telling>(text).ok());
+    let named = telling.iter().flat_map(Telling::mentions).filter(|mention| mention.is_invoice);
+    for mention in named {
+        let first_ms = news.named.entry(mention.object_id).or_insert(line.received_ms);
+        *first_ms = line.received_ms.min(*first_ms);
+    }
+    if line.source != Source::Webhook {
+        return;
+    }
+    let of_body = || line.body.as_ref().and_then(PackedBody::unpack).and_then(|body| livemode(&body));
+    let livemode = telling.and_then(|telling| telling.livemode).or_else(of_body);
+    note_webhook(news, line.received_ms, livemode, line.secret_label.as_deref());
+}
+
+fn note_webhook(news: &mut News, received_ms: i64, livemode: Option<bool>, secret_label: Option<&str>) {
+    news.hours.insert(received_ms.div_euclid(HOUR_MS));
+    let mode = livemode.map(|live| format!("{DELIVERED_IN_MODE}{}", if live { "live" } else { "test" }));
+    let secret = secret_label.map(|label| format!("{SECRET}{label}"));
+    for name in [Some(DELIVERED.to_owned()), mode, secret].into_iter().flatten() {
+        let at_ms = news.moments.entry(name).or_insert(received_ms);
+        *at_ms = received_ms.max(*at_ms);
+    }
+}
+
+fn livemode(body: &[u8]) -> Option<bool> {
+    #[derive(Deserialize)]
+    struct Envelope {
+        livemode: Option<bool>,
+    }
+    serde_json::from_slice::<Envelope>(body).ok()?.livemode
+}
+
+/// Looks for one running server, and shows what it sees in its metrics.
+pub struct Signs {
+    store: Store,
+    metrics: Arc<Metrics>,
+    clock: Clock,
+    secret_labels: Vec<String>,
+    started_ms: i64,
+    looked: tokio::sync::Mutex<Option<Instant>>,
+    /// Webhooks that added nothing to the log.
+    repeated: Mutex<News>,
+    /// What is known to be noted of the refusals.
+    refused: Mutex<HashMap<&'static str, u64>>,
+}
+
+impl Signs {
+    pub fn new(store: Store, metrics: Arc<Metrics>, clock: Clock, secret_labels: Vec<String>) -> Signs {
+        for label in &secret_labels {
+            metrics.log.secret_last_used_timestamp_seconds.with_label_values(&[label]).set(0.0);
+        }
+        let started_ms = clock.now_ms();
+        let (looked, repeated, refused) = Default::default();
+        Signs { store, metrics, clock, secret_labels, started_ms, looked, repeated, refused }
+    }
+
+    /// A webhook that brings what is known is not in the log: it does not say that it came.
+    pub fn note_repeated(&self, body: &[u8], received_ms: i64, secret_label: &str) {
+        let mut news = self.repeated.lock().unwrap_or_else(PoisonError::into_inner);
+        note_webhook(&mut news, received_ms, livemode(body), Some(secret_label));
+    }
+
+    /// Brings the metrics up to date with the database. Never fails: where the database is away, the metrics say that, and keep the
+    /// rest as it was.
+    pub async fn look(&self) {
+        // Who comes while another looks waits for what that one sees.
+        let mut looked = self.looked.lock().await;
+        let reached = tokio::time::timeout(PING_PATIENCE, self.store.ping()).await.is_ok_and(|pinged| pinged.is_ok());
+        self.metrics.database.up.set(i64::from(reached));
+        if !reached || looked.is_some_and(|looked| looked.elapsed() < FRESH) {
+            return;
+        }
+        match tokio::time::timeout(PATIENCE, self.see()).await {
+            Ok(Ok(vitals)) => self.show(&vitals),
+            Ok(Err(error)) => tracing::warn!(%error, "what metrics say of the database is old: it could not be looked at"),
+            Err(_) => tracing::warn!("what metrics say of the database is old: it took too long to look at"),
+        }
+        *looked = Some(Instant::now());
+    }
+
+    /// Reads on in the log until it is told to stop.
+    pub async fn keep_reading(self: Arc<Signs>, stopping: CancellationToken) {
+        loop {
+            tokio::select! {
+                () = stopping.cancelled() => return,
+                () = tokio::time::sleep(READ_ON) => {}
+            }
+            if let Err(error) = self.read().await {
+                tracing::debug!(%error, "the log could not be read on");
+            }
+        }
+    }
+
+    async fn see(&self) -> Result<Vitals, StoreError> {
+        if let Err(error) = self.read().await {
+            // A disk that is full can still be read.
+            tracing::debug!(%error, "the log could not be read on");
+        }
+        Vitals::read(&self.store, self.clock.now_ms()).await
+    }
+
+    async fn read(&self) -> Result<(), StoreError> {
+        let now_ms = self.clock.now_ms();
+        let refused = self.newly_refused();
+        let mut news = std::mem::take(&mut *self.repeated.lock().unwrap_or_else(PoisonError::into_inner));
+        news.moments.extend(refused.keys().map(|reason| (format!("{REFUSED}{reason}"), now_ms)));
+        if news != News::default() {
+            self.store.keep_news(&news, now_ms, silence::first_hour(now_ms), now_ms - DAYS_30_MS).await?;
+            self.refused.lock().unwrap_or_else(PoisonError::into_inner).extend(refused);
+        }
+        read_on(&self.store, now_ms).await.map(drop)
+    }
+
+    /// The reasons that count more than when they were noted last.
+    fn newly_refused(&self) -> HashMap<&'static str, u64> {
+        let known = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
+        let counts = Rejection::ALL.map(|why| (why.as_str(), self.metrics.count_rejected(why)));
+        counts.into_iter().filter(|(reason, count)| *count > known.get(reason).copied().unwrap_or_default()).collect()
+    }
+
+    fn show(&self, vitals: &Vitals) {
+        let now_ms = self.clock.now_ms();
+        let seconds = |ms: Option<i64>| ms.unwrap_or_default() as f64 / 1000.0;
+        let age = |since_ms: Option<i64>| since_ms.map_or(0.0, |since_ms| seconds(Some((now_ms - since_ms).max(0))));
+        let Metrics { database, log, reconcile, .. } = &*self.metrics;
+        database.looked_timestamp_seconds.set(seconds(Some(now_ms)));
+        database.size_bytes.set(vitals.space.database as f64);
+        database.wal_bytes.set(vitals.space.log.unwrap_or_default() as f64);
+        database.disk_free_bytes.set(vitals.space.disk.map_or(0, |disk| disk.free) as f64);
+        database.disk_size_bytes.set(vitals.space.disk.map_or(0, |disk| disk.size) as f64);
+        log.events_without_invoice.set(vitals.events_without_invoice);
+        log.oldest_without_invoice_age_seconds.set(age(vitals.oldest_without_invoice_ms));
+        log.unreadable_events.set(vitals.unreadable.count);
+        for mode in ["live", "test"] {
+            let delivered = seconds(vitals.moment(DELIVERED_IN_MODE, mode));
+            log.last_delivery_timestamp_seconds.with_label_values(&[mode]).set(delivered);
+        }
+        for label in &self.secret_labels {
+            let used = seconds(vitals.moment(SECRET, label));
+            log.secret_last_used_timestamp_seconds.with_label_values(&[label]).set(used);
+        }
+        reconcile.differing.set(vitals.differing.count);
+        let Backlog { objects, links, checks } = vitals.backlog;
+        for (kind, count) in [("objects", objects), ("links", links), ("checks", checks)] {
+            reconcile.backlog.with_label_values(&[kind]).set(count);
+        }
+        let ended_ms = vitals.passes.first().map(|pass| pass.ended_ms);
+        reconcile.last_success_timestamp_seconds.set(seconds(ended_ms));
+        reconcile.last_success_age_seconds.set(age(ended_ms.or(Some(self.started_ms))));
+        if let Some(pass) = vitals.passes.first() {
+            reconcile.last_duration_seconds.set(seconds(Some(pass.ended_ms - pass.started_ms)));
+            reconcile.unknown_at_stripe.set(pass.count("unknownAtStripe"));
+            reconcile.unknown_here.set(pass.count("unknownHere"));
+            reconcile.endpoint_remarks.set(pass.count("endpointRemarks"));
+        }
+    }
+}
