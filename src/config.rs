@@ -24,6 +24,7 @@ pub struct Flags {
     pub stripe_api_key: Option<String>,
     pub stripe_api_base: Option<String>,
     pub stripe_api_rate: Option<String>,
+    pub copy_to: Option<String>,
 }
 
 pub struct Config {
@@ -39,6 +40,8 @@ pub struct Config {
     pub secrets: Option<SigningSecrets>,
     /// None: not configured.
     pub stripe_api: Option<stripe_api::Settings>,
+    /// None: not configured.
+    pub copy_to: Option<String>,
 }
 
 /// What the configuration has to be good for.
@@ -52,6 +55,8 @@ pub enum Purpose {
     Diagnosis,
     /// The settings about the webhook endpoint and Stripe's API are not looked at.
     Database,
+    /// Needs a second database, and else as `Database`.
+    Copy,
 }
 
 /// Everything that is wrong with the configuration.
@@ -83,9 +88,13 @@ impl Config {
         let metrics_addr = metrics_addr.and_then(|text| reader.valid("METRICS_ADDR", parse_address(&text)));
         let secrets = match purpose {
             Purpose::Signatures | Purpose::Diagnosis => reader.secrets(&flags.stripe_webhook_secret, purpose),
-            Purpose::StripeApi | Purpose::Database => None,
+            Purpose::StripeApi | Purpose::Database | Purpose::Copy => None,
         };
-        let stripe_api = if purpose == Purpose::Database { None } else { reader.stripe_api(flags, purpose) };
+        let stripe_api = match purpose {
+            Purpose::Database | Purpose::Copy => None,
+            Purpose::Signatures | Purpose::StripeApi | Purpose::Diagnosis => reader.stripe_api(flags, purpose),
+        };
+        let copy_to = if purpose == Purpose::Copy { reader.copy_to(flags, &database_url) } else { None };
         match (log_filter, log_format, listen_addr, max_connections) {
             (Some(log_filter), Some(log_format), Some(listen_addr), Some(max_connections)) if mistakes.is_empty() => Ok(Config {
                 database_url,
@@ -96,6 +105,7 @@ impl Config {
                 metrics_addr,
                 secrets,
                 stripe_api,
+                copy_to,
             }),
             _ => Err(Mistakes(mistakes)),
         }
@@ -161,6 +171,21 @@ impl Reader<'_> {
             None => {}
         }
         None
+    }
+
+    fn copy_to(&mut self, flags: &Flags, database_url: &str) -> Option<String> {
+        let before = self.mistakes.len();
+        let url = self.setting("COPY_TO", &flags.copy_to);
+        match &url {
+            None if self.mistakes.len() == before => {
+                self.mistakes
+                    .push("COPY_TO is not set: give the database to copy to (--to sqlite://PATH or postgres://...)".to_owned());
+            }
+            Some(url) if url == database_url => self.mistakes.push("COPY_TO is the same as DATABASE_URL".to_owned()),
+            Some(url) => drop(self.valid("COPY_TO", Store::check_url(url))),
+            None => {}
+        }
+        url
     }
 
     fn stripe_api(&mut self, flags: &Flags, purpose: Purpose) -> Option<stripe_api::Settings> {

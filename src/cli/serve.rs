@@ -13,7 +13,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::reconcile::StripeFlags;
-use super::{Exit, Settings, open, output};
+use super::{Access, Exit, Settings, open, output};
 use crate::clock::Clock;
 use crate::config::{Config, Flags, Mistakes, Purpose};
 use crate::domain::signature::SigningSecrets;
@@ -69,7 +69,7 @@ impl Serve {
         let api = config.stripe_api.take().map(StripeApi::new);
         let (address, metrics_address, max_connections) = (config.listen_addr, config.metrics_addr, config.max_connections);
         let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-        let store = open(config).await?;
+        let store = open(config, Access::Writes).await?;
         let connections = allowed_connections(max_connections);
         let listener = listen(address)?;
         let metrics = metrics_address.map(listen).transpose()?;

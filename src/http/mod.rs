@@ -1,9 +1,9 @@
 //! The only axum: routes, limits, and the server that drains.
 //!
 //! `webhook` is where Stripe delivers, `invoices` the read endpoint and the operator's calls beside it, `evidence` and `events` what
-//! proves the answers, `health` what an orchestrator asks, `metrics` what Prometheus does. `error` is the one place where a failure
-//! becomes a status code, `around` what every request goes through. Below them, `serve` accepts connections, and `places` says how
-//! many there may be, how long they may take, and who gives way.
+//! proves the answers, `health` what an orchestrator asks, `metrics` what Prometheus does, `openapi` the document of it all. `error`
+//! is the one place where a failure becomes a status code, `around` what every request goes through. Below them, `serve` accepts
+//! connections, and `places` says how many there may be, how long they may take, and who gives way.
 
 mod around;
 mod auth;
@@ -13,6 +13,7 @@ mod evidence;
 mod health;
 mod invoices;
 mod metrics;
+pub mod openapi;
 mod place;
 mod places;
 mod query;
@@ -93,7 +94,8 @@ pub fn router(state: AppState, metrics_at: MetricsAt) -> Router {
         .route("/v1/events/", get(events::without_id))
         .route("/v1/events/{id}", get(events::show))
         .route("/healthz", get(health::alive))
-        .route("/readyz", get(health::ready));
+        .route("/readyz", get(health::ready))
+        .route("/openapi.json", get(openapi::read));
     let routes = match metrics_at {
         MetricsAt::MainListener => routes.route("/metrics", get(metrics::with_key)),
         MetricsAt::ListenerOfItsOwn => routes,

@@ -63,11 +63,15 @@ async fn take(state: &AppState, request: Request) -> Result<(Outcome, Duration),
     if state.stopping.is_cancelled() {
         return Err((Rejection::ShuttingDown, ApiError::Unavailable("shutting down".to_owned())));
     }
-    let delivery = Delivery { body, source: Source::Webhook, secret_label: Some(label.to_owned()), received_ms };
-    match tokio::time::timeout(DEADLINE, ingest::ingest(&state.inbox, delivery)).await {
-        Ok(kept) => kept.map(|outcome| (outcome, started.elapsed())).map_err(|error| (reason(&error), error.into())),
-        Err(_) => Err((Rejection::TimedOut, ApiError::Unavailable("the delivery waited too long for the disk".to_owned()))),
+    let (source, secret_label) = (Source::Webhook, Some(label.to_owned()));
+    let delivery = Delivery { body: body.clone(), source, secret_label, received_ms };
+    let kept = tokio::time::timeout(DEADLINE, ingest::ingest(&state.inbox, delivery)).await;
+    let too_slow = |_| (Rejection::TimedOut, ApiError::Unavailable("the delivery waited too long for the disk".to_owned()));
+    let outcome = kept.map_err(too_slow)?.map_err(|error| (reason(&error), error.into()))?;
+    if outcome == Outcome::Duplicate {
+        state.signs.note_repeated(&body, received_ms, label);
     }
+    Ok((outcome, started.elapsed()))
 }
 
 fn unread(rejection: BytesRejection) -> (Rejection, ApiError) {

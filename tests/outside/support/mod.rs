@@ -2,6 +2,7 @@
 
 mod command;
 mod database;
+pub mod documented;
 mod http;
 mod load;
 mod pooler;

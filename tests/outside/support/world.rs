@@ -12,6 +12,7 @@ use tempfile::NamedTempFile;
 
 use super::command::{self, Ran, binary};
 use super::database::{Database, Engine};
+use super::documented::assert_documented;
 use super::http::{self, Answer};
 
 pub const SECRET: &str = "whsec_world_live";
@@ -93,8 +94,11 @@ impl World {
         self
     }
 
+    /// The answer is checked against the OpenAPI document, whatever it is.
     pub async fn send(&self, method: &str, path: &str, headers: &[(&str, &str)], body: Vec<u8>) -> Answer {
-        http::send(&self.client, method, &format!("{}{path}", self.server.base), headers, body).await
+        let answer = http::send(&self.client, method, &format!("{}{path}", self.server.base), headers, body).await;
+        assert_documented(method, path, &answer);
+        answer
     }
 
     pub async fn send_raw(&self, request: &[u8]) -> String {

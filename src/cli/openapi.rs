@@ -1,0 +1,18 @@
+//! `openapi`: prints the OpenAPI document, as the server answers it.
+
+use clap::Args;
+
+use super::{Exit, output};
+use crate::http;
+
+/// Print the OpenAPI 3.1 document of the HTTP API, as GET /openapi.json answers it
+#[derive(Args)]
+#[command(after_help = "Example:\n  stripe-reconciler openapi > openapi.json")]
+pub struct OpenApi {}
+
+impl OpenApi {
+    pub(super) fn run(self) -> anyhow::Result<Exit> {
+        output::line(http::openapi::document())?;
+        Ok(Exit::Done)
+    }
+}
