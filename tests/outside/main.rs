@@ -6,14 +6,18 @@
 
 mod support;
 
+mod access;
 mod by_turns;
 mod commands;
+mod copy;
+mod doctor;
 mod events;
 mod evidence;
 mod failover;
 mod hostile;
 mod invoices;
 mod kill_nine;
+mod metrics;
 mod openapi;
 mod outage;
 mod pooler;
