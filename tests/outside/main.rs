@@ -6,12 +6,15 @@
 
 mod support;
 
+mod access;
 mod by_turns;
 mod commands;
+mod copy;
 mod doctor;
 mod events;
 mod evidence;
 mod failover;
+mod hostile;
 mod invoices;
 mod kill_nine;
 mod metrics;
@@ -22,6 +25,7 @@ mod reading;
 mod reconcile;
 mod recordings;
 mod replicas;
+mod schemathesis;
 mod serving;
 mod store;
 mod stories;

@@ -7,7 +7,7 @@ use stripe_reconciler::store::{ApiKey, Outcome, PackedBody, Scope, Source, Store
 use super::{Place, each_store, nth};
 use crate::support::{Database, Engine};
 
-fn api_key(id: &str, scope: Scope, created_ms: i64) -> ApiKey {
+pub(super) fn api_key(id: &str, scope: Scope, created_ms: i64) -> ApiKey {
     ApiKey { id: id.to_owned(), scope, created_ms, expires_ms: Some(created_ms + 5), revoked_ms: None }
 }
 

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader};
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use serde_json::{Value, json};
 use stripe_reconciler::clock::Clock;
@@ -72,6 +72,36 @@ impl World {
         self.run(&[&["keys", "create"], arguments].concat()).with_code(0).stdout.trim().to_owned()
     }
 
+    /// A key of tenant `acme` that opened this path, and has been revoked.
+    pub async fn revoked_key(&self, path: &str) -> String {
+        let ran = self.run(&["keys", "create", "--tenant", "acme"]).with_code(0);
+        let (key, id) = (ran.stdout.trim(), ran.stderr.split_once(':').unwrap().0);
+        self.get(path, key).await.with_status(200);
+        self.run(&["keys", "revoke", id]).with_code(0);
+        self.get(path, key).await.with_error(401, "Unauthorized");
+        key.to_owned()
+    }
+
+    /// A key of tenant `acme` that opened this path to its last moment, and has expired.
+    pub async fn expired_key(&self, path: &str) -> String {
+        let created_before = Clock::system().now_ms();
+        let key = self.key(&["--tenant", "acme", "--expires-in", "2s"]);
+        let created_after = Clock::system().now_ms();
+        loop {
+            let asked = Clock::system().now_ms();
+            let status = self.get(path, &key).await.status;
+            let answered = Clock::system().now_ms();
+            if answered < created_before + 2000 {
+                assert_eq!(status, 200, "{} ms before it expires", created_before + 2000 - answered);
+            }
+            if asked >= created_after + 2000 {
+                assert_eq!(status, 401, "{} ms after it expired", asked - created_after - 2000);
+                return key;
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    }
+
     /// Another server on the same database, as after a restart or beside the first.
     pub fn another_server(&self) -> Server {
         Server::start(&self.database.url)
@@ -84,6 +114,14 @@ impl World {
 
     pub fn run_with_input(&self, arguments: &[&str], input: &[u8]) -> Ran {
         command::run(&[("DATABASE_URL", &self.database.url), ("STRIPE_WEBHOOK_SECRET", SECRET)], arguments, input)
+    }
+
+    /// The same world with another server in it, that is set up in another way.
+    pub fn with_server(mut self, environment: &[(&str, &str)]) -> World {
+        let secrets = format!("live={SECRET},old={OLD_SECRET}");
+        let usual = [("DATABASE_URL", self.database.url.as_str()), ("STRIPE_WEBHOOK_SECRET", &secrets)];
+        self.server = Server::start_with(&[&usual, environment].concat());
+        self
     }
 
     /// The answer is checked against the OpenAPI document, whatever it is.
@@ -170,7 +208,11 @@ impl Server {
 
     /// Returns when it says that it listens.
     pub fn start_with(environment: &[(&str, &str)]) -> Server {
-        let mut command = binary(environment);
+        Server::start_command(binary(environment))
+    }
+
+    /// As [`Server::start_with`], by a command that becomes the binary.
+    pub fn start_command(mut command: Command) -> Server {
         command.env("LISTEN_ADDR", "127.0.0.1:0").env("RUST_LOG", "warn");
         let log = NamedTempFile::new().unwrap();
         let mut process = command.arg("serve").stdout(Stdio::piped()).stderr(log.reopen().unwrap()).spawn().unwrap();
@@ -192,6 +234,13 @@ impl Server {
 
     pub fn pid(&self) -> u32 {
         self.process.id()
+    }
+
+    /// Memory in MB: what it has alone, and its share of what it shares.
+    pub fn memory_mb(&self) -> u64 {
+        let text = std::fs::read_to_string(format!("/proc/{}/smaps_rollup", self.pid())).unwrap();
+        let kb = text.lines().find_map(|line| line.strip_prefix("Pss:")).unwrap().trim().trim_end_matches(" kB");
+        kb.parse::<u64>().unwrap() / 1024
     }
 
     /// SIGKILL, and no moment more.
