@@ -116,14 +116,15 @@ each_database! {
         world.send("POST", "/webhooks/stripe", &[(SIGNED_AT, &signed), (SIGNED_AT, &signed)], body.clone().into()).await.with_status(400);
         world.deliver_bytes(&vec![b' '; 2 << 20]).await.with_status(413);
         let mut cut_short = Wire::connect(world.server.authority()).await;
-        cut_short.write(b"POST /webhooks/stripe HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nonly this").await;
+        let head = format!("POST /webhooks/stripe HTTP/1.1\r\nHost: x\r\n{SIGNED_AT}: {signed}\r\nContent-Length: 100\r\n\r\nonly this");
+        cut_short.write(head.as_bytes()).await;
         cut_short.hang_up().await;
         cut_short.read_to_end().await;
 
         let scrape = until(&world, "all are counted", |scrape| scrape.family("rejected_total").values().sum::<f64>() == 8.0).await;
         let once = BTreeMap::from_iter(["recorded", "duplicate", "no_payment_fact", "unreadable"].map(|outcome| (format!("outcome=\"{outcome}\""), 1.0)));
         assert_eq!(scrape.family("deliveries_total"), once.iter().map(|(outcome, count)| (outcome.as_str(), *count)).collect());
-        for reason in ["missing", "several", "malformed", "mismatch", "stale", "future", "too_large"] {
+        for reason in ["missing", "several", "malformed", "mismatch", "stale", "future", "too_large", "incomplete"] {
             assert_eq!(scrape.value(&format!("rejected_total{{reason=\"{reason}\"}}")), 1.0, "{reason}");
         }
         assert_eq!(scrape.value("ack_seconds_count"), 4.0, "what was refused is not acknowledged");
