@@ -15,6 +15,7 @@ mod evidence;
 mod failover;
 mod invoices;
 mod kill_nine;
+mod manual;
 mod metrics;
 mod openapi;
 mod outage;
