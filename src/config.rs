@@ -57,6 +57,8 @@ pub enum Purpose {
     Database,
     /// Needs a second database, and else as `Database`.
     Copy,
+    /// Needs only the address that `serve` listens on.
+    Healthcheck,
 }
 
 /// Everything that is wrong with the configuration.
@@ -80,7 +82,8 @@ impl Config {
         let log_format = reader.setting("LOG_FORMAT", &flags.log_format);
         let log_format = reader.valid("LOG_FORMAT", parse_format(log_format.as_deref()));
         let serves = purpose == Purpose::Signatures;
-        let listen_addr = reader.setting("LISTEN_ADDR", &flags.listen_addr).filter(|_| serves);
+        let listens = serves || purpose == Purpose::Healthcheck;
+        let listen_addr = reader.setting("LISTEN_ADDR", &flags.listen_addr).filter(|_| listens);
         let listen_addr = reader.valid("LISTEN_ADDR", parse_address(listen_addr.as_deref().unwrap_or("127.0.0.1:8080")));
         let max_connections = reader.setting("MAX_CONNECTIONS", &flags.max_connections).filter(|_| serves);
         let max_connections = reader.valid("MAX_CONNECTIONS", parse_connections(max_connections.as_deref()));
@@ -88,10 +91,10 @@ impl Config {
         let metrics_addr = metrics_addr.and_then(|text| reader.valid("METRICS_ADDR", parse_address(&text)));
         let secrets = match purpose {
             Purpose::Signatures | Purpose::Diagnosis => reader.secrets(&flags.stripe_webhook_secret, purpose),
-            Purpose::StripeApi | Purpose::Database | Purpose::Copy => None,
+            Purpose::StripeApi | Purpose::Database | Purpose::Copy | Purpose::Healthcheck => None,
         };
         let stripe_api = match purpose {
-            Purpose::Database | Purpose::Copy => None,
+            Purpose::Database | Purpose::Copy | Purpose::Healthcheck => None,
             Purpose::Signatures | Purpose::StripeApi | Purpose::Diagnosis => reader.stripe_api(flags, purpose),
         };
         let copy_to = if purpose == Purpose::Copy { reader.copy_to(flags, &database_url) } else { None };

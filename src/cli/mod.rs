@@ -4,8 +4,10 @@ mod copy;
 mod demo;
 mod doctor;
 mod events;
+mod healthcheck;
 mod invoices;
 mod keys;
+mod manual;
 mod migrate;
 mod openapi;
 mod output;
@@ -81,6 +83,9 @@ enum Command {
     Copy(copy::Copy),
     Doctor(doctor::Doctor),
     Migrate(migrate::Migrate),
+    Healthcheck(healthcheck::Healthcheck),
+    Completions(manual::Completions),
+    Man(manual::Man),
     #[command(name = "openapi")]
     OpenApi(openapi::OpenApi),
 }
@@ -118,6 +123,9 @@ pub async fn run(arguments: Arguments) -> anyhow::Result<Exit> {
         Command::Copy(command) => command.run(settings).await,
         Command::Doctor(command) => command.run(settings).await,
         Command::Migrate(command) => command.run(settings).await,
+        Command::Healthcheck(command) => command.run(settings).await,
+        Command::Completions(command) => command.run(),
+        Command::Man(command) => command.run(),
         Command::OpenApi(command) => command.run(),
     }
 }

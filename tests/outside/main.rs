@@ -17,6 +17,7 @@ mod failover;
 mod hostile;
 mod invoices;
 mod kill_nine;
+mod manual;
 mod metrics;
 mod openapi;
 mod outage;
