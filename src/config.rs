@@ -4,12 +4,10 @@
 use std::io::IsTerminal;
 use std::net::{SocketAddr, ToSocketAddrs};
 
-use tracing_subscriber::EnvFilter;
-
 use crate::domain::signature::SigningSecrets;
 use crate::store::Store;
 use crate::stripe_api::{self, ApiKey};
-use crate::telemetry::{self, LogFormat};
+use crate::telemetry::{self, LogFormat, OtlpSettings};
 
 /// What was given on the command line.
 #[derive(Clone, Default)]
@@ -29,8 +27,7 @@ pub struct Flags {
 
 pub struct Config {
     pub database_url: String,
-    pub log_filter: EnvFilter,
-    pub log_format: LogFormat,
+    pub telemetry: telemetry::Settings,
     pub listen_addr: SocketAddr,
     /// Of the main listener, at a time.
     pub max_connections: usize,
@@ -77,10 +74,7 @@ impl Config {
         if let Err(mistake) = Store::check_url(&database_url) {
             reader.mistakes.push(format!("DATABASE_URL: {mistake}"));
         }
-        let log_filter = reader.setting("RUST_LOG", &flags.log_filter).unwrap_or("info".to_owned());
-        let log_filter = reader.valid("RUST_LOG", telemetry::filter(&log_filter));
-        let log_format = reader.setting("LOG_FORMAT", &flags.log_format);
-        let log_format = reader.valid("LOG_FORMAT", parse_format(log_format.as_deref()));
+        let telemetry = reader.telemetry(flags);
         let serves = purpose == Purpose::Signatures;
         let listens = serves || purpose == Purpose::Healthcheck;
         let listen_addr = reader.setting("LISTEN_ADDR", &flags.listen_addr).filter(|_| listens);
@@ -98,18 +92,10 @@ impl Config {
             Purpose::Signatures | Purpose::StripeApi | Purpose::Diagnosis => reader.stripe_api(flags, purpose),
         };
         let copy_to = if purpose == Purpose::Copy { reader.copy_to(flags, &database_url) } else { None };
-        match (log_filter, log_format, listen_addr, max_connections) {
-            (Some(log_filter), Some(log_format), Some(listen_addr), Some(max_connections)) if mistakes.is_empty() => Ok(Config {
-                database_url,
-                log_filter,
-                log_format,
-                listen_addr,
-                max_connections,
-                metrics_addr,
-                secrets,
-                stripe_api,
-                copy_to,
-            }),
+        match (telemetry, listen_addr, max_connections) {
+            (Some(telemetry), Some(listen_addr), Some(max_connections)) if mistakes.is_empty() => {
+                Ok(Config { database_url, telemetry, listen_addr, max_connections, metrics_addr, secrets, stripe_api, copy_to })
+            }
             _ => Err(Mistakes(mistakes)),
         }
     }
@@ -153,6 +139,33 @@ impl Reader<'_> {
                 None
             }
         }
+    }
+
+    fn telemetry(&mut self, flags: &Flags) -> Option<telemetry::Settings> {
+        let filter = self.setting("RUST_LOG", &flags.log_filter).unwrap_or("info".to_owned());
+        let filter = self.valid("RUST_LOG", telemetry::filter(&filter));
+        let format = self.setting("LOG_FORMAT", &flags.log_format);
+        let format = self.valid("LOG_FORMAT", parse_format(format.as_deref()));
+        let before = self.mistakes.len();
+        let otlp = self.otlp();
+        (self.mistakes.len() == before).then_some(())?;
+        Some(telemetry::Settings { filter: filter?, format: format?, otlp })
+    }
+
+    /// OpenTelemetry's own variables, which have no flags. None: no collector, or a mistake.
+    fn otlp(&mut self) -> Option<OtlpSettings> {
+        let endpoint = self.setting("OTEL_EXPORTER_OTLP_ENDPOINT", &None)?;
+        let protocol = self.setting("OTEL_EXPORTER_OTLP_PROTOCOL", &None).unwrap_or("http/protobuf".to_owned());
+        let headers = self.setting("OTEL_EXPORTER_OTLP_HEADERS", &None).unwrap_or_default();
+        let service_name = self.setting("OTEL_SERVICE_NAME", &None).unwrap_or("stripe-reconciler".to_owned());
+        let (sampler, ratio) = (self.setting("OTEL_TRACES_SAMPLER", &None), self.setting("OTEL_TRACES_SAMPLER_ARG", &None));
+        let endpoint = self.valid("OTEL_EXPORTER_OTLP_ENDPOINT", OtlpSettings::parse_endpoint(&endpoint));
+        let protocol = self.valid("OTEL_EXPORTER_OTLP_PROTOCOL", OtlpSettings::check_protocol(&protocol));
+        let headers = self.valid("OTEL_EXPORTER_OTLP_HEADERS", OtlpSettings::parse_headers(&headers));
+        let sampler = OtlpSettings::parse_sampler(sampler.as_deref(), ratio.as_deref());
+        let sampler = self.valid("OTEL_TRACES_SAMPLER", sampler);
+        protocol?;
+        Some(OtlpSettings { endpoint: endpoint?, headers: headers?, service_name, sampler: sampler? })
     }
 
     fn valid<T>(&mut self, name: &str, value: Result<T, String>) -> Option<T> {

@@ -44,7 +44,7 @@ impl Doctor {
         let flags =
             Flags { stripe_webhook_secret: self.stripe_webhook_secret.clone(), ..self.stripe.clone().fill(settings.flags()) };
         let config = Config::load(&flags, Purpose::Diagnosis)?;
-        telemetry::start(config.log_filter, config.log_format);
+        telemetry::start(config.telemetry);
         let patient = Patient {
             store: Store::connect_to_existing(&config.database_url).await,
             api: config.stripe_api.map(StripeApi::new),

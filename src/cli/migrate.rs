@@ -20,7 +20,7 @@ pub struct Migrate {
 impl Migrate {
     pub(super) async fn run(self, settings: Settings) -> anyhow::Result<Exit> {
         let config = Config::load(&settings.flags(), Purpose::Database)?;
-        telemetry::start(config.log_filter, config.log_format);
+        telemetry::start(config.telemetry);
         let store = Store::connect(&config.database_url).await?;
         let applied = store.migrate().await?;
         store.close().await;

@@ -110,7 +110,7 @@ impl From<Exit> for ExitCode {
 
 pub async fn run(arguments: Arguments) -> anyhow::Result<Exit> {
     let settings = arguments.settings;
-    match arguments.command {
+    let ended = match arguments.command {
         Command::Serve(command) => command.run(settings).await,
         Command::Demo(command) => command.run(settings).await,
         Command::Invoices(command) => command.run(settings).await,
@@ -127,7 +127,9 @@ pub async fn run(arguments: Arguments) -> anyhow::Result<Exit> {
         Command::Completions(command) => command.run(),
         Command::Man(command) => command.run(),
         Command::OpenApi(command) => command.run(),
-    }
+    };
+    telemetry::finish().await;
+    ended
 }
 
 /// Says why a command failed, and with which code the program ends.
@@ -177,7 +179,7 @@ enum Access {
 
 /// Starts logging, and opens the database, migrated.
 async fn open(config: Config, access: Access) -> anyhow::Result<Store> {
-    telemetry::start(config.log_filter, config.log_format);
+    telemetry::start(config.telemetry);
     let store = Store::connect(&config.database_url).await?;
     store.migrate().await?;
     if access == Access::Writes {

@@ -4,15 +4,16 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::extract::{MatchedPath, Request, State};
-use axum::http::{HeaderName, HeaderValue, Method, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use tracing::Instrument;
+use tracing::{Instrument, Level, Span, field};
 use uuid::Uuid;
 
 use super::error::{ApiError, of_status};
 use super::place::Place;
 use crate::metrics::Metrics;
+use crate::telemetry;
 
 /// How long a request may take, its body included.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(15);
@@ -26,7 +27,7 @@ pub async fn request(State(metrics): State<Arc<Metrics>>, request: Request, next
     // The pattern: a path may hold what does not belong into a log.
     let route = request.extensions().get::<MatchedPath>().map_or("none", MatchedPath::as_str).to_owned();
     let place = request.extensions().get::<Arc<Place>>().cloned();
-    let span = tracing::info_span!("request", request.id = %id);
+    let span = span(&id, &method, &route, request.headers());
     let answered = tokio::time::timeout(REQUEST_TIMEOUT, next.run(request)).instrument(span.clone()).await;
     let mut response = answered.unwrap_or_else(|_| too_long(place.as_deref()).into_response());
 
@@ -43,6 +44,10 @@ pub async fn request(State(metrics): State<Arc<Metrics>>, request: Request, next
         metrics.read(&route, response.status().as_str(), started.elapsed());
     }
     let duration_ms = started.elapsed().as_millis() as u64;
+    span.record("http.response.status_code", status);
+    if response.status().is_server_error() {
+        span.record("otel.status_code", "ERROR");
+    }
     let _entered = span.enter();
     match error.as_ref().and_then(ApiError::reason) {
         Some(reason) => tracing::error!(%method, route, status, duration_ms, reason, "request failed"),
@@ -50,6 +55,25 @@ pub async fn request(State(metrics): State<Arc<Metrics>>, request: Request, next
         None => tracing::debug!(%method, route, status, duration_ms, "request"),
     }
     response
+}
+
+/// What a collector wants to know of a request costs more than a delivery does: without one, the id will do.
+fn span(id: &str, method: &Method, route: &str, headers: &HeaderMap) -> Span {
+    if !tracing::enabled!(Level::DEBUG) {
+        return tracing::info_span!("request", request.id = id);
+    }
+    let span = tracing::info_span!(
+        "request",
+        request.id = id,
+        otel.name = format!("{method} {route}"),
+        otel.kind = "server",
+        http.request.method = %method,
+        http.route = route,
+        http.response.status_code = field::Empty,
+        otel.status_code = field::Empty,
+    );
+    telemetry::continue_trace(&span, headers);
+    span
 }
 
 /// Whose fault it is: the peer's, as long as its body is under way.
