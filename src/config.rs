@@ -23,6 +23,7 @@ pub struct Flags {
     pub stripe_api_key: Option<String>,
     pub stripe_api_base: Option<String>,
     pub stripe_api_rate: Option<String>,
+    pub ui: Option<String>,
 }
 
 pub struct Config {
@@ -36,6 +37,8 @@ pub struct Config {
     pub secrets: Option<SigningSecrets>,
     /// None: not configured.
     pub stripe_api: Option<stripe_api::Settings>,
+    /// The pages at `/ui` are served.
+    pub ui: bool,
 }
 
 /// What the configuration has to be good for.
@@ -76,14 +79,16 @@ impl Config {
         let listen_addr = reader.valid("LISTEN_ADDR", parse_address(listen_addr.as_deref().unwrap_or("127.0.0.1:8080")));
         let metrics_addr = reader.setting("METRICS_ADDR", &flags.metrics_addr).filter(|_| serves);
         let metrics_addr = metrics_addr.and_then(|text| reader.valid("METRICS_ADDR", parse_address(&text)));
+        let ui = reader.setting("UI", &flags.ui).filter(|_| serves);
+        let ui = reader.valid("UI", parse_switch(ui.as_deref()));
         let secrets = match purpose {
             Purpose::Signatures | Purpose::Diagnosis => reader.secrets(&flags.stripe_webhook_secret, purpose),
             Purpose::StripeApi | Purpose::Database => None,
         };
         let stripe_api = if purpose == Purpose::Database { None } else { reader.stripe_api(flags, purpose) };
-        match (log_filter, log_format, listen_addr) {
-            (Some(log_filter), Some(log_format), Some(listen_addr)) if mistakes.is_empty() => {
-                Ok(Config { database_url, log_filter, log_format, listen_addr, metrics_addr, secrets, stripe_api })
+        match (log_filter, log_format, listen_addr, ui) {
+            (Some(log_filter), Some(log_format), Some(listen_addr), Some(ui)) if mistakes.is_empty() => {
+                Ok(Config { database_url, log_filter, log_format, listen_addr, metrics_addr, secrets, stripe_api, ui })
             }
             _ => Err(Mistakes(mistakes)),
         }
@@ -177,6 +182,14 @@ fn parse_format(text: Option<&str>) -> Result<LogFormat, String> {
         Some(other) => Err(format!("must be text or json, not `{other}`")),
         None if std::io::stderr().is_terminal() => Ok(LogFormat::Text),
         None => Ok(LogFormat::Json),
+    }
+}
+
+fn parse_switch(text: Option<&str>) -> Result<bool, String> {
+    match text {
+        Some("on") => Ok(true),
+        Some("off") | None => Ok(false),
+        Some(other) => Err(format!("must be on or off, not `{other}`")),
     }
 }
 

@@ -12,6 +12,7 @@ mod message;
 pub mod money;
 pub mod object;
 mod returned;
+pub mod session;
 pub mod signature;
 pub mod silence;
 mod tries;

@@ -97,6 +97,11 @@ impl SigningSecrets {
         self.0.iter().map(|s| s.label.as_str()).collect()
     }
 
+    /// What each secret makes of a message that is not a delivery: it must not begin with a number, as what Stripe signs does.
+    pub fn tags(&self, message: &[u8]) -> Vec<[u8; 32]> {
+        self.0.iter().map(|secret| secret.mac.clone().chain_update(message).finalize().into_bytes().into()).collect()
+    }
+
     /// The label of the secret that signed this body. `headers` are the values of all `Stripe-Signature` header lines.
     ///
     /// The signature is judged before its age, so that `Stale` and `Future` are said of authentic deliveries only: they mean a

@@ -11,3 +11,4 @@ pub mod rebuild;
 pub mod reconcile;
 pub mod replay;
 pub mod signs;
+pub mod verdict;

@@ -1,7 +1,7 @@
 //! The only axum: routes, limits, and the server that drains.
 //!
 //! `webhook` is where Stripe delivers, `invoices` the read endpoint and the operator's calls beside it, `evidence` and `events` what
-//! proves the answers, `health` what an orchestrator asks, `metrics` what Prometheus does, `openapi` the document of it all. `error`
+//! proves the answers, `ui` the pages that show it to a person, `health` what an orchestrator asks, `metrics` what Prometheus does, `openapi` the document of it all. `error`
 //! is the one place where a failure becomes a status code, `around` what every request goes through.
 
 mod around;
@@ -14,6 +14,7 @@ mod invoices;
 mod metrics;
 pub mod openapi;
 mod query;
+mod ui;
 mod webhook;
 
 use std::sync::Arc;
@@ -88,7 +89,14 @@ pub enum MetricsAt {
     ListenerOfItsOwn,
 }
 
-pub fn router(state: AppState, metrics_at: MetricsAt) -> Router {
+/// Whether there are pages for a person.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ui {
+    Shown,
+    Absent,
+}
+
+pub fn router(state: AppState, metrics_at: MetricsAt, ui: Ui) -> Router {
     let invoice = get(invoices::read).put(invoices::put);
     let routes = Router::new()
         .route("/webhooks/stripe", post(webhook::receive))
@@ -105,6 +113,10 @@ pub fn router(state: AppState, metrics_at: MetricsAt) -> Router {
     let routes = match metrics_at {
         MetricsAt::MainListener => routes.route("/metrics", get(metrics::with_key)),
         MetricsAt::ListenerOfItsOwn => routes,
+    };
+    let routes = match ui {
+        Ui::Shown => routes.merge(ui::routes()),
+        Ui::Absent => routes,
     };
     finish(routes, state)
 }

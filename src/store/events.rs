@@ -169,6 +169,14 @@ const PAGE: &str = concat!(
       where (received_ms, key) < ($1, $2) and ($3 is null or event_type = $3) and ($4 is null or outcome = $4)
       order by received_ms desc, key desc limit $5"
 );
+/// The predicate of the partial index, word for word: unreadable events are rare, and the log is long.
+const PAGE_OF_UNREADABLE: &str = concat!(
+    "select ",
+    logged_columns!(),
+    ", telling from events
+      where (received_ms, key) < ($1, $2) and ($3 is null or event_type = $3) and outcome = 'unreadable'
+      order by received_ms desc, key desc limit $4"
+);
 const PAGE_OF_INVOICE: &str = concat!(
     "select ",
     logged_columns!(),
@@ -223,11 +231,15 @@ impl Store {
     ) -> Result<Vec<(LoggedEvent, Option<String>)>, StoreError> {
         let (received_ms, key) = after.unwrap_or(LAST);
         let EventFilter { event_type, stripe_invoice_id, outcome } = filter;
+        let is_unreadable = *outcome == Some(Outcome::Unreadable);
         let (key, outcome, limit) = (&key.0[..], outcome.map(Outcome::as_str), i64::from(limit));
         let mut session = self.session().await?;
         let rows = match stripe_invoice_id {
             Some(id) => {
                 rows!(session, fetch_all, ToldRow, PAGE_OF_INVOICE, received_ms, key, event_type, outcome, limit, id)
+            }
+            None if is_unreadable => {
+                rows!(session, fetch_all, ToldRow, PAGE_OF_UNREADABLE, received_ms, key, event_type, limit)
             }
             None => rows!(session, fetch_all, ToldRow, PAGE, received_ms, key, event_type, outcome, limit),
         }?;
