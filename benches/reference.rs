@@ -15,7 +15,7 @@ use sqlx::postgres::PgPoolOptions;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
 use sqlx::{PgPool, Row, SqlitePool};
 use stripe_reconciler::clock::Clock;
-use stripe_reconciler::domain::signature::SigningSecrets;
+use stripe_reconciler::domain::signature::{SignatureHeader, SigningSecrets};
 
 use crate::deliveries;
 
@@ -107,7 +107,10 @@ pub async fn serve_plain(url: &str) {
 
 async fn receive(State(plain): State<Plain>, headers: HeaderMap, body: Bytes) -> StatusCode {
     let signatures: Vec<&[u8]> = headers.get_all("stripe-signature").iter().map(|v| v.as_bytes()).collect();
-    if plain.secrets.verify(&signatures, &body, Clock::system().now_s()).is_err() {
+    let Ok(signature) = SignatureHeader::read(&signatures) else { return StatusCode::BAD_REQUEST };
+    let mut verifier = plain.secrets.verifier(&signature);
+    verifier.update(&body);
+    if verifier.finish(Clock::system().now_s()).is_err() {
         return StatusCode::BAD_REQUEST;
     }
     let Ok(event) = serde_json::from_slice::<serde_json::Value>(&body) else { return StatusCode::BAD_REQUEST };

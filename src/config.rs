@@ -18,12 +18,14 @@ pub struct Flags {
     pub log_filter: Option<String>,
     pub log_format: Option<String>,
     pub listen_addr: Option<String>,
+    pub max_connections: Option<String>,
     pub metrics_addr: Option<String>,
     pub stripe_webhook_secret: Option<String>,
     pub stripe_api_key: Option<String>,
     pub stripe_api_base: Option<String>,
     pub stripe_api_rate: Option<String>,
     pub ui: Option<String>,
+    pub copy_to: Option<String>,
 }
 
 pub struct Config {
@@ -31,6 +33,8 @@ pub struct Config {
     pub log_filter: EnvFilter,
     pub log_format: LogFormat,
     pub listen_addr: SocketAddr,
+    /// Of the main listener, at a time.
+    pub max_connections: usize,
     /// None: metrics are on the main listener.
     pub metrics_addr: Option<SocketAddr>,
     /// None: not configured.
@@ -39,6 +43,8 @@ pub struct Config {
     pub stripe_api: Option<stripe_api::Settings>,
     /// The pages at `/ui` are served.
     pub ui: bool,
+    /// None: not configured.
+    pub copy_to: Option<String>,
 }
 
 /// What the configuration has to be good for.
@@ -52,6 +58,8 @@ pub enum Purpose {
     Diagnosis,
     /// The settings about the webhook endpoint and Stripe's API are not looked at.
     Database,
+    /// Needs a second database, and else as `Database`.
+    Copy,
 }
 
 /// Everything that is wrong with the configuration.
@@ -77,18 +85,35 @@ impl Config {
         let serves = purpose == Purpose::Signatures;
         let listen_addr = reader.setting("LISTEN_ADDR", &flags.listen_addr).filter(|_| serves);
         let listen_addr = reader.valid("LISTEN_ADDR", parse_address(listen_addr.as_deref().unwrap_or("127.0.0.1:8080")));
+        let max_connections = reader.setting("MAX_CONNECTIONS", &flags.max_connections).filter(|_| serves);
+        let max_connections = reader.valid("MAX_CONNECTIONS", parse_connections(max_connections.as_deref()));
         let metrics_addr = reader.setting("METRICS_ADDR", &flags.metrics_addr).filter(|_| serves);
         let metrics_addr = metrics_addr.and_then(|text| reader.valid("METRICS_ADDR", parse_address(&text)));
         let ui = reader.setting("UI", &flags.ui).filter(|_| serves);
         let ui = reader.valid("UI", parse_switch(ui.as_deref()));
         let secrets = match purpose {
             Purpose::Signatures | Purpose::Diagnosis => reader.secrets(&flags.stripe_webhook_secret, purpose),
-            Purpose::StripeApi | Purpose::Database => None,
+            Purpose::StripeApi | Purpose::Database | Purpose::Copy => None,
         };
-        let stripe_api = if purpose == Purpose::Database { None } else { reader.stripe_api(flags, purpose) };
-        match (log_filter, log_format, listen_addr, ui) {
-            (Some(log_filter), Some(log_format), Some(listen_addr), Some(ui)) if mistakes.is_empty() => {
-                Ok(Config { database_url, log_filter, log_format, listen_addr, metrics_addr, secrets, stripe_api, ui })
+        let stripe_api = match purpose {
+            Purpose::Database | Purpose::Copy => None,
+            Purpose::Signatures | Purpose::StripeApi | Purpose::Diagnosis => reader.stripe_api(flags, purpose),
+        };
+        let copy_to = if purpose == Purpose::Copy { reader.copy_to(flags, &database_url) } else { None };
+        match (log_filter, log_format, listen_addr, max_connections, ui) {
+            (Some(log_filter), Some(log_format), Some(listen_addr), Some(max_connections), Some(ui)) if mistakes.is_empty() => {
+                Ok(Config {
+                    database_url,
+                    log_filter,
+                    log_format,
+                    listen_addr,
+                    max_connections,
+                    metrics_addr,
+                    secrets,
+                    stripe_api,
+                    copy_to,
+                    ui,
+                })
             }
             _ => Err(Mistakes(mistakes)),
         }
@@ -156,6 +181,21 @@ impl Reader<'_> {
         None
     }
 
+    fn copy_to(&mut self, flags: &Flags, database_url: &str) -> Option<String> {
+        let before = self.mistakes.len();
+        let url = self.setting("COPY_TO", &flags.copy_to);
+        match &url {
+            None if self.mistakes.len() == before => {
+                self.mistakes
+                    .push("COPY_TO is not set: give the database to copy to (--to sqlite://PATH or postgres://...)".to_owned());
+            }
+            Some(url) if url == database_url => self.mistakes.push("COPY_TO is the same as DATABASE_URL".to_owned()),
+            Some(url) => drop(self.valid("COPY_TO", Store::check_url(url))),
+            None => {}
+        }
+        url
+    }
+
     fn stripe_api(&mut self, flags: &Flags, purpose: Purpose) -> Option<stripe_api::Settings> {
         let before = self.mistakes.len();
         let key = self.setting("STRIPE_API_KEY", &flags.stripe_api_key);
@@ -197,4 +237,10 @@ fn parse_address(text: &str) -> Result<SocketAddr, String> {
     let unfit = |why: &dyn std::fmt::Display| format!("`{text}` is no address such as 127.0.0.1:8080: {why}");
     let mut addresses = text.to_socket_addrs().map_err(|error| unfit(&error))?;
     addresses.next().ok_or_else(|| unfit(&"it has no address"))
+}
+
+fn parse_connections(text: Option<&str>) -> Result<usize, String> {
+    let Some(text) = text else { return Ok(1024) };
+    let connections = text.parse().ok().filter(|n| (16..=65_536).contains(n));
+    connections.ok_or_else(|| format!("must be a number from 16 to 65536, not `{text}`"))
 }

@@ -17,7 +17,7 @@
 //! | [`store`] | the only SQL | `inbox`, `flows`, `http`, `config` (is this a database URL?), `cli` |
 //! | [`metrics`] | what is counted and measured, by which names | `inbox`, `flows`, `http`, `cli` |
 //! | [`inbox`] | group commit: many deliveries, one durable transaction | `flows`, `http`, `cli` |
-//! | [`flows`] | one path per file: ingest, replay, rebuild, import, reconcile, evidence, signs, doctor | `http`, `cli` |
+//! | [`flows`] | one path per file: ingest, replay, rebuild, import, reconcile, copy, evidence, signs, doctor | `http`, `cli` |
 //! | [`http`] | the only axum: webhook endpoint, read endpoint, operator's calls | `cli` |
 //! | [`telemetry`] | logs | `config`, `cli` |
 //! | [`config`] | settings and secrets | `cli` |
@@ -36,6 +36,7 @@
 //! * **A scrape, and `doctor`**: `flows/signs` reads on in the log, and what it has come to from `store/signs`; nothing in the path of a
 //!   delivery but counters.
 //! * **A rebuild**: stored bytes → `domain/event` again → compare → report, and save.
+//! * **A copy**: `store/copying` on two databases, page beside page → `flows/copy` → what differs is written over → all histories compared.
 
 pub mod domain;
 

@@ -11,7 +11,6 @@ use http_body_util::Full;
 use hyper::Request;
 use serde_json::Value;
 use tempfile::TempDir;
-use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -22,11 +21,13 @@ use crate::domain::signature::SigningSecrets;
 use crate::flows::ingest::Outcome;
 use crate::flows::invoices::new_invoice;
 use crate::flows::replay::Endpoint;
-use crate::http::Ui;
+use crate::http::{self, Ui};
 use crate::store::{Scope, Store};
 use crate::transport::Transport;
 
 const TENANT: &str = "acme";
+/// Of the server: this is all that talks to it.
+const CONNECTIONS: usize = 64;
 /// Deliveries under way at a time, as Stripe makes several.
 const AT_ONCE: usize = 8;
 
@@ -166,10 +167,18 @@ impl Stage {
         let signing_secret = format!("whsec_{}", hex::encode(random));
         let secrets = || SigningSecrets::parse(&signing_secret).map_err(|mistakes| anyhow::anyhow!(mistakes.join("; ")));
 
-        let listener = TcpListener::bind("127.0.0.1:0").await?;
+        let listener = http::listen(([127, 0, 0, 1], 0).into())?;
         let base = format!("http://{}", listener.local_addr()?);
         let stop = CancellationToken::new();
-        let service = Service { listener, metrics: None, store: store.clone(), secrets: secrets()?, api: None, ui: Ui::Shown };
+        let service = Service {
+            listener,
+            connections: CONNECTIONS,
+            metrics: None,
+            store: store.clone(),
+            secrets: secrets()?,
+            api: None,
+            ui: Ui::Shown,
+        };
         let server = tokio::spawn(serve(service, stop.clone()));
         let endpoint = Endpoint::new(format!("{base}/webhooks/stripe"), secrets()?, Clock::system());
         let transport = Transport::new(Duration::from_secs(10), 1024 * 1024);

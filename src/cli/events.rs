@@ -3,7 +3,7 @@
 use clap::{Args, Subcommand};
 use serde_json::json;
 
-use super::{Exit, Settings, duration_ms, output};
+use super::{Access, Exit, Settings, duration_ms, output};
 use crate::clock::Clock;
 use crate::config::Mistakes;
 use crate::flows::events::{self, Body, OutcomeFilter, PageRequest, Shown};
@@ -81,8 +81,8 @@ impl Events {
     pub(super) async fn run(self, settings: Settings) -> anyhow::Result<Exit> {
         match self.command {
             Command::List(list) => list.run(settings).await,
-            Command::Show { id, json } => show(&settings.store().await?, &id, json).await,
-            Command::Export => export(&settings.store().await?).await,
+            Command::Show { id, json } => show(&settings.store(Access::Reads).await?, &id, json).await,
+            Command::Export => export(&settings.store(Access::Reads).await?).await,
             Command::Prune(prune) => prune.run(settings).await,
         }
     }
@@ -100,7 +100,7 @@ impl List {
         };
         let (event_type, stripe_invoice_id) = (self.event_type, self.invoice);
         let mut request = PageRequest { event_type, stripe_invoice_id, outcome, limit: 0, after: None };
-        let store = settings.store().await?;
+        let store = settings.store(Access::Reads).await?;
         let (mut rows, mut left) = (Vec::new(), self.limit);
         while left > 0 {
             request.limit = left.min(PAGE) as usize;
@@ -129,7 +129,7 @@ impl Prune {
     /// In small steps: deliveries go on in between.
     async fn run(self, settings: Settings) -> anyhow::Result<Exit> {
         let before_ms = Clock::system().now_ms().saturating_sub(duration_ms("--older-than", &self.older_than)?);
-        let store = settings.store().await?;
+        let store = settings.store(Access::Writes).await?;
         let bar = output::progress("events");
         let (mut after, mut forgotten) = (None, 0);
         loop {

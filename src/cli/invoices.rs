@@ -7,7 +7,7 @@ use clap::{Args, Subcommand};
 use indicatif::ProgressBar;
 use serde_json::json;
 
-use super::{Exit, Settings, output};
+use super::{Access, Exit, Settings, output};
 use crate::clock::Clock;
 use crate::config::Mistakes;
 use crate::domain::invoice::validate_uid;
@@ -74,7 +74,7 @@ impl Invoices {
     pub(super) async fn run(self, settings: Settings) -> anyhow::Result<Exit> {
         match self.command {
             Command::Import(import) => import.run(settings).await,
-            Command::Get { tenant, uid } => get(&settings.store().await?, &tenant, &uid).await,
+            Command::Get { tenant, uid } => get(&settings.store(Access::Reads).await?, &tenant, &uid).await,
             Command::List(list) => list.run(settings).await,
         }
     }
@@ -83,7 +83,7 @@ impl Invoices {
 impl Import {
     async fn run(self, settings: Settings) -> anyhow::Result<Exit> {
         validate_uid(&self.tenant).map_err(|reason| Mistakes(vec![format!("--tenant {reason}")]))?;
-        let store = settings.store().await?;
+        let store = settings.store(Access::Writes).await?;
         let mut counts = Counts::default();
         let mut screen = Screen(output::progress("invoices"));
         for file in &self.files {
@@ -137,7 +137,7 @@ impl List {
     async fn run(self, settings: Settings) -> anyhow::Result<Exit> {
         let state = self.state.as_deref().map_or(Ok(StateFilter::Any), StateFilter::parse);
         let state = state.map_err(|mistake| Mistakes(vec![format!("--{mistake}")]))?;
-        let store = settings.store().await?;
+        let store = settings.store(Access::Reads).await?;
         let mut request = PageRequest { tenant_uid: self.tenant, stripe_invoice_id: None, state, limit: 500, after: None };
         let mut rows = Vec::new();
         loop {

@@ -4,7 +4,7 @@ use clap::{Args, Subcommand};
 use serde_json::json;
 use uuid::Uuid;
 
-use super::{Exit, Settings, duration_ms, output};
+use super::{Access, Exit, Settings, duration_ms, output};
 use crate::clock::Clock;
 use crate::config::Mistakes;
 use crate::domain::api_key;
@@ -62,8 +62,8 @@ impl Keys {
     pub(super) async fn run(self, settings: Settings) -> anyhow::Result<Exit> {
         match self.command {
             Command::Create(create) => create.run(settings).await,
-            Command::List { json } => list(&settings.store().await?, json).await,
-            Command::Revoke { id } => revoke(&settings.store().await?, &id).await,
+            Command::List { json } => list(&settings.store(Access::Reads).await?, json).await,
+            Command::Revoke { id } => revoke(&settings.store(Access::Writes).await?, &id).await,
         }
     }
 }
@@ -80,7 +80,7 @@ impl Create {
         };
         let expires_ms =
             self.expires_in.map(|text| duration_ms("--expires-in", &text)).transpose()?.map(|ms| now_ms.saturating_add(ms));
-        let store = settings.store().await?;
+        let store = settings.store(Access::Writes).await?;
         let (key, secret) = make(&store, scope, now_ms, expires_ms).await?;
         output::note(format!("{}: {}, shown this once", key.id, describe(&key.scope)));
         output::line(secret)?;

@@ -1,5 +1,6 @@
 //! The command line: one file per command. What is printed for a script goes to standard output, all else to standard error.
 
+mod copy;
 mod demo;
 mod doctor;
 mod events;
@@ -18,6 +19,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::clock::Clock;
 use crate::config::{Config, Flags, Mistakes, Purpose};
 use crate::flows::reconcile::ReconcileError;
 use crate::flows::replay::ReplayError;
@@ -76,6 +78,7 @@ enum Command {
     Reconcile(reconcile::Reconcile),
     Events(events::Events),
     Why(why::Why),
+    Copy(copy::Copy),
     Doctor(doctor::Doctor),
     Migrate(migrate::Migrate),
     #[command(name = "openapi")]
@@ -112,6 +115,7 @@ pub async fn run(arguments: Arguments) -> anyhow::Result<Exit> {
         Command::Reconcile(command) => command.run(settings).await,
         Command::Events(command) => command.run(settings).await,
         Command::Why(command) => command.run(settings).await,
+        Command::Copy(command) => command.run(settings).await,
         Command::Doctor(command) => command.run(settings).await,
         Command::Migrate(command) => command.run(settings).await,
         Command::OpenApi(command) => command.run(),
@@ -150,16 +154,27 @@ impl Settings {
     }
 
     /// The database of a command that needs nothing else, migrated.
-    async fn store(&self) -> anyhow::Result<Store> {
-        open(Config::load(&self.flags(), Purpose::Database)?).await
+    async fn store(&self, access: Access) -> anyhow::Result<Store> {
+        open(Config::load(&self.flags(), Purpose::Database)?, access).await
     }
 }
 
+/// What a command does with the database.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Access {
+    Reads,
+    /// Then it is no longer a copy that `copy` may change.
+    Writes,
+}
+
 /// Starts logging, and opens the database, migrated.
-async fn open(config: Config) -> anyhow::Result<Store> {
+async fn open(config: Config, access: Access) -> anyhow::Result<Store> {
     telemetry::start(config.log_filter, config.log_format);
     let store = Store::connect(&config.database_url).await?;
     store.migrate().await?;
+    if access == Access::Writes {
+        store.end_copying(Clock::system().now_ms()).await?;
+    }
     Ok(store)
 }
 

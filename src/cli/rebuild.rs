@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use clap::Args;
 use serde_json::json;
 
-use super::{Exit, Settings, output};
+use super::{Access, Exit, Settings, output};
 use crate::flows::rebuild::{self, Difference, Mode, Report};
 use crate::store::Store;
 
@@ -25,9 +25,9 @@ pub struct Rebuild {
 
 impl Rebuild {
     pub(super) async fn run(self, settings: Settings) -> anyhow::Result<Exit> {
-        let store = settings.store().await?;
+        let (mode, access) = if self.dry_run { (Mode::DryRun, Access::Reads) } else { (Mode::Save, Access::Writes) };
+        let store = settings.store(access).await?;
         let bar = output::progress("events");
-        let mode = if self.dry_run { Mode::DryRun } else { Mode::Save };
         let report = rebuild::run(&store, mode, |done| bar.set_position(done)).await?;
         bar.finish_and_clear();
         let holders = holders(&store, &report).await?;

@@ -7,7 +7,7 @@ use anyhow::Context;
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::{Exit, Settings, open, output};
+use super::{Access, Exit, Settings, open, output};
 use crate::clock::Clock;
 use crate::config::{Config, Flags, Mistakes, Purpose};
 use crate::flows::reconcile::{self, Differing, Extent, Healed, Lease, Mode, Plan, ReconcileError, Report, Tools, UnknownHere};
@@ -71,13 +71,13 @@ impl StripeFlags {
 impl Reconcile {
     pub(super) async fn run(self, settings: Settings) -> anyhow::Result<Exit> {
         if self.list {
-            return list(&settings.store().await?, self.json).await;
+            return list(&settings.store(Access::Reads).await?, self.json).await;
         }
         let since_s = self.since.as_deref().map(parse_since).transpose()?;
         let mut config = Config::load(&self.stripe.clone().fill(settings.flags()), Purpose::StripeApi)?;
         let api = StripeApi::new(config.stripe_api.take().context("checked with the configuration")?);
-        let store = open(config).await?;
-        let mode = if self.dry_run { Mode::DryRun } else { Mode::Save };
+        let (mode, access) = if self.dry_run { (Mode::DryRun, Access::Reads) } else { (Mode::Save, Access::Writes) };
+        let store = open(config, access).await?;
         let report = reconcile(&store, api, Plan { extent: Extent::All, mode, since_s }).await?;
         if self.json {
             output::line(serde_json::to_string_pretty(&report.to_json())?)?;

@@ -8,7 +8,7 @@ use clap::Args;
 use indicatif::ProgressBar;
 use serde_json::json;
 
-use super::{Exit, Settings, output};
+use super::{Access, Exit, Settings, output};
 use crate::clock::Clock;
 use crate::config::{Config, Flags, Mistakes, Purpose};
 use crate::flows::replay::{self, Counts, Endpoint, Target, Watcher};
@@ -47,7 +47,7 @@ impl Replay {
                 self.deliver(&target, &clock, &mut screen, &mut counts).await?;
             }
             None => {
-                let store = settings.store().await?;
+                let store = settings.store(Access::Writes).await?;
                 let (inbox, writer) = Inbox::start(store.clone(), Arc::default());
                 let target = Target::Store(inbox);
                 self.deliver(&target, &clock, &mut screen, &mut counts).await?;

@@ -6,13 +6,14 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::Args;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::reconcile::StripeFlags;
-use super::{Exit, Settings, open, output};
+use super::{Access, Exit, Settings, open, output};
 use crate::clock::Clock;
 use crate::config::{Config, Flags, Mistakes, Purpose};
 use crate::domain::signature::SigningSecrets;
@@ -23,6 +24,10 @@ use crate::metrics::Metrics;
 use crate::store::Store;
 use crate::stripe_api::StripeApi;
 
+/// Of the listener for `/metrics`, at a time.
+const METRICS_CONNECTIONS: usize = 32;
+/// Files and sockets beside the connections: metrics, database, Stripe's API, log.
+const OTHER_FILES: usize = 100;
 /// How long the last deliveries may take to reach the disk.
 const FINISH: Duration = Duration::from_secs(10);
 
@@ -41,6 +46,9 @@ pub struct Serve {
     /// Where to listen; port 0 picks a free one [env: LISTEN_ADDR] [default: 127.0.0.1:8080]
     #[arg(long, value_name = "ADDR:PORT")]
     listen_addr: Option<String>,
+    /// Connections at a time; when there are more, the one that has waited longest gives way [env: MAX_CONNECTIONS] [default: 1024]
+    #[arg(long, value_name = "N")]
+    max_connections: Option<String>,
     /// A listener of its own for /metrics, then without a key: bind it to a private address [env: METRICS_ADDR] [default: on the
     /// main listener, with the operator's key]
     #[arg(long, value_name = "ADDR:PORT")]
@@ -58,21 +66,20 @@ pub struct Serve {
 
 impl Serve {
     pub(super) async fn run(self, settings: Settings) -> anyhow::Result<Exit> {
-        let Serve { listen_addr, metrics_addr, stripe_webhook_secret, ui, stripe } = self;
+        let Serve { listen_addr, max_connections, metrics_addr, stripe_webhook_secret, ui, stripe } = self;
         let ui = ui.then(|| "on".to_owned());
-        let flags = Flags { listen_addr, metrics_addr, stripe_webhook_secret, ui, ..stripe.fill(settings.flags()) };
+        let flags =
+            Flags { listen_addr, max_connections, metrics_addr, stripe_webhook_secret, ui, ..stripe.fill(settings.flags()) };
         let mut config = Config::load(&flags, Purpose::Signatures)?;
         let secrets = config.secrets.take().context("checked with the configuration")?;
         let api = config.stripe_api.take().map(StripeApi::new);
-        let (address, metrics_address) = (config.listen_addr, config.metrics_addr);
+        let (address, metrics_address, max_connections) = (config.listen_addr, config.metrics_addr, config.max_connections);
         let ui = if config.ui { Ui::Shown } else { Ui::Absent };
         let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-        let store = open(config).await?;
-        let listener = listen(address).await?;
-        let metrics = match metrics_address {
-            Some(address) => Some(listen(address).await?),
-            None => None,
-        };
+        let store = open(config, Access::Writes).await?;
+        let connections = allowed_connections(max_connections);
+        let listener = listen(address)?;
+        let metrics = metrics_address.map(listen).transpose()?;
 
         let metrics_at = metrics.as_ref().and_then(|listener| listener.local_addr().ok());
         tracing::info!(?secrets, reconciles = api.is_some(), ?metrics_at, "starting");
@@ -87,19 +94,39 @@ impl Serve {
             tracing::warn!("stopping at once");
             std::process::exit(130);
         });
-        serve(Service { listener, metrics, store, secrets, api, ui }, stopping).await;
+        serve(Service { listener, connections, metrics, store, secrets, api, ui }, stopping).await;
         tracing::info!("stopped");
         Ok(Exit::Done)
     }
 }
 
-async fn listen(address: SocketAddr) -> Result<TcpListener, Mistakes> {
-    TcpListener::bind(address).await.map_err(|error| Mistakes(vec![format!("cannot listen on {address}: {error}")]))
+/// Each connection is an open file: allows this process as many as it needs, or takes as many connections as it may have.
+fn allowed_connections(wanted: usize) -> usize {
+    let needed = (wanted + OTHER_FILES) as u64;
+    let limit = getrlimit(Resource::Nofile);
+    let Some(current) = limit.current.filter(|current| *current < needed) else { return wanted };
+    let raised = limit.maximum.map_or(needed, |maximum| maximum.min(needed)).max(current);
+    let files = match setrlimit(Resource::Nofile, Rlimit { current: Some(raised), ..limit }) {
+        Ok(()) => raised,
+        Err(_) => current,
+    };
+    if files == needed {
+        return wanted;
+    }
+    let connections = (files as usize).saturating_sub(OTHER_FILES).max(1);
+    tracing::warn!(files, wanted, connections, "fewer connections than configured: this process may not open more files");
+    connections
+}
+
+fn listen(address: SocketAddr) -> Result<TcpListener, Mistakes> {
+    http::listen(address).map_err(|error| Mistakes(vec![format!("cannot listen on {address}: {error}")]))
 }
 
 /// What a service is made of.
 pub(super) struct Service {
     pub listener: TcpListener,
+    /// Of the listener, at a time.
+    pub connections: usize,
     /// A listener of its own for `/metrics`.
     pub metrics: Option<TcpListener>,
     pub store: Store,
@@ -111,7 +138,7 @@ pub(super) struct Service {
 
 /// The whole service, until it is told to stop: then it drains, and closes the store.
 pub(super) async fn serve(service: Service, stopping: CancellationToken) {
-    let Service { listener, metrics: metrics_listener, store, secrets, api, ui } = service;
+    let Service { listener, connections, metrics: metrics_listener, store, secrets, api, ui } = service;
     let metrics: Arc<Metrics> = Arc::default();
     let (inbox, writer) = Inbox::start(store.clone(), metrics.clone());
     metrics.reconcile.enabled.set(i64::from(api.is_some()));
@@ -125,12 +152,12 @@ pub(super) async fn serve(service: Service, stopping: CancellationToken) {
     beside.spawn(state.signs.clone().keep_reading(stopping.clone()));
     let metrics_at = match metrics_listener {
         Some(listener) => {
-            beside.spawn(http::serve(listener, http::metrics_router(state.clone()), stopping.clone()));
+            beside.spawn(http::serve(listener, http::metrics_router(state.clone()), METRICS_CONNECTIONS, stopping.clone()));
             MetricsAt::ListenerOfItsOwn
         }
         None => MetricsAt::MainListener,
     };
-    http::serve(listener, http::router(state, metrics_at, ui), stopping).await;
+    http::serve(listener, http::router(state, metrics_at, ui), connections, stopping).await;
     while let Some(ended) = beside.join_next().await {
         if let Err(error) = ended {
             tracing::error!(%error, "a worker ended badly");

@@ -2,7 +2,7 @@
 
 use clap::Args;
 
-use super::{Exit, Settings, output};
+use super::{Access, Exit, Settings, output};
 use crate::clock::Clock;
 use crate::config::Mistakes;
 use crate::flows::evidence::{self, Evidence, Proven};
@@ -30,7 +30,7 @@ impl Why {
         let now_ms = Clock::system().now_ms();
         let mistaken = |reason: String| Mistakes(vec![format!("--as-of {reason}")]);
         let as_of_ms = self.as_of.as_deref().map(|text| evidence::as_of(text, now_ms)).transpose().map_err(mistaken)?;
-        let store = settings.store().await?;
+        let store = settings.store(Access::Reads).await?;
         let Some(evidence) = evidence::gather(&store, &self.tenant, &self.uid, as_of_ms).await? else {
             output::note(format!("error: tenant {} has no invoice {}", self.tenant, self.uid));
             return Ok(Exit::Refused);

@@ -1,7 +1,7 @@
 //! The sentence that a person in finance reads: `paymentMsg`.
 //!
-//! A function of all that is known, so that what any sibling event tells is told. Amounts are `money`'s. Text that comes
-//! from Stripe is cleaned first: no addresses, links, secrets or card numbers stand in a message.
+//! A function of all that is known, so that what any sibling event tells is told. Amounts are `money`'s, and text that
+//! comes from Stripe goes through `redact` first.
 
 use super::event::LAST_SECOND;
 use super::fact::{InvoiceFact, by_snapshot, by_type, contradicts};
@@ -9,6 +9,7 @@ use super::history::{Known, Rank};
 use super::links::Links;
 use super::money;
 use super::object::{Charge, CreditNote, Dispute, Invoice, Object, Reason, Refund};
+use super::redact::{clean, name};
 use super::tries::Attempt;
 
 /// Those who tell a fact, earliest first, with the invoice that each shows.
@@ -373,67 +374,4 @@ fn capital(invoice: &str, rest: &str) -> String {
 fn moment(second: i64) -> String {
     let time = jiff::Timestamp::from_second(second.clamp(0, LAST_SECOND)).unwrap_or_default();
     jiff::fmt::strtime::format("%Y-%m-%d %H:%M UTC", time).unwrap_or_else(|_| time.to_string())
-}
-
-/// Longest text of Stripe's that a message repeats, in characters.
-const MOST_CHARACTERS: usize = 300;
-
-/// A number or an id from outside, fit for a message: on one line, not endless, and no address.
-fn name(text: &str) -> String {
-    words(text)
-}
-
-/// Text from outside, fit for a message: as a name, and without card numbers.
-fn clean(text: &str) -> String {
-    words(&without_card_numbers(text))
-}
-
-const REMOVED: &str = "[removed]";
-
-fn words(text: &str) -> String {
-    let words = text.split(|c: char| c.is_whitespace() || c.is_control()).filter(|word| !word.is_empty());
-    let mut shown: Vec<&str> = words.map(|word| if is_private(word) { REMOVED } else { word }).collect();
-    shown.dedup_by(|word, before| *word == REMOVED && *before == REMOVED);
-    shown.join(" ").chars().take(MOST_CHARACTERS).collect()
-}
-
-/// Addresses, links, tokens of hosted pages, and secrets.
-fn is_private(word: &str) -> bool {
-    const MARKS: [&str; 10] =
-        ["@", "://", "_secret_", "stripe.com/", "/live_", "/test_", "sk_live_", "sk_test_", "rk_live_", "whsec_"];
-    MARKS.iter().any(|mark| word.contains(mark))
-}
-
-/// How many digits make a card number, at least.
-const CARD_DIGITS: usize = 12;
-
-/// A card number may be written in groups, with a character or two between them.
-fn without_card_numbers(text: &str) -> String {
-    let characters: Vec<char> = text.chars().collect();
-    let mut cleaned = String::with_capacity(text.len());
-    let mut at = 0;
-    while at < characters.len() {
-        let end = end_of_number(&characters, at);
-        let digits = characters[at..end].iter().filter(|c| c.is_ascii_digit()).count();
-        if digits >= CARD_DIGITS {
-            cleaned.push_str(REMOVED);
-        } else {
-            cleaned.extend(&characters[at..end.max(at + 1)]);
-        }
-        at = end.max(at + 1);
-    }
-    cleaned
-}
-
-/// Where the number ends that begins here: after its last digit. Here, if none begins.
-fn end_of_number(characters: &[char], start: usize) -> usize {
-    let (mut end, mut between) = (start, 0);
-    for (at, character) in characters.iter().enumerate().skip(start) {
-        match character {
-            c if c.is_ascii_digit() => (end, between) = (at + 1, 0),
-            ' ' | '-' | '.' | ',' | '/' | '\u{a0}' if end > start && between < 2 => between += 1,
-            _ => break,
-        }
-    }
-    end
 }

@@ -102,29 +102,42 @@ impl SigningSecrets {
         self.0.iter().map(|secret| secret.mac.clone().chain_update(message).finalize().into_bytes().into()).collect()
     }
 
-    /// The label of the secret that signed this body. `headers` are the values of all `Stripe-Signature` header lines.
+    /// Begins to verify a body, which may come in parts.
+    pub fn verifier<'s, 'h>(&'s self, header: &'h SignatureHeader) -> Verifier<'s, 'h> {
+        Verifier { header, signers: self.0.iter().map(|secret| (secret, secret.begin(header.timestamp))).collect() }
+    }
+}
+
+/// Verifies one body against all secrets.
+pub struct Verifier<'s, 'h> {
+    header: &'h SignatureHeader<'h>,
+    signers: Vec<(&'s SigningSecret, Hmac<Sha256>)>,
+}
+
+impl<'s> Verifier<'s, '_> {
+    /// The next part of the body.
+    pub fn update(&mut self, part: &[u8]) {
+        self.signers.iter_mut().for_each(|(_, mac)| mac.update(part));
+    }
+
+    /// The label of the secret that signed this body.
     ///
     /// The signature is judged before its age, so that `Stale` and `Future` are said of authentic deliveries only: they mean a
     /// wrong clock, never a wrong secret.
     ///
     /// # Errors
-    /// See [`Refusal`].
-    pub fn verify(&self, headers: &[&[u8]], body: &[u8], now_s: i64) -> Result<&str, Refusal> {
-        let header = match headers {
-            [] => return Err(Refusal::Missing),
-            [header] => Header::parse(header).ok_or(Refusal::Malformed)?,
-            _ => return Err(Refusal::Several),
-        };
+    /// `Mismatch`, `Stale` or `Future`.
+    pub fn finish(self, now_s: i64) -> Result<&'s str, Refusal> {
         let mut signer = None;
-        for secret in &self.0 {
-            let expected = secret.tag(header.timestamp, body);
-            let matched = header.signatures.iter().fold(Choice::from(0), |any, signature| any | signature.ct_eq(&expected));
+        for (secret, mac) in self.signers {
+            let expected: [u8; 32] = mac.finalize().into_bytes().into();
+            let matched = self.header.signatures.iter().fold(Choice::from(0), |any, signature| any | signature.ct_eq(&expected));
             if bool::from(matched) && signer.is_none() {
                 signer = Some(secret.label.as_str());
             }
         }
         let label = signer.ok_or(Refusal::Mismatch)?;
-        match now_s.saturating_sub(header.timestamp_s) {
+        match now_s.saturating_sub(self.header.timestamp_s) {
             age if age > TOLERANCE_S => Err(Refusal::Stale),
             age if age < -TOLERANCE_S => Err(Refusal::Future),
             _ => Ok(label),
@@ -144,10 +157,15 @@ impl SigningSecret {
         SigningSecret { label, mac }
     }
 
-    fn tag(&self, timestamp: &[u8], body: &[u8]) -> [u8; 32] {
+    fn begin(&self, timestamp: &[u8]) -> Hmac<Sha256> {
         let mut mac = self.mac.clone();
         mac.update(timestamp);
         mac.update(b".");
+        mac
+    }
+
+    fn tag(&self, timestamp: &[u8], body: &[u8]) -> [u8; 32] {
+        let mut mac = self.begin(timestamp);
         mac.update(body);
         mac.finalize().into_bytes().into()
     }
@@ -159,17 +177,29 @@ pub fn sign(secret: &SigningSecret, timestamp_s: i64, body: &[u8]) -> String {
     format!("t={timestamp_s},v1={}", hex::encode(tag))
 }
 
-/// A header that could be right.
-struct Header<'h> {
+/// A header that could be right: what can be known without the body.
+pub struct SignatureHeader<'h> {
     /// As it stands in the header: these bytes are signed.
     timestamp: &'h [u8],
     timestamp_s: i64,
     signatures: Vec<[u8; 32]>,
 }
 
-impl<'h> Header<'h> {
+impl<'h> SignatureHeader<'h> {
+    /// `lines` are the values of all `Stripe-Signature` header lines.
+    ///
+    /// # Errors
+    /// `Missing`, `Several` or `Malformed`.
+    pub fn read(lines: &[&'h [u8]]) -> Result<SignatureHeader<'h>, Refusal> {
+        match lines {
+            [] => Err(Refusal::Missing),
+            [line] => SignatureHeader::parse(line).ok_or(Refusal::Malformed),
+            _ => Err(Refusal::Several),
+        }
+    }
+
     /// Unknown schemes (`v0`) and elements without `=` are passed over; a `v1` that is not 64 hex digits can match nothing.
-    fn parse(header: &'h [u8]) -> Option<Header<'h>> {
+    fn parse(header: &'h [u8]) -> Option<SignatureHeader<'h>> {
         let mut timestamp = None;
         let mut signatures = Vec::new();
         for element in header.split(|b| *b == b',') {
@@ -190,7 +220,7 @@ impl<'h> Header<'h> {
         }
         let timestamp = timestamp.filter(|t| (1..=12).contains(&t.len()) && t.iter().all(u8::is_ascii_digit))?;
         let timestamp_s = std::str::from_utf8(timestamp).ok()?.parse().ok()?;
-        (!signatures.is_empty()).then_some(Header { timestamp, timestamp_s, signatures })
+        (!signatures.is_empty()).then_some(SignatureHeader { timestamp, timestamp_s, signatures })
     }
 }
 
@@ -210,7 +240,16 @@ mod tests {
 
     fn verify(header: &str) -> Result<String, Refusal> {
         let secrets = SigningSecrets::parse("whsec_test_secret").unwrap();
-        secrets.verify(&[header.as_bytes()], BODY, NOW).map(str::to_owned)
+        secrets.verify_line(header, BODY, NOW).map(str::to_owned)
+    }
+
+    impl SigningSecrets {
+        fn verify_line(&self, header: &str, body: &[u8], now_s: i64) -> Result<&str, Refusal> {
+            let header = SignatureHeader::read(&[header.as_bytes()])?;
+            let mut verifier = self.verifier(&header);
+            body.chunks(7).for_each(|part| verifier.update(part));
+            verifier.finish(now_s)
+        }
     }
 
     #[test]
@@ -228,7 +267,7 @@ mod tests {
         for (time, secret, body, tag) in vectors {
             let secrets = SigningSecrets::parse(secret).unwrap();
             let header = format!("t={time},v1={tag}");
-            assert_eq!(secrets.verify(&[header.as_bytes()], body, time), Ok("secret-1"), "{secret}");
+            assert_eq!(secrets.verify_line(&header, body, time), Ok("secret-1"), "{secret}");
             assert_eq!(sign(secrets.first(), time, body), header);
         }
     }
@@ -276,10 +315,11 @@ mod tests {
 
     #[test]
     fn no_header_and_two_headers_are_refused() {
-        let secrets = SigningSecrets::parse("whsec_test_secret").unwrap();
         let header = format!("t={NOW},v1={TAG}");
-        assert_eq!(secrets.verify(&[], BODY, NOW), Err(Refusal::Missing));
-        assert_eq!(secrets.verify(&[header.as_bytes(), header.as_bytes()], BODY, NOW), Err(Refusal::Several));
+        let refusal = |lines: &[&[u8]]| SignatureHeader::read(lines).err();
+        assert_eq!(refusal(&[]), Some(Refusal::Missing));
+        assert_eq!(refusal(&[header.as_bytes(), header.as_bytes()]), Some(Refusal::Several));
+        assert_eq!(refusal(&[header.as_bytes()]), None);
     }
 
     #[test]
@@ -287,8 +327,8 @@ mod tests {
         let secrets = SigningSecrets::parse("whsec_test_secret").unwrap();
         let other = SigningSecrets::parse("test_secret").unwrap();
         let header = format!("t={NOW},v1={TAG}");
-        assert_eq!(other.verify(&[header.as_bytes()], BODY, NOW), Err(Refusal::Mismatch));
-        assert_eq!(secrets.verify(&[header.as_bytes()], b"{}", NOW), Err(Refusal::Mismatch));
+        assert_eq!(other.verify_line(&header, BODY, NOW), Err(Refusal::Mismatch));
+        assert_eq!(secrets.verify_line(&header, b"{}", NOW), Err(Refusal::Mismatch));
         assert_eq!(verify(&format!("t={},v1={TAG}", NOW + 1)), Err(Refusal::Mismatch));
         assert_eq!(verify(&format!("t=0{NOW},v1={TAG}")), Err(Refusal::Mismatch), "t is hashed as it stands");
     }
@@ -296,13 +336,13 @@ mod tests {
     #[test]
     fn the_window_is_five_minutes_either_way_and_only_authentic_deliveries_are_called_stale() {
         let secrets = SigningSecrets::parse("whsec_test_secret").unwrap();
-        let at = |now| secrets.verify(&[format!("t={NOW},v1={TAG}").as_bytes()], BODY, now);
+        let at = |now| secrets.verify_line(&format!("t={NOW},v1={TAG}"), BODY, now);
         assert_eq!(at(NOW + 300), Ok("secret-1"));
         assert_eq!(at(NOW + 301), Err(Refusal::Stale));
         assert_eq!(at(NOW - 300), Ok("secret-1"));
         assert_eq!(at(NOW - 301), Err(Refusal::Future));
         let forged = format!("t={},v1={TAG}", NOW - 1000);
-        assert_eq!(secrets.verify(&[forged.as_bytes()], BODY, NOW), Err(Refusal::Mismatch));
+        assert_eq!(secrets.verify_line(&forged, BODY, NOW), Err(Refusal::Mismatch));
     }
 
     #[test]
@@ -312,11 +352,11 @@ mod tests {
         let new = SigningSecrets::parse("new=whsec_new").unwrap();
         let tag = |secrets: &SigningSecrets| hex::encode(secrets.first().tag(b"100", BODY));
         for header in [format!("t=100,v1={},v1={}", tag(&old), tag(&new)), format!("t=100,v1={},v1={}", tag(&new), tag(&old))] {
-            assert_eq!(old.verify(&[header.as_bytes()], BODY, 100), Ok("old"));
-            assert_eq!(new.verify(&[header.as_bytes()], BODY, 100), Ok("new"));
-            assert_eq!(both.verify(&[header.as_bytes()], BODY, 100), Ok("new"));
+            assert_eq!(old.verify_line(&header, BODY, 100), Ok("old"));
+            assert_eq!(new.verify_line(&header, BODY, 100), Ok("new"));
+            assert_eq!(both.verify_line(&header, BODY, 100), Ok("new"));
         }
-        assert_eq!(both.verify(&[format!("t=100,v1={}", tag(&old)).as_bytes()], BODY, 100), Ok("old"));
+        assert_eq!(both.verify_line(&format!("t=100,v1={}", tag(&old)), BODY, 100), Ok("old"));
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! One path per file, each read from top to bottom.
 
+pub mod copy;
 pub mod doctor;
 pub mod documents;
 pub mod events;

@@ -17,7 +17,7 @@ use crate::clock::Clock;
 use crate::domain::event::Telling;
 use crate::domain::silence;
 use crate::metrics::{Metrics, Rejection};
-use crate::store::{Backlog, COUNTED, Counted, LogLine, News, Run, Source, Space, Store, StoreError};
+use crate::store::{Backlog, COUNTED, Counted, LogLine, News, PackedBody, Run, Source, Space, Store, StoreError};
 
 /// Names of moments. What follows is a label.
 pub const DELIVERED: &str = "delivered";
@@ -42,7 +42,8 @@ const PASSES: u32 = 12;
 const READ_ON: Duration = Duration::from_secs(5);
 /// Who looks again sooner is told what was seen just now.
 const FRESH: Duration = Duration::from_secs(1);
-/// How long the database may take.
+/// How long the database may take to answer at all, and to answer everything.
+const PING_PATIENCE: Duration = Duration::from_secs(1);
 const PATIENCE: Duration = Duration::from_secs(3);
 
 /// What the database says. Times in Unix milliseconds.
@@ -158,24 +159,27 @@ fn note(line: &LogLine, news: &mut News) {
     if line.source != Source::Webhook {
         return;
     }
-    news.hours.insert(line.received_ms.div_euclid(HOUR_MS));
-    let livemode = telling.and_then(|telling| telling.livemode).or_else(|| livemode(line));
+    let of_body = || line.body.as_ref().and_then(PackedBody::unpack).and_then(|body| livemode(&body));
+    let livemode = telling.and_then(|telling| telling.livemode).or_else(of_body);
+    note_webhook(news, line.received_ms, livemode, line.secret_label.as_deref());
+}
+
+fn note_webhook(news: &mut News, received_ms: i64, livemode: Option<bool>, secret_label: Option<&str>) {
+    news.hours.insert(received_ms.div_euclid(HOUR_MS));
     let mode = livemode.map(|live| format!("{DELIVERED_IN_MODE}{}", if live { "live" } else { "test" }));
-    let secret = line.secret_label.as_ref().map(|label| format!("{SECRET}{label}"));
+    let secret = secret_label.map(|label| format!("{SECRET}{label}"));
     for name in [Some(DELIVERED.to_owned()), mode, secret].into_iter().flatten() {
-        let at_ms = news.moments.entry(name).or_insert(line.received_ms);
-        *at_ms = line.received_ms.max(*at_ms);
+        let at_ms = news.moments.entry(name).or_insert(received_ms);
+        *at_ms = received_ms.max(*at_ms);
     }
 }
 
-/// Of an event that tells nothing.
-fn livemode(line: &LogLine) -> Option<bool> {
+fn livemode(body: &[u8]) -> Option<bool> {
     #[derive(Deserialize)]
     struct Envelope {
         livemode: Option<bool>,
     }
-    let body = line.body.as_ref()?.unpack()?;
-    serde_json::from_slice::<Envelope>(&body).ok()?.livemode
+    serde_json::from_slice::<Envelope>(body).ok()?.livemode
 }
 
 /// Looks for one running server, and shows what it sees in its metrics.
@@ -186,6 +190,8 @@ pub struct Signs {
     secret_labels: Vec<String>,
     started_ms: i64,
     looked: tokio::sync::Mutex<Option<Instant>>,
+    /// Webhooks that added nothing to the log.
+    repeated: Mutex<News>,
     /// What is known to be noted of the refusals.
     refused: Mutex<HashMap<&'static str, u64>>,
 }
@@ -196,7 +202,14 @@ impl Signs {
             metrics.log.secret_last_used_timestamp_seconds.with_label_values(&[label]).set(0.0);
         }
         let started_ms = clock.now_ms();
-        Signs { store, metrics, clock, secret_labels, started_ms, looked: Default::default(), refused: Mutex::default() }
+        let (looked, repeated, refused) = Default::default();
+        Signs { store, metrics, clock, secret_labels, started_ms, looked, repeated, refused }
+    }
+
+    /// A webhook that brings what is known is not in the log: it does not say that it came.
+    pub fn note_repeated(&self, body: &[u8], received_ms: i64, secret_label: &str) {
+        let mut news = self.repeated.lock().unwrap_or_else(PoisonError::into_inner);
+        note_webhook(&mut news, received_ms, livemode(body), Some(secret_label));
     }
 
     /// Brings the metrics up to date with the database. Never fails: where the database is away, the metrics say that, and keep the
@@ -204,17 +217,15 @@ impl Signs {
     pub async fn look(&self) {
         // Who comes while another looks waits for what that one sees.
         let mut looked = self.looked.lock().await;
-        if looked.is_some_and(|looked| looked.elapsed() < FRESH) {
+        let reached = tokio::time::timeout(PING_PATIENCE, self.store.ping()).await.is_ok_and(|pinged| pinged.is_ok());
+        self.metrics.database.up.set(i64::from(reached));
+        if !reached || looked.is_some_and(|looked| looked.elapsed() < FRESH) {
             return;
         }
-        let seen = tokio::time::timeout(PATIENCE, self.see()).await;
-        let seen = seen.unwrap_or_else(|_| Err(StoreError::Unavailable("it does not answer".to_owned())));
-        match seen {
-            Ok(vitals) => self.show(&vitals),
-            Err(error) => {
-                tracing::debug!(%error, "the database could not be looked at");
-                self.metrics.database.up.set(0);
-            }
+        match tokio::time::timeout(PATIENCE, self.see()).await {
+            Ok(Ok(vitals)) => self.show(&vitals),
+            Ok(Err(error)) => tracing::warn!(%error, "what metrics say of the database is old: it could not be looked at"),
+            Err(_) => tracing::warn!("what metrics say of the database is old: it took too long to look at"),
         }
         *looked = Some(Instant::now());
     }
@@ -233,7 +244,6 @@ impl Signs {
     }
 
     async fn see(&self) -> Result<Vitals, StoreError> {
-        self.store.ping().await?;
         if let Err(error) = self.read().await {
             // A disk that is full can still be read.
             tracing::debug!(%error, "the log could not be read on");
@@ -242,14 +252,15 @@ impl Signs {
     }
 
     async fn read(&self) -> Result<(), StoreError> {
+        let now_ms = self.clock.now_ms();
         let refused = self.newly_refused();
-        let moments =
-            refused.keys().map(|reason| (format!("{REFUSED}{reason}"), self.clock.now_ms())).collect::<BTreeMap<_, _>>();
-        if !moments.is_empty() {
-            self.store.note_moments(&moments, self.clock.now_ms()).await?;
+        let mut news = std::mem::take(&mut *self.repeated.lock().unwrap_or_else(PoisonError::into_inner));
+        news.moments.extend(refused.keys().map(|reason| (format!("{REFUSED}{reason}"), now_ms)));
+        if news != News::default() {
+            self.store.keep_news(&news, now_ms, silence::first_hour(now_ms), now_ms - DAYS_30_MS).await?;
             self.refused.lock().unwrap_or_else(PoisonError::into_inner).extend(refused);
         }
-        read_on(&self.store, self.clock.now_ms()).await.map(drop)
+        read_on(&self.store, now_ms).await.map(drop)
     }
 
     /// The reasons that count more than when they were noted last.
@@ -264,7 +275,6 @@ impl Signs {
         let seconds = |ms: Option<i64>| ms.unwrap_or_default() as f64 / 1000.0;
         let age = |since_ms: Option<i64>| since_ms.map_or(0.0, |since_ms| seconds(Some((now_ms - since_ms).max(0))));
         let Metrics { database, log, reconcile, .. } = &*self.metrics;
-        database.up.set(1);
         database.looked_timestamp_seconds.set(seconds(Some(now_ms)));
         database.size_bytes.set(vitals.space.database as f64);
         database.wal_bytes.set(vitals.space.log.unwrap_or_default() as f64);

@@ -11,6 +11,7 @@ use tracing::Instrument;
 use uuid::Uuid;
 
 use super::error::{ApiError, of_status};
+use super::place::Place;
 use super::ui;
 use crate::metrics::Metrics;
 
@@ -25,9 +26,10 @@ pub async fn request(State(metrics): State<Arc<Metrics>>, request: Request, next
     let method = request.method().clone();
     // The pattern: a path may hold what does not belong into a log.
     let route = request.extensions().get::<MatchedPath>().map_or("none", MatchedPath::as_str).to_owned();
+    let place = request.extensions().get::<Arc<Place>>().cloned();
     let span = tracing::info_span!("request", request.id = %id);
     let answered = tokio::time::timeout(REQUEST_TIMEOUT, next.run(request)).instrument(span.clone()).await;
-    let mut response = answered.unwrap_or_else(|_| ApiError::Unavailable("the request took too long".to_owned()).into_response());
+    let mut response = answered.unwrap_or_else(|_| too_long(place.as_deref()).into_response());
 
     let told = response.extensions_mut().remove::<ApiError>();
     let is_page = ui::is_page(&route);
@@ -55,6 +57,14 @@ pub async fn request(State(metrics): State<Arc<Metrics>>, request: Request, next
         None => tracing::debug!(%method, route, status, duration_ms, "request"),
     }
     response
+}
+
+/// Whose fault it is: the peer's, as long as its body is under way.
+fn too_long(place: Option<&Place>) -> ApiError {
+    match place {
+        Some(place) if place.is_reading_body() => ApiError::TooSlow,
+        _ => ApiError::Unavailable("the request took too long".to_owned()),
+    }
 }
 
 /// A compressed answer is another sequence of bytes than the one that its strong tag names.

@@ -29,6 +29,8 @@ pub enum ApiError {
     /// The body ended early or could not be read.
     BadBody,
     TooLarge,
+    /// The body did not come to its end in time.
+    TooSlow,
     StripeInvoiceTaken,
     StripeInvoiceFixed,
     PreconditionFailed,
@@ -52,6 +54,7 @@ impl ApiError {
             | ApiError::InvalidSignature
             | ApiError::BadBody => StatusCode::BAD_REQUEST,
             ApiError::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
+            ApiError::TooSlow => StatusCode::REQUEST_TIMEOUT,
             ApiError::StripeInvoiceTaken | ApiError::StripeInvoiceFixed => StatusCode::CONFLICT,
             ApiError::PreconditionFailed => StatusCode::PRECONDITION_FAILED,
             ApiError::Unavailable(_) => StatusCode::SERVICE_UNAVAILABLE,
@@ -74,6 +77,7 @@ impl ApiError {
             ApiError::InvalidSignature => ("InvalidSignature", "the delivery was not accepted"),
             ApiError::BadBody => ("InvalidBody", "the body could not be read to its end"),
             ApiError::TooLarge => ("PayloadTooLarge", "the body is larger than 1 MiB"),
+            ApiError::TooSlow => ("RequestTimeout", "the body took too long to arrive"),
             ApiError::StripeInvoiceTaken => ("StripeInvoiceTaken", "another invoice holds this stripeInvoiceId"),
             ApiError::StripeInvoiceFixed => {
                 ("StripeInvoiceFixed", "this invoice holds another stripeInvoiceId, which never changes")

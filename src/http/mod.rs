@@ -2,7 +2,8 @@
 //!
 //! `webhook` is where Stripe delivers, `invoices` the read endpoint and the operator's calls beside it, `evidence` and `events` what
 //! proves the answers, `ui` the pages that show it to a person, `health` what an orchestrator asks, `metrics` what Prometheus does, `openapi` the document of it all. `error`
-//! is the one place where a failure becomes a status code, `around` what every request goes through.
+//! is the one place where a failure becomes a status code, `around` what every request goes through. Below them, `serve` accepts
+//! connections, and `places` says how many there may be, how long they may take, and who gives way.
 
 mod around;
 mod auth;
@@ -13,21 +14,18 @@ mod health;
 mod invoices;
 mod metrics;
 pub mod openapi;
+mod place;
+mod places;
 mod query;
+mod serve;
 mod ui;
 mod webhook;
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
 use axum::routing::{get, post};
-use hyper_util::rt::{TokioIo, TokioTimer};
-use hyper_util::server::graceful::GracefulShutdown;
-use hyper_util::service::TowerToHyperService;
-use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::compression::CompressionLayer;
@@ -41,14 +39,10 @@ use crate::store::Store;
 use error::ApiError;
 use metrics::Scrapers;
 
+pub use serve::{listen, serve};
+
 /// The largest body that is read, in bytes.
 const BODY_LIMIT: usize = 1024 * 1024;
-/// Connections at a time; more wait to be accepted.
-const CONNECTIONS: usize = 1024;
-/// How long the head of a request may take; also ends idle connections.
-const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long requests under way may take to finish after the stop.
-const DRAIN_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// What handlers share.
 #[derive(Clone)]
@@ -137,43 +131,4 @@ fn finish(routes: Router<AppState>, state: AppState) -> Router {
         .layer(CatchPanicLayer::custom(error::panicked))
         .layer(CompressionLayer::new())
         .layer(axum::middleware::from_fn_with_state(metrics, around::request))
-}
-
-/// Serves until `stop`, then lets the requests under way finish.
-pub async fn serve(listener: TcpListener, router: Router, stop: CancellationToken) {
-    let mut http = hyper::server::conn::http1::Builder::new();
-    http.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT).max_buf_size(64 * 1024);
-    let graceful = GracefulShutdown::new();
-    let places = Arc::new(Semaphore::new(CONNECTIONS));
-    loop {
-        let place = places.clone().acquire_owned().await.expect("the semaphore is never closed");
-        let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
-            () = stop.cancelled() => break,
-        };
-        let socket = match accepted {
-            Ok((socket, _)) => socket,
-            Err(error) => {
-                // Out of file descriptors, most likely: others have to close before it gets better.
-                tracing::warn!(%error, "a connection could not be accepted");
-                tokio::time::sleep(Duration::from_millis(50)).await;
-                continue;
-            }
-        };
-        if let Err(error) = socket.set_nodelay(true) {
-            tracing::debug!(%error, "a socket kept its delay");
-        }
-        let service = TowerToHyperService::new(router.clone());
-        let connection = graceful.watch(http.serve_connection(TokioIo::new(socket), service));
-        tokio::spawn(async move {
-            if let Err(error) = connection.await {
-                tracing::debug!(%error, "a connection ended badly");
-            }
-            drop(place);
-        });
-    }
-    drop(listener);
-    if tokio::time::timeout(DRAIN_TIMEOUT, graceful.shutdown()).await.is_err() {
-        tracing::warn!("some requests did not finish in time");
-    }
 }

@@ -1,20 +1,22 @@
 //! `POST /webhooks/stripe`: Stripe delivers here.
 //!
-//! Limit, signature, then JSON: nothing is parsed before it is authentic, and nothing is answered 2xx before it is on disk. Every
+//! Limit, signature, then JSON: nothing is parsed before it is authentic, and nothing is answered 2xx before it is on disk. What
+//! cannot be right by its head alone is refused before its body is read: forgeries shall cost their sender more than us. Every
 //! delivery is counted once, whatever becomes of it.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::Json;
-use axum::body::Bytes;
+use axum::body::{Bytes, HttpBody};
 use axum::extract::rejection::BytesRejection;
 use axum::extract::{FromRequest, Request, State};
 use axum::http::HeaderValue;
 use serde_json::{Value, json};
 
-use super::AppState;
 use super::error::ApiError;
+use super::{AppState, BODY_LIMIT};
+use crate::domain::signature::{Refusal, SignatureHeader};
 use crate::flows::ingest::{self, Delivery, Outcome};
 use crate::inbox::InboxError;
 use crate::metrics::{Metrics, Rejection};
@@ -22,6 +24,8 @@ use crate::store::Source;
 
 /// How long a delivery may wait for the disk.
 const DEADLINE: Duration = Duration::from_secs(10);
+/// Bytes of a body that are hashed before others have their turn: large forgeries shall not hold small deliveries up.
+const TURN: usize = 64 * 1024;
 
 pub async fn receive(State(state): State<AppState>, request: Request) -> Result<Json<Value>, ApiError> {
     let mut counting = Counting { metrics: state.metrics.clone(), ended: Err(Rejection::Abandoned) };
@@ -39,24 +43,35 @@ pub async fn receive(State(state): State<AppState>, request: Request) -> Result<
 
 /// What a delivery came to, and how long that took once all of it was there.
 async fn take(state: &AppState, request: Request) -> Result<(Outcome, Duration), (Rejection, ApiError)> {
-    let headers: Vec<HeaderValue> = request.headers().get_all("stripe-signature").iter().cloned().collect();
+    if request.body().size_hint().lower() > BODY_LIMIT as u64 {
+        return Err((Rejection::TooLarge, ApiError::TooLarge));
+    }
+    let lines: Vec<HeaderValue> = request.headers().get_all("stripe-signature").iter().cloned().collect();
+    let lines: Vec<&[u8]> = lines.iter().map(HeaderValue::as_bytes).collect();
+    let signature = SignatureHeader::read(&lines).map_err(refused)?;
     let body = Bytes::from_request(request, state).await.map_err(unread)?;
     let started = Instant::now();
     let received_ms = state.clock.now_ms();
-    let signatures: Vec<&[u8]> = headers.iter().map(HeaderValue::as_bytes).collect();
-    let verified = state.secrets.verify(&signatures, &body, received_ms.div_euclid(1000));
-    let label = verified.map_err(|refusal| {
-        tracing::warn!(reason = refusal.as_str(), "a delivery was refused");
-        (Rejection::Signature(refusal), ApiError::InvalidSignature)
-    })?;
+    let mut verifier = state.secrets.verifier(&signature);
+    for part in body.chunks(TURN) {
+        verifier.update(part);
+        if part.len() == TURN {
+            tokio::task::yield_now().await;
+        }
+    }
+    let label = verifier.finish(received_ms.div_euclid(1000)).map_err(refused)?;
     if state.stopping.is_cancelled() {
         return Err((Rejection::ShuttingDown, ApiError::Unavailable("shutting down".to_owned())));
     }
-    let delivery = Delivery { body, source: Source::Webhook, secret_label: Some(label.to_owned()), received_ms };
-    match tokio::time::timeout(DEADLINE, ingest::ingest(&state.inbox, delivery)).await {
-        Ok(kept) => kept.map(|outcome| (outcome, started.elapsed())).map_err(|error| (reason(&error), error.into())),
-        Err(_) => Err((Rejection::TimedOut, ApiError::Unavailable("the delivery waited too long for the disk".to_owned()))),
+    let (source, secret_label) = (Source::Webhook, Some(label.to_owned()));
+    let delivery = Delivery { body: body.clone(), source, secret_label, received_ms };
+    let kept = tokio::time::timeout(DEADLINE, ingest::ingest(&state.inbox, delivery)).await;
+    let too_slow = |_| (Rejection::TimedOut, ApiError::Unavailable("the delivery waited too long for the disk".to_owned()));
+    let outcome = kept.map_err(too_slow)?.map_err(|error| (reason(&error), error.into()))?;
+    if outcome == Outcome::Duplicate {
+        state.signs.note_repeated(&body, received_ms, label);
     }
+    Ok((outcome, started.elapsed()))
 }
 
 fn unread(rejection: BytesRejection) -> (Rejection, ApiError) {
@@ -87,6 +102,11 @@ impl Drop for Counting {
             Err(why) => self.metrics.rejected(why),
         }
     }
+}
+
+fn refused(refusal: Refusal) -> (Rejection, ApiError) {
+    tracing::warn!(reason = refusal.as_str(), "a delivery was refused");
+    (Rejection::Signature(refusal), ApiError::InvalidSignature)
 }
 
 impl From<BytesRejection> for ApiError {

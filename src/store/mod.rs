@@ -1,9 +1,11 @@
 //! The only SQL. A `Store` is opened by URL; every method is one statement or one transaction.
 //!
 //! `events` is the log of deliveries, `invoices` the stored documents, `keys` the API keys, `reconciling` what the passes against
-//! Stripe's API keep, `signs` what the person on call is told: one text of SQL for both engines, run through `session`. What differs between them, opening and appending, is in `sqlite` and `postgres`. What the rows mean
+//! Stripe's API keep, `signs` what the person on call is told, `copying` and `tables` what is carried to another database: one text
+//! of SQL for both engines, run through `session`. What differs between them, opening and appending, is in `sqlite` and `postgres`. What the rows mean
 //! to a payment is not known here: that is `domain`.
 
+mod copying;
 mod error;
 mod events;
 mod histories;
@@ -14,16 +16,19 @@ mod reconciling;
 mod session;
 mod signs;
 mod sqlite;
+mod tables;
 
 use sqlx::migrate::{Migrate, Migration, MigrationType, Migrator};
 use sqlx::{Connection, SqlSafeStr};
 
+pub use copying::{Cell, CopyTarget, Page, Row};
 pub use error::StoreError;
 pub use events::{Appended, EventFilter, LoggedEvent, NewEvent, Outcome, PackedBody, Source, StoredBody};
 pub use invoices::{InvoiceCursor, NewInvoice, Put, StoredInvoice, StoredTelling};
 pub use keys::{ApiKey, Scope};
 pub use reconciling::{Asked, AskedAbout, Backlog, CLOCKS_DIFFER_MS, Checked, Comparison, Run, ToAsk, ToCheck};
 pub use signs::{Awaited, COUNTED, Counted, Disk, LogLine, News, Space};
+pub use tables::Table;
 
 use postgres::PostgresStore;
 use session::{Session, rows};
@@ -52,8 +57,8 @@ const MIGRATIONS: [(i64, &str, [&str; 2]); 4] = [
     (4, "find", [include_str!("../../migrations/sqlite/0004_find.sql"), include_str!("../../migrations/postgres/0004_find.sql")]),
 ];
 const MIGRATIONS_TABLE: &str = "_sqlx_migrations";
-/// Who migrates holds this lock of PostgreSQL's. Any number, as long as it stays.
-const MIGRATION_LOCK: &str = "select pg_advisory_xact_lock(7305821964)";
+/// Who migrates holds this lock of PostgreSQL's. Any number, as long as it stays. That a table is there already is no news.
+const MIGRATION_LOCK: &str = "set local client_min_messages = warning; select pg_advisory_xact_lock(7305821964)";
 
 /// One database; cheap to clone.
 #[derive(Clone, Debug)]

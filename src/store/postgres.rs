@@ -6,7 +6,7 @@
 use std::collections::HashSet;
 use std::pin::pin;
 use std::str::FromStr;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -50,6 +50,8 @@ struct GateState {
     is_closed: watch::Sender<bool>,
     /// The server is being asked whether it is there.
     is_doubted: AtomicBool,
+    /// How often it has answered a statement.
+    answers: AtomicU64,
     /// Connections that are older may lead to a server that is gone.
     opened: Mutex<Instant>,
 }
@@ -69,8 +71,13 @@ impl PostgresStore {
         let is_pooled = looked_at.map_err(|_| StoreError::Unavailable("the server does not answer".to_owned()))??;
         // Compiling a statement takes longer than any of ours runs. Poolers do not know this parameter.
         let options = if is_pooled { options } else { options.options([("jit", "off")]) };
-        let (is_closed, is_doubted) = (watch::Sender::new(false), AtomicBool::new(false));
-        let state = GateState { options: options.clone(), is_closed, is_doubted, opened: Mutex::new(Instant::now()) };
+        let state = GateState {
+            options: options.clone(),
+            is_closed: watch::Sender::new(false),
+            is_doubted: AtomicBool::new(false),
+            answers: AtomicU64::new(0),
+            opened: Mutex::new(Instant::now()),
+        };
         let gate = Gate(Arc::new(state));
         let pool = |connections| {
             let watched = gate.clone();
@@ -266,14 +273,22 @@ impl Gate {
         Err(StoreError::Unavailable(in_vain.to_owned()))
     }
 
-    /// Asks the server whether it is there, and closes when it is not.
+    /// The server has answered a statement.
+    pub fn heard(&self) {
+        self.0.answers.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Asks the server whether it is there, and closes when it is not. Where a machine has too much to do, it may be too slow to
+    /// say so, and yet answer others meanwhile.
     fn doubt(&self) {
         if *self.0.is_closed.borrow() || self.0.is_doubted.swap(true, Ordering::AcqRel) {
             return;
         }
         let gate = self.clone();
         tokio::spawn(async move {
-            if matches!(gate.ask().await, Err(StoreError::Away(_))) {
+            let answers = || gate.0.answers.load(Ordering::Relaxed);
+            let before = answers();
+            if matches!(gate.ask().await, Err(StoreError::Away(_))) && answers() == before {
                 gate.close("the server does not answer");
             }
             gate.0.is_doubted.store(false, Ordering::Release);

@@ -81,6 +81,9 @@ impl PostgresConnection {
     pub(super) fn end<T>(&mut self, ended: Result<Result<T, sqlx::Error>, GivenUp>) -> Result<T, StoreError> {
         let judged = self.gate.judge(ended);
         self.is_unsure = judged.is_err();
+        if judged.is_ok() {
+            self.gate.heard();
+        }
         judged
     }
 }

@@ -8,11 +8,15 @@ mod support;
 
 mod by_turns;
 mod commands;
+mod copy;
+mod doctor;
 mod events;
 mod evidence;
 mod failover;
+mod hostile;
 mod invoices;
 mod kill_nine;
+mod metrics;
 mod openapi;
 mod outage;
 mod pooler;

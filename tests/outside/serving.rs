@@ -110,8 +110,8 @@ each_database! {
         assert_eq!(served.deliver("whsec_of_the_flag", &event("evt_3")).await, 400);
         served.end("-TERM").with_code(0);
         let flags = ["--database-url", &world.database.url, "--listen-addr", "127.0.0.1:0", "--stripe-webhook-secret", "whsec_of_the_flag",
-            "--log-filter", "warn", "--log-format", "text"];
-        let unfit = [("DATABASE_URL", "unfit"), ("LISTEN_ADDR", "unfit"), ("STRIPE_WEBHOOK_SECRET", "whsec_of_the_variable"), ("RUST_LOG", "[["), ("LOG_FORMAT", "unfit")];
+            "--log-filter", "warn", "--log-format", "text", "--max-connections", "100"];
+        let unfit = [("DATABASE_URL", "unfit"), ("LISTEN_ADDR", "unfit"), ("STRIPE_WEBHOOK_SECRET", "whsec_of_the_variable"), ("RUST_LOG", "[["), ("LOG_FORMAT", "unfit"), ("MAX_CONNECTIONS", "unfit")];
         for environment in [&unfit[..], &in_files[..]] {
             let served = Served::start(environment, &flags);
             assert_eq!(served.get("/v1/tenants/acme/invoices", &world.acme_key).await, 200);
@@ -154,9 +154,15 @@ each_database! {
 
 #[test]
 fn every_mistake_is_said_at_once_and_in_words() {
-    let unfit = [("DATABASE_URL", "mysql://u:hidden@h/x"), ("LISTEN_ADDR", "here"), ("RUST_LOG", "[["), ("LOG_FORMAT", "xml")];
+    let unfit = [
+        ("DATABASE_URL", "mysql://u:hidden@h/x"),
+        ("LISTEN_ADDR", "here"),
+        ("RUST_LOG", "[["),
+        ("LOG_FORMAT", "xml"),
+        ("MAX_CONNECTIONS", "15"),
+    ];
     let told = refused(&unfit, &[]);
-    for name in ["DATABASE_URL", "LISTEN_ADDR", "RUST_LOG", "LOG_FORMAT", "STRIPE_WEBHOOK_SECRET"] {
+    for name in ["DATABASE_URL", "LISTEN_ADDR", "RUST_LOG", "LOG_FORMAT", "MAX_CONNECTIONS", "STRIPE_WEBHOOK_SECRET"] {
         assert!(told.contains(name), "{name} is missing in\n{told}");
     }
     assert!(!told.contains("hidden"), "{told}");
@@ -169,11 +175,13 @@ fn every_mistake_is_said_at_once_and_in_words() {
         "[[",
         "--log-format",
         "xml",
+        "--max-connections",
+        "many",
         "--stripe-webhook-secret",
         "a=,b=",
     ];
     let told = refused(&[], &flags);
-    for word in ["sqlite://", "here", "[[", "xml", "`a`", "`b`"] {
+    for word in ["sqlite://", "here", "[[", "xml", "many", "`a`", "`b`"] {
         assert!(told.contains(word), "{word} is missing in\n{told}");
     }
     // Without one, nobody's deliveries could be believed.
@@ -184,7 +192,7 @@ fn every_mistake_is_said_at_once_and_in_words() {
 
 #[test]
 fn a_variable_beside_its_file_and_a_file_that_is_not_there_are_mistakes() {
-    for name in ["DATABASE_URL", "LISTEN_ADDR", "STRIPE_WEBHOOK_SECRET", "RUST_LOG", "LOG_FORMAT"] {
+    for name in ["DATABASE_URL", "LISTEN_ADDR", "STRIPE_WEBHOOK_SECRET", "RUST_LOG", "LOG_FORMAT", "MAX_CONNECTIONS"] {
         let file = format!("{name}_FILE");
         let told = refused(&[(name, "info"), (&file, "/dev/null")], &[]);
         assert!(told.contains(&file) && told.contains("both"), "{told}");

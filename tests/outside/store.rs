@@ -1,5 +1,6 @@
 //! What the store promises, on both engines: one suite that calls everything public in it.
 
+mod copying;
 mod events;
 mod invoices;
 mod opening;
@@ -133,6 +134,7 @@ fn public_functions() -> BTreeSet<String> {
 #[test]
 fn nothing_public_in_the_store_is_left_out_here() {
     let suite = [
+        include_str!("store/copying.rs"),
         include_str!("store/events.rs"),
         include_str!("store/invoices.rs"),
         include_str!("store/opening.rs"),

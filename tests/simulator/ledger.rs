@@ -54,7 +54,12 @@ impl Ledger {
         sent.labels.extend(labels.iter().cloned());
     }
 
-    /// The program that was told anything has ended.
+    /// What was in the log when it was read last.
+    pub fn logged(&self) -> &BTreeSet<String> {
+        &self.logged
+    }
+
+    /// The program that was told anything has ended, and the log was read since.
     pub fn note_end(&mut self) {
         self.left.clear();
     }

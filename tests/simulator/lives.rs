@@ -12,10 +12,18 @@ pub const CONNECTED: &str = "acct_1Connected";
 /// Moves of one invoice this close, in seconds, are hard to tell apart, and may be shown as one until all is known.
 pub const NEAR_S: i64 = 61;
 
+/// Stripe fails to make events whose type begins so: all of them, or none.
+const EVERYTHING: &[&str] = &[""];
+const NOTHING: &[&str] = &[];
+
+/// One of the three tells enough of it.
+const OF_AN_ATTEMPT: &[&[&str]] = &[&["charge."], &["payment_intent."], &["invoice."]];
+
 /// An invoice at Stripe, and what is true of it.
 pub struct Invoice {
     pub uid: String,
     pub life: Life,
+    account: Option<&'static str>,
     currency: &'static str,
     due: i64,
     /// Several payments of one invoice are there since basil.
@@ -113,6 +121,7 @@ impl Invoice {
         };
         Invoice {
             uid: format!("inv-{number}"),
+            account,
             currency,
             due,
             is_payable_in_parts: listed != OLD && delivered != OLD,
@@ -143,30 +152,57 @@ impl Invoice {
         truth
     }
 
+    /// Whether it is a connected account's.
+    pub fn is_connected(&self) -> bool {
+        self.account.is_some()
+    }
+
+    /// Whether it was paid outside Stripe: how surely that is told depends on the version of the API.
+    pub fn is_paid_outside(&self) -> bool {
+        self.life.invoice.paid_outside > 0
+    }
+
     /// Something happens to it now. In words; none: nothing can.
     pub fn live(&mut self, now: i64, random: &mut StdRng) -> Option<&'static str> {
         self.life.t = now;
+        let told = self.next(random);
+        self.life.silence(NOTHING);
+        told
+    }
+
+    /// Now and then Stripe fails to make one kind of events or another. What it fails to tell can always be found out: by the other
+    /// events of the same move, or from the object as it is.
+    fn silence(&mut self, gaps: &[&'static [&'static str]], random: &mut StdRng) {
+        if random.random_bool(0.1) {
+            self.life.silence(gaps.choose(random).unwrap());
+        }
+    }
+
+    fn next(&mut self, random: &mut StdRng) -> Option<&'static str> {
         match self.stage {
             Stage::Draft if self.due == 0 => {
+                self.silence(&[EVERYTHING], random);
                 self.life.paid_at_zero();
                 Some(self.to(Stage::PaidOtherwise, Fact::Paid, "has nothing to collect, and is paid"))
             }
             Stage::Draft => {
+                self.silence(&[EVERYTHING], random);
                 self.life.finalized();
                 Some(self.to(Stage::Open, Fact::Finalized, "is finalized"))
             }
             Stage::Open => Some(self.collect(random)),
             Stage::Debit if random.random_bool(0.4) => {
+                self.silence(OF_AN_ATTEMPT, random);
                 self.life.returned();
                 self.failed += 1;
                 Some(self.to(Stage::Open, Fact::Failed, "has its debit returned"))
             }
-            Stage::Debit => Some(self.pay_by_card()),
+            Stage::Debit => Some(self.pay_by_card(random)),
             Stage::PaidInParts => Some(self.part(random)),
             Stage::WrittenOff => match random.random_range(0..10) {
-                0..6 => Some(self.pay_by_card()),
-                6..8 => Some(self.void()),
-                _ => Some(self.pay_outside()),
+                0..6 => Some(self.pay_by_card(random)),
+                6..8 => Some(self.void(random)),
+                _ => Some(self.pay_outside(random)),
             },
             Stage::PaidByCard | Stage::PaidOtherwise => self.after_payment(random),
             Stage::Voided => None,
@@ -176,16 +212,19 @@ impl Invoice {
     fn collect(&mut self, random: &mut StdRng) -> &'static str {
         match random.random_range(0..100) {
             0..28 => {
+                self.silence(OF_AN_ATTEMPT, random);
                 let reason = *["insufficient_funds", "expired_card", "generic"].choose(random).unwrap();
                 self.life.declined(reason, random.random_bool(0.7).then_some(3 * DAY));
                 self.failed += 1;
                 self.to(Stage::Open, Fact::Failed, "is declined")
             }
             28..42 => {
+                self.silence(&[&["payment_intent."], &["invoice."]], random);
                 self.life.action_required();
                 self.once(Fact::ActionRequired(self.failed), "needs the customer to act")
             }
             42..58 => {
+                self.silence(&[&["payment_intent."], &["charge."]], random);
                 self.life.processing();
                 self.stage = Stage::Debit;
                 self.once(Fact::InFlight(self.failed), "has a debit submitted")
@@ -197,26 +236,30 @@ impl Invoice {
                 self.to(Stage::Open, Fact::Overdue, "is overdue")
             }
             72..78 => {
+                self.silence(&[EVERYTHING], random);
                 self.life.written_off();
                 self.to(Stage::WrittenOff, Fact::WrittenOff, "is written off")
             }
-            78..83 => self.void(),
-            83..88 => self.pay_outside(),
-            _ => self.pay_by_card(),
+            78..83 => self.void(random),
+            83..88 => self.pay_outside(random),
+            _ => self.pay_by_card(random),
         }
     }
 
-    fn pay_by_card(&mut self) -> &'static str {
+    fn pay_by_card(&mut self, random: &mut StdRng) -> &'static str {
+        self.silence(&[EVERYTHING, &["invoice."], &["charge."], &["payment_intent."]], random);
         self.life.paid_by_card();
         self.to(Stage::PaidByCard, Fact::Paid, "is paid by card or debit")
     }
 
-    fn pay_outside(&mut self) -> &'static str {
+    fn pay_outside(&mut self, random: &mut StdRng) -> &'static str {
+        self.silence(&[EVERYTHING], random);
         self.life.paid_outside();
         self.to(Stage::PaidOtherwise, Fact::Paid, "is paid outside Stripe")
     }
 
-    fn void(&mut self) -> &'static str {
+    fn void(&mut self, random: &mut StdRng) -> &'static str {
+        self.silence(&[EVERYTHING], random);
         self.life.voided();
         self.to(Stage::Voided, Fact::Voided, "is voided")
     }
@@ -225,6 +268,7 @@ impl Invoice {
         let rest = self.due - self.life.invoice.paid;
         let is_last = self.stage == Stage::PaidInParts && random.random_bool(0.4);
         let amount = if is_last || rest < 3 { rest } else { random.random_range(1..rest) };
+        self.silence(&[&["invoice."]], random);
         self.life.part(amount);
         self.to(Stage::PaidInParts, Fact::Part, "");
         match amount == rest {
@@ -239,6 +283,7 @@ impl Invoice {
             0 if by_card && self.refunded < self.due => {
                 let amount = random.random_range(1..=self.due - self.refunded);
                 self.refunded += amount;
+                self.silence(&[&["refund."], &["charge."]], random);
                 self.life.refunded(amount);
                 Some(self.to(self.stage, Fact::Information, "is refunded in part or whole"))
             }

@@ -10,15 +10,19 @@
 //! SIMULATOR_SEED=1234 SIMULATOR_ROUNDS=1 cargo test --test simulator random_lives
 //! ```
 //!
-//! `script` is what shall happen, drawn from the seed; `world` makes it happen; `process` is the program, which can crash; `lives`
-//! is what is true at Stripe, `wire` what becomes of its deliveries, `ledger` what must be true of the log, `ending` of the histories.
+//! `script` is what shall happen, drawn from the seed; `world` makes it happen; `process` is the program, which can crash; `lives` is
+//! what is true at Stripe, `wire` what becomes of its deliveries, `busy` what happens at the same time; `ledger` is what must be true of
+//! the log, `reading` of what is shown, `ending` of how it ends.
 
 #![expect(clippy::unwrap_used, reason = "what goes wrong in a test fails it")]
 
+mod busy;
 mod ending;
 mod ledger;
 mod lives;
+mod moments;
 mod process;
+mod reading;
 mod rounds;
 mod script;
 #[path = "../outside/stripe_fake/mod.rs"]

@@ -10,7 +10,7 @@ use super::world::Trace;
 use crate::support::Engine;
 
 /// Without a word from `SIMULATOR_ROUNDS`.
-const ROUNDS: u64 = 10;
+pub const ROUNDS: u64 = 8;
 /// Rounds that are made to tell a failure in fewer steps.
 const TRIES: usize = 60;
 
@@ -66,11 +66,15 @@ fn setting(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{name} is no number: {text}")))
 }
 
+pub fn rounds() -> u64 {
+    setting("SIMULATOR_ROUNDS").unwrap_or(ROUNDS)
+}
+
 #[test]
 fn random_lives_and_a_wicked_stripe_end_in_the_truth_on_both_engines() {
     watch_panics();
     let first = setting("SIMULATOR_SEED").unwrap_or_else(rand::random);
-    let rounds = setting("SIMULATOR_ROUNDS").unwrap_or(ROUNDS);
+    let rounds = rounds();
     println!("SIMULATOR_SEED={first} SIMULATOR_ROUNDS={rounds}");
     for seed in (0..rounds).map(|n| first.wrapping_add(n)) {
         let script = Script::of(seed);

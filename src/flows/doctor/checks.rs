@@ -25,6 +25,8 @@ const NOTHING_ACCEPTED_MS: i64 = 10 * MINUTE_MS;
 /// How long Stripe signs with the old secret, too, when one is rolled; and some time to notice.
 const ROLLED_MS: i64 = 25 * HOUR_MS;
 const SECRET_UNUSED_MS: i64 = 30 * DAY_MS;
+/// How long a webhook may take longer than Stripe's list.
+const ON_ITS_WAY_MS: i64 = 10 * MINUTE_MS;
 /// An invoice is stored soon after it was made at Stripe.
 const WAITS_MS: i64 = HOUR_MS;
 /// What waits to be asked at Stripe: one pass asks for more.
@@ -105,21 +107,23 @@ pub fn deliveries(vitals: &Vitals, hours: &BTreeSet<i64>, now_ms: i64) -> Check 
         return unknown("deliveries", "No webhook has come yet.".to_owned(), cure);
     };
     let since = format!("The last webhook came {}", ago(last_ms, now_ms));
-    let missed: i64 = vitals.passes.iter().filter(|pass| pass.started_ms > last_ms).map(|pass| pass.count("apiOnlyEvents")).sum();
+    // A webhook had the time to come, too.
+    let is_since = |pass: &&Pass| pass.started_ms > last_ms && pass.started_ms < now_ms - ON_ITS_WAY_MS;
+    let missed: i64 = vitals.passes.iter().filter(is_since).map(|pass| pass.count("apiOnlyEvents")).sum();
     let cure = "Look at the endpoint's deliveries in Stripe's Dashboard (Developers, Webhooks): is it enabled, is its URL right, what is \
                 answered? Then at what stands in front of this service: DNS, certificate, proxy, firewall. Stripe repeats for three \
                 days; what is older, `reconcile` finds.";
     if missed > 0 && now_ms - last_ms > HOUR_MS {
-        return failing("deliveries", format!("{since}, and Stripe made {missed} events since."), cure);
+        return failing("deliveries", format!("{since}, and Stripe made {} since.", count(missed, "event")), cure);
     }
     match silence::judge(hours, last_ms, now_ms) {
         Some(Unusual::Missed(hours)) => warning(
             "deliveries",
-            format!("{since}: {hours} hours went by that had webhooks in each of the last three weeks."),
+            format!("{since}: {} went by that had webhooks in each of the last three weeks.", count(hours, "hour")),
             cure,
         ),
         Some(Unusual::Longest(hours)) => {
-            warning("deliveries", format!("{since}: the longest silence before was {hours} hours."), cure)
+            warning("deliveries", format!("{since}: the longest silence before was {}.", count(hours, "hour")), cure)
         }
         None => ok("deliveries", format!("{since}.")),
     }
@@ -211,7 +215,9 @@ pub fn unmatched(vitals: &Vitals, now_ms: i64) -> Check {
     let (events, invoices) = (vitals.events_without_invoice, vitals.awaited_invoices);
     let at_least = if invoices >= COUNTED as usize { "at least " } else { "" };
     let found = format!(
-        "{at_least}{events} events are about {invoices} invoices that nobody stored; the first came {}.",
+        "{at_least}{} about {} that nobody stored; the first came {}.",
+        count(events, "event"),
+        count(invoices as i64, "invoice"),
         ago(oldest_ms, now_ms)
     );
     if now_ms - oldest_ms < WAITS_MS {
@@ -229,7 +235,7 @@ pub fn unreadable(vitals: &Vitals) -> Check {
     let Some(since_ms) = vitals.unreadable.since_ms else { return ok("unreadable", "Every event could be read.".to_owned()) };
     warning(
         "unreadable",
-        format!("{} events could not be read, the first of {}.", vitals.unreadable.count, timestamp(since_ms)),
+        format!("{} could not be read, the first of {}.", count(vitals.unreadable.count, "event"), timestamp(since_ms)),
         "List them with `events list --outcome unreadable`. Their bytes are kept: install a version that can read them, and run `rebuild`.",
     )
 }
@@ -323,9 +329,14 @@ pub fn drift(vitals: &Vitals) -> Check {
     let unknown_at_stripe = vitals.passes.first().map_or(0, |pass| pass.count("unknownAtStripe"));
     let found: Vec<String> = [
         vitals.differing.since_ms.map(|since_ms| {
-            format!("{} invoices differ from Stripe's, the first since {}.", vitals.differing.count, timestamp(since_ms))
+            format!(
+                "Not as Stripe has it: {}, the first since {}.",
+                count(vitals.differing.count, "invoice"),
+                timestamp(since_ms)
+            )
         }),
-        (unknown_at_stripe > 0).then(|| format!("{unknown_at_stripe} invoices of the last pass are not known to Stripe.")),
+        (unknown_at_stripe > 0)
+            .then(|| format!("Not known to Stripe: {} of the last pass.", count(unknown_at_stripe, "invoice"))),
     ]
     .into_iter()
     .flatten()
@@ -335,6 +346,11 @@ pub fn drift(vitals: &Vitals) -> Check {
         Some(_) => ok("drift", "No invoice is known to differ from Stripe's.".to_owned()),
         None => unknown("drift", "Nothing was compared with Stripe yet.".to_owned(), "Run `reconcile`."),
     }
+}
+
+/// `1 event`, `2 events`
+fn count(number: i64, what: &str) -> String {
+    format!("{number} {what}{}", if number == 1 { "" } else { "s" })
 }
 
 fn ok(name: &'static str, finding: String) -> Check {

@@ -1,20 +1,21 @@
 //! How deliveries come: is the webhook endpoint on, does it send all that we read, and has it been silent for longer than usual?
 
+use std::collections::BTreeSet;
+
 use serde_json::Value;
 
-use super::{Pass, ReconcileError};
+use super::{Mode, Pass, ReconcileError};
 use crate::domain::fact::TYPES_THAT_TELL;
 use crate::domain::invoice::timestamp;
-use crate::store::{EventFilter, LoggedEvent, Source};
+use crate::domain::silence::{self, Unusual};
+use crate::flows::signs;
 use crate::stripe_api::{Scope, StripeApi, StripeApiError};
 
 /// What our own endpoint's URL ends with, wherever it is.
 const PATH: &str = "/webhooks/stripe";
-/// Receipts by which it is known what is usual.
-const RECEIPTS: u32 = 1_000;
-/// Fewer say nothing about what is usual.
-const ENOUGH: usize = 20;
 const SHORTEST_SILENCE_MS: i64 = 3600 * 1000;
+/// How long a webhook may take longer than Stripe's list.
+const ON_ITS_WAY_MS: i64 = 10 * 60 * 1000;
 
 pub async fn run(pass: &mut Pass<'_>) -> Result<(), ReconcileError> {
     let mut remarks = look_at_endpoints(&pass.tools.api).await?;
@@ -90,34 +91,30 @@ fn address(endpoint: &Value) -> &str {
 }
 
 async fn silence(pass: &Pass<'_>) -> Result<Option<String>, ReconcileError> {
-    let page = pass.tools.store.events_page(&EventFilter::default(), None, RECEIPTS).await?;
-    let is_webhook = |event: &&LoggedEvent| event.source == Source::Webhook;
-    let received: Vec<i64> = page.iter().filter(is_webhook).map(|event| event.received_ms).collect();
-    let told_otherwise = !pass.keeper.api_only.is_empty();
-    Ok(judge_silence(&received, pass.started_ms, told_otherwise))
+    let (store, now_ms) = (&pass.tools.store, pass.started_ms);
+    if pass.plan.mode == Mode::Save {
+        signs::read_on(store, now_ms).await?;
+    }
+    let Some(last_ms) = store.moments().await?.get(signs::DELIVERED).copied() else { return Ok(None) };
+    let hours = store.delivery_hours(silence::first_hour(last_ms)).await?;
+    // A webhook had the time to come, too.
+    let long_ago = timestamp(now_ms - ON_ITS_WAY_MS);
+    let is_missed = pass.keeper.api_only.iter().any(|event| event.created < long_ago);
+    Ok(judge_silence(&hours, last_ms, now_ms, is_missed))
 }
 
-/// `received`: when webhooks came, the newest first. A silence is remarkable when it is longer than any before it, and all the
-/// more when Stripe's list had events meanwhile.
-fn judge_silence(received: &[i64], now_ms: i64, told_otherwise: bool) -> Option<String> {
-    let newest = *received.first()?;
-    if received.len() < ENOUGH {
-        return None;
-    }
-    let usual = received.windows(2).map(|pair| pair[0] - pair[1]).max().unwrap_or_default();
-    let silent = now_ms - newest;
-    let factor = if told_otherwise { 1 } else { 3 };
-    if silent < SHORTEST_SILENCE_MS.max(usual.saturating_mul(factor)) {
-        return None;
-    }
-    let hours = |ms: i64| format!("{:.1} hours", ms as f64 / 3_600_000.0);
-    let meanwhile = if told_otherwise { ", while Stripe's list has new events" } else { "" };
+/// `is_missed`: Stripe's list has events meanwhile that a webhook should have brought.
+fn judge_silence(hours: &BTreeSet<i64>, last_ms: i64, now_ms: i64, is_missed: bool) -> Option<String> {
+    let why = match silence::judge(hours, last_ms, now_ms) {
+        _ if is_missed && now_ms - last_ms > SHORTEST_SILENCE_MS => "while Stripe's list has new events".to_owned(),
+        Some(Unusual::Missed(hours)) => format!("{hours} hours of it had webhooks in each of the last three weeks"),
+        Some(Unusual::Longest(hours)) => format!("the longest silence before was {hours} hours"),
+        None => return None,
+    };
+    let hours = (now_ms - last_ms) as f64 / 3_600_000.0;
     Some(format!(
-        "No webhook came since {} ({}; the longest silence before was {}){meanwhile}. Look at the endpoint's deliveries in \
-         Stripe's Dashboard.",
-        timestamp(newest),
-        hours(silent),
-        hours(usual)
+        "No webhook came since {} ({hours:.1} hours), {why}. Look at the endpoint's deliveries in Stripe's Dashboard.",
+        timestamp(last_ms)
     ))
 }
 
@@ -150,14 +147,13 @@ mod tests {
     }
 
     #[test]
-    fn a_silence_longer_than_usual_is_said() {
-        let minute = 60_000;
-        let received: Vec<i64> = (0..30).map(|i| -i * 10 * minute).collect();
-        assert_eq!(judge_silence(&received, 50 * minute, true), None);
-        assert!(judge_silence(&received, 61 * minute, true).is_some());
-        assert_eq!(judge_silence(&received[..5], 600 * minute, true), None);
-        let daily: Vec<i64> = (0..30).map(|i| -i * 24 * 60 * minute).collect();
-        assert_eq!(judge_silence(&daily, 48 * 60 * minute, false), None);
-        assert!(judge_silence(&daily, 73 * 60 * minute, false).is_some());
+    fn a_silence_is_said_when_it_is_unusual_or_stripe_told_otherwise() {
+        let (hour_ms, now) = (3_600_000, 500_000);
+        let hourly: BTreeSet<i64> = (now - 48..now - 5).collect();
+        let judged = |now: i64, is_missed| judge_silence(&hourly, *hourly.last().unwrap() * hour_ms, now * hour_ms, is_missed);
+        assert!(judged(now, false).is_some_and(|remark| remark.contains("longest silence before was 0 hours")));
+        assert_eq!(judged(now - 4, false), None);
+        assert!(judged(now - 4, true).is_some_and(|remark| remark.contains("Stripe's list has new events")));
+        assert_eq!(judged(now - 5, true), None, "an hour has not gone by");
     }
 }

@@ -2,27 +2,12 @@
 
 use std::time::Duration;
 
-use sqlx::{Connection, PgConnection, SqliteConnection};
 use stripe_reconciler::store::{ApiKey, Outcome, PackedBody, Scope, Source, Store, StoreError};
 
 use super::{Place, each_store, nth};
 use crate::support::{Database, Engine};
 
-async fn execute(database: &Database, statement: &'static str) {
-    match database.engine {
-        Engine::Sqlite => {
-            let mut connection = SqliteConnection::connect(&database.url).await.unwrap();
-            sqlx::raw_sql(statement).execute(&mut connection).await.unwrap();
-            connection.close().await.unwrap();
-        }
-        Engine::Postgres => {
-            let mut connection = PgConnection::connect(&database.url).await.unwrap();
-            sqlx::raw_sql(statement).execute(&mut connection).await.unwrap();
-        }
-    }
-}
-
-fn api_key(id: &str, scope: Scope, created_ms: i64) -> ApiKey {
+pub(super) fn api_key(id: &str, scope: Scope, created_ms: i64) -> ApiKey {
     ApiKey { id: id.to_owned(), scope, created_ms, expires_ms: Some(created_ms + 5), revoked_ms: None }
 }
 
@@ -50,7 +35,7 @@ each_store! {
     }
 
     async fn a_database_of_a_newer_version_is_refused(place: Place) {
-        execute(&place.database, "update _sqlx_migrations set version = 9999 where version = (select max(version) from _sqlx_migrations)").await;
+        place.database.execute("update _sqlx_migrations set version = 9999 where version = (select max(version) from _sqlx_migrations)").await;
         let refused = place.store.migrate().await.unwrap_err();
         assert!(matches!(&refused, StoreError::Refused(reason) if reason.contains("newer version")), "{refused}");
         assert!(place.store.ping().await.is_err(), "it is not what this version needs");

@@ -29,7 +29,7 @@ fn checked(id: &str, checked_ms: i64, check_due_ms: Option<i64>) -> Checked {
     Checked { stripe_invoice_id: id.to_owned(), checked_ms, check_due_ms, differs_since_ms: None, agrees: true }
 }
 
-fn run_of(n: i64) -> Run {
+pub(super) fn run_of(n: i64) -> Run {
     let report = RawValue::from_string(format!("{{\"n\": {n}, \"odd\": \"日本 '\"}}")).unwrap();
     Run { id: format!("run_{n:04}"), started_ms: n / 2, ended_ms: n + 1, report }
 }

@@ -149,7 +149,12 @@ fn answer(state: &mut State, head: &Parts) -> Result<Response<Body>, io::Error> 
         return Err(io::ErrorKind::ConnectionReset.into());
     }
     let content_type = if status == 502 { "text/html" } else { "application/json" };
-    let response = Response::builder().status(status).header("content-type", content_type).header("request-id", "req_Fake");
+    let date = jiff::Timestamp::from_second(state.clock.now_s()).unwrap().strftime("%a, %d %b %Y %H:%M:%S GMT");
+    let response = Response::builder()
+        .header("date", date.to_string())
+        .status(status)
+        .header("content-type", content_type)
+        .header("request-id", "req_Fake");
     Ok(response.header("content-length", body.len()).body(in_pieces(body, trouble)).unwrap())
 }
 

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use sqlx::{Connection, PgConnection, SqliteConnection};
+use sqlx::{AssertSqlSafe, Connection, PgConnection, SqliteConnection};
 use tempfile::TempDir;
 
 use super::postgres::PostgresServer;
@@ -47,6 +47,22 @@ impl Database {
         let Place::Server { name, .. } = &self.place else { unreachable!("SQLite has no other way") };
         self.url = url(name);
         self
+    }
+
+    /// Does what nobody does through the program.
+    pub async fn execute(&self, statement: &str) {
+        let statement = sqlx::raw_sql(AssertSqlSafe(statement.to_owned()));
+        match self.engine {
+            Engine::Sqlite => {
+                let mut connection = SqliteConnection::connect(&self.url).await.unwrap();
+                statement.execute(&mut connection).await.unwrap();
+                connection.close().await.unwrap();
+            }
+            Engine::Postgres => {
+                let mut connection = PgConnection::connect(&self.url).await.unwrap();
+                statement.execute(&mut connection).await.unwrap();
+            }
+        }
     }
 
     /// Locks everybody else out of writing events until it is released. Reading goes on.

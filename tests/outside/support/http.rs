@@ -100,9 +100,23 @@ impl Wire {
         self.0.write_all(bytes).await.unwrap();
     }
 
+    /// Whether the server still takes anything.
+    pub async fn try_write(&mut self, bytes: &[u8]) -> bool {
+        self.0.write_all(bytes).await.is_ok()
+    }
+
     /// Says that no more will come.
     pub async fn hang_up(&mut self) {
         self.0.shutdown().await.unwrap();
+    }
+
+    /// Reads a head, and the body whose length it tells.
+    pub async fn read_answer(&mut self) -> String {
+        let head = self.read_head().await.to_lowercase();
+        let length = head.split_once("content-length: ").map_or("0", |(_, rest)| rest.split("\r\n").next().unwrap());
+        let mut body = vec![0; length.parse().unwrap()];
+        self.0.read_exact(&mut body).await.unwrap();
+        head + std::str::from_utf8(&body).unwrap()
     }
 
     /// Reads up to the next empty line: the head of an answer.

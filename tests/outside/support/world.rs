@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader};
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use serde_json::{Value, json};
 use stripe_reconciler::clock::Clock;
@@ -84,6 +84,14 @@ impl World {
 
     pub fn run_with_input(&self, arguments: &[&str], input: &[u8]) -> Ran {
         command::run(&[("DATABASE_URL", &self.database.url), ("STRIPE_WEBHOOK_SECRET", SECRET)], arguments, input)
+    }
+
+    /// The same world with another server in it, that is set up in another way.
+    pub fn with_server(mut self, environment: &[(&str, &str)]) -> World {
+        let secrets = format!("live={SECRET},old={OLD_SECRET}");
+        let usual = [("DATABASE_URL", self.database.url.as_str()), ("STRIPE_WEBHOOK_SECRET", &secrets)];
+        self.server = Server::start_with(&[&usual, environment].concat());
+        self
     }
 
     /// The answer is checked against the OpenAPI document, whatever it is.
@@ -170,7 +178,11 @@ impl Server {
 
     /// Returns when it says that it listens.
     pub fn start_with(environment: &[(&str, &str)]) -> Server {
-        let mut command = binary(environment);
+        Server::start_command(binary(environment))
+    }
+
+    /// As [`Server::start_with`], by a command that becomes the binary.
+    pub fn start_command(mut command: Command) -> Server {
         command.env("LISTEN_ADDR", "127.0.0.1:0").env("RUST_LOG", "warn");
         let log = NamedTempFile::new().unwrap();
         let mut process = command.arg("serve").stdout(Stdio::piped()).stderr(log.reopen().unwrap()).spawn().unwrap();
@@ -192,6 +204,13 @@ impl Server {
 
     pub fn pid(&self) -> u32 {
         self.process.id()
+    }
+
+    /// Memory in MB: what it has alone, and its share of what it shares.
+    pub fn memory_mb(&self) -> u64 {
+        let text = std::fs::read_to_string(format!("/proc/{}/smaps_rollup", self.pid())).unwrap();
+        let kb = text.lines().find_map(|line| line.strip_prefix("Pss:")).unwrap().trim().trim_end_matches(" kB");
+        kb.parse::<u64>().unwrap() / 1024
     }
 
     /// SIGKILL, and no moment more.

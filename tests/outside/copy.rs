@@ -1,0 +1,231 @@
+//! `copy`: everything to another database, from each engine to the other, whatever interrupts it and whoever writes meanwhile.
+
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use stripe_reconciler::store::{Checked, Store};
+
+use crate::support::{Database, Engine, Files, Load, Ran, Server, World, binary, invoice_path, run};
+
+/// What is compared: all that the read-only commands tell.
+const TOLD: [&[&str]; 6] = [
+    &["invoices", "list", "--json"],
+    &["events", "list", "--limit", "1000000", "--json"],
+    &["events", "export"],
+    &["keys", "list", "--json"],
+    &["reconcile", "--list", "--json"],
+    &["why", "acme", "inv-paid", "--json"],
+];
+
+/// How long a copy that is killed may take until it has written anything.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Writes each test once, and runs it from each engine to the other.
+macro_rules! each_direction {
+    ($($(#[$attribute:meta])* async fn $name:ident($world:ident: World, $target:ident: Database) $body:block)*) => {
+        $(
+            $(#[$attribute])*
+            mod $name {
+                #[allow(unused_imports)]
+                use super::*;
+
+                async fn between($world: World, $target: Database) $body
+
+                #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+                async fn sqlite_to_postgres() {
+                    between(World::start(Engine::Sqlite).await, Database::create(Engine::Postgres)).await
+                }
+
+                #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+                async fn postgres_to_sqlite() {
+                    between(World::start(Engine::Postgres).await, Database::create(Engine::Sqlite)).await
+                }
+            }
+        )*
+    };
+}
+
+fn copy(world: &World, target: &Database) -> Ran {
+    run(&[("DATABASE_URL", &world.database.url), ("COPY_TO", &target.url)], &["copy", "--json"], b"")
+}
+
+/// How many rows were written or removed.
+fn changes(report: &Value) -> u64 {
+    let tables = report["tables"].as_array().unwrap();
+    tables.iter().flat_map(|table| ["new", "changed", "removed"].map(|count| table[count].as_u64().unwrap())).sum()
+}
+
+fn assert_tells_the_same(world: &World, target: &Database, told: &[&[&str]]) {
+    for arguments in told {
+        let there = run(&[("DATABASE_URL", &target.url)], arguments, b"").with_code(0);
+        assert_eq!(world.run(arguments).with_code(0).stdout, there.stdout, "{arguments:?}");
+    }
+}
+
+/// Every recorded payload, with its invoices, and something of all else that is kept.
+async fn live(world: &World) {
+    let imported = json!({"metadata": {"uid": "inv-paid"}, "status": {"stripeInvoiceId": "in_1", "states": [
+        {"state": "PaymentPending", "timestamp": "2026-01-01T00:00:00.000Z"}]}});
+    world.put(&invoice_path("inv-paid"), &imported).await.with_status(201);
+    world.store("inv-open", "in_2").await.with_status(201);
+    let paid =
+        json!({"id": "in_1", "object": "invoice", "status": "paid", "currency": "eur", "amount_due": 5000, "amount_paid": 5000});
+    let open = json!({"id": "in_2", "object": "invoice", "status": "open", "currency": "eur", "amount_due": 5000, "amount_remaining": 5000});
+    let event = |id: &str, kind: &str, object: &Value| json!({"id": id, "object": "event", "type": kind, "created": 1_769_850_000, "livemode": true, "data": {"object": object}});
+    world.deliver(&event("evt_live_1", "invoice.paid", &paid)).await.with_status(200);
+    world.deliver(&event("evt_live_2", "invoice.finalized", &open)).await.with_status(200);
+    world.deliver_bytes("{\"not\": \"an event, odd \u{1F980}\"}".as_bytes()).await.with_status(200);
+    world
+        .run_with_input(&["replay", "-"], event("evt_live_3", "customer.updated", &json!({"id": "cus_1"})).to_string().as_bytes())
+        .with_code(0);
+    world.key(&["--tenant", "acme", "--expires-in", "90d"]);
+    let store = Store::connect(&world.database.url).await.unwrap();
+    let checked =
+        Checked { stripe_invoice_id: "in_1".to_owned(), checked_ms: 5, check_due_ms: None, differs_since_ms: None, agrees: true };
+    store.note_checked(&[checked]).await.unwrap();
+    store.set_progress("events acct_1", 1_769_850_000).await.unwrap();
+    store.close().await;
+}
+
+/// So many events, each of an invoice of its own.
+fn many(world: &World, events: usize) {
+    let line = |n: usize| {
+        json!({"id": format!("evt_many_{n}"), "object": "event", "type": "charge.failed", "created": 1_769_850_000 + n, "livemode": true,
+            "data": {"object": {"id": format!("ch_{n}"), "object": "charge", "invoice": format!("in_many_{n}"), "amount": 5000,
+                "currency": "eur", "failure_code": "card_declined"}}}).to_string()
+    };
+    let lines: Vec<String> = (0..events).map(line).collect();
+    world.run_with_input(&["replay", "-"], lines.join("\n").as_bytes()).with_code(0);
+}
+
+each_direction! {
+    async fn everything_is_carried_and_answered_byte_for_byte(world: World, target: Database) {
+        live(&world).await;
+        let first = copy(&world, &target).with_code(0).json();
+        assert_eq!(first["counts"], json!({"compared": 2, "differing": 0}));
+        assert_tells_the_same(&world, &target, &TOLD);
+        let second = copy(&world, &target).with_code(0).json();
+        assert_eq!((changes(&second), &second["counts"]), (0, &first["counts"]), "{second}");
+
+        let answers = async |world: &World| {
+            let mut answers = Vec::new();
+            for uid in ["inv-paid", "inv-open"] {
+                let answer = world.get(&invoice_path(uid), &world.acme_key).await.with_status(200);
+                answers.push((answer.header("etag").to_owned(), answer.body.clone()));
+            }
+            answers
+        };
+        let before = answers(&world).await;
+        assert!(before.iter().any(|(_, body)| String::from_utf8_lossy(body).contains("Paid")));
+        let mut moved = world;
+        moved.server = Server::start(&target.url);
+        assert_eq!(answers(&moved).await, before, "with the keys of the old one");
+    }
+
+    async fn what_has_changed_or_gone_since_is_carried_by_the_next_copy(world: World, target: Database) {
+        live(&world).await;
+        copy(&world, &target).with_code(0);
+        let keys = world.run(&["keys", "list", "--json"]).with_code(0).json();
+        world.run(&["keys", "revoke", keys[0]["id"].as_str().unwrap()]).with_code(0);
+        let replaced = json!({"metadata": {"uid": "inv-open", "name": "new"}, "status": {"stripeInvoiceId": "in_2"}});
+        world.put(&invoice_path("inv-open"), &replaced).await.with_status(200);
+        world.store("inv-new", "in_3").await.with_status(201);
+        let store = Store::connect(&world.database.url).await.unwrap();
+        let (forgotten, _) = store.forget_bodies(i64::MAX, None, 100).await.unwrap();
+        store.close().await;
+        assert_eq!(forgotten, 3);
+        let report = copy(&world, &target).with_code(0).json();
+        assert_eq!((changes(&report), &report["counts"]["compared"]), (1 + 2 + 3, &json!(3)), "{report}");
+        assert_tells_the_same(&world, &target, &TOLD);
+    }
+
+    async fn a_copy_that_is_killed_is_begun_again_and_goes_on(world: World, target: Database) {
+        live(&world).await;
+        many(&world, 6000);
+        let there = Store::connect(&target.url).await.unwrap();
+        there.migrate().await.unwrap();
+        let events = stripe_reconciler::store::Table::ALL.into_iter().find(|table| table.name == "events").unwrap();
+        let mut copying = binary(&[("DATABASE_URL", &world.database.url), ("COPY_TO", &target.url)]).arg("copy").spawn().unwrap();
+        let started = Instant::now();
+        let mut found = 0;
+        while found == 0 {
+            assert!(started.elapsed() < PATIENCE, "it writes nothing");
+            found = there.rows_after(events, None).await.unwrap().rows.len();
+        }
+        copying.kill().unwrap();
+        assert!(copying.wait().unwrap().code().is_none(), "it was killed in the middle");
+        there.close().await;
+
+        let report = copy(&world, &target).with_code(0).json();
+        let of_events = report["tables"].as_array().unwrap().iter().find(|table| table["table"] == "events").unwrap();
+        let (rows, new) = (of_events["rows"].as_u64().unwrap(), of_events["new"].as_u64().unwrap());
+        assert!(rows == 6004 && 0 < new && new < rows, "it goes on where it was: {report}");
+        assert_eq!((&of_events["changed"], &of_events["removed"]), (&json!(0), &json!(0)));
+        assert_tells_the_same(&world, &target, &TOLD);
+    }
+
+    async fn under_load_the_second_copy_carries_what_came_since(world: World, target: Database) {
+        let load = Load::start(&world);
+        load.acknowledge(100).await;
+        let environment = [("DATABASE_URL", world.database.url.clone()), ("COPY_TO", target.url.clone())];
+        let copied = move || run(&environment.each_ref().map(|(name, url)| (*name, &**url)), &["copy", "--json"], b"");
+        let first = tokio::task::spawn_blocking(copied).await.unwrap();
+        // What came while it compared differs, if anything did.
+        assert!([0, 3].contains(&first.code), "{first:?}");
+        load.acknowledge(100).await;
+        let told = load.finish().await;
+        let second = copy(&world, &target).with_code(0).json();
+        assert!(changes(&second) >= 100, "{second}");
+        assert_tells_the_same(&world, &target, &TOLD[..5]);
+        let moved = World::on(target).await;
+        told.check_log(&moved.logged_ids(), "copied");
+        told.check_histories(&moved.all_histories(), "copied").await;
+    }
+
+    async fn nothing_is_copied_where_something_would_be_lost(world: World, target: Database) {
+        live(&world).await;
+        let refused = |environment: &[(&str, &str)], reason: &str| {
+            let ran = run(environment, &["copy"], b"").with_code(2);
+            assert!(ran.stderr.contains(reason) && ran.stdout.is_empty(), "{ran:?}");
+        };
+        let here = ("DATABASE_URL", &*world.database.url);
+        refused(&[here], "COPY_TO is not set");
+        refused(&[here, ("COPY_TO", &world.database.url)], "the same");
+        refused(&[here, ("COPY_TO", "mysql://u:hidden@h/d")], "COPY_TO: it must be");
+        let empty = Database::create(target.engine);
+        Store::connect(&empty.url).await.unwrap().close().await;
+        refused(&[("DATABASE_URL", &empty.url), ("COPY_TO", &target.url)], "holds nothing");
+
+        let other = World::start(target.engine).await;
+        other.store("inv-1", "in_1").await.with_status(201);
+        let kept = other.run(TOLD[0]).stdout;
+        refused(&[here, ("COPY_TO", &other.database.url)], "is in use");
+        assert_eq!(other.run(TOLD[0]).stdout, kept);
+
+        copy(&world, &target).with_code(0);
+        refused(&[("DATABASE_URL", &other.database.url), ("COPY_TO", &target.url)], "a copy of another database");
+        assert_tells_the_same(&world, &target, &TOLD);
+        // Who only reads leaves it a copy; who writes does not.
+        copy(&world, &target).with_code(0);
+        run(&[("DATABASE_URL", &target.url)], &["keys", "create", "--operator"], b"").with_code(0);
+        refused(&[here, ("COPY_TO", &target.url)], "is in use");
+
+        let away = run(&[here, ("COPY_TO", "postgres://u:hidden@127.0.0.1:1/d")], &["copy"], b"").with_code(4);
+        let missing = run(&[("DATABASE_URL", "sqlite:///no/such.db"), ("COPY_TO", &target.url)], &["copy"], b"").with_code(4);
+        assert!(missing.stderr.contains("DATABASE_URL cannot be opened"), "{missing:?}");
+        assert!(away.stderr.contains("COPY_TO cannot be opened") && !away.stderr.contains("hidden"), "{away:?}");
+    }
+
+    async fn a_person_reads_what_was_carried_and_how_fast(world: World, target: Database) {
+        live(&world).await;
+        let files = Files::new();
+        let url = files.add("url", &target.url);
+        let ran = run(&[("DATABASE_URL", &world.database.url), ("COPY_TO_FILE", &url)], &["copy"], b"").with_code(0);
+        let lines: Vec<&str> = ran.stdout.lines().collect();
+        let words = |line: &str| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
+        assert_eq!(words(lines[0]), ["TABLE", "ROWS", "NEW", "CHANGED", "REMOVED"]);
+        assert!(lines.iter().any(|line| words(line) == ["events", "4", "4", "0", "0"]), "{ran:?}");
+        assert!(lines.last().unwrap().starts_with("2 histories compared in ") && ran.stdout.ends_with(": all the same\n"), "{ran:?}");
+        assert_eq!(ran.stderr, "");
+    }
+}

@@ -1,0 +1,333 @@
+//! `doctor`, as the person on call meets it: things are broken one by one, and it says which, and what to do.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use stripe_reconciler::clock::Clock;
+use stripe_reconciler::flows::ingest::{Delivery, prepare};
+use stripe_reconciler::store::{Source, Store};
+use tokio::task::block_in_place;
+
+use crate::each_database;
+use crate::metrics::until;
+use crate::stripe_fake::{CLOVER, DAY, Endpoint, HOUR, Stripe, Terms, now_s};
+use crate::support::{self, Database, OLD_SECRET, PostgresServer, Ran, SECRET, Server, World, invoice_path, signature};
+
+const PATIENCE: Duration = Duration::from_secs(30);
+const BOTH: &str = "live=whsec_world_live,old=whsec_world_old";
+
+/// What it says, by the names of its checks.
+struct Said {
+    code: i32,
+    checks: Vec<Value>,
+    state: String,
+}
+
+impl Said {
+    #[track_caller]
+    fn of(ran: &Ran) -> Said {
+        let said = ran.json();
+        let checks = said["checks"].as_array().unwrap().clone();
+        for check in &checks {
+            assert!(check["finding"].as_str().is_some_and(|finding| finding.len() > 10), "{check}");
+            assert_eq!(check["cure"].is_null(), check["state"] == "ok", "what is not ok has a cure: {check}");
+        }
+        Said { code: ran.code, checks, state: said["state"].as_str().unwrap().to_owned() }
+    }
+
+    fn check(&self, name: &str) -> &Value {
+        self.checks.iter().find(|check| check["name"] == name).unwrap_or_else(|| panic!("{name} is not in {:#?}", self.checks))
+    }
+
+    /// That only these are wrong, and so.
+    #[track_caller]
+    fn assert_wrong(&self, wrong: &[(&str, &str)]) -> &Said {
+        let found: Vec<(&str, &str)> = self
+            .checks
+            .iter()
+            .map(|check| (check["name"].as_str().unwrap(), check["state"].as_str().unwrap()))
+            .filter(|(_, state)| !["ok", "unknown"].contains(state))
+            .collect();
+        assert_eq!(found, wrong, "{:#?}", self.checks);
+        let worst = if wrong.iter().any(|(_, state)| *state == "failing") {
+            "failing"
+        } else if wrong.is_empty() {
+            "ok"
+        } else {
+            "warning"
+        };
+        assert_eq!(self.state, worst);
+        self
+    }
+
+    /// That a check says all of this, in what it found or in its cure.
+    #[track_caller]
+    fn assert_says(&self, name: &str, words: &[&str]) -> &Said {
+        let check = self.check(name);
+        let text = format!("{} {}", check["finding"].as_str().unwrap(), check["cure"].as_str().unwrap_or_default());
+        let missing: Vec<&&str> = words.iter().filter(|word| !text.contains(**word)).collect();
+        assert!(missing.is_empty(), "{missing:?} is not in {text}");
+        self
+    }
+}
+
+/// With these settings beside the database's.
+fn doctor(world: &World, settings: &[(&str, &str)]) -> Said {
+    let environment = [&[("DATABASE_URL", world.database.url.as_str())], settings].concat();
+    Said::of(&support::run(&environment, &["doctor", "--json"], b""))
+}
+
+/// Asks until a check is so: a server notes what it refused within some seconds.
+async fn doctor_until(world: &World, name: &str, state: &str) -> Said {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let said = doctor(world, &[]);
+        if said.check(name)["state"] == state {
+            return said;
+        }
+        assert!(Instant::now() < deadline, "{name} is not {state} in {:#?}", said.checks);
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+}
+
+fn secrets(text: &str) -> [(&'static str, &str); 1] {
+    [("STRIPE_WEBHOOK_SECRET", text)]
+}
+
+fn of_invoice(id: &str, invoice: &str) -> Value {
+    json!({"id": id, "object": "event", "type": "invoice.paid", "created": 1_769_850_000, "livemode": true,
+        "data": {"object": {"id": invoice, "object": "invoice", "status": "paid", "currency": "eur", "amount_due": 5000, "amount_paid": 5000}}})
+}
+
+/// Puts webhooks into the log that came so many milliseconds ago.
+async fn came(world: &World, ago_ms: impl IntoIterator<Item = i64>) {
+    let store = Store::connect(&world.database.url).await.unwrap();
+    let now_ms = Clock::system().now_ms();
+    let events: Vec<_> = ago_ms
+        .into_iter()
+        .enumerate()
+        .map(|(n, ago_ms)| {
+            let body = of_invoice(&format!("evt_{n}_{ago_ms}"), "in_1").to_string().into_bytes().into();
+            prepare(Delivery {
+                body,
+                source: Source::Webhook,
+                secret_label: Some("live".to_owned()),
+                received_ms: now_ms - ago_ms,
+            })
+        })
+        .collect();
+    for some in events.chunks(200) {
+        store.append(some).await.unwrap();
+    }
+    store.close().await;
+}
+
+const MINUTE_MS: i64 = 60_000;
+const HOUR_MS: i64 = 60 * MINUTE_MS;
+const DAY_MS: i64 = 24 * HOUR_MS;
+
+each_database! {
+    async fn when_nothing_is_wrong_it_says_so(world: World) {
+        let said = doctor(&world, &[]);
+        said.assert_wrong(&[]);
+        assert_eq!(said.code, 0);
+        world.store("a", "in_1").await.with_status(201);
+        world.deliver(&of_invoice("evt_1", "in_1")).await.with_status(200);
+        let said = doctor(&world, &secrets("live=whsec_world_live"));
+        said.assert_wrong(&[]).assert_says("deliveries", &["The last webhook came 0 s ago"]);
+        let for_a_person = world.run(&["doctor"]).with_code(0).stdout;
+        assert!(for_a_person.contains("Nothing is wrong.") && for_a_person.contains("ok       database"), "{for_a_person}");
+        assert_eq!(world.run(&["doctor", "--quiet"]).with_code(0).stdout, "");
+    }
+
+    async fn a_database_that_is_not_migrated_is_said_and_not_migrated(world: World) {
+        let empty = world.empty_database();
+        let there = Store::connect(&empty.url).await.unwrap();
+        there.close().await;
+        for _ in 0..2 {
+            let ran = support::run(&[("DATABASE_URL", &empty.url)], &["doctor", "--json"], b"").with_code(4);
+            Said::of(&ran).assert_wrong(&[("database", "failing")]).assert_says("database", &["migrate"]);
+        }
+        let text = support::run(&[("DATABASE_URL", &empty.url)], &["doctor"], b"").with_code(4).stdout;
+        assert!(text.contains("FAILING  database") && text.contains("stripe-reconciler migrate"), "{text}");
+    }
+
+    async fn a_silence_is_wrong_when_the_same_hours_were_busy_in_the_weeks_before(world: World) {
+        world.store("a", "in_1").await.with_status(201);
+        // Every hour of four weeks, but for the last 30 hours.
+        came(&world, (30..28 * 24).map(|hours| hours * HOUR_MS)).await;
+        let said = doctor(&world, &[]);
+        said.assert_wrong(&[("deliveries", "warning")]);
+        said.assert_says("deliveries", &["1.3 days ago", "had webhooks in each of the last three weeks", "Dashboard", "reconcile"]);
+        assert_eq!(said.code, 3);
+        // By night there were none in the other weeks, either.
+        let night = world.another().await;
+        night.store("a", "in_1").await.with_status(201);
+        came(&night, (5..28 * 24).filter(|hours| hours % 24 >= 5).map(|hours| hours * HOUR_MS)).await;
+        doctor(&night, &[]).assert_wrong(&[]);
+    }
+
+    async fn webhooks_that_are_lost_for_a_day_are_missed(world: World) {
+        let stripe = Stripe::start();
+        stripe.register(Endpoint::enabled(&format!("{}/webhooks/stripe", world.server.base)));
+        let mut life = stripe.draft(terms());
+        life.later(HOUR).finalized();
+        came(&world, [DAY_MS]).await;
+        let settings = stripe.settings();
+        let environment = [&[("DATABASE_URL", world.database.url.as_str())], &settings[..]].concat();
+        world.store("a", life.id()).await;
+        support::run(&environment, &["reconcile"], b"");
+        // The pass is a quarter of an hour ago.
+        move_passes(&world, 15 * MINUTE_MS).await;
+        let said = doctor(&world, &settings);
+        said.assert_says("deliveries", &["1.0 days ago", "events since", "Dashboard"]);
+        assert_eq!(said.check("deliveries")["state"], "failing");
+    }
+
+    async fn secrets_that_were_rotated_are_told_apart(world: World) {
+        world.store("a", "in_1").await.with_status(201);
+        let deliver = async |secret: &str, id: &str| {
+            let body = of_invoice(id, "in_1").to_string();
+            world.deliver_signed(&signature(secret, now_s(), body.as_bytes()), body.as_bytes()).await.status.as_u16()
+        };
+        assert_eq!(deliver(OLD_SECRET, "evt_1").await, 200);
+        let said = doctor(&world, &secrets(BOTH));
+        said.assert_wrong(&[("secrets", "warning")]).assert_says("secrets", &["`old` (0 s ago", "still sign", "Dashboard"]);
+        let said = doctor(&world, &secrets("live=whsec_world_live,first=whsec_world_old"));
+        said.assert_wrong(&[]);
+        // Nothing in the log tells of a delivery that brings what is known.
+        assert_eq!(deliver(SECRET, "evt_1").await, 200);
+        until(&world, "it is noted", |scrape| scrape.value("secret_last_used_timestamp_seconds{label=\"live\"}") > 0.0).await;
+        doctor(&world, &secrets("live=whsec_world_live,new=whsec_new"))
+            .assert_wrong(&[("secrets", "warning")])
+            .assert_says("secrets", &["`new` (never)", "compare it with the Dashboard"]);
+        doctor(&world, &secrets("live=whsec_world_live,old-2025=whsec_world_older"))
+            .assert_wrong(&[("secrets", "warning")])
+            .assert_says("secrets", &["`old-2025` (never)", "Remove"]);
+        doctor(&world, &[]).assert_wrong(&[]).assert_says("secrets", &["`live` (", "`old` ("]);
+    }
+
+    async fn a_secret_that_was_rolled_without_us_is_said(world: World) {
+        world.store("a", "in_1").await.with_status(201);
+        came(&world, [HOUR_MS]).await;
+        let body = of_invoice("evt_rolled", "in_1").to_string();
+        world.deliver_signed(&signature("whsec_rolled", now_s(), body.as_bytes()), body.as_bytes()).await.with_status(400);
+        let said = doctor_until(&world, "signatures", "failing").await;
+        said.assert_wrong(&[("signatures", "failing")]);
+        said.assert_says("signatures", &["no configured secret", "1.0 hours ago", "STRIPE_WEBHOOK_SECRET", "rolled"]);
+        world.deliver(&of_invoice("evt_right", "in_1")).await.with_status(200);
+        doctor(&world, &[]).assert_wrong(&[]).assert_says("signatures", &["Somebody else's were refused"]);
+        world.deliver_signed(&signature(SECRET, now_s() + 1000, body.as_bytes()), body.as_bytes()).await.with_status(400);
+        doctor_until(&world, "signatures", "warning").await.assert_wrong(&[("signatures", "warning")]).assert_says("signatures", &["clock is behind", "NTP"]);
+    }
+
+    async fn what_waits_for_its_invoice_is_wrong_when_it_ages_and_what_cannot_be_read_is(world: World) {
+        came(&world, [10 * MINUTE_MS]).await;
+        doctor(&world, &[]).assert_wrong(&[]).assert_says("unmatched", &["1 event", "1 invoice", "10 min ago"]);
+        let world = world.another().await;
+        came(&world, [20 * MINUTE_MS, 10 * MINUTE_MS, 3 * HOUR_MS]).await;
+        let said = doctor(&world, &[]);
+        said.assert_wrong(&[("unmatched", "warning")]).assert_says("unmatched", &["3 events", "1 invoice", "3.0 hours ago", "invoices import"]);
+        world.store("a", "in_1").await.with_status(201);
+        doctor(&world, &[]).assert_wrong(&[]);
+        world.deliver_bytes(b"no json").await.with_status(200);
+        doctor(&world, &[]).assert_wrong(&[("unreadable", "warning")]).assert_says("unreadable", &["1 event", "events list --outcome unreadable", "rebuild"]);
+    }
+
+    async fn what_is_wrong_at_stripe_is_said_from_its_api_and_from_the_last_pass(world: World) {
+        let stripe = Stripe::start();
+        let settings = stripe.settings();
+        doctor(&world, &settings).assert_says("endpoint", &["no webhook endpoint"]).assert_says("clock", &["It agrees with Stripe's"]);
+        let ours = format!("{}/webhooks/stripe", world.server.base);
+        stripe.register(Endpoint { status: "disabled", ..Endpoint::enabled(&ours) });
+        let said = doctor(&world, &settings);
+        said.assert_wrong(&[("endpoint", "failing"), ("reconciliation", "warning")]);
+        said.assert_says("endpoint", &["is disabled", "Dashboard"]).assert_says("reconciliation", &["No pass was made yet"]);
+        let environment = [&[("DATABASE_URL", world.database.url.as_str())], &settings[..]].concat();
+        support::run(&environment, &["reconcile"], b"").with_code(0);
+        let said = doctor(&world, &[]);
+        said.assert_wrong(&[("endpoint", "failing")]).assert_says("endpoint", &["is disabled"]);
+        doctor(&world, &[("STRIPE_API_BASE", &stripe.base), ("STRIPE_API_KEY", "sk_live_of_somebody_else")])
+            .assert_says("endpoint", &["does not accept STRIPE_API_KEY", "restricted key"]);
+        move_passes(&world, HOUR_MS).await;
+        doctor(&world, &[]).assert_wrong(&[("endpoint", "failing"), ("reconciliation", "warning")]).assert_says("reconciliation", &["overdue"]);
+        assert_eq!(stripe.faults(), [""; 0]);
+    }
+
+    async fn a_clock_that_is_off_is_said(world: World) {
+        for (ahead_s, state, words) in [(120, "failing", "behind Stripe's"), (-20, "warning", "ahead of Stripe's"), (3, "ok", "agrees with Stripe's")] {
+            let stripe = Stripe::start_at(Clock::fixed((now_s() + ahead_s) * 1000));
+            let said = doctor(&world, &stripe.settings());
+            assert_eq!(said.check("clock")["state"], state);
+            said.assert_says("clock", &[words]);
+            assert!(state == "ok" || said.check("clock")["cure"].as_str().unwrap().contains("NTP"));
+        }
+    }
+
+    async fn passes_that_fail_and_invoices_that_differ_are_said(world: World) {
+        let mut world = world;
+        let stripe = Stripe::start();
+        stripe.register(Endpoint::enabled(&format!("{}/webhooks/stripe", world.server.base)));
+        let mut life = stripe.draft(terms());
+        life.later(HOUR).finalized();
+        let document = json!({"spec": {"paymentUnit": "usd"}, "status": {"billableAmount": 49.99, "stripeInvoiceId": life.id()}});
+        world.put(&invoice_path("a"), &document).await;
+        let settings = stripe.settings();
+        let environment = [&[("DATABASE_URL", world.database.url.as_str())], &settings[..]].concat();
+        support::run(&environment, &["reconcile"], b"").with_code(3);
+        doctor(&world, &settings).assert_wrong(&[("drift", "warning")]).assert_says("drift", &["Not as Stripe has it: 1 invoice,", "reconcile", "Find out which side is wrong"]);
+        let url = world.database.url.clone();
+        world.server = Server::start_with(&[("DATABASE_URL", &url), ("STRIPE_WEBHOOK_SECRET", SECRET), ("STRIPE_API_BASE", &stripe.base), ("STRIPE_API_KEY", "sk_live_of_somebody_else")]);
+        until(&world, "a pass fails", |scrape| scrape.value("reconcile_runs_total{result=\"failed\"}") >= 1.0).await;
+        doctor(&world, &settings).assert_says("reconciliation", &["The last pass failed", "the last that succeeded ended", "log of `serve`"]);
+    }
+}
+
+/// An invoice of yesterday.
+fn terms() -> Terms {
+    let start = now_s() - DAY;
+    Terms {
+        account: None,
+        livemode: true,
+        due: 5000,
+        currency: "usd",
+        sent: false,
+        start,
+        listed: CLOVER,
+        delivered: CLOVER,
+        order_reference: None,
+    }
+}
+
+/// As if all passes were made so much earlier.
+async fn move_passes(world: &World, ms: i64) {
+    let statement = format!("update runs set started_ms = started_ms - {ms}, ended_ms = ended_ms - {ms}");
+    world.database.execute(&statement).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_database_that_is_away_is_said_and_what_can_be_told_without_it() {
+    let server = Arc::new(PostgresServer::of_its_own("-c fsync=on", &[]));
+    let world = World::on(Database::create_on(&server)).await;
+    let stripe = Stripe::start();
+    stripe.register(Endpoint::enabled(&format!("{}/webhooks/stripe", world.server.base)));
+    block_in_place(|| server.stop_at_once());
+    let said = doctor(&world, &stripe.settings());
+    assert_eq!(said.code, 4);
+    said.assert_wrong(&[("database", "failing")]).assert_says("database", &["cannot be reached", "503", "DATABASE_URL"]);
+    said.assert_says("endpoint", &["It is enabled"]).assert_says("clock", &["It agrees with Stripe's"]);
+    block_in_place(|| server.start_again());
+    assert_eq!(doctor(&world, &stripe.settings()).check("database")["state"], "ok");
+}
+
+#[test]
+fn a_file_that_is_not_there_is_said_and_not_made() {
+    let folder = tempfile::tempdir().unwrap();
+    let url = format!("sqlite://{}/no.db", folder.path().display());
+    let ran = support::run(&[("DATABASE_URL", &url)], &["doctor", "--json"], b"").with_code(4);
+    Said::of(&ran).assert_wrong(&[("database", "failing")]).assert_says("database", &["no.db", "DATABASE_URL"]);
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+    let unfit = support::run(&[("DATABASE_URL", &url), ("STRIPE_WEBHOOK_SECRET", "a=x,a=y")], &["doctor"], b"").with_code(2);
+    assert!(unfit.stderr.contains("STRIPE_WEBHOOK_SECRET"), "{unfit:?}");
+}

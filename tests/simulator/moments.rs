@@ -1,0 +1,85 @@
+//! The same small story again and again, with a crash at one moment after the other: wherever the program waits for the world, and in
+//! the middle of what it was told.
+
+use stripe_reconciler::flows::reconcile::{Extent, Mode, Plan};
+
+use super::busy::{Busy, End};
+use super::ending::{calm_down, check_truth, read_all};
+use super::rounds::{ROUNDS, rounds};
+use super::script::Script;
+use super::world::{AT_ONCE, Trace, World, quiet};
+use crate::support::Engine;
+
+/// Moments of a pass at which it crashes in a short run: a pass waits some 150 times.
+const MOMENTS: usize = 12;
+const APART: usize = 24;
+/// The story has come to its end so often in a row: there are no more moments. How often it waits is not quite the same each time,
+/// since a database may answer before anybody waits for it.
+const OVER: usize = 3;
+
+/// Two invoices, much of whose lives is still under way to the program.
+fn story(engine: Engine) -> World {
+    let script = Script { seed: 7, invoices: 2, steps: Vec::new() };
+    let mut world = World::new(engine, &script, Trace::default());
+    let mut random = quiet();
+    for _ in 0..14 {
+        world.live(&mut random);
+    }
+    world.store_invoice(0, End::Whole, &mut random);
+    world
+}
+
+/// True: it was over before that.
+fn crash_after(engine: Engine, waits: usize, plan: Option<Plan>) -> bool {
+    let mut world = story(engine);
+    let mut random = quiet();
+    let parcels = world.wire.take(&mut random, AT_ONCE);
+    let done = world.make_busy(Busy { parcels, plan, end: End::Crash(waits) }, &mut random);
+    calm_down(&mut world, 1);
+    let histories = read_all(&mut world);
+    check_truth(&world, &histories);
+    done.is_whole
+}
+
+fn crash_at_every_moment(engine: Engine, plan: Option<Plan>) {
+    let (mut waits, mut over) = (0, 0);
+    while over < OVER {
+        over = if crash_after(engine, waits, plan) { over + 1 } else { 0 };
+        waits += 1;
+    }
+    assert!(waits > OVER, "it waits for the disk");
+}
+
+/// At all moments in a long run, at some in a short one.
+fn crash_at_moments_of_a_pass(engine: Engine) {
+    let plan = Some(Plan { extent: Extent::All, mode: Mode::Save, since_s: None });
+    if rounds() > ROUNDS {
+        return crash_at_every_moment(engine, plan);
+    }
+    let mut waits = 0;
+    for _ in 0..MOMENTS {
+        waits += rand::random_range(1..APART);
+        println!("after {waits} waits");
+        waits = if crash_after(engine, waits, plan) { 0 } else { waits };
+    }
+}
+
+#[test]
+fn a_crash_at_every_moment_of_deliveries_loses_nothing_in_sqlite() {
+    crash_at_every_moment(Engine::Sqlite, None);
+}
+
+#[test]
+fn a_crash_at_every_moment_of_deliveries_loses_nothing_in_postgres() {
+    crash_at_every_moment(Engine::Postgres, None);
+}
+
+#[test]
+fn a_crash_at_a_moment_of_a_pass_is_made_good_by_the_next_one_in_sqlite() {
+    crash_at_moments_of_a_pass(Engine::Sqlite);
+}
+
+#[test]
+fn a_crash_at_a_moment_of_a_pass_is_made_good_by_the_next_one_in_postgres() {
+    crash_at_moments_of_a_pass(Engine::Postgres);
+}
