@@ -1,9 +1,10 @@
 //! The only axum: routes, limits, and the server that drains.
 //!
 //! `webhook` is where Stripe delivers, `invoices` the read endpoint and the operator's calls beside it, `evidence` and `events` what
-//! proves the answers, `ui` the pages that show it to a person, `health` what an orchestrator asks, `metrics` what Prometheus does, `openapi` the document of it all. `error`
-//! is the one place where a failure becomes a status code, `around` what every request goes through. Below them, `serve` accepts
-//! connections, and `places` says how many there may be, how long they may take, and who gives way.
+//! proves the answers, `ui` the pages that show it to a person, `health` what an orchestrator asks, `metrics` what Prometheus does,
+//! `openapi` the document of the API. `error` is the one place where a failure becomes a status code, `around` what every request
+//! goes through. Below them, `serve` accepts connections, and `places` says how many there may be, how long they may take, and who
+//! gives way.
 
 mod around;
 mod auth;

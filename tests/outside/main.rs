@@ -32,4 +32,5 @@ mod stripe_fake;
 #[path = "stripe_fake/checks.rs"]
 mod stripe_fake_checks;
 mod tls;
+mod ui;
 mod webhook;

@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use super::layout::{self, Here, badge};
 use super::session::Visitor;
-use super::text::{address, duration, encoded, id, quoted, time, time_s};
+use super::text::{self, address, duration, encoded, id, quoted, sentence, time, time_s};
 use crate::domain::invoice::{timestamp, validate_uid};
 use crate::domain::money;
 use crate::flows::evidence::{self, Evidence, Missing, Proven};
@@ -18,7 +18,7 @@ use crate::http::AppState;
 use crate::http::error::ApiError;
 
 /// Proofs of an entry that are shown at once; the others unfold.
-const AT_ONCE: usize = 4;
+const AT_ONCE: usize = 3;
 
 #[derive(Deserialize)]
 pub struct Asked {
@@ -59,7 +59,7 @@ pub async fn show(
             }
         }
     };
-    let title = format!("Invoice {}", super::text::visible(&evidence.invoice_uid));
+    let title = format!("Invoice {}", text::visible(&evidence.invoice_uid));
     Ok(layout::page(&title, Here::Invoices, Some(&visitor), content))
 }
 
@@ -80,9 +80,9 @@ fn answer(evidence: &Evidence) -> Markup {
         section.answer.(layout::tone(verdict.state)) aria-labelledby="invoice" {
             p.answer-state { (badge(verdict.state)) @if let Some(ms) = evidence.as_of_ms { span.then { "as known at " (time(ms)) } } }
             h1 #invoice { "Invoice " (quoted(&evidence.invoice_uid)) }
-            p.lead { (verdict.answer) }
-            @if verdict.is_doubtful { p.mistake role="alert" { (verdict.grounds) } }
-            p.grounds { @if !verdict.is_doubtful { (verdict.grounds) " " } (verdict.waits) }
+            p.lead { (sentence(&verdict.answer)) }
+            @if verdict.is_doubtful { p.mistake role="alert" { (sentence(&verdict.grounds)) } }
+            p.grounds { @if !verdict.is_doubtful { (sentence(&verdict.grounds)) " " } (verdict.waits) }
             @if let Some(message) = message { p.last { (quoted(message)) } }
         }
     }
@@ -147,17 +147,17 @@ fn facts(evidence: &Evidence, document: &Value) -> Markup {
     let at_stripe = &evidence.at_stripe;
     let currency = at_stripe.currency.as_deref();
     let amount = |minor_units: i64| money::amount(minor_units, currency);
-    let text = |pointer: &str| document.pointer(pointer).and_then(Value::as_str);
-    let billed = document.pointer("/status/billableAmount").map(|amount| {
-        let unit = text("/spec/paymentUnit").unwrap_or_default().to_ascii_uppercase();
-        format!("{amount} {unit}").trim_end().to_owned()
+    let named = |pointer: &str| document.pointer(pointer).and_then(Value::as_str);
+    let billed = document.pointer("/status/billableAmount").and_then(Value::as_number).map(|number| {
+        let unit = named("/spec/paymentUnit").unwrap_or_default().to_ascii_uppercase();
+        format!("{} {unit}", text::amount(number)).trim_end().to_owned()
     });
-    let period = text("/spec/billingPeriod/start").zip(text("/spec/billingPeriod/end"));
+    let period = named("/spec/billingPeriod/start").zip(named("/spec/billingPeriod/end"));
     html! {
         section.about aria-labelledby="about" {
             h2 #about { "The invoice" }
             dl.facts.tall {
-                @if let Some(name) = text("/metadata/name") { div { dt { "Name" } dd { (quoted(name)) } } }
+                @if let Some(name) = named("/metadata/name") { div { dt { "Name" } dd { (quoted(name)) } } }
                 div { dt { "Tenant" } dd { (quoted(&evidence.tenant_uid)) } }
                 @if let Some(billed) = &billed { div { dt { "Billed, as stored" } dd.amount { (quoted(billed)) } } }
                 @if let Some((start, end)) = period { div { dt { "Billing period" } dd { (quoted(day(start))) " to " (quoted(day(end))) } } }

@@ -117,7 +117,7 @@ pub fn tone(state: Option<State>) -> &'static str {
 pub fn sign(state: Option<State>) -> Markup {
     let path = match state {
         Some(State::Paid) => "M3.5 8.5l3 3 6-7",
-        Some(State::PaymentPending) => "M8 4v4l2.5 2",
+        Some(State::PaymentPending) => "M8 2.5a5.5 5.5 0 1 1 0 11a5.5 5.5 0 1 1 0-11M8 5.2v3l1.9 1.2",
         Some(State::PaymentInProgress) => "M3 8h9M8.5 4.5L12 8l-3.5 3.5",
         Some(State::PaymentFailed) => "M4.5 4.5l7 7M11.5 4.5l-7 7",
         None => "M4 8h8",

@@ -44,6 +44,25 @@ pub fn time(ms: i64) -> Markup {
     html! { time datetime=(timestamp(ms)) { (readable(ms)) } }
 }
 
+/// A sentence of ours, in which no time is broken between two lines.
+pub fn sentence(text: &str) -> Markup {
+    let words: Vec<&str> = text.split(' ').collect();
+    let is_date = |word: &str| word.len() == 10 && word.bytes().filter(u8::is_ascii_digit).count() == 8;
+    html! {
+        @for (at, word) in words.iter().enumerate() {
+            @if is_date(word) { span.whole { (word) } } @else { (word) }
+            @if at + 1 < words.len() { " " }
+        }
+    }
+}
+
+/// An amount as a document holds it, with two decimals where these say all.
+pub fn amount(number: &serde_json::Number) -> String {
+    let rounded = number.as_f64().map(|amount| (amount, format!("{amount:.2}")));
+    let exact = rounded.filter(|(amount, text)| text.parse() == Ok(*amount) && text.len() < 20);
+    exact.map_or_else(|| number.to_string(), |(_, text)| text)
+}
+
 pub fn time_s(s: i64) -> Markup {
     time(s.saturating_mul(1000))
 }
@@ -81,6 +100,14 @@ mod tests {
     fn an_address_carries_any_id() {
         assert_eq!(address("/ui", &[("q", ""), ("state", "")]), "/ui");
         assert_eq!(address("/ui/invoice", &[("uid", "a/b ?&=%é..")]), "/ui/invoice?uid=a%2Fb%20%3F%26%3D%25%C3%A9..");
+    }
+
+    #[test]
+    fn an_amount_has_two_decimals_unless_it_needs_more() {
+        let written = |json: &str| amount(&serde_json::from_str(json).unwrap());
+        for (json, text) in [("2500.0", "2500.00"), ("2500", "2500.00"), ("0.005", "0.005"), ("-1.5", "-1.50")] {
+            assert_eq!(written(json), text);
+        }
     }
 
     #[test]
