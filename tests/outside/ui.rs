@@ -75,7 +75,7 @@ fn paid(id: &str, stripe_invoice_id: &str) -> Value {
 
 /// Where a link leads whose text is this.
 fn link(page: &str, shown: &str) -> String {
-    let (before, _) = page.split_once(&format!("{shown}</")).unwrap_or_else(|| panic!("{shown} is not in {page}"));
+    let (before, _) = page.rsplit_once(&format!("{shown}</")).unwrap_or_else(|| panic!("{shown} is not in {page}"));
     let (_, link) = before.rsplit_once("href=\"").unwrap();
     link.split('"').next().unwrap().replace("&amp;", "&")
 }
@@ -203,7 +203,7 @@ each_database! {
         let found = text(&page(&server, "/ui?q=inv-1", &operator).await.with_status(200));
         assert!(found.contains("tenant=acme&amp;uid=inv-1") && found.contains("tenant=other&amp;uid=inv-1"), "{found}");
         let listed = text(&page(&server, "/ui", &acme).await.with_status(200));
-        assert!(listed.contains("uid=inv-1") && !listed.contains("other") && !listed.contains("inv-2") && !listed.contains("/ui/alarms"), "{listed}");
+        assert!(listed.contains("uid=inv-1") && !listed.contains("other<") && !listed.contains("uid=inv-2") && !listed.contains("/ui/alarms"), "{listed}");
         for path in FOR_OPERATORS {
             let refused = text(&page(&server, path, &acme).await.with_status(403));
             assert!(refused.contains("operator's key") && !refused.contains("evt_1"), "{path}: {refused}");
@@ -286,7 +286,9 @@ each_database! {
             shown.push(invoice);
         }
         for page in &shown {
-            assert!(!page.contains("<script") && !page.contains("<img") && !page.contains('\u{202e}'), "{page}");
+            // What a form sends stands in it as it is.
+            let seen: String = page.split(" value=\"").enumerate().map(|(n, part)| if n == 0 { part } else { part.split_once('"').unwrap().1 }).collect();
+            assert!(!page.contains("<script") && !page.contains("<img") && !seen.contains('\u{202e}'), "{page}");
         }
         assert!(shown.iter().any(|page| page.contains("\\u{202e}gnp.exe")), "it is spelt out");
     }
@@ -330,6 +332,12 @@ async fn a_database_that_is_away_is_said_in_a_page() {
     assert!(text(&answer).contains("The database does not answer"));
 }
 
+/// The event that tells that the recorded invoice is paid.
+fn proof() -> String {
+    let events = recorded::events();
+    recorded::event_id(events.iter().find(|event| event["type"] == "invoice.paid").unwrap()).to_owned()
+}
+
 /// Chromium, by way of Node; where both are not there nothing is tested, unless the environment says that it must.
 fn browser(arguments: &[&str]) -> Option<Command> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -361,7 +369,7 @@ each_database! {
         let server = server(&world);
         let (document, uid) = recorded::told_invoice();
         let setting = json!({"base": server.base, "operatorKey": world.operator_key, "tenantKey": world.acme_key, "uid": uid,
-            "stripeId": document["status"]["stripeInvoiceId"], "event": recorded::event_id(recorded::events().last().unwrap())});
+            "stripeId": document["status"]["stripeInvoiceId"], "event": proof()});
         let Some(mut browser) = browser(&[&setting.to_string()]) else { return };
         let ran = tokio::task::spawn_blocking(move || browser.output().unwrap()).await.unwrap();
         let told = format!("{}{}", String::from_utf8_lossy(&ran.stdout), String::from_utf8_lossy(&ran.stderr));

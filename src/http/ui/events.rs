@@ -6,7 +6,7 @@ use axum::response::Html;
 use maud::{Markup, html};
 use serde::Deserialize;
 
-use super::layout::{self, Here, came_by, pager};
+use super::layout::{self, Here, came_by, event_address, pager};
 use super::session::{Operator, Visitor};
 use super::text::{address, id, quoted, time, time_s, visible_lines};
 use crate::domain::invoice::validate_uid;
@@ -98,11 +98,10 @@ fn table(page: &Page, path: &str, invoice: &str, goes_on: bool) -> Markup {
 }
 
 fn row(event: &LoggedEvent) -> Markup {
-    let key = hex::encode(event.key.0);
     html! {
         tr {
             th scope="row" {
-                a href=(address("/ui/event", &[("id", event.id.as_deref().unwrap_or(&key))])) {
+                a href=(event_address(event)) {
                     @match &event.event_type { Some(kind) => (quoted(kind)), None => "Unreadable" }
                 }
                 @if let Some(event_id) = &event.id { span.sub { (id(event_id)) } }

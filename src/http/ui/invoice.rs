@@ -89,13 +89,10 @@ fn answer(evidence: &Evidence) -> Markup {
 }
 
 fn open(missing: &Missing, visitor: &Visitor) -> Markup {
-    let event = missing.event.as_ref().and_then(|event| event.id.as_deref());
     html! {
         p.open {
             (quoted(&missing.message))
-            @if let Some(event) = event {
-                " " @if visitor.is_operator() { a href=(address("/ui/event", &[("id", event)])) { (id(event)) } } @else { (id(event)) }
-            }
+            @if let Some(event) = &missing.event { " " (layout::event_id(event, visitor.is_operator())) }
         }
     }
 }

@@ -5,7 +5,7 @@ use maud::{DOCTYPE, Markup, html};
 
 use super::session::Visitor;
 use super::text::{address, id, quoted, time, time_s};
-use crate::domain::invoice::State;
+use crate::domain::invoice::{State, validate_uid};
 use crate::store::{LoggedEvent, Source};
 
 /// Which part of the pages one belongs to.
@@ -140,16 +140,26 @@ fn mark() -> Markup {
     }
 }
 
+/// The id of an event, or its key where it has none. `links`: to its own page, which is for operators.
+pub fn event_id(event: &LoggedEvent, links: bool) -> Markup {
+    let shown = event.id.clone().unwrap_or_else(|| hex::encode(event.key.0));
+    html! { @if links { a href=(event_address(event)) { (id(&shown)) } } @else { (id(&shown)) } }
+}
+
+/// By its id, which all its renderings share; by its key where the id cannot be asked for.
+pub fn event_address(event: &LoggedEvent) -> String {
+    let by_id = event.id.clone().filter(|id| validate_uid(id).is_ok());
+    address("/ui/event", &[("id", &by_id.unwrap_or_else(|| hex::encode(event.key.0)))])
+}
+
 /// An event: what it is, when it happened, when and how it came. `links`: to its own page, which is for operators.
 pub fn event(event: &LoggedEvent, links: bool) -> Markup {
-    let key = hex::encode(event.key.0);
-    let named = event.id.as_deref().unwrap_or(&key);
     let kind = event.event_type.as_deref().unwrap_or("unreadable");
     html! {
         div.event {
             p.event-name {
                 strong { (quoted(kind)) } " "
-                @if links { a href=(address("/ui/event", &[("id", named)])) { (id(named)) } } @else { (id(named)) }
+                (event_id(event, links))
             }
             dl.facts {
                 @if let Some(created_s) = event.created_s { div { dt { "Happened" } dd { (time_s(created_s)) } } }

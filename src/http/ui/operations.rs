@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::layout::{self, Here};
 use super::session::{Operator, Visitor};
-use super::text::{address, duration, id, quoted, time};
+use super::text::{address, duration, id, marked, quoted, time};
 use crate::domain::invoice::parse_time;
 use crate::flows::doctor::{self, Check, Patient, State};
 use crate::http::AppState;
@@ -83,8 +83,8 @@ fn check_up(check: &Check) -> Markup {
     html! {
         li.(tone) {
             h2 { (check.name) span.badge.(tone) { (layout::sign(sign)) (word) } }
-            p { (quoted(&check.finding)) }
-            @if let Some(cure) = &check.cure { p.cure { strong { "What to do: " } (quoted(cure)) } }
+            p { (marked(&check.finding)) }
+            @if let Some(cure) = &check.cure { p.cure { strong { "What to do: " } (marked(cure)) } }
         }
     }
 }

@@ -56,6 +56,11 @@ pub fn sentence(text: &str) -> Markup {
     }
 }
 
+/// A text of ours in which names stand between backticks.
+pub fn marked(text: &str) -> Markup {
+    html! { @for (at, part) in text.split('`').enumerate() { @if at % 2 == 1 { (id(part)) } @else { (quoted(part)) } } }
+}
+
 /// An amount as a document holds it, with two decimals where these say all.
 pub fn amount(number: &serde_json::Number) -> String {
     let rounded = number.as_f64().map(|amount| (amount, format!("{amount:.2}")));
