@@ -6,6 +6,7 @@
 
 mod support;
 
+mod access;
 mod by_turns;
 mod commands;
 mod copy;
@@ -24,6 +25,7 @@ mod reading;
 mod reconcile;
 mod recordings;
 mod replicas;
+mod schemathesis;
 mod serving;
 mod store;
 mod stories;

@@ -72,6 +72,36 @@ impl World {
         self.run(&[&["keys", "create"], arguments].concat()).with_code(0).stdout.trim().to_owned()
     }
 
+    /// A key of tenant `acme` that opened this path, and has been revoked.
+    pub async fn revoked_key(&self, path: &str) -> String {
+        let ran = self.run(&["keys", "create", "--tenant", "acme"]).with_code(0);
+        let (key, id) = (ran.stdout.trim(), ran.stderr.split_once(':').unwrap().0);
+        self.get(path, key).await.with_status(200);
+        self.run(&["keys", "revoke", id]).with_code(0);
+        self.get(path, key).await.with_error(401, "Unauthorized");
+        key.to_owned()
+    }
+
+    /// A key of tenant `acme` that opened this path to its last moment, and has expired.
+    pub async fn expired_key(&self, path: &str) -> String {
+        let created_before = Clock::system().now_ms();
+        let key = self.key(&["--tenant", "acme", "--expires-in", "2s"]);
+        let created_after = Clock::system().now_ms();
+        loop {
+            let asked = Clock::system().now_ms();
+            let status = self.get(path, &key).await.status;
+            let answered = Clock::system().now_ms();
+            if answered < created_before + 2000 {
+                assert_eq!(status, 200, "{} ms before it expires", created_before + 2000 - answered);
+            }
+            if asked >= created_after + 2000 {
+                assert_eq!(status, 401, "{} ms after it expired", asked - created_after - 2000);
+                return key;
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    }
+
     /// Another server on the same database, as after a restart or beside the first.
     pub fn another_server(&self) -> Server {
         Server::start(&self.database.url)
