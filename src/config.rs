@@ -22,6 +22,7 @@ pub struct Flags {
     pub stripe_api_key: Option<String>,
     pub stripe_api_base: Option<String>,
     pub stripe_api_rate: Option<String>,
+    pub ui: Option<String>,
     pub copy_to: Option<String>,
 }
 
@@ -37,6 +38,8 @@ pub struct Config {
     pub secrets: Option<SigningSecrets>,
     /// None: not configured.
     pub stripe_api: Option<stripe_api::Settings>,
+    /// The pages at `/ui` are served.
+    pub ui: bool,
     /// None: not configured.
     pub copy_to: Option<String>,
 }
@@ -83,6 +86,8 @@ impl Config {
         let max_connections = reader.valid("MAX_CONNECTIONS", parse_connections(max_connections.as_deref()));
         let metrics_addr = reader.setting("METRICS_ADDR", &flags.metrics_addr).filter(|_| serves);
         let metrics_addr = metrics_addr.and_then(|text| reader.valid("METRICS_ADDR", parse_address(&text)));
+        let ui = reader.setting("UI", &flags.ui).filter(|_| serves);
+        let ui = reader.valid("UI", parse_switch(ui.as_deref()));
         let secrets = match purpose {
             Purpose::Signatures | Purpose::Diagnosis => reader.secrets(&flags.stripe_webhook_secret, purpose),
             Purpose::StripeApi | Purpose::Database | Purpose::Copy | Purpose::Healthcheck => None,
@@ -92,10 +97,18 @@ impl Config {
             Purpose::Signatures | Purpose::StripeApi | Purpose::Diagnosis => reader.stripe_api(flags, purpose),
         };
         let copy_to = if purpose == Purpose::Copy { reader.copy_to(flags, &database_url) } else { None };
-        match (telemetry, listen_addr, max_connections) {
-            (Some(telemetry), Some(listen_addr), Some(max_connections)) if mistakes.is_empty() => {
-                Ok(Config { database_url, telemetry, listen_addr, max_connections, metrics_addr, secrets, stripe_api, copy_to })
-            }
+        match (telemetry, listen_addr, max_connections, ui) {
+            (Some(telemetry), Some(listen_addr), Some(max_connections), Some(ui)) if mistakes.is_empty() => Ok(Config {
+                database_url,
+                telemetry,
+                listen_addr,
+                max_connections,
+                metrics_addr,
+                secrets,
+                stripe_api,
+                copy_to,
+                ui,
+            }),
             _ => Err(Mistakes(mistakes)),
         }
     }
@@ -230,6 +243,14 @@ fn parse_format(text: Option<&str>) -> Result<LogFormat, String> {
         Some(other) => Err(format!("must be text or json, not `{other}`")),
         None if std::io::stderr().is_terminal() => Ok(LogFormat::Text),
         None => Ok(LogFormat::Json),
+    }
+}
+
+fn parse_switch(text: Option<&str>) -> Result<bool, String> {
+    match text {
+        Some("on") => Ok(true),
+        Some("off") | None => Ok(false),
+        Some(other) => Err(format!("must be on or off, not `{other}`")),
     }
 }
 

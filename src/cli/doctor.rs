@@ -47,6 +47,7 @@ impl Doctor {
         telemetry::start(config.telemetry);
         let patient = Patient {
             store: Store::connect_to_existing(&config.database_url).await,
+            reconciles: config.stripe_api.is_some(),
             api: config.stripe_api.map(StripeApi::new),
             secret_labels: config.secrets.map(|secrets| secrets.labels().into_iter().map(str::to_owned).collect()),
             clock: Clock::system(),

@@ -12,6 +12,7 @@ use uuid::Uuid;
 
 use super::error::{ApiError, of_status};
 use super::place::Place;
+use super::ui;
 use crate::metrics::Metrics;
 use crate::telemetry;
 
@@ -31,9 +32,15 @@ pub async fn request(State(metrics): State<Arc<Metrics>>, request: Request, next
     let answered = tokio::time::timeout(REQUEST_TIMEOUT, next.run(request)).instrument(span.clone()).await;
     let mut response = answered.unwrap_or_else(|_| too_long(place.as_deref()).into_response());
 
-    let error = response.extensions_mut().remove::<ApiError>().or_else(|| of_status(response.status()));
-    if let Some(error) = &error {
-        error.fill(&mut response, &id);
+    let told = response.extensions_mut().remove::<ApiError>();
+    let is_page = ui::is_page(&route);
+    // A page may say itself what went wrong.
+    let says_itself = is_page && response.headers().contains_key(header::CONTENT_TYPE);
+    let error = told.or_else(|| of_status(response.status()).filter(|_| !says_itself));
+    match &error {
+        error if is_page => ui::finish(&mut response, error.as_ref(), &id),
+        Some(error) => error.fill(&mut response, &id),
+        None => {}
     }
     weaken_etag(&mut response);
     let id = HeaderValue::from_str(&id).expect("a UUID is a header value");

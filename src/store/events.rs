@@ -169,6 +169,14 @@ const PAGE: &str = concat!(
       where (received_ms, key) < ($1, $2) and ($3 is null or event_type = $3) and ($4 is null or outcome = $4)
       order by received_ms desc, key desc limit $5"
 );
+/// The predicate of the partial index, word for word: unreadable events are rare, and the log is long.
+const PAGE_OF_UNREADABLE: &str = concat!(
+    "select ",
+    logged_columns!(),
+    ", telling from events
+      where (received_ms, key) < ($1, $2) and ($3 is null or event_type = $3) and outcome = 'unreadable'
+      order by received_ms desc, key desc limit $4"
+);
 const PAGE_OF_INVOICE: &str = concat!(
     "select ",
     logged_columns!(),
@@ -176,13 +184,6 @@ const PAGE_OF_INVOICE: &str = concat!(
       where (received_ms, key) < ($1, $2) and ($3 is null or event_type = $3) and ($4 is null or outcome = $4)
         and key in (select event_key from mentions where object_id = $6)
       order by received_ms desc, key desc limit $5"
-);
-/// The partial index on what is unreadable, where SQLite only uses it when it is named word for word.
-const PAGE_OF_UNREADABLE: &str = concat!(
-    "select ",
-    logged_columns!(),
-    ", telling from events where outcome = 'unreadable' and (received_ms, key) < ($1, $2)
-      order by received_ms desc, key desc limit $3"
 );
 /// Found by the start of their keys before they are put in order: else PostgreSQL would look for them in the whole log, in order.
 const BY_ID: &str = concat!(
@@ -241,16 +242,17 @@ impl Store {
     ) -> Result<Vec<(LoggedEvent, Option<String>)>, StoreError> {
         let (received_ms, key) = after.unwrap_or(LAST);
         let EventFilter { event_type, stripe_invoice_id, outcome } = filter;
+        let is_unreadable = *outcome == Some(Outcome::Unreadable);
         let (key, outcome, limit) = (&key.0[..], outcome.map(Outcome::as_str), i64::from(limit));
         let mut session = self.session().await?;
-        let rows = match (stripe_invoice_id, event_type) {
-            (Some(id), _) => {
+        let rows = match stripe_invoice_id {
+            Some(id) => {
                 rows!(session, fetch_all, ToldRow, PAGE_OF_INVOICE, received_ms, key, event_type, outcome, limit, id)
             }
-            (None, None) if filter.outcome == Some(Outcome::Unreadable) => {
-                rows!(session, fetch_all, ToldRow, PAGE_OF_UNREADABLE, received_ms, key, limit)
+            None if is_unreadable => {
+                rows!(session, fetch_all, ToldRow, PAGE_OF_UNREADABLE, received_ms, key, event_type, limit)
             }
-            (None, _) => rows!(session, fetch_all, ToldRow, PAGE, received_ms, key, event_type, outcome, limit),
+            None => rows!(session, fetch_all, ToldRow, PAGE, received_ms, key, event_type, outcome, limit),
         }?;
         session.done().await?;
         rows.into_iter().map(told).collect()

@@ -36,4 +36,5 @@ mod stripe_fake;
 mod stripe_fake_checks;
 mod tls;
 mod tracing;
+mod ui;
 mod webhook;
