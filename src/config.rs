@@ -4,12 +4,10 @@
 use std::io::IsTerminal;
 use std::net::{SocketAddr, ToSocketAddrs};
 
-use tracing_subscriber::EnvFilter;
-
 use crate::domain::signature::SigningSecrets;
 use crate::store::Store;
 use crate::stripe_api::{self, ApiKey};
-use crate::telemetry::{self, LogFormat};
+use crate::telemetry::{self, LogFormat, OtlpSettings};
 
 /// What was given on the command line.
 #[derive(Clone, Default)]
@@ -24,13 +22,13 @@ pub struct Flags {
     pub stripe_api_key: Option<String>,
     pub stripe_api_base: Option<String>,
     pub stripe_api_rate: Option<String>,
+    pub ui: Option<String>,
     pub copy_to: Option<String>,
 }
 
 pub struct Config {
     pub database_url: String,
-    pub log_filter: EnvFilter,
-    pub log_format: LogFormat,
+    pub telemetry: telemetry::Settings,
     pub listen_addr: SocketAddr,
     /// Of the main listener, at a time.
     pub max_connections: usize,
@@ -40,6 +38,8 @@ pub struct Config {
     pub secrets: Option<SigningSecrets>,
     /// None: not configured.
     pub stripe_api: Option<stripe_api::Settings>,
+    /// The pages at `/ui` are served.
+    pub ui: bool,
     /// None: not configured.
     pub copy_to: Option<String>,
 }
@@ -57,6 +57,8 @@ pub enum Purpose {
     Database,
     /// Needs a second database, and else as `Database`.
     Copy,
+    /// Needs only the address that `serve` listens on.
+    Healthcheck,
 }
 
 /// Everything that is wrong with the configuration.
@@ -75,37 +77,37 @@ impl Config {
         if let Err(mistake) = Store::check_url(&database_url) {
             reader.mistakes.push(format!("DATABASE_URL: {mistake}"));
         }
-        let log_filter = reader.setting("RUST_LOG", &flags.log_filter).unwrap_or("info".to_owned());
-        let log_filter = reader.valid("RUST_LOG", telemetry::filter(&log_filter));
-        let log_format = reader.setting("LOG_FORMAT", &flags.log_format);
-        let log_format = reader.valid("LOG_FORMAT", parse_format(log_format.as_deref()));
+        let telemetry = reader.telemetry(flags);
         let serves = purpose == Purpose::Signatures;
-        let listen_addr = reader.setting("LISTEN_ADDR", &flags.listen_addr).filter(|_| serves);
+        let listens = serves || purpose == Purpose::Healthcheck;
+        let listen_addr = reader.setting("LISTEN_ADDR", &flags.listen_addr).filter(|_| listens);
         let listen_addr = reader.valid("LISTEN_ADDR", parse_address(listen_addr.as_deref().unwrap_or("127.0.0.1:8080")));
         let max_connections = reader.setting("MAX_CONNECTIONS", &flags.max_connections).filter(|_| serves);
         let max_connections = reader.valid("MAX_CONNECTIONS", parse_connections(max_connections.as_deref()));
         let metrics_addr = reader.setting("METRICS_ADDR", &flags.metrics_addr).filter(|_| serves);
         let metrics_addr = metrics_addr.and_then(|text| reader.valid("METRICS_ADDR", parse_address(&text)));
+        let ui = reader.setting("UI", &flags.ui).filter(|_| serves);
+        let ui = reader.valid("UI", parse_switch(ui.as_deref()));
         let secrets = match purpose {
             Purpose::Signatures | Purpose::Diagnosis => reader.secrets(&flags.stripe_webhook_secret, purpose),
-            Purpose::StripeApi | Purpose::Database | Purpose::Copy => None,
+            Purpose::StripeApi | Purpose::Database | Purpose::Copy | Purpose::Healthcheck => None,
         };
         let stripe_api = match purpose {
-            Purpose::Database | Purpose::Copy => None,
+            Purpose::Database | Purpose::Copy | Purpose::Healthcheck => None,
             Purpose::Signatures | Purpose::StripeApi | Purpose::Diagnosis => reader.stripe_api(flags, purpose),
         };
         let copy_to = if purpose == Purpose::Copy { reader.copy_to(flags, &database_url) } else { None };
-        match (log_filter, log_format, listen_addr, max_connections) {
-            (Some(log_filter), Some(log_format), Some(listen_addr), Some(max_connections)) if mistakes.is_empty() => Ok(Config {
+        match (telemetry, listen_addr, max_connections, ui) {
+            (Some(telemetry), Some(listen_addr), Some(max_connections), Some(ui)) if mistakes.is_empty() => Ok(Config {
                 database_url,
-                log_filter,
-                log_format,
+                telemetry,
                 listen_addr,
                 max_connections,
                 metrics_addr,
                 secrets,
                 stripe_api,
                 copy_to,
+                ui,
             }),
             _ => Err(Mistakes(mistakes)),
         }
@@ -150,6 +152,33 @@ impl Reader<'_> {
                 None
             }
         }
+    }
+
+    fn telemetry(&mut self, flags: &Flags) -> Option<telemetry::Settings> {
+        let filter = self.setting("RUST_LOG", &flags.log_filter).unwrap_or("info".to_owned());
+        let filter = self.valid("RUST_LOG", telemetry::filter(&filter));
+        let format = self.setting("LOG_FORMAT", &flags.log_format);
+        let format = self.valid("LOG_FORMAT", parse_format(format.as_deref()));
+        let before = self.mistakes.len();
+        let otlp = self.otlp();
+        (self.mistakes.len() == before).then_some(())?;
+        Some(telemetry::Settings { filter: filter?, format: format?, otlp })
+    }
+
+    /// OpenTelemetry's own variables, which have no flags. None: no collector, or a mistake.
+    fn otlp(&mut self) -> Option<OtlpSettings> {
+        let endpoint = self.setting("OTEL_EXPORTER_OTLP_ENDPOINT", &None)?;
+        let protocol = self.setting("OTEL_EXPORTER_OTLP_PROTOCOL", &None).unwrap_or("http/protobuf".to_owned());
+        let headers = self.setting("OTEL_EXPORTER_OTLP_HEADERS", &None).unwrap_or_default();
+        let service_name = self.setting("OTEL_SERVICE_NAME", &None).unwrap_or("stripe-reconciler".to_owned());
+        let (sampler, ratio) = (self.setting("OTEL_TRACES_SAMPLER", &None), self.setting("OTEL_TRACES_SAMPLER_ARG", &None));
+        let endpoint = self.valid("OTEL_EXPORTER_OTLP_ENDPOINT", OtlpSettings::parse_endpoint(&endpoint));
+        let protocol = self.valid("OTEL_EXPORTER_OTLP_PROTOCOL", OtlpSettings::check_protocol(&protocol));
+        let headers = self.valid("OTEL_EXPORTER_OTLP_HEADERS", OtlpSettings::parse_headers(&headers));
+        let sampler = OtlpSettings::parse_sampler(sampler.as_deref(), ratio.as_deref());
+        let sampler = self.valid("OTEL_TRACES_SAMPLER", sampler);
+        protocol?;
+        Some(OtlpSettings { endpoint: endpoint?, headers: headers?, service_name, sampler: sampler? })
     }
 
     fn valid<T>(&mut self, name: &str, value: Result<T, String>) -> Option<T> {
@@ -214,6 +243,14 @@ fn parse_format(text: Option<&str>) -> Result<LogFormat, String> {
         Some(other) => Err(format!("must be text or json, not `{other}`")),
         None if std::io::stderr().is_terminal() => Ok(LogFormat::Text),
         None => Ok(LogFormat::Json),
+    }
+}
+
+fn parse_switch(text: Option<&str>) -> Result<bool, String> {
+    match text {
+        Some("on") => Ok(true),
+        Some("off") | None => Ok(false),
+        Some(other) => Err(format!("must be on or off, not `{other}`")),
     }
 }
 

@@ -8,6 +8,8 @@ use std::time::Instant;
 
 use tokio::sync::{Mutex, mpsc, oneshot};
 use tokio::task::JoinSet;
+use tracing::{Instrument, Level, Span};
+use uuid::Uuid;
 
 use crate::metrics::Metrics;
 use crate::store::{Appended, NewEvent, Store, StoreError};
@@ -39,7 +41,13 @@ pub enum InboxError {
 
 struct Waiting {
     event: NewEvent,
+    caller: Caller,
+}
+
+struct Caller {
     answer: oneshot::Sender<Result<Appended, InboxError>>,
+    /// What it is in the middle of. None where nobody follows single deliveries.
+    span: Span,
 }
 
 impl Inbox {
@@ -57,7 +65,8 @@ impl Inbox {
     /// See [`InboxError`]: nothing is promised then.
     pub async fn append(&self, event: NewEvent) -> Result<Appended, InboxError> {
         let (answer, answered) = oneshot::channel();
-        self.queue.try_send(Waiting { event, answer }).map_err(|error| match error {
+        let span = if tracing::enabled!(Level::DEBUG) { Span::current() } else { Span::none() };
+        self.queue.try_send(Waiting { event, caller: Caller { answer, span } }).map_err(|error| match error {
             mpsc::error::TrySendError::Full(_) => InboxError::Full,
             mpsc::error::TrySendError::Closed(_) => InboxError::Closed,
         })?;
@@ -89,17 +98,18 @@ async fn write(store: Store, waiting: Arc<Mutex<mpsc::Receiver<Waiting>>>, metri
             return;
         }
         // Who was told meanwhile to come again will come again.
-        let waiting = batch.drain(..).filter(|waiting| !waiting.answer.is_closed());
-        let (events, callers): (Vec<NewEvent>, Vec<_>) = waiting.map(|waiting| (waiting.event, waiting.answer)).unzip();
+        let waiting = batch.drain(..).filter(|waiting| !waiting.caller.answer.is_closed());
+        let (events, callers): (Vec<NewEvent>, Vec<_>) = waiting.map(|waiting| (waiting.event, waiting.caller)).unzip();
         if events.is_empty() {
             continue;
         }
-        let started = Instant::now();
-        let appended = store.append(&events).await;
+        let (started, span) = (Instant::now(), batch_span(&callers));
+        let appended = store.append(&events).instrument(span.clone()).await;
         match &appended {
             Ok(_) => metrics.committed(events.len(), started.elapsed()),
             Err(_) => metrics.commit_failed(),
         }
+        span.in_scope(|| tracing::debug!(duration_ms = started.elapsed().as_millis() as u64, ok = appended.is_ok(), "commit"));
         let answers = match appended {
             Ok(answers) => answers.into_iter().map(Ok).collect(),
             Err(StoreError::Refused(_)) if events.len() > 1 => one_by_one(&store, &events).await,
@@ -107,9 +117,23 @@ async fn write(store: Store, waiting: Arc<Mutex<mpsc::Receiver<Waiting>>>, metri
         };
         for (caller, answer) in callers.into_iter().zip(answers) {
             // A caller that went away does not mind.
-            let _ = caller.send(answer);
+            let _ = caller.answer.send(answer);
         }
     }
+}
+
+/// For who follows a delivery from its request to its commit: either names the other.
+fn batch_span(callers: &[Caller]) -> Span {
+    if !tracing::enabled!(Level::DEBUG) {
+        return Span::none();
+    }
+    let id = Uuid::now_v7().to_string();
+    let span = tracing::debug_span!(parent: None, "batch", batch.id = id, batch.size = callers.len());
+    for caller in callers {
+        caller.span.record("batch.id", &id);
+        span.follows_from(&caller.span);
+    }
+    span
 }
 
 /// One that the database refuses must not take the others with it.

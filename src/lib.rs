@@ -12,14 +12,14 @@
 //! | --- | --- | --- |
 //! | [`domain`] | pure: signature, reading an event, facts, history, messages, the invoice document | everybody |
 //! | [`clock`] | the only caller of the system time | everybody but `domain` |
-//! | [`transport`] | HTTP as a client: pooled, limited | `stripe_api`, `flows`, `cli` |
+//! | [`transport`] | HTTP as a client: pooled, limited | `stripe_api`, `flows`, `telemetry`, `cli` |
 //! | [`stripe_api`] | the only async-stripe: what Stripe's API answers, within a budget of calls | `flows`, `config` (is this a key?), `cli` |
 //! | [`store`] | the only SQL | `inbox`, `flows`, `http`, `config` (is this a database URL?), `cli` |
 //! | [`metrics`] | what is counted and measured, by which names | `inbox`, `flows`, `http`, `cli` |
 //! | [`inbox`] | group commit: many deliveries, one durable transaction | `flows`, `http`, `cli` |
 //! | [`flows`] | one path per file: ingest, replay, rebuild, import, reconcile, copy, evidence, signs, doctor | `http`, `cli` |
 //! | [`http`] | the only axum: webhook endpoint, read endpoint, operator's calls | `cli` |
-//! | [`telemetry`] | logs | `config`, `cli` |
+//! | [`telemetry`] | logs, and traces for a collector | `http`, `config`, `cli` |
 //! | [`config`] | settings and secrets | `cli` |
 //! | [`cli`] | one file per command | `main` |
 //!

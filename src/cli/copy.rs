@@ -40,7 +40,7 @@ impl Copy {
     pub(super) async fn run(self, settings: Settings) -> anyhow::Result<Exit> {
         let mut config = Config::load(&Flags { copy_to: self.to.clone(), ..settings.flags() }, Purpose::Copy)?;
         let to = config.copy_to.take().unwrap_or_default();
-        telemetry::start(config.log_filter, config.log_format);
+        telemetry::start(config.telemetry);
         let source = opened("DATABASE_URL", Store::connect_to_existing(&config.database_url).await).await?;
         let target = opened("COPY_TO", Store::connect(&to).await).await?;
         let (report, took) = copy(&source, &target).await.map_err(|error| match error {

@@ -21,7 +21,7 @@ use crate::domain::signature::SigningSecrets;
 use crate::flows::ingest::Outcome;
 use crate::flows::invoices::new_invoice;
 use crate::flows::replay::Endpoint;
-use crate::http;
+use crate::http::{self, Ui};
 use crate::store::{Scope, Store};
 use crate::transport::Transport;
 
@@ -170,8 +170,15 @@ impl Stage {
         let listener = http::listen(([127, 0, 0, 1], 0).into())?;
         let base = format!("http://{}", listener.local_addr()?);
         let stop = CancellationToken::new();
-        let service =
-            Service { listener, connections: CONNECTIONS, metrics: None, store: store.clone(), secrets: secrets()?, api: None };
+        let service = Service {
+            listener,
+            connections: CONNECTIONS,
+            metrics: None,
+            store: store.clone(),
+            secrets: secrets()?,
+            api: None,
+            ui: Ui::Shown,
+        };
         let server = tokio::spawn(serve(service, stop.clone()));
         let endpoint = Endpoint::new(format!("{base}/webhooks/stripe"), secrets()?, Clock::system());
         let transport = Transport::new(Duration::from_secs(10), 1024 * 1024);
@@ -242,7 +249,11 @@ impl Stage {
         let database = database_url(&self.folder);
         output::line(format!(
             "
-It keeps running until Ctrl-C. Things to try in another terminal:
+It keeps running until Ctrl-C. Pages to look at, in a browser: {base}/ui
+  sign in with the operator's key  {operator_key}
+  or with the key of tenant {TENANT}  {tenant_key}
+
+Things to try in another terminal:
 
   export DATABASE_URL={database}
   curl -H 'ApiKey: {tenant_key}' {url}

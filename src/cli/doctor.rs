@@ -44,9 +44,10 @@ impl Doctor {
         let flags =
             Flags { stripe_webhook_secret: self.stripe_webhook_secret.clone(), ..self.stripe.clone().fill(settings.flags()) };
         let config = Config::load(&flags, Purpose::Diagnosis)?;
-        telemetry::start(config.log_filter, config.log_format);
+        telemetry::start(config.telemetry);
         let patient = Patient {
             store: Store::connect_to_existing(&config.database_url).await,
+            reconciles: config.stripe_api.is_some(),
             api: config.stripe_api.map(StripeApi::new),
             secret_labels: config.secrets.map(|secrets| secrets.labels().into_iter().map(str::to_owned).collect()),
             clock: Clock::system(),

@@ -1,6 +1,7 @@
 //! `migrate`: brings the database to what this version needs, and stops.
 
 use clap::Args;
+use serde_json::json;
 
 use super::{Exit, Settings, output};
 use crate::config::{Config, Purpose};
@@ -10,21 +11,26 @@ use crate::telemetry;
 /// Apply migrations and stop (`serve` does it by itself)
 #[derive(Args)]
 #[command(after_help = "Example:\n  stripe-reconciler migrate --database-url sqlite:///var/lib/stripe-reconciler/db")]
-pub struct Migrate {}
+pub struct Migrate {
+    /// Print the names of what was applied as JSON
+    #[arg(long)]
+    json: bool,
+}
 
 impl Migrate {
     pub(super) async fn run(self, settings: Settings) -> anyhow::Result<Exit> {
         let config = Config::load(&settings.flags(), Purpose::Database)?;
-        telemetry::start(config.log_filter, config.log_format);
+        telemetry::start(config.telemetry);
         let store = Store::connect(&config.database_url).await?;
         let applied = store.migrate().await?;
-        for name in &applied {
-            output::line(format!("applied {name}"))?;
-        }
-        if applied.is_empty() {
-            output::line("nothing to apply")?;
-        }
         store.close().await;
+        if self.json {
+            output::line(json!({"applied": applied}))?;
+        } else if applied.is_empty() {
+            output::line("nothing to apply")?;
+        } else {
+            output::line(applied.iter().map(|name| format!("applied {name}")).collect::<Vec<_>>().join("\n"))?;
+        }
         Ok(Exit::Done)
     }
 }

@@ -4,8 +4,10 @@ mod copy;
 mod demo;
 mod doctor;
 mod events;
+mod healthcheck;
 mod invoices;
 mod keys;
+mod manual;
 mod migrate;
 mod openapi;
 mod output;
@@ -81,6 +83,9 @@ enum Command {
     Copy(copy::Copy),
     Doctor(doctor::Doctor),
     Migrate(migrate::Migrate),
+    Healthcheck(healthcheck::Healthcheck),
+    Completions(manual::Completions),
+    Man(manual::Man),
     #[command(name = "openapi")]
     OpenApi(openapi::OpenApi),
 }
@@ -105,7 +110,7 @@ impl From<Exit> for ExitCode {
 
 pub async fn run(arguments: Arguments) -> anyhow::Result<Exit> {
     let settings = arguments.settings;
-    match arguments.command {
+    let ended = match arguments.command {
         Command::Serve(command) => command.run(settings).await,
         Command::Demo(command) => command.run(settings).await,
         Command::Invoices(command) => command.run(settings).await,
@@ -118,8 +123,13 @@ pub async fn run(arguments: Arguments) -> anyhow::Result<Exit> {
         Command::Copy(command) => command.run(settings).await,
         Command::Doctor(command) => command.run(settings).await,
         Command::Migrate(command) => command.run(settings).await,
+        Command::Healthcheck(command) => command.run(settings).await,
+        Command::Completions(command) => command.run(),
+        Command::Man(command) => command.run(),
         Command::OpenApi(command) => command.run(),
-    }
+    };
+    telemetry::finish().await;
+    ended
 }
 
 /// Says why a command failed, and with which code the program ends.
@@ -169,7 +179,7 @@ enum Access {
 
 /// Starts logging, and opens the database, migrated.
 async fn open(config: Config, access: Access) -> anyhow::Result<Store> {
-    telemetry::start(config.log_filter, config.log_format);
+    telemetry::start(config.telemetry);
     let store = Store::connect(&config.database_url).await?;
     store.migrate().await?;
     if access == Access::Writes {

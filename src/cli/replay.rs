@@ -97,7 +97,7 @@ fn endpoint(url: String, flags: &Flags, clock: &Clock) -> anyhow::Result<Endpoin
         return Err(Mistakes(vec![format!("--to: `{url}` is no URL such as http://127.0.0.1:8080/webhooks/stripe")]).into());
     }
     let config = Config::load(flags, Purpose::Signatures)?;
-    crate::telemetry::start(config.log_filter, config.log_format);
+    crate::telemetry::start(config.telemetry);
     Ok(Endpoint::new(url, config.secrets.context("checked with the configuration")?, clock.clone()))
 }
 

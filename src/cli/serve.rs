@@ -18,7 +18,7 @@ use crate::clock::Clock;
 use crate::config::{Config, Flags, Mistakes, Purpose};
 use crate::domain::signature::SigningSecrets;
 use crate::flows::reconcile::{self, Tools};
-use crate::http::{self, AppState, MetricsAt};
+use crate::http::{self, AppState, MetricsAt, Ui};
 use crate::inbox::Inbox;
 use crate::metrics::Metrics;
 use crate::store::Store;
@@ -39,6 +39,7 @@ const FINISH: Duration = Duration::from_secs(10);
   STRIPE_WEBHOOK_SECRET_FILE=/run/secrets/stripe stripe-reconciler serve
   STRIPE_API_KEY=rk_live_... STRIPE_WEBHOOK_SECRET=whsec_... stripe-reconciler serve     and finds what no webhook told
   STRIPE_WEBHOOK_SECRET=whsec_... stripe-reconciler serve --metrics-addr 10.0.0.5:9464
+  STRIPE_WEBHOOK_SECRET=whsec_... stripe-reconciler serve --ui                           and shows pages at /ui
 
 The first line on standard output says where it listens, once it is ready. Logs go to standard error.")]
 pub struct Serve {
@@ -56,18 +57,24 @@ pub struct Serve {
     /// [env: STRIPE_WEBHOOK_SECRET, better: a flag can be seen in the list of processes]
     #[arg(long, value_name = "SECRETS")]
     stripe_webhook_secret: Option<String>,
+    /// Show pages for a person at /ui, signed in with an API key [env: UI=on] [default: off]
+    #[arg(long)]
+    ui: bool,
     #[command(flatten)]
     stripe: StripeFlags,
 }
 
 impl Serve {
     pub(super) async fn run(self, settings: Settings) -> anyhow::Result<Exit> {
-        let Serve { listen_addr, max_connections, metrics_addr, stripe_webhook_secret, stripe } = self;
-        let flags = Flags { listen_addr, max_connections, metrics_addr, stripe_webhook_secret, ..stripe.fill(settings.flags()) };
+        let Serve { listen_addr, max_connections, metrics_addr, stripe_webhook_secret, ui, stripe } = self;
+        let ui = ui.then(|| "on".to_owned());
+        let flags =
+            Flags { listen_addr, max_connections, metrics_addr, stripe_webhook_secret, ui, ..stripe.fill(settings.flags()) };
         let mut config = Config::load(&flags, Purpose::Signatures)?;
         let secrets = config.secrets.take().context("checked with the configuration")?;
         let api = config.stripe_api.take().map(StripeApi::new);
         let (address, metrics_address, max_connections) = (config.listen_addr, config.metrics_addr, config.max_connections);
+        let ui = if config.ui { Ui::Shown } else { Ui::Absent };
         let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
         let store = open(config, Access::Writes).await?;
         let connections = allowed_connections(max_connections);
@@ -87,7 +94,7 @@ impl Serve {
             tracing::warn!("stopping at once");
             std::process::exit(130);
         });
-        serve(Service { listener, connections, metrics, store, secrets, api }, stopping).await;
+        serve(Service { listener, connections, metrics, store, secrets, api, ui }, stopping).await;
         tracing::info!("stopped");
         Ok(Exit::Done)
     }
@@ -126,11 +133,12 @@ pub(super) struct Service {
     pub secrets: SigningSecrets,
     /// None: it does not reconcile.
     pub api: Option<StripeApi>,
+    pub ui: Ui,
 }
 
 /// The whole service, until it is told to stop: then it drains, and closes the store.
 pub(super) async fn serve(service: Service, stopping: CancellationToken) {
-    let Service { listener, connections, metrics: metrics_listener, store, secrets, api } = service;
+    let Service { listener, connections, metrics: metrics_listener, store, secrets, api, ui } = service;
     let metrics: Arc<Metrics> = Arc::default();
     let (inbox, writer) = Inbox::start(store.clone(), metrics.clone());
     metrics.reconcile.enabled.set(i64::from(api.is_some()));
@@ -149,7 +157,7 @@ pub(super) async fn serve(service: Service, stopping: CancellationToken) {
         }
         None => MetricsAt::MainListener,
     };
-    http::serve(listener, http::router(state, metrics_at), connections, stopping).await;
+    http::serve(listener, http::router(state, metrics_at, ui), connections, stopping).await;
     while let Some(ended) = beside.join_next().await {
         if let Err(error) = ended {
             tracing::error!(%error, "a worker ended badly");

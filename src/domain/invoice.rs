@@ -124,6 +124,13 @@ const FIRST_MS: i64 = -62_135_596_800_000;
 /// The end of jiff's range, in the last days of 9999.
 const LAST_MS: i64 = super::event::LAST_SECOND * 1000;
 
+/// `2026-01-31 09:15:00 UTC`: the same for a person.
+pub fn readable(ms: i64) -> String {
+    let text = timestamp(ms);
+    let (date, time) = text.split_once('T').unwrap_or_default();
+    format!("{date} {} UTC", time.split('.').next().unwrap_or_default())
+}
+
 /// The states that are right in their form; what is wrong with the others has been noted.
 fn imported(states: Option<Value>, faults: &mut Vec<Fault>) -> Vec<ImportedState> {
     let Some(Value::Array(states)) = states else { return Vec::new() };

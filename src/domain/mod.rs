@@ -13,6 +13,7 @@ pub mod money;
 pub mod object;
 mod redact;
 mod returned;
+pub mod session;
 mod shape;
 pub mod signature;
 pub mod silence;

@@ -97,6 +97,11 @@ impl SigningSecrets {
         self.0.iter().map(|s| s.label.as_str()).collect()
     }
 
+    /// What each secret makes of a message that is not a delivery: it must not begin with a number, as what Stripe signs does.
+    pub fn tags(&self, message: &[u8]) -> Vec<[u8; 32]> {
+        self.0.iter().map(|secret| secret.mac.clone().chain_update(message).finalize().into_bytes().into()).collect()
+    }
+
     /// Begins to verify a body, which may come in parts.
     pub fn verifier<'s, 'h>(&'s self, header: &'h SignatureHeader) -> Verifier<'s, 'h> {
         Verifier { header, signers: self.0.iter().map(|secret| (secret, secret.begin(header.timestamp))).collect() }

@@ -13,8 +13,6 @@ use crate::store::{EventFilter, LoggedEvent, Outcome, Store, StoreError, StoredB
 const READ: u32 = 1_000;
 /// Events that one page looks through at most for them.
 const SCANNED: usize = 50_000;
-/// Bodies read at a time.
-const BODIES_READ: u32 = 4;
 /// Renderings in one page at most. Stripe's own ids have a few; those of test payloads may be shared by many events.
 const RENDERINGS: usize = 100;
 /// A page ends after so many bytes of bodies.
@@ -141,22 +139,23 @@ pub struct Renderings {
 /// All renderings of an event, oldest receipt first, by its id; or the one that has this key, in hexadecimal digits: by it what
 /// is unreadable and has no id can be looked at. More than [`RENDERINGS`] or [`BYTES`] come in pages.
 pub async fn renderings(store: &Store, id: &str, after: Option<Cursor>) -> Result<Renderings, StoreError> {
-    let mut found: Vec<StoredBody> = Vec::new();
-    let (mut last, mut bytes) = (after, 0);
-    while found.len() < RENDERINGS && bytes < BYTES {
-        let batch = store.events_by_id(id, last.map(|Cursor(received_ms, key)| (received_ms, key)), BODIES_READ).await?;
-        let is_last = batch.len() < BODIES_READ as usize;
-        last = batch.last().map(|stored| Cursor::at(&stored.logged)).or(last);
-        bytes += batch.iter().filter_map(|stored| stored.body.as_ref()).map(Vec::len).sum::<usize>();
-        found.extend(batch);
-        if is_last {
-            if found.is_empty() && after.is_none() {
-                found.extend(by_key(store, id).await?);
-            }
-            return Ok(Renderings { renderings: found, next: None });
-        }
+    let after_row = after.map(|Cursor(received_ms, key)| (received_ms, key));
+    let listed = store.events_by_id(id, after_row, RENDERINGS as u32 + 1).await?;
+    if listed.is_empty() && after.is_none() {
+        return Ok(Renderings { renderings: by_key(store, id).await?.into_iter().collect(), next: None });
     }
-    Ok(Renderings { renderings: found, next: last })
+    let (mut renderings, mut bytes, mut last) = (Vec::new(), 0, None);
+    for event in &listed {
+        if renderings.len() == RENDERINGS || bytes >= BYTES {
+            return Ok(Renderings { renderings, next: last });
+        }
+        last = Some(Cursor::at(event));
+        // One at a time: each may have a mebibyte. One that `rebuild` has just replaced comes back under its new key.
+        let stored = store.event_by_key(&event.key).await?;
+        bytes += stored.as_ref().and_then(|stored| stored.body.as_ref()).map_or(0, Vec::len);
+        renderings.extend(stored);
+    }
+    Ok(Renderings { renderings, next: None })
 }
 
 async fn by_key(store: &Store, text: &str) -> Result<Option<StoredBody>, StoreError> {

@@ -10,12 +10,12 @@ use std::collections::{HashMap, HashSet};
 use serde_json::{Value, json};
 
 use super::invoices::{imported_states, read_tellings};
-use crate::domain::event::EventKey;
+use crate::domain::event::{EventKey, Telling};
 use crate::domain::history::{Known, fold, lacks_reason};
 use crate::domain::invoice::{State, parse_time, timestamp};
 use crate::domain::links::Links;
 use crate::domain::object::Object;
-use crate::store::{AskedAbout, Comparison, LoggedEvent, Store, StoreError};
+use crate::store::{AskedAbout, Comparison, LoggedEvent, Store, StoreError, StoredInvoice};
 
 /// Times in Unix milliseconds.
 #[derive(Clone, Debug)]
@@ -34,8 +34,24 @@ pub struct Evidence {
     /// When the latest event about this invoice was received.
     pub last_event_ms: Option<i64>,
     pub missing: Vec<Missing>,
+    pub at_stripe: AtStripe,
     /// In the order of the history.
     pub entries: Vec<Proven>,
+}
+
+/// What Stripe last said of the invoice itself.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct AtStripe {
+    pub number: Option<String>,
+    pub currency: Option<String>,
+    /// In minor units, as the next.
+    pub amount_due: Option<i64>,
+    pub amount_paid: Option<i64>,
+    /// Unix seconds.
+    pub due_s: Option<i64>,
+    pub livemode: Option<bool>,
+    /// The connected account.
+    pub account: Option<String>,
 }
 
 /// An entry of the history, with its proofs.
@@ -74,8 +90,15 @@ pub async fn gather(
     invoice_uid: &str,
     as_of_ms: Option<i64>,
 ) -> Result<Option<Evidence>, StoreError> {
-    let Some(invoice) = store.invoice(tenant_uid, invoice_uid).await? else { return Ok(None) };
-    let comparison = store.comparison(tenant_uid, invoice_uid).await?.unwrap_or_default();
+    match store.invoice(tenant_uid, invoice_uid).await? {
+        Some(invoice) => of(store, invoice, as_of_ms).await.map(Some),
+        None => Ok(None),
+    }
+}
+
+/// The same, of an invoice that was read.
+pub async fn of(store: &Store, invoice: StoredInvoice, as_of_ms: Option<i64>) -> Result<Evidence, StoreError> {
+    let comparison = store.comparison(&invoice.tenant_uid, &invoice.invoice_uid).await?.unwrap_or_default();
     let until_ms = as_of_ms.unwrap_or(i64::MAX);
     let told = read_tellings(&invoice.tellings)?;
     let keys: Vec<EventKey> = told.iter().map(|known| known.key).collect();
@@ -103,18 +126,41 @@ pub async fn gather(
     let asked = store.asked_about(&thin).await?;
     let mut missing = unfetched(&own, &told, &events, &asked, until_ms);
     missing.extend(stripe_invoice_id.and_then(|id| unexplained(id, &known, &comparison)));
-    Ok(Some(Evidence {
+    Ok(Evidence {
         as_of_ms,
         stored_ms: invoice.stored_ms,
         confirmed_ms: comparison.confirmed_ms.filter(|ms| *ms <= until_ms),
         differs_since_ms: comparison.differs_since_ms.filter(|ms| *ms <= until_ms),
         last_event_ms: received.map(|event| event.received_ms).max(),
         missing,
+        at_stripe: at_stripe(&own),
         entries,
         tenant_uid: invoice.tenant_uid,
         invoice_uid: invoice.invoice_uid,
         stripe_invoice_id: invoice.stripe_invoice_id,
-    }))
+    })
+}
+
+/// What the newest that says it says.
+fn at_stripe(own: &[&Known]) -> AtStripe {
+    let mut told: Vec<&Telling> = own.iter().map(|known| &known.telling).collect();
+    told.sort_by_key(|telling| std::cmp::Reverse(telling.created));
+    let snapshots = || told.iter().filter(|telling| !telling.thin);
+    let invoices = || {
+        snapshots().filter_map(|telling| match &telling.object {
+            Object::Invoice(invoice) => Some(invoice),
+            _ => None,
+        })
+    };
+    AtStripe {
+        number: invoices().find_map(|invoice| invoice.number.clone()),
+        currency: invoices().find_map(|invoice| invoice.currency.clone()),
+        amount_due: invoices().find_map(|invoice| invoice.amount_due),
+        amount_paid: invoices().find_map(|invoice| invoice.amount_paid),
+        due_s: invoices().find_map(|invoice| invoice.due_date),
+        livemode: told.iter().find_map(|telling| telling.livemode),
+        account: told.iter().find_map(|telling| telling.account.clone()),
+    }
 }
 
 /// Thin events whose object is not fetched yet. `told` is what is known now: what was fetched later was missing then.

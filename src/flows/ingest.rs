@@ -1,6 +1,7 @@
 //! A delivery, from its bytes to the disk: read, decide what it tells, append. The one door for webhook, replay and API.
 
 use bytes::Bytes;
+use tracing::{Instrument, field};
 
 use crate::domain::{
     event::{self, Reading},
@@ -87,7 +88,8 @@ pub fn prepare(delivery: Delivery) -> NewEvent {
 /// # Errors
 /// The queue is full or closed, or the store cannot be reached: nothing is promised, Stripe delivers again.
 pub async fn ingest(inbox: &Inbox, delivery: Delivery) -> Result<Outcome, InboxError> {
-    keep(inbox, prepare(delivery)).await
+    let event = tracing::debug_span!("read", bytes = delivery.body.len()).in_scope(|| prepare(delivery));
+    keep(inbox, event).await
 }
 
 /// As [`ingest`], for who had to look at it first.
@@ -97,8 +99,20 @@ pub async fn keep(inbox: &Inbox, event: NewEvent) -> Result<Outcome, InboxError>
         store::Outcome::NoPaymentFact => Outcome::NoPaymentFact,
         store::Outcome::Unreadable => Outcome::Unreadable,
     };
-    Ok(match inbox.append(event).await? {
-        Appended::New => outcome,
-        Appended::Duplicate => Outcome::Duplicate,
-    })
+    // The inbox says which batch it is in.
+    let span = tracing::debug_span!(
+        "keep",
+        event.id = event.id.as_deref(),
+        event.type = event.event_type.as_deref(),
+        batch.id = field::Empty
+    );
+    let keeping = async {
+        let outcome = match inbox.append(event).await? {
+            Appended::New => outcome,
+            Appended::Duplicate => Outcome::Duplicate,
+        };
+        tracing::debug!(outcome = outcome.as_str(), "durable");
+        Ok(outcome)
+    };
+    keeping.instrument(span).await
 }

@@ -129,6 +129,28 @@ impl StateFilter {
     }
 }
 
+/// What a search found.
+pub struct Found {
+    pub invoices: Vec<StoredInvoice>,
+    /// More are there; who looks for them types more.
+    pub has_more: bool,
+}
+
+/// The invoices that a person means: by Stripe's id, or by the uid or the beginning of it; of one tenant or of all.
+pub async fn find(store: &Store, tenant_uid: Option<&str>, sought: &str, limit: usize) -> Result<Found, StoreError> {
+    if invoice::validate_uid(sought).is_err() {
+        return Ok(Found { invoices: Vec::new(), has_more: false });
+    }
+    let mut invoices = store.invoices_page(tenant_uid, Some(sought), None, 1).await?;
+    let by_uid = store.invoices_by_uid(tenant_uid, sought, limit as u32 + 1).await?;
+    let names = |invoice: &StoredInvoice| (invoice.tenant_uid.clone(), invoice.invoice_uid.clone());
+    let by_stripe = invoices.first().map(names);
+    invoices.extend(by_uid.into_iter().filter(|invoice| Some(names(invoice)) != by_stripe));
+    let has_more = invoices.len() > limit;
+    invoices.truncate(limit);
+    Ok(Found { invoices, has_more })
+}
+
 pub struct PageRequest {
     /// None: all tenants.
     pub tenant_uid: Option<String>,

@@ -12,3 +12,4 @@ pub mod rebuild;
 pub mod reconcile;
 pub mod replay;
 pub mod signs;
+pub mod verdict;

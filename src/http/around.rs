@@ -4,15 +4,17 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::extract::{MatchedPath, Request, State};
-use axum::http::{HeaderName, HeaderValue, Method, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use tracing::Instrument;
+use tracing::{Instrument, Level, Span, field};
 use uuid::Uuid;
 
 use super::error::{ApiError, of_status};
 use super::place::Place;
+use super::ui;
 use crate::metrics::Metrics;
+use crate::telemetry;
 
 /// How long a request may take, its body included.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(15);
@@ -26,13 +28,19 @@ pub async fn request(State(metrics): State<Arc<Metrics>>, request: Request, next
     // The pattern: a path may hold what does not belong into a log.
     let route = request.extensions().get::<MatchedPath>().map_or("none", MatchedPath::as_str).to_owned();
     let place = request.extensions().get::<Arc<Place>>().cloned();
-    let span = tracing::info_span!("request", request.id = %id);
+    let span = span(&id, &method, &route, request.headers());
     let answered = tokio::time::timeout(REQUEST_TIMEOUT, next.run(request)).instrument(span.clone()).await;
     let mut response = answered.unwrap_or_else(|_| too_long(place.as_deref()).into_response());
 
-    let error = response.extensions_mut().remove::<ApiError>().or_else(|| of_status(response.status()));
-    if let Some(error) = &error {
-        error.fill(&mut response, &id);
+    let told = response.extensions_mut().remove::<ApiError>();
+    let is_page = ui::is_page(&route);
+    // A page may say itself what went wrong.
+    let says_itself = is_page && response.headers().contains_key(header::CONTENT_TYPE);
+    let error = told.or_else(|| of_status(response.status()).filter(|_| !says_itself));
+    match &error {
+        error if is_page => ui::finish(&mut response, error.as_ref(), &id),
+        Some(error) => error.fill(&mut response, &id),
+        None => {}
     }
     weaken_etag(&mut response);
     let id = HeaderValue::from_str(&id).expect("a UUID is a header value");
@@ -43,6 +51,10 @@ pub async fn request(State(metrics): State<Arc<Metrics>>, request: Request, next
         metrics.read(&route, response.status().as_str(), started.elapsed());
     }
     let duration_ms = started.elapsed().as_millis() as u64;
+    span.record("http.response.status_code", status);
+    if response.status().is_server_error() {
+        span.record("otel.status_code", "ERROR");
+    }
     let _entered = span.enter();
     match error.as_ref().and_then(ApiError::reason) {
         Some(reason) => tracing::error!(%method, route, status, duration_ms, reason, "request failed"),
@@ -50,6 +62,25 @@ pub async fn request(State(metrics): State<Arc<Metrics>>, request: Request, next
         None => tracing::debug!(%method, route, status, duration_ms, "request"),
     }
     response
+}
+
+/// What a collector wants to know of a request costs more than a delivery does: without one, the id will do.
+fn span(id: &str, method: &Method, route: &str, headers: &HeaderMap) -> Span {
+    if !tracing::enabled!(Level::DEBUG) {
+        return tracing::info_span!("request", request.id = id);
+    }
+    let span = tracing::info_span!(
+        "request",
+        request.id = id,
+        otel.name = format!("{method} {route}"),
+        otel.kind = "server",
+        http.request.method = %method,
+        http.route = route,
+        http.response.status_code = field::Empty,
+        otel.status_code = field::Empty,
+    );
+    telemetry::continue_trace(&span, headers);
+    span
 }
 
 /// Whose fault it is: the peer's, as long as its body is under way.

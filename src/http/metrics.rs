@@ -12,6 +12,7 @@ use super::AppState;
 use super::auth::{key_hashes, scope};
 use super::error::ApiError;
 use crate::store::{ApiKey, Scope, StoreError};
+use crate::telemetry;
 
 const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
 /// How long the database may take to say whose key it is.
@@ -71,6 +72,7 @@ async fn text(state: &AppState) -> Response {
     let (depth, capacity) = state.inbox.depth();
     state.metrics.queue_depth.set(depth as i64);
     state.metrics.queue_capacity.set(capacity as i64);
+    state.metrics.spans_dropped.set(telemetry::dropped_spans() as i64);
     state.signs.look().await;
     ([(header::CONTENT_TYPE, TEXT), (header::CACHE_CONTROL, "no-store")], state.metrics.text()).into_response()
 }

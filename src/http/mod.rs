@@ -1,9 +1,10 @@
 //! The only axum: routes, limits, and the server that drains.
 //!
 //! `webhook` is where Stripe delivers, `invoices` the read endpoint and the operator's calls beside it, `evidence` and `events` what
-//! proves the answers, `health` what an orchestrator asks, `metrics` what Prometheus does, `openapi` the document of it all. `error`
-//! is the one place where a failure becomes a status code, `around` what every request goes through. Below them, `serve` accepts
-//! connections, and `places` says how many there may be, how long they may take, and who gives way.
+//! proves the answers, `ui` the pages that show it to a person, `health` what an orchestrator asks, `metrics` what Prometheus does,
+//! `openapi` the document of the API. `error` is the one place where a failure becomes a status code, `around` what every request
+//! goes through. Below them, `serve` accepts connections, and `places` says how many there may be, how long they may take, and who
+//! gives way.
 
 mod around;
 mod auth;
@@ -18,6 +19,7 @@ mod place;
 mod places;
 mod query;
 mod serve;
+mod ui;
 mod webhook;
 
 use std::sync::Arc;
@@ -82,7 +84,14 @@ pub enum MetricsAt {
     ListenerOfItsOwn,
 }
 
-pub fn router(state: AppState, metrics_at: MetricsAt) -> Router {
+/// Whether there are pages for a person.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ui {
+    Shown,
+    Absent,
+}
+
+pub fn router(state: AppState, metrics_at: MetricsAt, ui: Ui) -> Router {
     let invoice = get(invoices::read).put(invoices::put);
     let routes = Router::new()
         .route("/webhooks/stripe", post(webhook::receive))
@@ -99,6 +108,10 @@ pub fn router(state: AppState, metrics_at: MetricsAt) -> Router {
     let routes = match metrics_at {
         MetricsAt::MainListener => routes.route("/metrics", get(metrics::with_key)),
         MetricsAt::ListenerOfItsOwn => routes,
+    };
+    let routes = match ui {
+        Ui::Shown => routes.merge(ui::routes()),
+        Ui::Absent => routes,
     };
     finish(routes, state)
 }

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use super::session::{Session, execute, rows};
-use super::{Store, StoreError};
+use super::{Engine, Store, StoreError};
 use crate::domain::event::{EventKey, Mention};
 
 /// The way a delivery came.
@@ -169,6 +169,14 @@ const PAGE: &str = concat!(
       where (received_ms, key) < ($1, $2) and ($3 is null or event_type = $3) and ($4 is null or outcome = $4)
       order by received_ms desc, key desc limit $5"
 );
+/// The predicate of the partial index, word for word: unreadable events are rare, and the log is long.
+const PAGE_OF_UNREADABLE: &str = concat!(
+    "select ",
+    logged_columns!(),
+    ", telling from events
+      where (received_ms, key) < ($1, $2) and ($3 is null or event_type = $3) and outcome = 'unreadable'
+      order by received_ms desc, key desc limit $4"
+);
 const PAGE_OF_INVOICE: &str = concat!(
     "select ",
     logged_columns!(),
@@ -177,14 +185,25 @@ const PAGE_OF_INVOICE: &str = concat!(
         and key in (select event_key from mentions where object_id = $6)
       order by received_ms desc, key desc limit $5"
 );
+/// Found by the start of their keys before they are put in order: else PostgreSQL would look for them in the whole log, in order.
 const BY_ID: &str = concat!(
-    "select ",
+    "with found as materialized (select received_ms, key from events where key between $1 and $2 and id = $3)
+     select ",
     logged_columns!(),
-    ", telling, body from events where key between $1 and $2 and id = $3 and (received_ms, key) > ($4, $5)
-      order by received_ms, key limit $6"
+    " from events
+      where key in (select key from found where (received_ms, key) > ($4, $5) order by received_ms, key limit $6)
+      order by received_ms, key"
 );
 const BODY_BY_KEY: &str = concat!("select ", logged_columns!(), ", telling, body from events where key = $1");
-const BY_KEY: &str = concat!("select ", logged_columns!(), " from events where key = $1");
+/// Those of a JSON array of keys in hexadecimal digits.
+const BY_KEYS_IN_SQLITE: &str =
+    concat!("select ", logged_columns!(), " from events where events.key in (select unhex(value) from json_each($1))");
+const BY_KEYS_IN_POSTGRES: &str = concat!(
+    "select ",
+    logged_columns!(),
+    " from jsonb_array_elements_text($1::jsonb) as wanted
+      cross join lateral (select * from events where events.key = decode(wanted.value, 'hex') offset 0) as event"
+);
 const BODIES: &str = concat!(
     "select ",
     logged_columns!(),
@@ -223,11 +242,15 @@ impl Store {
     ) -> Result<Vec<(LoggedEvent, Option<String>)>, StoreError> {
         let (received_ms, key) = after.unwrap_or(LAST);
         let EventFilter { event_type, stripe_invoice_id, outcome } = filter;
+        let is_unreadable = *outcome == Some(Outcome::Unreadable);
         let (key, outcome, limit) = (&key.0[..], outcome.map(Outcome::as_str), i64::from(limit));
         let mut session = self.session().await?;
         let rows = match stripe_invoice_id {
             Some(id) => {
                 rows!(session, fetch_all, ToldRow, PAGE_OF_INVOICE, received_ms, key, event_type, outcome, limit, id)
+            }
+            None if is_unreadable => {
+                rows!(session, fetch_all, ToldRow, PAGE_OF_UNREADABLE, received_ms, key, event_type, limit)
             }
             None => rows!(session, fetch_all, ToldRow, PAGE, received_ms, key, event_type, outcome, limit),
         }?;
@@ -235,23 +258,23 @@ impl Store {
         rows.into_iter().map(told).collect()
     }
 
-    /// A page of the renderings of an event, oldest receipt first, with their bodies (None: pruned).
+    /// A page of the renderings of an event, oldest receipt first.
     pub async fn events_by_id(
         &self,
         id: &str,
         after: Option<(i64, EventKey)>,
         limit: u32,
-    ) -> Result<Vec<StoredBody>, StoreError> {
+    ) -> Result<Vec<LoggedEvent>, StoreError> {
         let (first, last) = EventKey::range(id);
         let (received_ms, key) = after.unwrap_or(FIRST);
         let (first, last, key, limit) = (&first.0[..], &last.0[..], &key.0[..], i64::from(limit));
         let mut session = self.session().await?;
-        let rows = rows!(session, fetch_all, BodyRow, BY_ID, first, last, id, received_ms, key, limit)?;
+        let rows = rows!(session, fetch_all, LoggedRow, BY_ID, first, last, id, received_ms, key, limit)?;
         session.done().await?;
-        rows.into_iter().map(stored_body).collect()
+        rows.into_iter().map(logged).collect()
     }
 
-    /// An event with its body, by its key.
+    /// An event with its body (None: pruned), by its key.
     pub async fn event_by_key(&self, key: &EventKey) -> Result<Option<StoredBody>, StoreError> {
         let mut session = self.session().await?;
         let row = rows!(session, fetch_optional, BodyRow, BODY_BY_KEY, &key.0[..])?;
@@ -261,11 +284,14 @@ impl Store {
 
     /// The log rows of these events, in no order; those that are not there are left out.
     pub async fn events_by_keys(&self, keys: &[EventKey]) -> Result<Vec<LoggedEvent>, StoreError> {
-        let mut found = Vec::with_capacity(keys.len());
+        let sql = match &self.0 {
+            Engine::Sqlite(_) => BY_KEYS_IN_SQLITE,
+            Engine::Postgres(_) => BY_KEYS_IN_POSTGRES,
+        };
+        let keys: Vec<String> = keys.iter().map(|key| hex::encode(key.0)).collect();
+        let keys = serde_json::to_string(&keys).expect("strings always serialise");
         let mut session = self.session().await?;
-        for key in keys {
-            found.extend(rows!(session, fetch_optional, LoggedRow, BY_KEY, &key.0[..])?);
-        }
+        let found = rows!(session, fetch_all, LoggedRow, sql, keys)?;
         session.done().await?;
         found.into_iter().map(logged).collect()
     }

@@ -81,6 +81,13 @@ const PAGE_OF_TENANT: &str = "
     where ($1 is null or stripe_invoice_id = $1)
       and stored_ms <= $2 and (stored_ms < $2 or (tenant_uid, invoice_uid) > ($3, $4)) and tenant_uid = $6
     order by stored_ms desc, invoice_uid limit $5";
+/// Whose uid begins so. What a uid may hold ends before `$2`.
+const BY_UID: &str = "
+    select tenant_uid, invoice_uid, stripe_invoice_id, document, imported_states, stored_ms, revision from invoices
+    where invoice_uid >= $1 and invoice_uid < $2 order by invoice_uid, tenant_uid limit $3";
+const BY_UID_OF_TENANT: &str = "
+    select tenant_uid, invoice_uid, stripe_invoice_id, document, imported_states, stored_ms, revision from invoices
+    where tenant_uid = $4 and invoice_uid >= $1 and invoice_uid < $2 order by invoice_uid limit $3";
 pub(super) type InvoiceRow = (String, String, Option<String>, String, String, i64, i64);
 
 /// Those of a JSON array of Stripe's ids.
@@ -173,6 +180,25 @@ impl Store {
                 )
             }
             None => rows!(session, fetch_all, InvoiceRow, PAGE, stripe_invoice_id, stored_ms, last_tenant, last_uid, limit),
+        }?;
+        let mut invoices: Vec<StoredInvoice> = found.into_iter().map(stored_invoice).collect();
+        histories::tell(&mut session, &mut invoices).await?;
+        session.done().await?;
+        Ok(invoices)
+    }
+
+    /// The invoices whose uid begins so, by uid, then tenant; of one tenant or of all.
+    pub async fn invoices_by_uid(
+        &self,
+        tenant_uid: Option<&str>,
+        start: &str,
+        limit: u32,
+    ) -> Result<Vec<StoredInvoice>, StoreError> {
+        let (end, limit) = (format!("{start}{}", char::MAX), i64::from(limit));
+        let mut session = self.session().await?;
+        let found = match tenant_uid {
+            Some(tenant) => rows!(session, fetch_all, InvoiceRow, BY_UID_OF_TENANT, start, end, limit, tenant),
+            None => rows!(session, fetch_all, InvoiceRow, BY_UID, start, end, limit),
         }?;
         let mut invoices: Vec<StoredInvoice> = found.into_iter().map(stored_invoice).collect();
         histories::tell(&mut session, &mut invoices).await?;

@@ -38,6 +38,8 @@ pub(super) type KeyRow = (String, Option<String>, i64, Option<i64>, Option<i64>)
 const INSERT: &str = "insert into api_keys (id, secret_sha256, tenant_uid, created_ms, expires_ms, revoked_ms)
                       values ($1, $2, $3, $4, $5, $6)";
 const BY_HASH: &str = "select id, tenant_uid, created_ms, expires_ms, revoked_ms from api_keys where secret_sha256 = $1";
+const BY_ID: &str = "
+    select id, tenant_uid, created_ms, expires_ms, revoked_ms, secret_sha256 from api_keys where id = $1";
 const ALL: &str = "select id, tenant_uid, created_ms, expires_ms, revoked_ms from api_keys order by created_ms desc, id";
 const REVOKE: &str = "update api_keys set revoked_ms = $2 where id = $1 and revoked_ms is null";
 
@@ -59,6 +61,15 @@ impl Store {
         let row = rows!(session, fetch_optional, KeyRow, BY_HASH, &secret_sha256[..])?;
         session.done().await?;
         Ok(row.map(api_key))
+    }
+
+    /// The key with this id, expired and revoked ones too, and the hash that is kept of it.
+    pub async fn key_by_id(&self, id: &str) -> Result<Option<(ApiKey, Vec<u8>)>, StoreError> {
+        type Row = (String, Option<String>, i64, Option<i64>, Option<i64>, Vec<u8>);
+        let mut session = self.session().await?;
+        let row = rows!(session, fetch_optional, Row, BY_ID, id)?;
+        session.done().await?;
+        Ok(row.map(|(a, b, c, d, e, secret_sha256)| (api_key((a, b, c, d, e)), secret_sha256)))
     }
 
     /// All keys, the newest first.

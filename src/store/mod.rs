@@ -35,7 +35,7 @@ use session::{Session, rows};
 use sqlite::SqliteStore;
 
 /// Embedded into the binary, in the words of each engine. An applied migration is never edited.
-const MIGRATIONS: [(i64, &str, [&str; 2]); 3] = [
+const MIGRATIONS: [(i64, &str, [&str; 2]); 4] = [
     (
         1,
         "start",
@@ -54,6 +54,7 @@ const MIGRATIONS: [(i64, &str, [&str; 2]); 3] = [
         "signs",
         [include_str!("../../migrations/sqlite/0003_signs.sql"), include_str!("../../migrations/postgres/0003_signs.sql")],
     ),
+    (4, "find", [include_str!("../../migrations/sqlite/0004_find.sql"), include_str!("../../migrations/postgres/0004_find.sql")]),
 ];
 const MIGRATIONS_TABLE: &str = "_sqlx_migrations";
 /// Who migrates holds this lock of PostgreSQL's. Any number, as long as it stays. That a table is there already is no news.

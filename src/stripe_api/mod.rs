@@ -20,6 +20,7 @@ use hyper::{Request, Response, StatusCode};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 use stripe_client_core::{CustomizedStripeRequest, RequestBuilder, StripeClient, StripeClientErr, StripeMethod};
+use tracing::{Instrument, field};
 
 use crate::transport::{Transport, TransportError};
 use budget::Budget;
@@ -181,7 +182,15 @@ impl StripeApi {
             Scope::Context(context) => request.header("stripe-context", context),
         };
         let request = request.body(Full::default()).map_err(|error| Failure::lasting(refused(path, 0, &error.to_string())))?;
-        let answer = self.0.transport.send(request).await?;
+        let span = tracing::debug_span!(
+            "ask Stripe",
+            otel.kind = "client",
+            http.request.method = "GET",
+            url.path = path,
+            http.response.status_code = field::Empty
+        );
+        let answer = self.0.transport.send(request).instrument(span.clone()).await?;
+        span.record("http.response.status_code", answer.status().as_u16());
         let date = answer.headers().get("date").and_then(|value| value.to_str().ok());
         if let Some(date) = date.and_then(|text| jiff::fmt::rfc2822::parse(text).ok()) {
             self.0.answered_s.store(date.timestamp().as_second(), Ordering::Relaxed);

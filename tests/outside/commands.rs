@@ -162,6 +162,10 @@ each_database! {
         let first = migrate();
         assert!(!first.is_empty() && first.lines().all(|line| line.starts_with("applied ")), "{first}");
         assert_eq!(migrate(), "nothing to apply\n");
+        let as_json = |url| support::run(&[("DATABASE_URL", url)], &["migrate", "--json"], b"").with_code(0).json();
+        assert_eq!(as_json(&database.url), json!({"applied": []}));
+        let applied = as_json(&world.empty_database().url);
+        assert_eq!((&applied["applied"][0], applied["applied"].as_array().unwrap().len()), (&json!("start"), first.lines().count()));
         support::run(&[("DATABASE_URL", &database.url)], &["invoices", "list"], b"").with_code(0);
     }
 }

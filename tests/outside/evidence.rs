@@ -3,6 +3,7 @@
 use serde_json::{Value, json};
 use stripe_reconciler::clock::Clock;
 use stripe_reconciler::domain::invoice::timestamp;
+use stripe_reconciler::store::Store;
 
 use crate::each_database;
 use crate::stripe_fake::{self, DAY, ENDIVE, HOUR, LIVE_KEY, Life, Stripe, Terms, now_s};
@@ -220,5 +221,34 @@ each_database! {
         assert_eq!((&then["entries"], &then["confirmedAt"]), (&announced["entries"], &Value::Null));
         let text = world.run(&["why", "acme", "thin"]).with_code(0).stdout;
         assert!(text.contains("Stripe's API last agreed"), "{text}");
+    }
+
+    async fn what_no_event_told_and_what_stripe_does_not_show_is_said(world: World) {
+        world.store("a", "in_1").await.with_status(201);
+        let failed = json!({"id": "in_1", "object": "invoice", "status": "open", "attempt_count": 1, "amount_due": 5000, "amount_remaining": 5000,
+            "currency": "eur", "payment_intent": "pi_1"});
+        world.deliver(&event("evt_1", "invoice.payment_failed", failed)).await.with_status(200);
+        let unexplained = evidence(&world, "a").await;
+        assert_eq!(messages(&unexplained), ["No event told why the latest attempt failed: the reason is still to be fetched from Stripe's API"]);
+        assert_eq!(unexplained["missing"][0]["eventId"], Value::Null);
+        let reason = json!({"id": "pi_1", "object": "payment_intent", "amount": 5000, "currency": "eur", "last_payment_error": {"code": "card_declined", "message": "No."}});
+        world.deliver(&event("evt_2", "payment_intent.payment_failed", reason)).await.with_status(200);
+        assert_eq!(messages(&evidence(&world, "a").await), [""; 0]);
+
+        let thin = json!({"id": "evt_test_3", "object": "v2.core.event", "type": "v1.invoice.overdue", "created": "2026-01-31T09:00:00Z",
+            "related_object": {"id": "in_1", "type": "invoice", "url": "/v1/invoices/in_1"}});
+        world.deliver(&thin).await.with_status(200);
+        assert!(messages(&evidence(&world, "a").await)[0].contains("still to be fetched"));
+        let store = Store::connect(&world.database.url).await.unwrap();
+        let key = store.events_by_id("evt_test_3", None, 1).await.unwrap()[0].key;
+        store.note_asked(&[(key, None, 8)]).await.unwrap();
+        store.close().await;
+        let given_up = "Stripe announced invoice.overdue without its details: Stripe's API was asked for the invoice 8 times and does not show it";
+        assert_eq!(messages(&evidence(&world, "a").await), [given_up]);
+        // Its snapshot twin has the details.
+        let mut twin = thin.clone();
+        (twin["id"], twin["snapshot_event"]) = (json!("evt_test_4"), json!("evt_1"));
+        world.deliver(&twin).await.with_status(200);
+        assert_eq!(messages(&evidence(&world, "a").await), [given_up], "and the other event lacks nothing");
     }
 }

@@ -17,6 +17,7 @@ mod failover;
 mod hostile;
 mod invoices;
 mod kill_nine;
+mod manual;
 mod metrics;
 mod openapi;
 mod outage;
@@ -34,4 +35,6 @@ mod stripe_fake;
 #[path = "stripe_fake/checks.rs"]
 mod stripe_fake_checks;
 mod tls;
+mod tracing;
+mod ui;
 mod webhook;

@@ -17,7 +17,7 @@ use sqlx::{Connection, PgConnection};
 use stripe_reconciler::clock::Clock;
 use stripe_reconciler::domain::signature::SigningSecrets;
 use stripe_reconciler::flows::reconcile::Tools;
-use stripe_reconciler::http::{self, AppState, MetricsAt};
+use stripe_reconciler::http::{self, AppState, MetricsAt, Ui};
 use stripe_reconciler::inbox::{Inbox, Writers};
 use stripe_reconciler::store::{Store, StoredBody};
 use stripe_reconciler::stripe_api::{ApiKey, Settings, StripeApi};
@@ -209,7 +209,7 @@ impl Replica {
         let (clock, stopping) = (setup.clock.clone(), CancellationToken::new());
         let secrets = SigningSecrets::parse(setup.secrets).unwrap();
         let state = AppState::new(store.clone(), inbox.clone(), secrets, clock.clone(), Arc::default(), stopping.clone());
-        let router = TowerToHyperService::new(http::router(state, MetricsAt::MainListener));
+        let router = TowerToHyperService::new(http::router(state, MetricsAt::MainListener, Ui::Absent));
         (Replica { store, inbox, router, api, clock, stopping }, writers)
     }
 

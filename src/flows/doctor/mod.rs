@@ -24,6 +24,8 @@ pub struct Patient {
     pub store: Result<Store, StoreError>,
     /// None: only what the last passes said is known of Stripe.
     pub api: Option<StripeApi>,
+    /// There is a key for reconciliation here.
+    pub reconciles: bool,
     /// The labels of the configured signing secrets; None: they are not known.
     pub secret_labels: Option<Vec<String>>,
     pub clock: Clock,
@@ -85,7 +87,7 @@ pub async fn examine(patient: &Patient) -> Vec<Check> {
         checks::unmatched(vitals, seen.is_read, now_ms),
         checks::unreadable(vitals),
         about_stripe(&vitals.passes),
-        checks::reconciliation(vitals, patient.api.is_some(), now_ms),
+        checks::reconciliation(vitals, patient.reconciles, now_ms),
         checks::drift(vitals),
     ]
 }

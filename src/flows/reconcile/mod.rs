@@ -19,7 +19,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use serde_json::value::RawValue;
-use uuid::Uuid;
+use tracing::Instrument;
 
 use crate::clock::Clock;
 use crate::inbox::{Inbox, InboxError};
@@ -100,17 +100,15 @@ struct Pass<'t> {
 /// # Errors
 /// Stripe or the database cannot be reached; what was found before is kept, and the next pass goes on.
 pub async fn run(tools: &Tools, plan: Plan) -> Result<Report, ReconcileError> {
-    let started_ms = tools.clock.now_ms();
-    let calls_before = tools.api.calls();
-    let mut pass = Pass {
-        tools,
-        plan,
-        keeper: Keeper::new(tools, plan.mode),
-        report: Report::new(started_ms, plan),
-        started_ms,
-        accounts: known_accounts(&tools.store).await?,
-        asked: HashSet::new(),
-    };
+    let report = Report::new(tools.clock.now_ms(), plan);
+    let span = tracing::info_span!("pass", pass.id = report.id);
+    all_steps(tools, report).instrument(span).await
+}
+
+async fn all_steps(tools: &Tools, report: Report) -> Result<Report, ReconcileError> {
+    let (plan, started_ms, calls_before) = (report.plan, report.started_ms, tools.api.calls());
+    let (keeper, accounts) = (Keeper::new(tools, plan.mode), known_accounts(&tools.store).await?);
+    let mut pass = Pass { tools, plan, keeper, report, started_ms, accounts, asked: HashSet::new() };
     pass.find_accounts().await?;
     catch_up::run(&mut pass).await?;
     fetching::run(&mut pass).await?;
@@ -202,7 +200,7 @@ async fn known_accounts(store: &Store) -> Result<Vec<String>, StoreError> {
 async fn keep(store: &Store, report: &Report) -> Result<(), StoreError> {
     let text = report.shortened().to_json().to_string();
     let report_json = RawValue::from_string(text).map_err(|e| StoreError::Refused(format!("a report is no JSON: {e}")))?;
-    let id = format!("run_{}", Uuid::now_v7().simple());
+    let id = report.id.clone();
     store.keep_run(&Run { id, started_ms: report.started_ms, ended_ms: report.ended_ms, report: report_json }).await
 }
 

@@ -2,6 +2,7 @@
 
 use serde::Serialize;
 use serde_json::{Value, json};
+use uuid::Uuid;
 
 use super::{Mode, Plan};
 use crate::domain::invoice::{State, timestamp};
@@ -88,6 +89,7 @@ pub struct ApiOnlyEvent {
 
 #[derive(Clone, Debug)]
 pub struct Report {
+    pub id: String,
     /// Unix milliseconds; so is `ended_ms`.
     pub started_ms: i64,
     pub ended_ms: i64,
@@ -109,6 +111,7 @@ pub struct Report {
 impl Report {
     pub(super) fn new(started_ms: i64, plan: Plan) -> Report {
         Report {
+            id: format!("run_{}", Uuid::now_v7().simple()),
             started_ms,
             ended_ms: started_ms,
             plan,

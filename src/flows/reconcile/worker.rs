@@ -104,6 +104,7 @@ fn log(report: &Report) {
     let (agreeing, api_only, calls) = (report.agreeing.len(), report.api_only_events.len(), report.calls);
     if report.differs() {
         tracing::warn!(
+            pass.id = report.id,
             duration_ms,
             calls,
             agreeing,
@@ -115,6 +116,6 @@ fn log(report: &Report) {
             "reconciled with Stripe: something was healed or differs, see `reconcile --list`"
         );
     } else {
-        tracing::info!(duration_ms, calls, agreeing, unknown_here, api_only, "reconciled with Stripe");
+        tracing::info!(pass.id = report.id, duration_ms, calls, agreeing, unknown_here, api_only, "reconciled with Stripe");
     }
 }

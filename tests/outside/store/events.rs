@@ -78,13 +78,13 @@ each_store! {
         let changed = NewEvent { received_ms: 1, body: PackedBody::pack(b"other"), mentions: vec![mention("in_2", true)], ..nth(2) };
         assert_eq!(store.append(&[nth(4), changed, nth(3)]).await.unwrap(), [Appended::New, Appended::Duplicate, Appended::Duplicate]);
         assert_eq!(ids(&all(store).await), ["evt_4", "evt_3", "evt_2", "evt_1"], "the first stays as it was");
-        let second = store.events_by_id("evt_2", None, 100).await.unwrap();
-        assert_eq!((second.len(), second[0].body.clone()), (1, nth(2).body.unpack()));
+        let second = store.event_by_key(&nth(2).key).await.unwrap().unwrap();
+        assert_eq!((store.events_by_id("evt_2", None, 100).await.unwrap().len(), second.body), (1, nth(2).body.unpack()));
         let named = EventFilter { stripe_invoice_id: Some("in_2".to_owned()), ..EventFilter::default() };
         assert!(pages(store, &named, 10).await.is_empty(), "a duplicate names nothing");
         let (first, second) = (nth(5), NewEvent { body: PackedBody::pack(b"other"), mentions: vec![mention("in_2", true)], ..nth(5) });
         assert_eq!(store.append(&[first.clone(), second]).await.unwrap(), [Appended::New, Appended::Duplicate]);
-        assert_eq!(store.events_by_id("evt_5", None, 100).await.unwrap()[0].body, first.body.unpack(), "the first of a batch is kept");
+        assert_eq!(store.event_by_key(&first.key).await.unwrap().unwrap().body, first.body.unpack(), "the first of a batch is kept");
         assert!(pages(store, &named, 10).await.is_empty(), "nor does one in the same batch");
     }
 
@@ -96,11 +96,11 @@ each_store! {
             assert_eq!(store.append(std::slice::from_ref(rendering)).await.unwrap(), [Appended::New]);
         }
         let found = store.events_by_id("evt_1", None, 100).await.unwrap();
-        let keys: Vec<EventKey> = found.iter().map(|stored| stored.logged.key).collect();
+        let keys: Vec<EventKey> = found.iter().map(|logged| logged.key).collect();
         assert_eq!(keys, [first.key, third.key, second.key], "oldest receipt first");
         assert!(store.events_by_id("evt_", None, 100).await.unwrap().is_empty() && store.events_by_id("EVT_1", None, 100).await.unwrap().is_empty());
         let page = store.events_by_id("evt_1", Some((30, first.key)), 1).await.unwrap();
-        assert_eq!(page.iter().map(|stored| stored.logged.key).collect::<Vec<_>>(), [third.key], "after the first, one more");
+        assert_eq!(page.iter().map(|logged| logged.key).collect::<Vec<_>>(), [third.key], "after the first, one more");
         assert!(store.events_by_id("evt_1", Some((40, second.key)), 1).await.unwrap().is_empty());
         let by_key = store.event_by_key(&third.key).await.unwrap().unwrap();
         assert_eq!((by_key.logged.key, by_key.body), (third.key, third.body.unpack()));
@@ -135,16 +135,19 @@ each_store! {
         let store = &place.store;
         let other = NewEvent { event_type: Some("charge.updated".to_owned()), outcome: Outcome::NoPaymentFact, ..event("evt_b", 2, "in_2", 50) };
         let third = NewEvent { outcome: Outcome::NoPaymentFact, ..event("evt_c", 3, "in_2", 60) };
-        store.append(&[event("evt_a", 1, "in_1", 40), other, third]).await.unwrap();
+        let unreadable = |id: &str, event_type: Option<String>, received_ms| NewEvent { event_type, outcome: Outcome::Unreadable, ..event(id, 4, "in_9", received_ms) };
+        store.append(&[event("evt_a", 1, "in_1", 40), other, third, unreadable("evt_d", Some("charge.failed".to_owned()), 10), unreadable("evt_e", None, 20)]).await.unwrap();
         let text = |text: &str| Some(text.to_owned());
         let filters = [
-            (EventFilter::default(), vec!["evt_c", "evt_b", "evt_a"]),
-            (EventFilter { event_type: text("charge.failed"), ..EventFilter::default() }, vec!["evt_c", "evt_a"]),
+            (EventFilter::default(), vec!["evt_c", "evt_b", "evt_a", "evt_e", "evt_d"]),
+            (EventFilter { event_type: text("charge.failed"), ..EventFilter::default() }, vec!["evt_c", "evt_a", "evt_d"]),
             (EventFilter { outcome: Some(Outcome::NoPaymentFact), ..EventFilter::default() }, vec!["evt_c", "evt_b"]),
             (EventFilter { stripe_invoice_id: text("in_2"), ..EventFilter::default() }, vec!["evt_c", "evt_b"]),
             (EventFilter { stripe_invoice_id: text("in_2"), event_type: text("charge.failed"), outcome: Some(Outcome::NoPaymentFact) }, vec!["evt_c"]),
             (EventFilter { stripe_invoice_id: text("in_1"), outcome: Some(Outcome::Unreadable), ..EventFilter::default() }, vec![]),
             (EventFilter { event_type: text("%"), ..EventFilter::default() }, vec![]),
+            (EventFilter { outcome: Some(Outcome::Unreadable), ..EventFilter::default() }, vec!["evt_e", "evt_d"]),
+            (EventFilter { outcome: Some(Outcome::Unreadable), event_type: text("charge.failed"), ..EventFilter::default() }, vec!["evt_d"]),
         ];
         for (filter, expected) in filters {
             for limit in [1, 10] {
@@ -230,7 +233,7 @@ each_store! {
             assert_eq!(stored.body, event.body.unpack().filter(|_| is_kept), "{n}");
             assert_eq!((&stored.logged.id, stored.logged.received_ms), (&event.id, event.received_ms));
         }
-        assert!(store.events_by_id("evt_1", None, 100).await.unwrap()[0].body.is_none());
+        assert!(store.event_by_key(&nth(1).key).await.unwrap().unwrap().body.is_none());
         assert_eq!(store.append(&batch).await.unwrap(), vec![Appended::Duplicate; 10], "nor are their ids forgotten");
         assert_eq!(store.forget_bodies(before_ms, None, 100).await.unwrap().0, 0, "they are forgotten once");
         assert_eq!(store.forget_bodies(i64::MIN, None, 100).await.unwrap(), (0, None));

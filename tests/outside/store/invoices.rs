@@ -134,6 +134,25 @@ each_store! {
         assert_eq!(listed.iter().map(told_by).collect::<Vec<_>>(), expected, "a page tells the same");
     }
 
+    async fn an_invoice_is_found_by_the_beginning_of_its_uid(place: Place) {
+        let store = &place.store;
+        for (tenant, uid) in [("b", "inv-2"), ("a", "inv-2"), ("a", "inv-10"), ("a", "inv"), ("a", "INV-2"), ("a", "inv-2\u{10ffff}"), ("a", "%_")] {
+            put(store, &invoice(tenant, uid, Some(&format!("in_{tenant}_{uid}"))), 5).await;
+        }
+        let found = async |tenant: Option<&str>, start: &str, limit: u32| {
+            let page = store.invoices_by_uid(tenant, start, limit).await.unwrap();
+            page.into_iter().map(|found| format!("{} {}", found.tenant_uid, found.invoice_uid)).collect::<Vec<_>>()
+        };
+        assert_eq!(found(None, "inv-2", 10).await, ["a inv-2", "b inv-2"]);
+        assert_eq!(found(None, "inv", 3).await, ["a inv", "a inv-10", "a inv-2"]);
+        assert_eq!(found(Some("a"), "inv-", 10).await[..2], ["a inv-10", "a inv-2"]);
+        assert_eq!(found(Some("b"), "inv", 10).await, ["b inv-2"]);
+        assert_eq!(found(None, "%", 10).await, ["a %_"]);
+        assert!(found(None, "nv", 10).await.is_empty() && found(Some("c"), "inv", 10).await.is_empty());
+        store.append(&[telling("evt_1", "charge.failed", r#"{"id":"ch_1","object":"charge","invoice":"in_a_inv-10"}"#)]).await.unwrap();
+        assert_eq!(store.invoices_by_uid(None, "inv-10", 1).await.unwrap()[0].tellings.len(), 1, "with what is told about it");
+    }
+
     async fn an_invoice_comes_with_the_keys_of_who_asks(place: Place) {
         let store = &place.store;
         let key = |id: &str, scope| ApiKey { id: id.to_owned(), scope, created_ms: 1, expires_ms: Some(2), revoked_ms: None };

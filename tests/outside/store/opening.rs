@@ -61,6 +61,8 @@ each_store! {
         }
         assert_eq!(store.key_by_hash(&[2; 32]).await.unwrap(), Some(acme.clone()));
         assert_eq!(store.key_by_hash(&[9; 32]).await.unwrap(), None);
+        assert_eq!(store.key_by_id(&acme.id).await.unwrap(), Some((acme.clone(), vec![2; 32])));
+        assert_eq!(store.key_by_id("key_9").await.unwrap(), None);
         assert_eq!(store.keys().await.unwrap(), [third.clone(), acme.clone(), operator.clone()]);
         assert!(store.insert_key(&api_key("key_1", Scope::Operator, 30), &[4; 32]).await.is_err(), "the id is taken");
         assert!(store.insert_key(&api_key("key_4", Scope::Operator, 30), &[1; 32]).await.is_err(), "the hash is taken");

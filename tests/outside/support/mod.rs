@@ -1,5 +1,6 @@
 //! What the tests stand on: a world with a server in it, a database, and the means to talk to both.
 
+pub mod collector;
 mod command;
 mod database;
 pub mod documented;

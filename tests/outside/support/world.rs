@@ -208,12 +208,12 @@ impl Server {
 
     /// Returns when it says that it listens.
     pub fn start_with(environment: &[(&str, &str)]) -> Server {
-        Server::start_command(binary(environment))
+        Server::start_command(binary(&[&[("RUST_LOG", "warn")], environment].concat()))
     }
 
     /// As [`Server::start_with`], by a command that becomes the binary.
     pub fn start_command(mut command: Command) -> Server {
-        command.env("LISTEN_ADDR", "127.0.0.1:0").env("RUST_LOG", "warn");
+        command.env("LISTEN_ADDR", "127.0.0.1:0");
         let log = NamedTempFile::new().unwrap();
         let mut process = command.arg("serve").stdout(Stdio::piped()).stderr(log.reopen().unwrap()).spawn().unwrap();
         let mut line = String::new();

@@ -1,0 +1,62 @@
+//! `healthcheck`: whether the server on this machine is ready. For containers, whose image holds no other program to ask with.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::Duration;
+
+use bytes::Bytes;
+use clap::Args;
+use http_body_util::Full;
+use hyper::Request;
+
+use super::{Exit, Settings, output};
+use crate::config::{Config, Flags, Purpose};
+use crate::transport::Transport;
+
+const PATIENCE: Duration = Duration::from_secs(3);
+/// More than its answer ever is.
+const ANSWER_LIMIT: usize = 64 << 10;
+
+/// Ask the server on this machine whether it is ready
+#[derive(Args)]
+#[command(after_help = "Examples:
+  stripe-reconciler healthcheck
+  stripe-reconciler healthcheck --listen-addr 127.0.0.1:8080
+
+It asks /readyz. Exit codes: 0 ready; 1 not ready: the database is away, or it is stopping; 4 nobody answers.")]
+pub struct Healthcheck {
+    /// Where serve listens [env: LISTEN_ADDR] [default: 127.0.0.1:8080]
+    #[arg(long, value_name = "ADDR:PORT")]
+    listen_addr: Option<String>,
+}
+
+impl Healthcheck {
+    pub(super) async fn run(self, settings: Settings) -> anyhow::Result<Exit> {
+        let config = Config::load(&Flags { listen_addr: self.listen_addr, ..settings.flags() }, Purpose::Healthcheck)?;
+        let url = format!("http://{}/readyz", reachable(config.listen_addr));
+        let request = Request::get(&url).body(Full::<Bytes>::default())?;
+        match Transport::new(PATIENCE, ANSWER_LIMIT).send(request).await {
+            Ok(answer) if answer.status().is_success() => {
+                output::line("ready")?;
+                Ok(Exit::Done)
+            }
+            Ok(answer) => {
+                output::note(format!("error: {url} answered {}", answer.status()));
+                Ok(Exit::Refused)
+            }
+            Err(error) => {
+                output::note(format!("error: {url} does not answer: {error}"));
+                Ok(Exit::Unreachable)
+            }
+        }
+    }
+}
+
+/// Who listens on all addresses is reached on this machine's own.
+fn reachable(address: SocketAddr) -> SocketAddr {
+    let ip = match address.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => IpAddr::V4(Ipv4Addr::LOCALHOST),
+        IpAddr::V6(ip) if ip.is_unspecified() => IpAddr::V6(Ipv6Addr::LOCALHOST),
+        ip => ip,
+    };
+    SocketAddr::new(ip, address.port())
+}

@@ -1,0 +1,156 @@
+//! `/ui`: the invoices, newest first, with the state of each; and the box to find one.
+
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{Query, State as Given};
+use axum::response::{IntoResponse, Redirect, Response};
+use maud::{Markup, html};
+use serde::Deserialize;
+
+use super::layout::{self, Here, badge, pager};
+use super::session::Visitor;
+use super::text::{address, id, quoted, time};
+use crate::domain::history::Entry;
+use crate::domain::invoice::State;
+use crate::flows::invoices::{self as flow, Cursor, Page, PageRequest, StateFilter};
+use crate::http::error::ApiError;
+use crate::http::{AppState, query};
+use crate::store::StoredInvoice;
+
+const IN_A_PAGE: usize = 50;
+
+#[derive(Deserialize)]
+pub struct Asked {
+    q: Option<String>,
+    state: Option<String>,
+    cursor: Option<String>,
+}
+
+pub async fn list(
+    Given(state): Given<AppState>,
+    visitor: Visitor,
+    asked: Result<Query<Asked>, QueryRejection>,
+) -> Result<Response, ApiError> {
+    let Query(asked) = asked?;
+    let sought = asked.q.as_deref().unwrap_or_default().trim();
+    let filter = asked.state.as_deref().unwrap_or_default();
+    if !sought.is_empty() {
+        return find(&state, &visitor, sought).await;
+    }
+    let request = PageRequest {
+        tenant_uid: visitor.tenant().map(str::to_owned),
+        stripe_invoice_id: None,
+        state: if filter.is_empty() { StateFilter::Any } else { StateFilter::parse(filter).map_err(ApiError::InvalidQuery)? },
+        limit: IN_A_PAGE,
+        after: query::cursor(asked.cursor.as_deref(), Cursor::parse)?,
+    };
+    let is_first = request.after.is_none();
+    let Page { invoices, next } = flow::page(&state.store, &request).await?;
+    let rows = rows(&invoices)?;
+    let next = next.map(|cursor| address("/ui", &[("state", filter), ("cursor", &cursor.to_text())]));
+    let first = (!is_first).then(|| address("/ui", &[("state", filter)]));
+    let content = html! {
+        h1 { "Invoices" }
+        (search(""))
+        (filters(filter))
+        @if rows.is_empty() {
+            p.empty { @if next.is_some() { "None among those looked through; there are older ones." } @else { "There are none." } }
+        } @else { (table(&rows, &visitor)) }
+        (pager(first, next))
+    };
+    Ok(layout::page("Invoices", Here::Invoices, Some(&visitor), content).into_response())
+}
+
+async fn find(state: &AppState, visitor: &Visitor, sought: &str) -> Result<Response, ApiError> {
+    let found = flow::find(&state.store, visitor.tenant(), sought, IN_A_PAGE).await?;
+    if let [only] = &found.invoices[..]
+        && (only.invoice_uid == sought || only.stripe_invoice_id.as_deref() == Some(sought))
+    {
+        return Ok(Redirect::to(&invoice_address(only)).into_response());
+    }
+    let rows = rows(&found.invoices)?;
+    let content = html! {
+        h1 { "Invoices" }
+        (search(sought))
+        p.filters { a href="/ui" { "All invoices" } }
+        @if rows.is_empty() {
+            div.empty {
+                p { "No invoice has " strong { (quoted(sought)) } " as its Stripe id, and no uid begins so." }
+                p.hint { "Look for the uid, or its beginning, as it was stored; or for Stripe's id, which begins with " code { "in_" } "." }
+            }
+        } @else {
+            (table(&rows, visitor))
+            @if found.has_more { p.hint { "There are more: write more of the uid." } }
+        }
+    };
+    Ok(layout::page("Search", Here::Invoices, Some(visitor), content).into_response())
+}
+
+/// Each with the last entry of its history.
+fn rows(invoices: &[StoredInvoice]) -> Result<Vec<(&StoredInvoice, Option<Entry>)>, ApiError> {
+    invoices.iter().map(|invoice| Ok((invoice, flow::history(invoice)?.pop()))).collect()
+}
+
+pub fn invoice_address(invoice: &StoredInvoice) -> String {
+    address("/ui/invoice", &[("tenant", &invoice.tenant_uid), ("uid", &invoice.invoice_uid)])
+}
+
+pub fn search(sought: &str) -> Markup {
+    html! {
+        form.search role="search" method="get" action="/ui" {
+            label for="q" { "Find an invoice by its uid or Stripe id" }
+            div {
+                input #q type="search" name="q" value=(sought) placeholder="inv-2026-01-001 or in_1Q…" autocomplete="off"
+                    autocapitalize="none" spellcheck="false" maxlength="255";
+                button type="submit" { "Find" }
+            }
+        }
+    }
+}
+
+fn filters(chosen: &str) -> Markup {
+    let names = State::ALL.map(|state| (state.as_str(), layout::name(Some(state))));
+    let all = [("", "All")].into_iter().chain(names).chain([("none", layout::name(None))]);
+    html! {
+        nav.filters aria-label="By state" {
+            ul {
+                @for (value, name) in all {
+                    li { a href=(address("/ui", &[("state", value)])) aria-current=[(value == chosen).then_some("true")] { (name) } }
+                }
+            }
+        }
+    }
+}
+
+fn table(rows: &[(&StoredInvoice, Option<Entry>)], visitor: &Visitor) -> Markup {
+    html! {
+        table.cards {
+            thead {
+                tr {
+                    th scope="col" { "Invoice" }
+                    th scope="col" { "State" }
+                    th scope="col" { "What happened last" }
+                    th scope="col" { "When" }
+                }
+            }
+            tbody {
+                @for (invoice, last) in rows {
+                    tr {
+                        th scope="row" {
+                            a href=(invoice_address(invoice)) { (quoted(&invoice.invoice_uid)) }
+                            @if visitor.is_operator() { span.sub { "Tenant " (quoted(&invoice.tenant_uid)) } }
+                            @if let Some(stripe_id) = &invoice.stripe_invoice_id { span.sub { (id(stripe_id)) } }
+                        }
+                        td { (badge(last.as_ref().map(|entry| entry.state))) }
+                        td.said {
+                            @match last.as_ref().map(|entry| entry.message.as_deref().unwrap_or_default()) {
+                                Some(message) => (quoted(message)),
+                                None => span.hint { "Stripe has told nothing about it." },
+                            }
+                        }
+                        td.when { @if let Some(entry) = last { (time(entry.timestamp_ms)) } }
+                    }
+                }
+            }
+        }
+    }
+}

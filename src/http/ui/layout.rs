@@ -1,0 +1,195 @@
+//! The frame around every page, and the pieces that several pages are made of.
+
+use axum::response::Html;
+use maud::{DOCTYPE, Markup, html};
+
+use super::session::Visitor;
+use super::text::{address, id, quoted, time, time_s};
+use crate::domain::invoice::{State, validate_uid};
+use crate::store::{LoggedEvent, Source};
+
+/// Which part of the pages one belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Here {
+    Outside,
+    Invoices,
+    Waiting,
+    Unreadable,
+    Reconciliation,
+    Alarms,
+    Events,
+}
+
+const FOR_OPERATORS: [(Here, &str, &str); 5] = [
+    (Here::Waiting, "/ui/waiting", "Waiting"),
+    (Here::Unreadable, "/ui/unreadable", "Unreadable"),
+    (Here::Events, "/ui/events", "Events"),
+    (Here::Reconciliation, "/ui/reconciliation", "Reconciliation"),
+    (Here::Alarms, "/ui/alarms", "Alarms"),
+];
+
+/// A whole page. None: nobody is signed in.
+pub fn page(title: &str, here: Here, visitor: Option<&Visitor>, content: Markup) -> Html<String> {
+    let link = |part: Here, to: &str, name: &str| {
+        html! { li { a href=(to) aria-current=[(part == here).then_some("page")] { (name) } } }
+    };
+    let markup = html! {
+        (DOCTYPE)
+        html lang="en" {
+            head {
+                meta charset="utf-8";
+                meta name="viewport" content="width=device-width, initial-scale=1";
+                meta name="color-scheme" content="light dark";
+                meta name="robots" content="noindex";
+                title { (title) " · stripe-reconciler" }
+                link rel="icon" href="data:,";
+                link rel="stylesheet" href=(super::STYLE.path);
+            }
+            body {
+                a.skip href="#content" { "Skip to the content" }
+                header.top {
+                    a.brand href="/ui" { (mark()) "stripe-reconciler" }
+                    @if let Some(visitor) = visitor {
+                        nav aria-label="Pages" {
+                            ul {
+                                (link(Here::Invoices, "/ui", "Invoices"))
+                                @if visitor.is_operator() {
+                                    @for (part, to, name) in FOR_OPERATORS { (link(part, to, name)) }
+                                }
+                            }
+                        }
+                        form.who method="post" action="/ui/sign-out" {
+                            span { @match visitor.tenant() { Some(tenant) => { "Tenant " (quoted(tenant)) }, None => "Operator" } }
+                            button type="submit" { "Sign out" }
+                        }
+                    }
+                }
+                main #content tabindex="-1" { (content) }
+            }
+        }
+    };
+    Html(markup.into_string())
+}
+
+/// A page that says one thing.
+pub fn notice(title: &str, text: &str) -> Html<String> {
+    page(
+        title,
+        Here::Outside,
+        None,
+        html! {
+            section.notice {
+                h1 { (title) }
+                p { (text) }
+                p { a href="/ui" { "To the invoices" } }
+            }
+        },
+    )
+}
+
+/// A state in words and with a sign of its own: never by its colour alone.
+pub fn badge(state: Option<State>) -> Markup {
+    html! { span.badge.(tone(state)) { (sign(state)) (name(state)) } }
+}
+
+pub fn name(state: Option<State>) -> &'static str {
+    match state {
+        Some(State::Paid) => "Paid",
+        Some(State::PaymentPending) => "Pending",
+        Some(State::PaymentInProgress) => "In progress",
+        Some(State::PaymentFailed) => "Failed",
+        None => "Nothing known",
+    }
+}
+
+/// The class that colours it.
+pub fn tone(state: Option<State>) -> &'static str {
+    match state {
+        Some(State::Paid) => "good",
+        Some(State::PaymentPending) => "waiting",
+        Some(State::PaymentInProgress) => "moving",
+        Some(State::PaymentFailed) => "bad",
+        None => "unknown",
+    }
+}
+
+/// Drawn in the colour of the text around it.
+pub fn sign(state: Option<State>) -> Markup {
+    let path = match state {
+        Some(State::Paid) => "M3.5 8.5l3 3 6-7",
+        Some(State::PaymentPending) => "M8 2.5a5.5 5.5 0 1 1 0 11a5.5 5.5 0 1 1 0-11M8 5.2v3l1.9 1.2",
+        Some(State::PaymentInProgress) => "M3 8h9M8.5 4.5L12 8l-3.5 3.5",
+        Some(State::PaymentFailed) => "M4.5 4.5l7 7M11.5 4.5l-7 7",
+        None => "M4 8h8",
+    };
+    html! {
+        svg viewBox="0 0 16 16" width="16" height="16" aria-hidden="true" focusable="false" {
+            path d=(path) fill="none" stroke="currentColor" stroke-width="2" stroke-linecap="round" stroke-linejoin="round" {}
+        }
+    }
+}
+
+fn mark() -> Markup {
+    html! {
+        svg viewBox="0 0 24 24" width="22" height="22" aria-hidden="true" focusable="false" {
+            path d="M6 3v18M6 6h.01M6 18h.01" fill="none" stroke="currentColor" stroke-width="2" stroke-linecap="round" {}
+            circle cx="6" cy="7" r="3" fill="currentColor" {}
+            circle cx="6" cy="17" r="3" fill="currentColor" {}
+            path d="M13 7h8M13 12h5M13 17h8" fill="none" stroke="currentColor" stroke-width="2" stroke-linecap="round" {}
+        }
+    }
+}
+
+/// The id of an event, or its key where it has none. `links`: to its own page, which is for operators.
+pub fn event_id(event: &LoggedEvent, links: bool) -> Markup {
+    let shown = event.id.clone().unwrap_or_else(|| hex::encode(event.key.0));
+    html! { @if links { a href=(event_address(event)) { (id(&shown)) } } @else { (id(&shown)) } }
+}
+
+/// By its id, which all its renderings share; by its key where the id cannot be asked for.
+pub fn event_address(event: &LoggedEvent) -> String {
+    let by_id = event.id.clone().filter(|id| validate_uid(id).is_ok());
+    address("/ui/event", &[("id", &by_id.unwrap_or_else(|| hex::encode(event.key.0)))])
+}
+
+/// An event: what it is, when it happened, when and how it came. `links`: to its own page, which is for operators.
+pub fn event(event: &LoggedEvent, links: bool) -> Markup {
+    let kind = event.event_type.as_deref().unwrap_or("unreadable");
+    html! {
+        div.event {
+            p.event-name {
+                strong { (quoted(kind)) } " "
+                (event_id(event, links))
+            }
+            dl.facts {
+                @if let Some(created_s) = event.created_s { div { dt { "Happened" } dd { (time_s(created_s)) } } }
+                div { dt { "Received" } dd { (time(event.received_ms)) } }
+                div { dt { "By" } dd { (came_by(event)) } }
+            }
+        }
+    }
+}
+
+pub fn came_by(event: &LoggedEvent) -> Markup {
+    let way = match event.source {
+        Source::Webhook => "webhook",
+        Source::Replay => "replay",
+        Source::Api => "Stripe's API",
+    };
+    html! {
+        (way)
+        @if let Some(label) = &event.secret_label { ", signed with secret " (id(label)) }
+    }
+}
+
+/// The link to what follows, and back to the start.
+pub fn pager(first: Option<String>, next: Option<String>) -> Markup {
+    html! {
+        @if first.is_some() || next.is_some() {
+            nav.pager aria-label="More" {
+                @if let Some(first) = first { a href=(first) { "Back to the first" } }
+                @if let Some(next) = next { a.next href=(next) rel="next" { "Older ones" } }
+            }
+        }
+    }
+}

@@ -1,0 +1,206 @@
+//! Who looks: signing in with an API key, and the cookie that stands for it afterwards (see `domain/session`).
+//!
+//! Pages change nothing, so only signing in and out must not be done to somebody from another site: both want a `POST` that the
+//! browser says is from here. Trying is not limited: a key has 256 random bits.
+
+use axum::Form;
+use axum::extract::rejection::{FormRejection, QueryRejection};
+use axum::extract::{FromRequestParts, Query, State};
+use axum::http::request::Parts;
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
+use axum::response::{Html, IntoResponse, Redirect, Response};
+use maud::html;
+use serde::Deserialize;
+
+use super::layout::{self, Here};
+use super::text::address;
+use crate::domain::api_key;
+use crate::domain::session::{Claim, LIFE_S, issue};
+use crate::http::AppState;
+use crate::http::auth;
+use crate::http::error::ApiError;
+use crate::store::Scope;
+
+const COOKIE: &str = "stripe_reconciler_session";
+static FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
+static FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
+
+/// Who is signed in. Who is not is led to the page for it.
+pub struct Visitor(pub Scope);
+
+/// As [`Visitor`], for what only an operator may see.
+pub struct Operator;
+
+impl Visitor {
+    /// None: all tenants.
+    pub fn tenant(&self) -> Option<&str> {
+        match &self.0 {
+            Scope::Tenant(tenant_uid) => Some(tenant_uid),
+            Scope::Operator => None,
+        }
+    }
+
+    pub fn is_operator(&self) -> bool {
+        self.0 == Scope::Operator
+    }
+}
+
+impl FromRequestParts<AppState> for Visitor {
+    type Rejection = Response;
+
+    async fn from_request_parts(parts: &mut Parts, state: &AppState) -> Result<Visitor, Response> {
+        match signed_in(state, &parts.headers).await {
+            Ok(Some(scope)) => Ok(Visitor(scope)),
+            Ok(None) => {
+                let wanted = parts.uri.path_and_query().map_or("", |wanted| wanted.as_str());
+                Err(Redirect::to(&address("/ui/sign-in", &[("next", wanted)])).into_response())
+            }
+            Err(error) => Err(error.into_response()),
+        }
+    }
+}
+
+impl FromRequestParts<AppState> for Operator {
+    type Rejection = Response;
+
+    async fn from_request_parts(parts: &mut Parts, state: &AppState) -> Result<Operator, Response> {
+        match Visitor::from_request_parts(parts, state).await? {
+            visitor if visitor.is_operator() => Ok(Operator),
+            _ => Err(ApiError::Forbidden.into_response()),
+        }
+    }
+}
+
+async fn signed_in(state: &AppState, headers: &HeaderMap) -> Result<Option<Scope>, ApiError> {
+    let Some(claim) = cookie(headers).and_then(Claim::read) else { return Ok(None) };
+    let Some((key, hash)) = state.store.key_by_id(claim.key_id).await? else { return Ok(None) };
+    if !claim.holds(&state.secrets, &hash, state.clock.now_s()) {
+        return Ok(None);
+    }
+    Ok(auth::scope(state, vec![key]).ok())
+}
+
+fn cookie(headers: &HeaderMap) -> Option<&str> {
+    let pairs = headers.get_all(header::COOKIE).iter().filter_map(|value| value.to_str().ok()).flat_map(|value| value.split(';'));
+    pairs.filter_map(|pair| pair.trim().split_once('=')).find(|(name, _)| *name == COOKIE).map(|(_, value)| value)
+}
+
+#[derive(Deserialize, Default)]
+pub struct Wanted {
+    next: Option<String>,
+}
+
+pub async fn ask(query: Result<Query<Wanted>, QueryRejection>) -> Response {
+    let Query(wanted) = query.unwrap_or_default();
+    form(&next(wanted.next), None).into_response()
+}
+
+#[derive(Deserialize)]
+pub struct Credentials {
+    key: String,
+    next: Option<String>,
+}
+
+pub async fn sign_in(
+    State(state): State<AppState>,
+    headers: HeaderMap,
+    credentials: Result<Form<Credentials>, FormRejection>,
+) -> Result<Response, ApiError> {
+    if !is_from_here(&headers) {
+        return Ok(from_elsewhere());
+    }
+    let Form(Credentials { key, next: wanted }) = credentials.map_err(|_| ApiError::BadBody)?;
+    let wanted = next(wanted);
+    let hash = api_key::hash(key.trim().as_bytes());
+    let found = state.store.key_by_hash(&hash).await?;
+    let Some(key) = found.filter(|key| auth::scope(&state, vec![key.clone()]).is_ok()) else {
+        let said = "This key is not valid: it may be mistyped, expired or revoked.";
+        return Ok((StatusCode::UNAUTHORIZED, form(&wanted, Some(said))).into_response());
+    };
+    let session = issue(&state.secrets, &key.id, &hash, state.clock.now_s());
+    Ok((set_cookie(&headers, &session, LIFE_S), Redirect::to(&wanted)).into_response())
+}
+
+/// The browser forgets the session.
+pub async fn sign_out(headers: HeaderMap) -> Response {
+    if !is_from_here(&headers) {
+        return from_elsewhere();
+    }
+    (set_cookie(&headers, "", 0), Redirect::to("/ui/sign-in")).into_response()
+}
+
+/// `Secure` where the browser came by https, which a proxy in front says.
+fn set_cookie(headers: &HeaderMap, value: &str, life_s: i64) -> [(HeaderName, HeaderValue); 1] {
+    let proto = headers.get(&FORWARDED_PROTO).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let is_secure = proto.split(',').next().is_some_and(|first| first.trim().eq_ignore_ascii_case("https"));
+    let secure = if is_secure { "; Secure" } else { "" };
+    let text = format!("{COOKIE}={value}; Path=/ui; Max-Age={life_s}; HttpOnly; SameSite=Strict{secure}");
+    [(header::SET_COOKIE, HeaderValue::from_str(&text).expect("an id, a number and hex digits are a header value"))]
+}
+
+/// Browsers say where a `POST` comes from; where they do so over plain http by `Origin` only, it must name this host.
+fn is_from_here(headers: &HeaderMap) -> bool {
+    let text = |name: &HeaderName| headers.get(name).and_then(|value| value.to_str().ok());
+    match (text(&FETCH_SITE), text(&header::ORIGIN), text(&header::HOST)) {
+        (Some(site), _, _) => site == "same-origin",
+        (None, Some(origin), Some(host)) => origin.split_once("://").is_some_and(|(_, authority)| authority == host),
+        _ => false,
+    }
+}
+
+fn from_elsewhere() -> Response {
+    let said = "Your browser did not say that the request came from here. Open the page again, and sign in or out there.";
+    (StatusCode::FORBIDDEN, layout::notice("That did not come from this page", said)).into_response()
+}
+
+/// Where to go after signing in: a page of ours, and nothing else.
+fn next(wanted: Option<String>) -> String {
+    let is_ours = |path: &String| {
+        let rest = path.strip_prefix("/ui");
+        rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(['/', '?']))
+            && path.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'\\')
+            && !path.starts_with("/ui/sign-")
+    };
+    wanted.filter(is_ours).unwrap_or_else(|| "/ui".to_owned())
+}
+
+fn form(next: &str, mistake: Option<&str>) -> Html<String> {
+    layout::page(
+        "Sign in",
+        Here::Outside,
+        None,
+        html! {
+            section.sign-in {
+                h1 { "Sign in" }
+                @if let Some(mistake) = mistake { p.mistake role="alert" { (mistake) } }
+                form method="post" action="/ui/sign-in" {
+                    label for="key" { "API key" }
+                    input #key type="password" name="key" autocomplete="current-password" spellcheck="false" required autofocus
+                        aria-describedby="about-keys";
+                    input type="hidden" name="next" value=(next);
+                    button type="submit" { "Sign in" }
+                }
+                p.hint #about-keys {
+                    "A tenant's key shows the invoices of its tenant; an operator's shows everything. Nothing can be changed here. "
+                    "You stay signed in for 12 hours."
+                }
+            }
+        },
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn signing_in_leads_to_pages_of_ours_only() {
+        for ours in ["/ui", "/ui?q=a", "/ui/invoice?tenant=acme&uid=a%20b"] {
+            assert_eq!(next(Some(ours.to_owned())), ours);
+        }
+        for other in ["", "//evil.example", "https://evil.example", "/uix", "/ui\r\nx", "/ui/\\evil", "/v1/events", "/ui/sign-in"]
+        {
+            assert_eq!(next(Some(other.to_owned())), "/ui", "{other}");
+        }
+    }
+}
