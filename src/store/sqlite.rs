@@ -53,6 +53,8 @@ impl SqliteStore {
             .busy_timeout(BUSY_TIMEOUT)
             .statement_cache_capacity(64)
             .pragma("wal_autocheckpoint", CHECKPOINT_AT_LAST)
+            // A container may have no folder for temporary files, or none that can be written to: a large batch would fail.
+            .pragma("temp_store", "memory")
             .disable_statement_logging();
         let pool = |connections| {
             let pool = SqlitePoolOptions::new().max_connections(connections).test_before_acquire(false);
@@ -180,4 +182,19 @@ async fn keep_log_short(pool: SqlitePool, mut due: mpsc::Receiver<()>, is_nearly
         }
     }
     pool.close().await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn no_connection_needs_a_folder_for_temporary_files() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = SqliteStore::open(&format!("{}/test.db", folder.path().display())).await.unwrap();
+        for mut session in [store.session().await.unwrap(), store.transaction().await.unwrap()] {
+            let (kept_in,) = rows!(session, fetch_one, (i64,), "pragma temp_store").unwrap();
+            assert_eq!(kept_in, 2, "2 is memory");
+        }
+    }
 }

@@ -7,10 +7,12 @@
 mod support;
 
 mod access;
+mod backup;
 mod by_turns;
 mod commands;
 mod copy;
 mod doctor;
+mod documents;
 mod events;
 mod evidence;
 mod failover;

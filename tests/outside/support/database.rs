@@ -1,5 +1,6 @@
 //! An empty database of its own for each world.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use sqlx::{AssertSqlSafe, Connection, PgConnection, SqliteConnection};
@@ -63,6 +64,18 @@ impl Database {
                 statement.execute(&mut connection).await.unwrap();
             }
         }
+    }
+
+    /// Of a PostgreSQL: into a file.
+    pub fn dump(&self, file: &Path) {
+        let Place::Server { server, name } = &self.place else { unreachable!("SQLite is copied") };
+        server.dump(name, file);
+    }
+
+    /// Of a PostgreSQL: out of a file.
+    pub fn restore(&self, file: &Path) {
+        let Place::Server { server, name } = &self.place else { unreachable!("SQLite is copied") };
+        server.restore(name, file);
     }
 
     /// Locks everybody else out of writing events until it is released. Reading goes on.

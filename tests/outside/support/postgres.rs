@@ -160,6 +160,15 @@ impl PostgresServer {
         self.run("psql", &["-XAtq", "-v", "ON_ERROR_STOP=1", "-d", database, "-c", statement])
     }
 
+    /// As `pg_dump` and `pg_restore` do it.
+    pub fn dump(&self, database: &str, file: &Path) {
+        self.run("pg_dump", &["--format=custom", "--file", file.to_str().expect("the paths of tests are UTF-8"), database]);
+    }
+
+    pub fn restore(&self, database: &str, file: &Path) {
+        self.run("pg_restore", &["--exit-on-error", "--dbname", database, file.to_str().expect("the paths of tests are UTF-8")]);
+    }
+
     /// A process that has done this, and neither commits nor rolls back until it is killed.
     pub fn hold(&self, database: &str, statement: &str) -> Child {
         let mut psql = Command::new(self.binaries.join("psql"));
