@@ -65,6 +65,9 @@ impl PostgresStore {
     /// [`StoreError::Refused`] when the server acknowledges commits that are not on its disk.
     pub async fn open(url: &str) -> Result<PostgresStore, StoreError> {
         let options = PgConnectOptions::from_str(url).map_err(|e| StoreError::Refused(e.to_string()))?;
+        for name in unknown_parameters(url) {
+            tracing::warn!(name, "this parameter of DATABASE_URL is not known: it does nothing");
+        }
         // A parameter that poolers do not know; nothing here is a float.
         let options = options.extra_float_digits(None).application_name("stripe-reconciler").disable_statement_logging();
         let looked_at = timeout(STATEMENT_TIMEOUT, look_at(url, &options)).await;
@@ -185,6 +188,35 @@ impl PostgresStore {
         self.appending.close().await;
         self.pool.close().await;
     }
+}
+
+/// What sqlx reads of a URL, in one of its spellings or another.
+const PARAMETERS: [&str; 18] = [
+    "application_name",
+    "dbname",
+    "host",
+    "hostaddr",
+    "options",
+    "password",
+    "port",
+    "ssl-ca",
+    "ssl-cert",
+    "ssl-key",
+    "ssl-mode",
+    "ssl-root-cert",
+    "sslcert",
+    "sslkey",
+    "sslmode",
+    "sslrootcert",
+    "statement-cache-capacity",
+    "user",
+];
+
+/// Names only: sqlx itself would say their values as well, and one may be a password whose name is misspelt.
+fn unknown_parameters(url: &str) -> impl Iterator<Item = &str> {
+    let names =
+        url.split_once('?').map_or("", |(_, query)| query).split('&').map(|part| part.split('=').next().unwrap_or_default());
+    names.filter(|name| !name.is_empty() && !PARAMETERS.contains(name) && !name.starts_with("options["))
 }
 
 /// What a connection is told when it is made, a pooler is told with every transaction.

@@ -112,9 +112,12 @@ fn lines<S: Subscriber + for<'s> LookupSpan<'s>>(format: LogFormat) -> Box<dyn L
     }
 }
 
+/// Libraries that repeat what stands in a connection string or in a file of passwords, at whatever level.
+const NEVER: &str = "sqlx_postgres::options";
+
 /// Below `info`, libraries may write what goes over their wires: rows, headers, keys. No setting lets them.
 fn is_harmless(metadata: &Metadata) -> bool {
-    *metadata.level() <= Level::INFO || is_ours(metadata)
+    is_ours(metadata) || *metadata.level() <= Level::INFO && !metadata.target().starts_with(NEVER)
 }
 
 fn is_ours(metadata: &Metadata) -> bool {

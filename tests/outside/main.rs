@@ -19,6 +19,7 @@ mod failover;
 mod hostile;
 mod invoices;
 mod kill_nine;
+mod leaks;
 mod manual;
 mod metrics;
 mod openapi;

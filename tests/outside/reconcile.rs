@@ -258,6 +258,8 @@ each_database! {
         stripe.trouble(Troubles { lagging: 0.2, ..Troubles::all(seed) });
         reconcile(&database.url, &stripe, &["--json"]).with_code(3);
         assert_mannered(&stripe);
+        let in_trouble = |stripe: &Stripe| stripe.calls().iter().filter(|call| call.status != Some(200)).count();
+        let troubled_first = in_trouble(&stripe);
         stripe.trouble(Troubles::all(seed.wrapping_add(1)));
         stripe.forget_calls();
         // What was listed this late, only one that asks for all of it finds.
@@ -265,8 +267,8 @@ each_database! {
         assert_same(&histories(&database.url), &expected, &stripe, &told);
         assert_mannered(&stripe);
         report(&ran);
-        let troubled = stripe.calls().iter().filter(|call| call.status != Some(200)).count();
-        assert!(troubled > 0, "{told}: {} calls, and all went well", stripe.calls().len());
+        // The second pass has few calls, and may be lucky.
+        assert!(troubled_first + in_trouble(&stripe) > 0, "{told}: all calls went well");
         stripe.trouble(Troubles::default());
         reconcile(&database.url, &stripe, &[]).with_code(0);
         assert_logged_once(&database.url);
