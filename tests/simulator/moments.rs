@@ -10,9 +10,9 @@ use super::script::Script;
 use super::world::{AT_ONCE, Trace, World, quiet};
 use crate::support::Engine;
 
-/// Moments of a pass at which it crashes in a short run: a pass waits some 150 times.
+/// Moments of a pass at which it crashes in a short run: a pass has some 300.
 const MOMENTS: usize = 12;
-const APART: usize = 24;
+const APART: usize = 48;
 /// The story has come to its end so often in a row: there are no more moments. How often it waits is not quite the same each time,
 /// since a database may answer before anybody waits for it.
 const OVER: usize = 3;

@@ -61,8 +61,8 @@ pub struct Replica {
     stopping: CancellationToken,
 }
 
-/// Counts how often the runtime has nothing left to do but to wait for the world: those are the moments at which a crash makes a
-/// difference.
+/// Counts the moments at which a crash makes a difference: whenever the runtime has nothing left to do but to wait for the world, and
+/// whenever something that was waited for has come. Of the first there may be none, when the world is quick; of the second, one at least.
 #[derive(Default)]
 struct Waits {
     left: Option<usize>,
@@ -103,12 +103,15 @@ impl Process {
         self.run_until(None, work).expect("nothing disturbs it")
     }
 
-    /// Runs it until it has to wait for the world, and then so many times more; none: it was left where it was then.
+    /// Runs it to the first of its moments, and then past so many more; none: it was left where it was then.
     pub fn run_until<T>(&self, waits: Option<usize>, work: impl Future<Output = T>) -> Option<T> {
         *locked(&self.waits) = Waits { left: waits, ..Waits::default() };
         self.runtime.block_on(async {
-            let mut work = pin!(work);
+            let (mut work, mut has_begun) = (pin!(work), false);
             std::future::poll_fn(|context| {
+                if std::mem::replace(&mut has_begun, true) {
+                    locked(&self.waits).one_more();
+                }
                 if locked(&self.waits).are_over {
                     return Poll::Ready(None);
                 }

@@ -15,16 +15,17 @@ pub const ROUNDS: u64 = 8;
 const TRIES: usize = 60;
 
 thread_local! {
-    /// What panicked on this thread, whoever caught it.
-    static PANICS: RefCell<Vec<String>> = const { RefCell::new(Vec::new()) };
+    /// What panicked on a thread that plays a round; none: this one plays none.
+    static PANICS: RefCell<Option<Vec<String>>> = const { RefCell::new(None) };
 }
 
 fn watch_panics() {
     static WATCHED: Once = Once::new();
     WATCHED.call_once(|| {
-        std::panic::set_hook(Box::new(|panic| {
-            let told = format!("{panic}");
-            PANICS.with_borrow_mut(|panics| panics.push(told));
+        let print = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |panic| {
+            let kept = PANICS.with_borrow_mut(|panics| panics.as_mut().map(|panics| panics.push(panic.to_string())));
+            kept.unwrap_or_else(|| print(panic));
         }));
     });
 }
@@ -36,10 +37,10 @@ struct Failure {
 }
 
 fn play(engine: Engine, script: &Script) -> Result<Histories, Failure> {
-    PANICS.take();
+    PANICS.set(Some(Vec::new()));
     let trace = Trace::default();
     let played = catch_unwind(AssertUnwindSafe(|| round(engine, script, trace.clone())));
-    let panics = PANICS.take();
+    let panics = PANICS.take().unwrap_or_default();
     match played {
         Ok(histories) if panics.is_empty() => Ok(histories),
         _ => Err(Failure { told: panics.join("\n"), trace: std::mem::take(&mut trace.lock().unwrap()) }),
