@@ -16,7 +16,7 @@ use stripe_reconciler::domain::{api_key, session};
 use stripe_reconciler::flows::ingest::{Delivery, prepare};
 use stripe_reconciler::flows::invoices::new_invoice;
 use stripe_reconciler::http::{AppState, MetricsAt, Ui, router};
-use stripe_reconciler::inbox::{Inbox, Writers};
+use stripe_reconciler::inbox::{Inbox, Writer};
 use stripe_reconciler::metrics::Metrics;
 use stripe_reconciler::store::{ApiKey, NewInvoice, Scope, Source, Store};
 use tempfile::TempDir;
@@ -58,7 +58,7 @@ pub struct World {
 struct Running {
     service: TowerToHyperService<axum::Router>,
     store: Store,
-    writers: Writers,
+    writer: Writer,
 }
 
 impl World {
@@ -87,10 +87,10 @@ impl World {
 
     /// As it was at the start, so that what an input finds does not depend on those before it.
     pub fn renew(&mut self) {
-        if let Some(Running { service, store, writers }) = self.running.take() {
+        if let Some(Running { service, store, writer }) = self.running.take() {
             drop(service);
             self.runtime.block_on(async {
-                writers.finish().await;
+                writer.finish().await;
                 store.close().await;
             });
         }
@@ -124,11 +124,11 @@ impl Running {
         std::fs::copy(folder.join("template.db"), &file).expect("a file can be copied");
         let store = Store::connect(&url(&file)).await.expect("a database can be opened");
         let metrics = std::sync::Arc::<Metrics>::default();
-        let (inbox, writers) = Inbox::start(store.clone(), metrics.clone());
+        let (inbox, writer) = Inbox::start(store.clone(), metrics.clone());
         let (clock, stopping) = (Clock::fixed(NOW_MS), CancellationToken::new());
         let state = AppState::new(store.clone(), inbox, secrets(), clock, metrics, stopping);
         let service = TowerToHyperService::new(router(state, MetricsAt::MainListener, Ui::Shown));
-        Running { service, store, writers }
+        Running { service, store, writer }
     }
 }
 
