@@ -19,7 +19,7 @@ const OVER: usize = 3;
 
 /// Two invoices, much of whose lives is still under way to the program.
 fn story(engine: Engine) -> World {
-    let script = Script { seed: 7, invoices: 2, steps: Vec::new() };
+    let script = Script { seed: 7, invoices: 2, steps: Vec::new(), is_watched: false };
     let mut world = World::new(engine, &script, Trace::default());
     let mut random = quiet();
     for _ in 0..14 {

@@ -26,8 +26,8 @@ use crate::stripe_fake::{DAY, HOUR, Stripe, Troubles};
 use crate::support::{Answer, Database, Engine, invoice_path};
 
 pub const KEY: &str = "srk_simulated";
-/// How many of the deliveries and passes are watched at every moment, for which they stand still.
-const WATCHED: f64 = 0.05;
+/// One delivery or pass of so many is watched at every moment, for which it stands still.
+const WATCHED: u32 = 20;
 /// Deliveries at a time.
 pub const AT_ONCE: usize = 8;
 /// Stripe's events are listed for thirty days; a round shall be over by then.
@@ -54,6 +54,7 @@ pub struct World {
     /// The API has said less than it knew.
     pub has_lagged: bool,
     wanted: usize,
+    all_is_watched: bool,
     start_s: i64,
     /// The right time.
     time: Clock,
@@ -103,6 +104,7 @@ impl World {
             lease_until_ms: 0,
             has_lagged: false,
             wanted: script.invoices,
+            all_is_watched: script.is_watched,
             start_s,
             time,
             skew_ms: 0,
@@ -187,7 +189,7 @@ impl World {
 
     fn deliver(&mut self, random: &mut StdRng) {
         if !self.wire.under_way.is_empty() {
-            let (parcels, end, is_watched) = (self.wire.take(random, AT_ONCE), End::draw(random, 6), random.random_bool(WATCHED));
+            let (parcels, end, is_watched) = (self.wire.take(random, AT_ONCE), End::draw(random, 6), self.is_watched(random));
             self.make_busy(Busy { parcels, plan: None, end, is_watched }, random);
         }
     }
@@ -205,7 +207,7 @@ impl World {
         self.stripe.trouble(Troubles { seed: random.random(), ..troubles });
         let meanwhile = random.random_bool(0.4) && !self.wire.under_way.is_empty();
         let parcels = if meanwhile { self.wire.take(random, AT_ONCE) } else { Vec::new() };
-        let (end, is_watched) = (End::draw(random, 200), random.random_bool(WATCHED));
+        let (end, is_watched) = (End::draw(random, 200), self.is_watched(random));
         self.make_busy(Busy { parcels, plan: Some(Plan { extent, mode, since_s }), end, is_watched }, random);
         self.stripe.trouble(Troubles::default());
     }
@@ -332,6 +334,11 @@ impl World {
 
     pub fn invariants(&self) -> MutexGuard<'_, Invariants> {
         self.invariants.lock().unwrap()
+    }
+
+    fn is_watched(&self, random: &mut StdRng) -> bool {
+        // Drawn in any case, so that what follows is the same.
+        random.random_range(0..WATCHED) == 0 || self.all_is_watched
     }
 
     /// From now on, at every moment, what is durable is looked at.
