@@ -169,7 +169,7 @@ pub fn parse(input: &[u8], world: &World) -> Option<Asked> {
     let method = Method::from_bytes(&first[..blank]).ok()?;
     let target = Uri::try_from(&first[blank + 1..]).ok()?;
     let mut headers = HeaderMap::new();
-    for line in lines.take(100) {
+    for line in lines.filter(|line| !line.is_empty()).take(100) {
         let colon = line.iter().position(|byte| *byte == b':')?;
         let name = HeaderName::from_bytes(&line[..colon]).ok()?;
         headers.append(name, HeaderValue::from_bytes(&filled_in(line[colon + 1..].trim_ascii(), body, world)).ok()?);
