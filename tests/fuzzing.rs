@@ -78,6 +78,7 @@ fn invoices_hold() {
 fn paths_hold() {
     let world = std::cell::RefCell::new(World::start());
     files("fuzz/seeds/paths").iter().for_each(|(path, input)| {
+        assert!(fuzz::world::parse(input, &world.borrow()).is_some(), "{} is no request", path.display());
         hold(|input| fuzz::paths::check_in(&mut world.borrow_mut(), input), path, input);
     });
 }

@@ -22,6 +22,9 @@ pub fn check(input: &[u8]) {
 }
 
 fn check_accepted(valid: &ValidInvoice) {
+    let stored: Value =
+        serde_json::from_str(&valid.document.to_string()).unwrap_or_else(|error| panic!("{error} in what is stored"));
+    assert_eq!(stored, valid.document, "it is read as it was written");
     let entries = fold(None, &valid.imported_states, &[]);
     let rendered = render(&valid.document, &entries);
     let text = rendered.to_string();

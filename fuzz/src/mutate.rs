@@ -37,7 +37,7 @@ pub fn json(text: &[u8], dice: &mut Dice) -> Option<Vec<u8>> {
 
 fn change(values: &mut Vec<Value>, dice: &mut Dice) {
     let line = dice.below(values.len());
-    match dice.below(12) {
+    match dice.below(13) {
         0 if values.len() > 1 => drop(values.remove(line)),
         1 if values.len() < 32 => values.insert(dice.below(values.len() + 1), values[line].clone()),
         2 => {
@@ -53,6 +53,7 @@ fn change(values: &mut Vec<Value>, dice: &mut Dice) {
         }
         7 | 8 => set(values, line, dice, nudged),
         9 => add(&mut values[line], dice),
+        10 => forget(values, line, dice),
         _ => remove(&mut values[line], dice),
     }
 }
@@ -110,6 +111,23 @@ fn remove(value: &mut Value, dice: &mut Dice) {
         Some(Value::Array(items)) => drop(items.pop()),
         _ => {}
     }
+}
+
+/// Takes a field away wherever it stands: what makes no difference makes an input only longer.
+fn forget(values: &mut [Value], line: usize, dice: &mut Dice) {
+    fn without(value: &mut Value, name: &str) {
+        match value {
+            Value::Object(fields) => {
+                fields.shift_remove(name);
+                fields.values_mut().for_each(|field| without(field, name));
+            }
+            Value::Array(items) => items.iter_mut().for_each(|item| without(item, name)),
+            _ => {}
+        }
+    }
+    let places = places(&values[line]);
+    let name = places[dice.below(places.len())].rsplit('/').next().unwrap_or_default();
+    values.iter_mut().for_each(|value| without(value, name));
 }
 
 /// A little different, of the same type.

@@ -34,6 +34,9 @@ const STORIES: [&str; 2] = [
     include_str!("../../fixtures/stories/thin-and-snapshot-twins.jsonl"),
 ];
 
+/// The invoices of these stories, and one of which nothing is told.
+const STRIPE_INVOICES: [&str; 3] = ["in_1Q021Fx", "in_1Q035Fx", "in_1Q001Fx"];
+
 /// What is asked.
 pub struct Asked {
     pub method: Method,
@@ -140,7 +143,8 @@ async fn fill(file: &Path) {
         let row = ApiKey { id: key.to_owned(), scope, created_ms: NOW_MS, expires_ms: None, revoked_ms: None };
         store.insert_key(&row, &api_key::hash(key.as_bytes())).await.expect("a key can be kept");
     }
-    let parsed = INVOICES.lines().map(|line| serde_json::from_str(line).expect("a fixture is JSON"));
+    let held = INVOICES.lines().filter(|line| STRIPE_INVOICES.iter().any(|id| line.contains(&format!("{id}\""))));
+    let parsed = held.map(|line| serde_json::from_str(line).expect("a fixture is JSON"));
     let mut invoices: Vec<NewInvoice> = parsed.map(|json| new_invoice("acme", None, json).expect("a fixture is valid")).collect();
     invoices.push(new_invoice("other", Some("inv-other"), serde_json::json!({})).expect("it is valid"));
     store.put_invoices(&invoices, NOW_MS).await.expect("invoices can be stored");
@@ -165,7 +169,7 @@ pub fn parse(input: &[u8], world: &World) -> Option<Asked> {
     let method = Method::from_bytes(&first[..blank]).ok()?;
     let target = Uri::try_from(&first[blank + 1..]).ok()?;
     let mut headers = HeaderMap::new();
-    for line in lines.take(100) {
+    for line in lines.filter(|line| !line.is_empty()).take(100) {
         let colon = line.iter().position(|byte| *byte == b':')?;
         let name = HeaderName::from_bytes(&line[..colon]).ok()?;
         headers.append(name, HeaderValue::from_bytes(&filled_in(line[colon + 1..].trim_ascii(), body, world)).ok()?);
