@@ -12,6 +12,8 @@ use crate::stripe_fake::{Event, Stripe};
 
 /// Events read from the log at a time.
 const PAGE: u32 = 500;
+/// What comes into Stripe's list late by no more than this is found by the next pass.
+const OVERLAP_S: i64 = 3600;
 
 /// What another process sees in the database.
 pub struct Durable {
@@ -62,7 +64,7 @@ pub struct Invariants {
     rows: BTreeMap<EventKey, (StoredBody, Vec<String>)>,
     /// Stripe's events when the last pass began that may have noted anything.
     at_stripe: Vec<Event>,
-    /// Those that its list lacked, since it lagged, when any pass began.
+    /// Those that its list lacked, since it lagged, when a pass began that may have been the last to ask for them.
     unlisted: BTreeSet<String>,
     /// A pass was given up: what it told the database at last may be done later.
     is_given_up: bool,
@@ -75,7 +77,15 @@ impl Invariants {
     pub fn begin_pass(&mut self, stripe: &Stripe) {
         let events = stripe.events();
         let listed: BTreeSet<String> = stripe.listed().into_iter().map(|event| event.id).collect();
-        self.unlisted.extend(events.iter().map(|event| &event.id).filter(|id| !listed.contains(*id)).cloned());
+        for event in &events {
+            let known = self.progress.get(&event.account.map(str::to_owned)).copied().unwrap_or(i64::MIN);
+            if !listed.contains(&event.id) {
+                self.unlisted.insert(event.id.clone());
+            } else if !self.is_given_up && event.created >= known.saturating_sub(OVERLAP_S) {
+                // It came into the list late, and not too late.
+                self.unlisted.remove(&event.id);
+            }
+        }
         if !self.is_given_up {
             self.at_stripe = events;
         }
