@@ -1,13 +1,16 @@
 //! Group commit: deliveries that wait at the same time share one durable transaction, and each caller is told its own outcome.
 //!
-//! A writer takes all that waits (nobody waits for a timer when the store is idle), appends it, and answers. While it writes,
+//! The writer takes all that waits (nobody waits for a timer when the store is idle), appends it, and answers. While it writes,
 //! the next batch gathers. The queue is bounded: what does not fit is refused, and Stripe delivers it again.
+//!
+//! One writer, on PostgreSQL too: with a second one the batches are half as large, and what each of them costs is paid twice
+//! (measured on two cores with 64 connections: a sixth more processor time an acknowledgement).
 
 use std::sync::Arc;
 use std::time::Instant;
 
-use tokio::sync::{Mutex, mpsc, oneshot};
-use tokio::task::JoinSet;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
 use tracing::{Instrument, Level, Span};
 use uuid::Uuid;
 
@@ -25,8 +28,8 @@ pub struct Inbox {
     queue: mpsc::Sender<Waiting>,
 }
 
-/// The writers, to be waited for when all [`Inbox`]es are gone.
-pub struct Writers(JoinSet<()>);
+/// To be waited for when all [`Inbox`]es are gone.
+pub struct Writer(JoinHandle<()>);
 
 /// The delivery was not kept.
 #[derive(Debug, thiserror::Error)]
@@ -51,12 +54,9 @@ struct Caller {
 }
 
 impl Inbox {
-    /// Starts as many writers as the store gains by.
-    pub fn start(store: Store, metrics: Arc<Metrics>) -> (Inbox, Writers) {
+    pub fn start(store: Store, metrics: Arc<Metrics>) -> (Inbox, Writer) {
         let (queue, waiting) = mpsc::channel(QUEUE);
-        let waiting = Arc::new(Mutex::new(waiting));
-        let writers = (0..store.writers()).map(|_| write(store.clone(), waiting.clone(), metrics.clone())).collect();
-        (Inbox { queue }, Writers(writers))
+        (Inbox { queue }, Writer(tokio::spawn(write(store, waiting, metrics))))
     }
 
     /// Returns when the event is durable. When the caller goes away before its batch is written, it is not kept.
@@ -79,24 +79,18 @@ impl Inbox {
     }
 }
 
-impl Writers {
+impl Writer {
     /// Returns when all that was queued is written and answered. All [`Inbox`]es must be dropped, or it waits for them.
-    pub async fn finish(mut self) {
-        while let Some(ended) = self.0.join_next().await {
-            if let Err(error) = ended {
-                tracing::error!(%error, "a writer of the log ended badly");
-            }
+    pub async fn finish(self) {
+        if let Err(error) = self.0.await {
+            tracing::error!(%error, "the writer of the log ended badly");
         }
     }
 }
 
-async fn write(store: Store, waiting: Arc<Mutex<mpsc::Receiver<Waiting>>>, metrics: Arc<Metrics>) {
+async fn write(store: Store, mut queue: mpsc::Receiver<Waiting>, metrics: Arc<Metrics>) {
     let mut batch = Vec::with_capacity(BATCH);
-    loop {
-        // One writer waits for deliveries at a time; while it writes, the next one does.
-        if waiting.lock().await.recv_many(&mut batch, BATCH).await == 0 {
-            return;
-        }
+    while queue.recv_many(&mut batch, BATCH).await > 0 {
         // Who was told meanwhile to come again will come again.
         let waiting = batch.drain(..).filter(|waiting| !waiting.caller.answer.is_closed());
         let (events, callers): (Vec<NewEvent>, Vec<_>) = waiting.map(|waiting| (waiting.event, waiting.caller)).unzip();

@@ -89,7 +89,7 @@ impl Reconcile {
 }
 
 async fn reconcile(store: &Store, api: StripeApi, plan: Plan) -> anyhow::Result<Report> {
-    let (inbox, writers) = Inbox::start(store.clone(), Arc::default());
+    let (inbox, writer) = Inbox::start(store.clone(), Arc::default());
     let tools = Tools { store: store.clone(), inbox, api, clock: Clock::system(), metrics: Arc::default() };
     let bar = output::progress("calls to Stripe");
     let counting = async {
@@ -104,7 +104,7 @@ async fn reconcile(store: &Store, api: StripeApi, plan: Plan) -> anyhow::Result<
     };
     bar.finish_and_clear();
     drop(tools);
-    writers.finish().await;
+    writer.finish().await;
     store.close().await;
     Ok(ended?)
 }

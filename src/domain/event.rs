@@ -4,6 +4,8 @@
 //! through the same lines. A field of an unexpected type counts as absent. What the fields *mean* is not decided here: that
 //! is `fact` and `history`. What the objects look like is in `object`.
 
+use std::collections::HashSet;
+
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
@@ -238,13 +240,9 @@ fn short(event_type: &str) -> &str {
 impl Telling {
     /// Every object that this telling names, itself included; no object twice.
     pub fn mentions(&self) -> Vec<Mention> {
-        let mut mentions: Vec<Mention> = Vec::new();
-        for (object_id, is_invoice) in self.object.names() {
-            if !mentions.iter().any(|m| m.object_id == object_id) {
-                mentions.push(Mention { object_id: object_id.to_owned(), is_invoice });
-            }
-        }
-        mentions
+        let mut named = HashSet::new();
+        let names = self.object.names().into_iter().filter(|(object_id, _)| named.insert(*object_id));
+        names.map(|(object_id, is_invoice)| Mention { object_id: object_id.to_owned(), is_invoice }).collect()
     }
 }
 

@@ -11,7 +11,7 @@ pub mod links;
 mod message;
 pub mod money;
 pub mod object;
-mod redact;
+pub mod redact;
 mod returned;
 pub mod session;
 mod shape;

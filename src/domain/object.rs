@@ -162,7 +162,7 @@ impl Object {
     /// Reads a full object. Its own `object` field says what it is; without one, the event's type does.
     /// None: no object that we read, or one without an id (`invoice.upcoming`).
     pub fn read(kind: &str, json: &Value, previous: Option<&Value>) -> Option<Object> {
-        let id = text(json, "id")?;
+        let id = id_at(json, "id")?;
         let name = text(json, "object");
         Some(match name.as_deref().unwrap_or(object_of(kind)) {
             "invoice" => Object::Invoice(Box::new(invoice(id, json, previous))),
@@ -178,7 +178,7 @@ impl Object {
 
     /// The object that a thin event points to: its id is all that is known of it.
     pub fn named(kind: &str, related: &Value) -> Option<Object> {
-        let id = text(related, "id")?;
+        let id = id_at(related, "id")?;
         Some(match object_of(kind) {
             "invoice" => Object::Invoice(Box::new(Invoice { id, ..Default::default() })),
             "invoice_payment" => Object::InvoicePayment(InvoicePayment { id, ..Default::default() }),
@@ -278,7 +278,7 @@ fn invoice(id: String, json: &Value, previous: Option<&Value>) -> Invoice {
 }
 
 fn invoice_payments(json: &Value) -> Option<Vec<String>> {
-    let ids: Vec<String> = json.pointer("/payments/data")?.as_array()?.iter().filter_map(|p| text(p, "id")).collect();
+    let ids: Vec<String> = json.pointer("/payments/data")?.as_array()?.iter().filter_map(|p| id_at(p, "id")).collect();
     (!ids.is_empty()).then_some(ids)
 }
 
@@ -315,7 +315,7 @@ fn payment_intent(id: String, json: &Value) -> PaymentIntent {
         bank_transfer_remaining: json
             .pointer("/next_action/display_bank_transfer_instructions")
             .and_then(|b| whole(b, "amount_remaining")),
-        order_reference: json.get("payment_details").and_then(|d| text(d, "order_reference")).filter(|r| is_invoice_id(r)),
+        order_reference: json.get("payment_details").and_then(|d| id_at(d, "order_reference")).filter(|r| is_invoice_id(r)),
     }
 }
 
@@ -390,11 +390,18 @@ pub(super) fn text(json: &Value, name: &str) -> Option<String> {
     json.get(name)?.as_str().filter(|s| !s.is_empty() && !s.contains('\0')).map(str::to_owned)
 }
 
+/// Bytes of an id at most. Stripe's have no more; a longer one counts as absent, and no index of PostgreSQL's would take it.
+const LONGEST_ID: usize = 255;
+
+fn id_at(json: &Value, name: &str) -> Option<String> {
+    text(json, name).filter(|id| id.len() <= LONGEST_ID)
+}
+
 /// `"x": "id"`, or expanded: `"x": {"id": "id", ...}`.
 pub(super) fn id_of(json: &Value, name: &str) -> Option<String> {
     match json.get(name)? {
-        object @ Value::Object(_) => text(object, "id"),
-        _ => text(json, name),
+        object @ Value::Object(_) => id_at(object, "id"),
+        _ => id_at(json, name),
     }
 }
 

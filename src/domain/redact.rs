@@ -5,19 +5,24 @@ const MOST_CHARACTERS: usize = 300;
 
 /// A number or an id from outside, fit for a message: on one line, not endless, and no address.
 pub fn name(text: &str) -> String {
-    words(text)
+    shown(&on_one_line(text))
 }
 
 /// Text from outside, fit for a message: as a name, and without card numbers.
 pub fn clean(text: &str) -> String {
-    words(&without_card_numbers(text))
+    // On one line first: what a line break parts, stands side by side there.
+    shown(&without_card_numbers(&on_one_line(text)))
 }
 
 const REMOVED: &str = "[removed]";
 
-fn words(text: &str) -> String {
+fn on_one_line(text: &str) -> String {
     let words = text.split(|c: char| c.is_whitespace() || c.is_control()).filter(|word| !word.is_empty());
-    let mut shown: Vec<&str> = words.map(|word| if is_private(word) { REMOVED } else { word }).collect();
+    words.collect::<Vec<_>>().join(" ")
+}
+
+fn shown(line: &str) -> String {
+    let mut shown: Vec<&str> = line.split(' ').map(|word| if is_private(word) { REMOVED } else { word }).collect();
     shown.dedup_by(|word, before| *word == REMOVED && *before == REMOVED);
     shown.join(" ").chars().take(MOST_CHARACTERS).collect()
 }

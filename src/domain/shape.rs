@@ -7,6 +7,31 @@ use super::invoice::{Fault, parse_time, timestamp, validate_uid};
 /// Notes every fault of a document, and puts what is right into its normal form.
 pub fn check_invoice(document: &mut Value, faults: &mut Vec<Fault>) {
     check(document, &Kind::Object(&INVOICE), "", faults);
+    check_names(document, "", faults);
+}
+
+/// serde_json takes an object whose first field has this name for the text of another document.
+const NAME_OF_A_DOCUMENT: &str = "$serde_json::private::RawValue";
+
+/// Notes the fields, at any depth, by whose name the document would be another one, or none, when it is read again.
+fn check_names(value: &Value, pointer: &str, faults: &mut Vec<Fault>) {
+    match value {
+        Value::Object(fields) => {
+            for (name, field) in fields {
+                let here = child(pointer, name);
+                check_names(field, &here, faults);
+                if name == NAME_OF_A_DOCUMENT {
+                    faults.push(Fault { pointer: here, reason: "has a name that cannot be stored".to_owned() });
+                }
+            }
+        }
+        Value::Array(items) => {
+            for (index, item) in items.iter().enumerate() {
+                check_names(item, &format!("{pointer}/{index}"), faults);
+            }
+        }
+        _ => {}
+    }
 }
 
 /// What a field of the document may hold.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::extract::{MatchedPath, Request, State};
-use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use tracing::{Instrument, Level, Span, field};
@@ -32,6 +32,9 @@ pub async fn request(State(metrics): State<Arc<Metrics>>, request: Request, next
     let answered = tokio::time::timeout(REQUEST_TIMEOUT, next.run(request)).instrument(span.clone()).await;
     let mut response = answered.unwrap_or_else(|_| too_long(place.as_deref()).into_response());
 
+    if let Some(Given(status)) = response.extensions_mut().remove() {
+        *response.status_mut() = status;
+    }
     let told = response.extensions_mut().remove::<ApiError>();
     let is_page = ui::is_page(&route);
     // A page may say itself what went wrong.
@@ -60,6 +63,22 @@ pub async fn request(State(metrics): State<Arc<Metrics>>, request: Request, next
         Some(reason) => tracing::error!(%method, route, status, duration_ms, reason, "request failed"),
         // A line for each of thousands of deliveries a second would cost more than they do.
         None => tracing::debug!(%method, route, status, duration_ms, "request"),
+    }
+    response
+}
+
+/// What was answered, before compression looked at it. Where the client takes no encoding that there is, that makes a 406 of it,
+/// whatever has been done already: such a client gets the answer as it is.
+#[derive(Clone)]
+struct Given(StatusCode);
+
+/// Within the compression.
+pub async fn note_status(request: Request, next: Next) -> Response {
+    let is_negotiated = request.headers().contains_key(header::ACCEPT_ENCODING);
+    let mut response = next.run(request).await;
+    if is_negotiated {
+        let given = Given(response.status());
+        response.extensions_mut().insert(given);
     }
     response
 }

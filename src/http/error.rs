@@ -19,7 +19,6 @@ pub enum ApiError {
     /// Does not exist, or may not be seen: nobody learns which.
     NotFound,
     MethodNotAllowed,
-    NotAcceptable,
     /// Which part of the path, and why it cannot be an id.
     InvalidPath(String),
     InvalidQuery(String),
@@ -47,7 +46,6 @@ impl ApiError {
             ApiError::Forbidden => StatusCode::FORBIDDEN,
             ApiError::NotFound => StatusCode::NOT_FOUND,
             ApiError::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
-            ApiError::NotAcceptable => StatusCode::NOT_ACCEPTABLE,
             ApiError::InvalidPath(_)
             | ApiError::InvalidQuery(_)
             | ApiError::InvalidInvoice(_)
@@ -68,7 +66,6 @@ impl ApiError {
             ApiError::Forbidden => ("Forbidden", "this needs an operator's key"),
             ApiError::NotFound => ("ResourceNotFound", "there is no such resource"),
             ApiError::MethodNotAllowed => ("MethodNotAllowed", "this resource does not take this method"),
-            ApiError::NotAcceptable => ("NotAcceptable", "no encoding of the answer is acceptable"),
             ApiError::InvalidPath(reason) => ("InvalidPath", reason),
             ApiError::InvalidQuery(reason) => ("InvalidQuery", reason),
             ApiError::InvalidInvoice(_) => {
@@ -154,7 +151,6 @@ impl From<InboxError> for ApiError {
 /// An answer of the framework's that carries no error of ours.
 pub fn of_status(status: StatusCode) -> Option<ApiError> {
     match status {
-        StatusCode::NOT_ACCEPTABLE => Some(ApiError::NotAcceptable),
         StatusCode::PAYLOAD_TOO_LARGE => Some(ApiError::TooLarge),
         status if status.is_client_error() => Some(ApiError::BadBody),
         _ => None,

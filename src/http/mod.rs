@@ -130,6 +130,7 @@ fn finish(routes: Router<AppState>, state: AppState) -> Router {
         .with_state(state)
         .layer(DefaultBodyLimit::max(BODY_LIMIT))
         .layer(CatchPanicLayer::custom(error::panicked))
+        .layer(axum::middleware::from_fn(around::note_status))
         .layer(CompressionLayer::new())
         .layer(axum::middleware::from_fn_with_state(metrics, around::request))
 }

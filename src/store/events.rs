@@ -340,7 +340,7 @@ impl Store {
 }
 
 /// The first of each key: the others are duplicates, and nothing of them is kept. Sorted by key: neighbours go to the same page of
-/// an index, and batches of several writers take their locks in one order.
+/// an index, and batches of several replicas take their locks in one order.
 pub(super) fn firsts(batch: &[NewEvent]) -> Vec<&NewEvent> {
     let mut keys = HashSet::with_capacity(batch.len());
     let mut firsts: Vec<&NewEvent> = batch.iter().filter(|event| keys.insert(event.key)).collect();

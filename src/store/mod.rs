@@ -167,14 +167,6 @@ impl Store {
         }
     }
 
-    /// How many batches may be appended at a time and gain by it.
-    pub fn writers(&self) -> usize {
-        match &self.0 {
-            Engine::Sqlite(_) => 1,
-            Engine::Postgres(_) => postgres::WRITERS as usize,
-        }
-    }
-
     /// Closes all connections. What was answered is on disk already.
     pub async fn close(&self) {
         match &self.0 {

@@ -19,8 +19,6 @@ use super::session::{Connection, PostgresConnection, Session, rows_in_postgres};
 use super::{Appended, NewEvent, StoreError};
 
 const CONNECTIONS: u32 = 10;
-/// Batches that are appended at a time: a second one gains while the first waits for the disk, a third does not.
-pub(super) const WRITERS: u32 = 2;
 /// How long to wait for a free connection, or for a new one.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long one statement may take.
@@ -33,7 +31,8 @@ const KNOCK: Duration = Duration::from_millis(200);
 #[derive(Clone, Debug)]
 pub(super) struct PostgresStore {
     pool: PgPool,
-    /// Connections that append, and nothing else: each of them has its statement ready, and never waits for readers.
+    /// One connection that appends, and nothing else: it has its statement ready, and never waits for readers. (A pool, since
+    /// that opens it again.)
     appending: PgPool,
     /// A pooler stands between us and the server, and may hand each transaction to another of its connections.
     is_pooled: bool,
@@ -94,7 +93,7 @@ impl PostgresStore {
                 });
             pool.connect_lazy_with(options.clone())
         };
-        Ok(PostgresStore { pool: pool(CONNECTIONS), appending: pool(WRITERS), is_pooled, gate })
+        Ok(PostgresStore { pool: pool(CONNECTIONS), appending: pool(1), is_pooled, gate })
     }
 
     /// A connection for statements that each stand alone.
@@ -223,7 +222,7 @@ fn unknown_parameters(url: &str) -> impl Iterator<Item = &str> {
 const BEGIN: &str = "begin; set local jit = off";
 const BEGIN_SERIALIZABLE: &str = "begin isolation level serializable; set local jit = off";
 
-/// Events come sorted, mentions are sorted here, so that batches of several writers take their locks in one order.
+/// Events come sorted, mentions are sorted here, so that batches of several replicas take their locks in one order.
 const APPEND: &str = "
     with incoming as (
         select * from unnest($1::bytea[], $2::text[], $3::text[], $4::text[], $5::text[], $6::bigint[], $7::bigint[], $8::text[],

@@ -113,6 +113,8 @@ each_database! {
             (json!({"status": {"states": [{"state": "Paid", "timestamp": "yesterday"}]}}), vec!["/status/states/0/timestamp"]),
             (json!({"status": {"states": [paid_at("2026-01-31T09:00:00Z"), paid_at("2026-01-31T10:00:00.0009+01:00"), paid_at("2026-01-31T09:00:00Z")]}}),
              vec!["/status/states/1", "/status/states/2"]),
+            // Without what stands before it, serde_json takes this for the text of another document.
+            (json!({"spec": {"address": null, "$serde_json::private::RawValue": "["}}), vec!["/spec/$serde_json::private::RawValue"]),
             // One kind of fault does not hide another.
             (json!({"metadata": {"uid": "b", "name": 1}, "status": {"billableAmount": "1", "states": [paid_at("2026-01-31T09:00:00Z"), paid_at("2026-01-31T09:00:00Z")]}}),
              vec!["/metadata/name", "/metadata/uid", "/status/billableAmount", "/status/states/1"]),

@@ -183,6 +183,18 @@ each_database! {
         }
     }
 
+    async fn who_takes_no_encoding_that_there_is_is_answered_without_one(world: World) {
+        let none = ("Accept-Encoding", "gzip;q=0, identity;q=0");
+        let (operator, acme) = (("ApiKey", world.operator_key.as_str()), ("ApiKey", world.acme_key.as_str()));
+        let path = invoice_path("a");
+        world.send("PUT", &path, &[operator, none], b"{}".to_vec()).await.with_status(201);
+        let read = world.send("GET", &path, &[acme, none], vec![]).await.with_status(200);
+        assert_eq!((read.header("content-encoding"), read.invoice()), ("", json!({"status": {"states": []}})));
+        let known = ("If-None-Match", read.header("etag"));
+        world.send("GET", &path, &[acme, none, known], vec![]).await.with_status(304);
+        world.send("GET", &invoice_path("missing"), &[acme, none], vec![]).await.with_error(404, "ResourceNotFound");
+    }
+
     async fn documents_come_back_as_they_were_stored(world: World) {
         world.run_with_input(&["invoices", "import", "--tenant", "acme", "-"], FIXTURES.as_bytes()).with_code(0);
         for line in FIXTURES.lines() {

@@ -116,6 +116,16 @@ each_database! {
         }
     }
 
+    async fn an_id_longer_than_any_of_stripes_is_no_id_and_the_event_is_kept(world: World) {
+        // Random, so that no index can make it shorter.
+        let endless: String = (0..100).map(|part| v1(SECRET, part, b"")).collect();
+        let failed = event("evt_1", "charge.failed", 100, json!({"id": "ch_1", "object": "charge", "invoice": endless}));
+        let paid = event("evt_2", "invoice.paid", 100, json!({"id": endless, "object": "invoice", "status": "paid"}));
+        assert_eq!(outcome(world.deliver(&failed).await), "recorded");
+        assert_eq!(outcome(world.deliver(&paid).await), "no_payment_fact");
+        assert_eq!(listed(&world, &[]).len(), 2);
+    }
+
     async fn authentic_bytes_without_an_event_are_kept_for_the_operator(world: World) {
         let deep = [b"{\"id\":".repeat(5000), b"1".to_vec(), b"}".repeat(5000)].concat();
         let event = |without: &str| {

@@ -18,7 +18,7 @@ use stripe_reconciler::clock::Clock;
 use stripe_reconciler::domain::signature::SigningSecrets;
 use stripe_reconciler::flows::reconcile::Tools;
 use stripe_reconciler::http::{self, AppState, MetricsAt, Ui};
-use stripe_reconciler::inbox::{Inbox, Writers};
+use stripe_reconciler::inbox::{Inbox, Writer};
 use stripe_reconciler::store::{Store, StoredBody};
 use stripe_reconciler::stripe_api::{ApiKey, Settings, StripeApi};
 use tokio::runtime::{Builder, Runtime};
@@ -47,7 +47,7 @@ pub struct Process {
     runtime: Runtime,
     waits: Arc<Mutex<Waits>>,
     replicas: Vec<Replica>,
-    writers: Vec<Writers>,
+    writers: Vec<Writer>,
 }
 
 /// One server of a process; cheap to clone.
@@ -153,8 +153,8 @@ impl Process {
             let stores: Vec<Store> = replicas.iter().map(|replica| replica.store.clone()).collect();
             replicas.iter().for_each(|replica| replica.stopping.cancel());
             drop(replicas);
-            for writers in writers {
-                writers.finish().await;
+            for writer in writers {
+                writer.finish().await;
             }
             for store in stores {
                 store.close().await;
@@ -203,17 +203,17 @@ fn is_open(path: &str) -> bool {
 }
 
 impl Replica {
-    async fn start(setup: &Setup<'_>) -> (Replica, Writers) {
+    async fn start(setup: &Setup<'_>) -> (Replica, Writer) {
         let store = Store::connect(setup.database_url).await.unwrap();
         store.migrate().await.unwrap();
-        let (inbox, writers) = Inbox::start(store.clone(), Arc::default());
+        let (inbox, writer) = Inbox::start(store.clone(), Arc::default());
         let key = ApiKey::parse(LIVE_KEY).unwrap();
         let api = StripeApi::new(Settings { key, base: setup.stripe_base.to_owned(), rate: 1000 });
         let (clock, stopping) = (setup.clock.clone(), CancellationToken::new());
         let secrets = SigningSecrets::parse(setup.secrets).unwrap();
         let state = AppState::new(store.clone(), inbox.clone(), secrets, clock.clone(), Arc::default(), stopping.clone());
         let router = TowerToHyperService::new(http::router(state, MetricsAt::MainListener, Ui::Absent));
-        (Replica { store, inbox, router, api, clock, stopping }, writers)
+        (Replica { store, inbox, router, api, clock, stopping }, writer)
     }
 
     pub fn tools(&self) -> Tools {

@@ -176,7 +176,7 @@ each_store! {
     }
 
     async fn one_that_the_database_refuses_fails_alone(place: Place) {
-        let (inbox, writers) = Inbox::start(place.store.clone(), Default::default());
+        let (inbox, writer) = Inbox::start(place.store.clone(), Default::default());
         let held = place.database.hold().await;
         // All wait while the database is held, so that they share a batch.
         let append = |event: NewEvent| {
@@ -197,7 +197,7 @@ each_store! {
         };
         assert!(is_right, "{answer:?}");
         drop(inbox);
-        writers.finish().await;
+        writer.finish().await;
         let kept = all(&place.store).await.len();
         assert_eq!(kept, 38 + usize::from(answer.is_ok()));
     }

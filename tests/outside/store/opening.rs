@@ -49,7 +49,6 @@ each_store! {
         place.store.close().await;
         assert!(place.store.append(&[nth(2)]).await.is_err() && place.store.keys().await.is_err());
         assert_eq!(other.stored_bodies(None, 10).await.unwrap().len(), 1);
-        assert!((1..=4).contains(&other.writers()));
     }
 
     async fn a_key_is_found_by_its_hash_and_listed_newest_first(place: Place) {
