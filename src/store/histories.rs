@@ -2,7 +2,6 @@
 
 use std::collections::HashMap;
 
-use super::events::event_key;
 use super::invoices::{InvoiceRow, StoredInvoice, StoredTelling, stored_invoice};
 use super::keys::{ApiKey, KeyRow, api_key};
 use super::session::{Connection, Session, rows};
@@ -13,14 +12,17 @@ use crate::domain::event::EventKey;
 /// reached, over any number of hops. More than belongs to the invoice may be among it.
 ///
 /// The invoice, what is told of it and the keys that were asked for come as one row: one statement, one round trip, one snapshot
-/// of the database, and nothing to hand over row by row. `$hop` leads from `reached` to `link.value`, `$told` gives `key` and
+/// of the database, and nothing to hand over row by row. Without a key that may read it (and unless `$5`: nobody asks but we),
+/// the invoice is not looked for: what is another's takes no longer than what is not there. `$hop` leads from `reached` to `link.value`, `$told` gives `key` and
 /// `telling` of what was reached, `$lines` makes a line of each: the key in hex, then the telling, which is JSON and so has no
 /// line break. `$keys` makes a JSON array of the keys.
 macro_rules! invoice_and_tellings {
-    ($hop:expr, $told:expr, $lines:literal, $keys:literal) => {
+    ($hop:expr, $told:expr, $lines:expr, $keys:literal) => {
         concat!(
             "with recursive
-             this as (select * from invoices where tenant_uid = $1 and invoice_uid = $2),
+             this as (select * from invoices where tenant_uid = $1 and invoice_uid = $2
+                      and ($5 or exists (select 1 from api_keys where (secret_sha256 = $3 or secret_sha256 = $4)
+                                                                    and (tenant_uid is null or tenant_uid = $1)))),
              reached (root, object_id) as (
                  select 0, stripe_invoice_id from this where stripe_invoice_id is not null
                  union
@@ -45,9 +47,9 @@ type Row = (Option<String>, Option<String>, Option<String>, Option<String>, Opti
 type AskedKey = (bool, KeyRow);
 
 /// The same for several objects: `$1` is a JSON array of their ids. `$root` says what each telling comes with: the id that led to
-/// it, or the same for all, so that it comes once.
+/// it, or the same for all, so that it comes once. One row for each root.
 macro_rules! tellings {
-    ($root:literal, $ids:expr, $hop:expr, $told:expr) => {
+    ($root:literal, $ids:expr, $hop:expr, $told:expr, $lines:expr) => {
         concat!(
             "with recursive reached (root, object_id) as (
                  select ",
@@ -58,8 +60,11 @@ macro_rules! tellings {
                  union
                  select reached.root, link.value from reached ",
             $hop,
-            ") select root, key, telling from ",
-            $told
+            ") select root, ",
+            $lines,
+            " from ",
+            $told,
+            " group by root"
         )
     };
 }
@@ -107,27 +112,39 @@ struct Words {
     tellings_of_all: &'static str,
 }
 
+/// A line of each.
+macro_rules! sqlite_lines {
+    () => {
+        "group_concat(hex(key) || telling, char(10))"
+    };
+}
+macro_rules! postgres_lines {
+    () => {
+        "string_agg(encode(key, 'hex') || telling, chr(10))"
+    };
+}
+
 const SQLITE: Words = Words {
     invoice_and_tellings: invoice_and_tellings!(
         sqlite_hop!(),
         sqlite_told!(),
-        "group_concat(hex(key) || telling, char(10))",
+        sqlite_lines!(),
         "json_group_array(json_array(json(iif(secret_sha256 = $3, 'false', 'true')),
                                      json_array(id, tenant_uid, created_ms, expires_ms, revoked_ms)))"
     ),
-    tellings_of_each: tellings!("ids.value", "json_each($1)", sqlite_hop!(), sqlite_told!()),
-    tellings_of_all: tellings!("''", "json_each($1)", sqlite_hop!(), sqlite_told!()),
+    tellings_of_each: tellings!("ids.value", "json_each($1)", sqlite_hop!(), sqlite_told!(), sqlite_lines!()),
+    tellings_of_all: tellings!("''", "json_each($1)", sqlite_hop!(), sqlite_told!(), sqlite_lines!()),
 };
 const POSTGRES: Words = Words {
     invoice_and_tellings: invoice_and_tellings!(
         postgres_hop!(),
         postgres_told!(),
-        "string_agg(encode(key, 'hex') || telling, chr(10))",
+        postgres_lines!(),
         "json_agg(json_build_array(secret_sha256 is distinct from $3,
                                    json_build_array(id, tenant_uid, created_ms, expires_ms, revoked_ms)))::text"
     ),
-    tellings_of_each: tellings!("ids.value", postgres_ids!(), postgres_hop!(), postgres_told!()),
-    tellings_of_all: tellings!(r#"'' collate "C""#, postgres_ids!(), postgres_hop!(), postgres_told!()),
+    tellings_of_each: tellings!("ids.value", postgres_ids!(), postgres_hop!(), postgres_told!(), postgres_lines!()),
+    tellings_of_all: tellings!(r#"'' collate "C""#, postgres_ids!(), postgres_hop!(), postgres_told!(), postgres_lines!()),
 };
 
 impl Words {
@@ -142,11 +159,14 @@ impl Words {
 impl Store {
     /// The invoice and what is told about it.
     pub async fn invoice(&self, tenant_uid: &str, invoice_uid: &str) -> Result<Option<StoredInvoice>, StoreError> {
-        let (invoice, _) = self.invoice_and_keys(tenant_uid, invoice_uid, [None, None]).await?;
+        let mut session = self.session().await?;
+        let (invoice, _) = read(&mut session, tenant_uid, invoice_uid, Reader::Us).await?;
+        session.done().await?;
         Ok(invoice)
     }
 
-    /// The same, and the API keys with these hashes in their order, expired and revoked ones too.
+    /// The same for who shows API keys with these hashes, if one of them may read it; and these keys in their order, expired and
+    /// revoked ones too. What may not be read is not looked for: how long it takes says nothing of it.
     pub async fn invoice_and_keys(
         &self,
         tenant_uid: &str,
@@ -154,7 +174,7 @@ impl Store {
         secrets_sha256: [Option<[u8; 32]>; 2],
     ) -> Result<(Option<StoredInvoice>, Vec<ApiKey>), StoreError> {
         let mut session = self.session().await?;
-        let found = read(&mut session, tenant_uid, invoice_uid, secrets_sha256).await?;
+        let found = read(&mut session, tenant_uid, invoice_uid, Reader::With(secrets_sha256)).await?;
         session.done().await?;
         Ok(found)
     }
@@ -165,20 +185,31 @@ impl Store {
         let sql = Words::of(&session).tellings_of_all;
         let found = tellings(&mut session, sql, &object_ids.iter().collect::<Vec<_>>()).await?;
         session.done().await?;
-        Ok(found.into_iter().map(|(_, telling)| telling).collect())
+        Ok(found.into_values().flatten().collect())
     }
+}
+
+/// Who wants to read.
+pub(super) enum Reader {
+    Us,
+    /// Who shows keys with these hashes.
+    With([Option<[u8; 32]>; 2]),
 }
 
 pub(super) async fn read(
     session: &mut Session,
     tenant_uid: &str,
     invoice_uid: &str,
-    secrets_sha256: [Option<[u8; 32]>; 2],
+    reader: Reader,
 ) -> Result<(Option<StoredInvoice>, Vec<ApiKey>), StoreError> {
     let sql = Words::of(session).invoice_and_tellings;
-    let [first, second] = secrets_sha256.map(|hash| hash.map(|hash| hash.to_vec()));
+    let (is_us, hashes) = match reader {
+        Reader::Us => (true, [None, None]),
+        Reader::With(hashes) => (false, hashes),
+    };
+    let [first, second] = hashes.map(|hash| hash.map(|hash| hash.to_vec()));
     let (keys, document, stripe_invoice_id, imported_states, stored_ms, revision, lines) =
-        rows!(session, fetch_one, Row, sql, tenant_uid, invoice_uid, first, second)?;
+        rows!(session, fetch_one, Row, sql, tenant_uid, invoice_uid, first, second, is_us)?;
     let damaged = || StoreError::Refused("an invoice is damaged".to_owned());
     let mut keys: Vec<AskedKey> = serde_json::from_str(keys.as_deref().unwrap_or("[]")).map_err(|_| damaged())?;
     keys.sort_by_key(|(is_second, _)| *is_second);
@@ -190,9 +221,13 @@ pub(super) async fn read(
     };
     let (tenant_uid, invoice_uid) = (tenant_uid.to_owned(), invoice_uid.to_owned());
     let row: InvoiceRow = (tenant_uid, invoice_uid, stripe_invoice_id, document, imported_states, stored_ms, revision);
-    let tellings =
-        lines.as_deref().unwrap_or_default().lines().map(|line| telling(line).ok_or_else(damaged)).collect::<Result<_, _>>()?;
+    let tellings = read_lines(lines.as_deref().unwrap_or_default())?;
     Ok((Some(StoredInvoice { tellings, ..stored_invoice(row) }), keys))
+}
+
+fn read_lines(lines: &str) -> Result<Vec<StoredTelling>, StoreError> {
+    let damaged = || StoreError::Refused("what is told of an invoice is damaged".to_owned());
+    lines.lines().map(|line| telling(line).ok_or_else(damaged)).collect()
 }
 
 /// A key in hex, and what it tells.
@@ -206,20 +241,22 @@ fn telling(line: &str) -> Option<StoredTelling> {
 /// Adds what is told about each of these invoices.
 pub(super) async fn tell(session: &mut Session, invoices: &mut [StoredInvoice]) -> Result<(), StoreError> {
     let ids: Vec<&String> = invoices.iter().filter_map(|invoice| invoice.stripe_invoice_id.as_ref()).collect();
-    let mut told: HashMap<String, Vec<StoredTelling>> = HashMap::new();
-    for (stripe_invoice_id, telling) in tellings(session, Words::of(session).tellings_of_each, &ids).await? {
-        told.entry(stripe_invoice_id).or_default().push(telling);
-    }
+    let mut told = tellings(session, Words::of(session).tellings_of_each, &ids).await?;
     for invoice in invoices {
         invoice.tellings = invoice.stripe_invoice_id.as_ref().and_then(|id| told.remove(id)).unwrap_or_default();
     }
     Ok(())
 }
 
-async fn tellings(session: &mut Session, sql: &'static str, ids: &[&String]) -> Result<Vec<(String, StoredTelling)>, StoreError> {
+/// By what led to them.
+async fn tellings(
+    session: &mut Session,
+    sql: &'static str,
+    ids: &[&String],
+) -> Result<HashMap<String, Vec<StoredTelling>>, StoreError> {
     let ids = serde_json::to_string(ids).expect("strings always serialise");
-    let found = rows!(session, fetch_all, (String, Vec<u8>, String), sql, ids)?;
-    found.into_iter().map(|(root, key, json)| Ok((root, StoredTelling { key: event_key(key)?, json }))).collect()
+    let found = rows!(session, fetch_all, (String, String), sql, ids)?;
+    found.into_iter().map(|(root, lines)| Ok((root, read_lines(&lines)?))).collect()
 }
 
 #[cfg(test)]

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::histories;
+use super::histories::{self, Reader};
 use super::session::{Session, execute, rows};
 use super::{Engine, Store, StoreError};
 use crate::domain::event::EventKey;
@@ -71,16 +71,22 @@ pub struct InvoiceCursor {
 /// How often a transaction is tried that others contend with.
 const ATTEMPTS: u32 = 8;
 
-const PAGE: &str = "
-    select tenant_uid, invoice_uid, stripe_invoice_id, document, imported_states, stored_ms, revision from invoices
-    where ($1 is null or stripe_invoice_id = $1)
-      and stored_ms <= $2 and (stored_ms < $2 or (tenant_uid, invoice_uid) > ($3, $4))
-    order by stored_ms desc, tenant_uid, invoice_uid limit $5";
-const PAGE_OF_TENANT: &str = "
-    select tenant_uid, invoice_uid, stripe_invoice_id, document, imported_states, stored_ms, revision from invoices
-    where ($1 is null or stripe_invoice_id = $1)
-      and stored_ms <= $2 and (stored_ms < $2 or (tenant_uid, invoice_uid) > ($3, $4)) and tenant_uid = $6
-    order by stored_ms desc, invoice_uid limit $5";
+/// What comes after a row, newest first; `$filter`: which of it, and how it is in order.
+macro_rules! page {
+    ($filter:literal) => {
+        concat!(
+            "select tenant_uid, invoice_uid, stripe_invoice_id, document, imported_states, stored_ms, revision from invoices
+             where stored_ms <= $1 and (stored_ms < $1 or (tenant_uid, invoice_uid) > ($2, $3)) ",
+            $filter,
+            " limit $4"
+        )
+    };
+}
+const PAGE: &str = page!("order by stored_ms desc, tenant_uid, invoice_uid");
+const PAGE_OF_TENANT: &str = page!("and tenant_uid = $5 order by stored_ms desc, invoice_uid");
+/// One at most: in statements of their own, or engines may not see that they need not read all.
+const PAGE_OF_STRIPE_INVOICE: &str = page!("and stripe_invoice_id = $5");
+const PAGE_OF_TENANT_AND_STRIPE_INVOICE: &str = page!("and tenant_uid = $5 and stripe_invoice_id = $6");
 /// Whose uid begins so. What a uid may hold ends before `$2`.
 const BY_UID: &str = "
     select tenant_uid, invoice_uid, stripe_invoice_id, document, imported_states, stored_ms, revision from invoices
@@ -142,7 +148,7 @@ impl Store {
         let mut session = self.transaction().await?;
         let mut answers = Vec::with_capacity(batch.len());
         for new in batch {
-            let (stored, _) = histories::read(&mut session, &new.tenant_uid, &new.invoice_uid, [None, None]).await?;
+            let (stored, _) = histories::read(&mut session, &new.tenant_uid, &new.invoice_uid, Reader::Us).await?;
             answers.push(match precondition(stored.as_ref()) {
                 true => write(&mut session, new, stored, now_ms).await?,
                 false => Put::PreconditionFailed,
@@ -164,22 +170,18 @@ impl Store {
         let InvoiceCursor { stored_ms, tenant_uid: last_tenant, invoice_uid: last_uid } = after.unwrap_or(&start);
         let limit = i64::from(limit);
         let mut session = self.session().await?;
-        let found = match tenant_uid {
-            Some(tenant) => {
-                rows!(
-                    session,
-                    fetch_all,
-                    InvoiceRow,
-                    PAGE_OF_TENANT,
-                    stripe_invoice_id,
-                    stored_ms,
-                    last_tenant,
-                    last_uid,
-                    limit,
-                    tenant
-                )
+        let found = match (tenant_uid, stripe_invoice_id) {
+            (None, None) => rows!(session, fetch_all, InvoiceRow, PAGE, stored_ms, last_tenant, last_uid, limit),
+            (Some(tenant), None) => {
+                rows!(session, fetch_all, InvoiceRow, PAGE_OF_TENANT, stored_ms, last_tenant, last_uid, limit, tenant)
             }
-            None => rows!(session, fetch_all, InvoiceRow, PAGE, stripe_invoice_id, stored_ms, last_tenant, last_uid, limit),
+            (None, Some(id)) => {
+                rows!(session, fetch_all, InvoiceRow, PAGE_OF_STRIPE_INVOICE, stored_ms, last_tenant, last_uid, limit, id)
+            }
+            (Some(tenant), Some(id)) => {
+                let sql = PAGE_OF_TENANT_AND_STRIPE_INVOICE;
+                rows!(session, fetch_all, InvoiceRow, sql, stored_ms, last_tenant, last_uid, limit, tenant, id)
+            }
         }?;
         let mut invoices: Vec<StoredInvoice> = found.into_iter().map(stored_invoice).collect();
         histories::tell(&mut session, &mut invoices).await?;
@@ -264,4 +266,32 @@ fn with_stripe_invoice(document: &str, id: &str) -> Result<String, StoreError> {
         None => return Err(unfit(&"its status is no object")),
     };
     Ok(document.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use sqlx::AssertSqlSafe;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn sqlite_finds_an_invoice_and_pages_of_them_by_index_however_many_there_are() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::connect(&format!("sqlite://{}/test.db", folder.path().display())).await.unwrap();
+        store.migrate().await.unwrap();
+        let mut session = store.session().await.unwrap();
+        let by_stripe_id = "stripe_invoice_id=?";
+        for (sql, sought) in [
+            (PAGE, "invoices_by_storing (stored_ms<?)"),
+            (PAGE_OF_TENANT, "invoices_of_tenant_by_storing (tenant_uid=? AND stored_ms<?)"),
+            (PAGE_OF_STRIPE_INVOICE, by_stripe_id),
+            (PAGE_OF_TENANT_AND_STRIPE_INVOICE, by_stripe_id),
+            (BY_UID, "invoice_uid>? AND invoice_uid<?"),
+            (BY_UID_OF_TENANT, "tenant_uid=? AND invoice_uid>? AND invoice_uid<?"),
+        ] {
+            let explained = AssertSqlSafe(format!("explain query plan {sql}"));
+            let plan = rows!(session, fetch_all, (i64, i64, i64, String), explained).unwrap();
+            assert!(matches!(&plan[..], [(.., step)] if step.contains(sought)), "{sql}: {plan:#?}");
+        }
+    }
 }

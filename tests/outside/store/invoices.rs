@@ -161,6 +161,8 @@ each_store! {
         store.insert_key(&acme, &[2; 32]).await.unwrap();
         store.revoke_key("key_2", 3).await.unwrap();
         let acme = ApiKey { revoked_ms: Some(3), ..acme };
+        let other = key("key_3", Scope::Tenant("other".to_owned()));
+        store.insert_key(&other, &[3; 32]).await.unwrap();
         for is_stored in [false, true] {
             if is_stored {
                 put(store, &invoice("acme", "a", Some("in_1")), 1).await;
@@ -174,11 +176,14 @@ each_store! {
                 ([Some([1; 32]), Some([2; 32])], vec![&operator, &acme]),
                 ([Some([1; 32]), Some([9; 32])], vec![&operator]),
                 ([Some([9; 32]), Some([9; 32])], vec![]),
+                ([Some([3; 32]), None], vec![&other]),
+                ([Some([3; 32]), Some([2; 32])], vec![&other, &acme]),
             ];
             for (hashes, expected) in asked {
                 let (invoice, keys) = store.invoice_and_keys("acme", "a", hashes).await.unwrap();
                 assert_eq!(keys.iter().collect::<Vec<_>>(), expected, "{hashes:?}");
-                assert_eq!(invoice.map(|invoice| invoice.tellings.len()), is_stored.then_some(1));
+                let may_read = expected.iter().any(|key| key.scope.reads("acme"));
+                assert_eq!(invoice.map(|invoice| invoice.tellings.len()), (is_stored && may_read).then_some(1), "{hashes:?}");
             }
         }
     }
