@@ -47,6 +47,7 @@ fn crash_at_every_moment(engine: Engine, plan: Option<Plan>) {
         over = if crash_after(engine, waits, plan) { over + 1 } else { 0 };
         waits += 1;
     }
+    println!("{} moments", waits - OVER);
     assert!(waits > OVER, "it waits for the disk");
 }
 

@@ -11,6 +11,8 @@ use crate::support::Engine;
 
 /// Without a word from `SIMULATOR_ROUNDS`.
 pub const ROUNDS: u64 = 8;
+/// Rounds after which a long run says that it goes on.
+const NEWS: u64 = 20;
 /// A failure that is looked for again by its seed alone is given so many chances, every second of them watched: how often the program
 /// waits until a crash comes is not quite the same each time.
 const CHANCES: usize = 12;
@@ -81,7 +83,11 @@ fn random_lives_and_a_wicked_stripe_end_in_the_truth_on_both_engines() {
     let first = seed.unwrap_or_else(rand::random);
     let chances = if seed.is_some() && rounds == 1 { CHANCES } else { 1 };
     println!("SIMULATOR_SEED={first} SIMULATOR_ROUNDS={rounds}");
-    for seed in (0..rounds).map(|n| first.wrapping_add(n)) {
+    for n in 0..rounds {
+        if n > 0 && n.is_multiple_of(NEWS) {
+            println!("{n} rounds, and nothing is wrong");
+        }
+        let seed = first.wrapping_add(n);
         let script = Script::of(seed);
         let mut plays = (0..chances).map(|n| script.watched(n % 2 == 1));
         let failed = plays.find_map(|script| play_both(&script).err().map(|(engine, failure)| (script, engine, failure)));

@@ -2,13 +2,19 @@
 //! true then would be so after a crash.
 
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 
+use rand::RngExt;
+use rand::rngs::StdRng;
 use stripe_reconciler::store::Store;
 use tokio::runtime::Builder;
 
 use super::durable::{Durable, Invariants};
+use super::world::World;
+
+/// One delivery or pass of so many is watched at every moment, for which it stands still.
+const WATCHED: u32 = 20;
 
 /// One look, and what was seen.
 type Look = Result<(), String>;
@@ -55,5 +61,29 @@ impl Watch {
         drop(self.ask);
         self.thread.join().map_err(|_| "nobody could look".to_owned())?;
         self.found
+    }
+}
+
+impl World {
+    pub fn check_log(&mut self) {
+        let durable = self.process().durable();
+        self.ledger.check(&durable.log, &self.stripe);
+        let wrong = self.invariants().check(&durable).err();
+        assert!(wrong.is_none(), "{}", wrong.unwrap_or_default());
+    }
+
+    pub fn invariants(&self) -> MutexGuard<'_, Invariants> {
+        self.invariants.lock().unwrap()
+    }
+
+    /// Whether the next delivery or pass is.
+    pub fn is_watched(&self, random: &mut StdRng) -> bool {
+        // Drawn in any case, so that what follows is the same.
+        random.random_range(0..WATCHED) == 0 || self.all_is_watched
+    }
+
+    /// From now on, at every moment, what is durable is looked at.
+    pub fn watch(&self) {
+        self.process().watch(Watch::start(&self.database.url, self.invariants.clone()));
     }
 }

@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex};
 
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
@@ -20,14 +20,11 @@ use super::lives::{Invoice, NEAR_S};
 use super::process::{Process, Setup};
 use super::reading::Reads;
 use super::script::{Script, Step, What};
-use super::watch::Watch;
 use super::wire::{Secrets, Wire};
 use crate::stripe_fake::{DAY, HOUR, Stripe, Troubles};
 use crate::support::{Answer, Database, Engine, invoice_path};
 
 pub const KEY: &str = "srk_simulated";
-/// One delivery or pass of so many is watched at every moment, for which it stands still.
-const WATCHED: u32 = 20;
 /// Deliveries at a time.
 pub const AT_ONCE: usize = 8;
 /// Stripe's events are listed for thirty days; a round shall be over by then.
@@ -45,7 +42,7 @@ pub struct World {
     pub wire: Wire,
     pub secrets: Secrets,
     pub ledger: Ledger,
-    invariants: Arc<Mutex<Invariants>>,
+    pub invariants: Arc<Mutex<Invariants>>,
     pub reads: Reads,
     /// What the program believes that the time is.
     pub clock: Clock,
@@ -54,12 +51,12 @@ pub struct World {
     /// The API has said less than it knew.
     pub has_lagged: bool,
     wanted: usize,
-    all_is_watched: bool,
+    pub all_is_watched: bool,
     start_s: i64,
     /// The right time.
     time: Clock,
     skew_ms: i64,
-    database: Database,
+    pub database: Database,
     process: Option<Process>,
     trace: Trace,
 }
@@ -323,27 +320,6 @@ impl World {
         self.secrets.configure(self.now_s(), random);
         self.say(format!("the program is configured with {}", self.secrets.setting()));
         self.restart(random);
-    }
-
-    pub fn check_log(&mut self) {
-        let durable = self.process().durable();
-        self.ledger.check(&durable.log, &self.stripe);
-        let wrong = self.invariants().check(&durable).err();
-        assert!(wrong.is_none(), "{}", wrong.unwrap_or_default());
-    }
-
-    pub fn invariants(&self) -> MutexGuard<'_, Invariants> {
-        self.invariants.lock().unwrap()
-    }
-
-    fn is_watched(&self, random: &mut StdRng) -> bool {
-        // Drawn in any case, so that what follows is the same.
-        random.random_range(0..WATCHED) == 0 || self.all_is_watched
-    }
-
-    /// From now on, at every moment, what is durable is looked at.
-    pub fn watch(&self) {
-        self.process().watch(Watch::start(&self.database.url, self.invariants.clone()));
     }
 
     /// Whatever is still under way arrives.
