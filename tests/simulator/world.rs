@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
@@ -14,16 +14,20 @@ use stripe_reconciler::flows::reconcile::{Extent, Mode, Plan};
 use stripe_reconciler::store::{ApiKey, Scope, Store};
 
 use super::busy::{Busy, End};
+use super::durable::Invariants;
 use super::ledger::Ledger;
 use super::lives::{Invoice, NEAR_S};
 use super::process::{Process, Setup};
 use super::reading::Reads;
 use super::script::{Script, Step, What};
+use super::watch::Watch;
 use super::wire::{Secrets, Wire};
 use crate::stripe_fake::{DAY, HOUR, Stripe, Troubles};
 use crate::support::{Answer, Database, Engine, invoice_path};
 
 pub const KEY: &str = "srk_simulated";
+/// One delivery or pass of so many is watched at every moment, for which it stands still.
+const WATCHED: u32 = 20;
 /// Deliveries at a time.
 pub const AT_ONCE: usize = 8;
 /// Stripe's events are listed for thirty days; a round shall be over by then.
@@ -41,6 +45,7 @@ pub struct World {
     pub wire: Wire,
     pub secrets: Secrets,
     pub ledger: Ledger,
+    invariants: Arc<Mutex<Invariants>>,
     pub reads: Reads,
     /// What the program believes that the time is.
     pub clock: Clock,
@@ -49,6 +54,7 @@ pub struct World {
     /// The API has said less than it knew.
     pub has_lagged: bool,
     wanted: usize,
+    all_is_watched: bool,
     start_s: i64,
     /// The right time.
     time: Clock,
@@ -92,11 +98,13 @@ impl World {
             wire: Wire::default(),
             secrets: Secrets::new(),
             ledger: Ledger::default(),
+            invariants: Arc::default(),
             reads: Reads::default(),
             clock,
             lease_until_ms: 0,
             has_lagged: false,
             wanted: script.invoices,
+            all_is_watched: script.is_watched,
             start_s,
             time,
             skew_ms: 0,
@@ -181,8 +189,8 @@ impl World {
 
     fn deliver(&mut self, random: &mut StdRng) {
         if !self.wire.under_way.is_empty() {
-            let (parcels, end) = (self.wire.take(random, AT_ONCE), End::draw(random, 6));
-            self.make_busy(Busy { parcels, plan: None, end }, random);
+            let (parcels, end, is_watched) = (self.wire.take(random, AT_ONCE), End::draw(random, 6), self.is_watched(random));
+            self.make_busy(Busy { parcels, plan: None, end, is_watched }, random);
         }
     }
 
@@ -199,8 +207,8 @@ impl World {
         self.stripe.trouble(Troubles { seed: random.random(), ..troubles });
         let meanwhile = random.random_bool(0.4) && !self.wire.under_way.is_empty();
         let parcels = if meanwhile { self.wire.take(random, AT_ONCE) } else { Vec::new() };
-        let end = End::draw(random, 200);
-        self.make_busy(Busy { parcels, plan: Some(Plan { extent, mode, since_s }), end }, random);
+        let (end, is_watched) = (End::draw(random, 200), self.is_watched(random));
+        self.make_busy(Busy { parcels, plan: Some(Plan { extent, mode, since_s }), end, is_watched }, random);
         self.stripe.trouble(Troubles::default());
     }
 
@@ -318,8 +326,24 @@ impl World {
     }
 
     pub fn check_log(&mut self) {
-        let log = self.process().log();
-        self.ledger.check(&log, &self.stripe);
+        let durable = self.process().durable();
+        self.ledger.check(&durable.log, &self.stripe);
+        let wrong = self.invariants().check(&durable).err();
+        assert!(wrong.is_none(), "{}", wrong.unwrap_or_default());
+    }
+
+    pub fn invariants(&self) -> MutexGuard<'_, Invariants> {
+        self.invariants.lock().unwrap()
+    }
+
+    fn is_watched(&self, random: &mut StdRng) -> bool {
+        // Drawn in any case, so that what follows is the same.
+        random.random_range(0..WATCHED) == 0 || self.all_is_watched
+    }
+
+    /// From now on, at every moment, what is durable is looked at.
+    pub fn watch(&self) {
+        self.process().watch(Watch::start(&self.database.url, self.invariants.clone()));
     }
 
     /// Whatever is still under way arrives.
@@ -327,14 +351,14 @@ impl World {
         let mut random = quiet();
         while !self.wire.under_way.is_empty() {
             let parcels = self.wire.take(&mut random, AT_ONCE);
-            self.make_busy(Busy { parcels, plan: None, end: End::Whole }, &mut random);
+            self.make_busy(Busy { parcels, plan: None, end: End::Whole, is_watched: false }, &mut random);
             self.later(1000);
         }
     }
 
     /// The accounts of which something is in the log.
     pub fn accounts_logged(&self) -> BTreeSet<String> {
-        let log = self.process().log();
+        let log = self.process().durable().log;
         let bodies = log.iter().filter_map(|row| serde_json::from_slice::<Value>(row.body.as_ref()?).ok());
         bodies.filter_map(|event| event["account"].as_str().map(str::to_owned)).collect()
     }
