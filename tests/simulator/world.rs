@@ -59,6 +59,8 @@ pub struct World {
     pub database: Database,
     process: Option<Process>,
     trace: Trace,
+    /// Something was given up, and the program that runs may still write what it was told.
+    pub goes_on: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -108,6 +110,7 @@ impl World {
             database: database(engine),
             process: None,
             trace,
+            goes_on: false,
         };
         world.start(&mut random);
         let store = world.process().replica(0).store;
@@ -296,6 +299,7 @@ impl World {
             replicas: if random.random_bool(0.3) { 2 } else { 1 },
         };
         self.process = Some(Process::start(&setup));
+        self.goes_on = false;
     }
 
     fn restart(&mut self, random: &mut StdRng) {
