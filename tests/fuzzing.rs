@@ -7,9 +7,10 @@
 #[allow(dead_code, reason = "the targets use more of it")]
 mod fuzz;
 
+use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 
-use fuzz::mutate::{Dice, json};
+use fuzz::mutate::{Dice, body, json};
 use fuzz::world::World;
 
 /// All files below a folder of the project.
@@ -76,9 +77,14 @@ fn invoices_hold() {
 
 #[test]
 fn paths_hold() {
-    let world = std::cell::RefCell::new(World::start());
-    files("fuzz/seeds/paths").iter().for_each(|(path, input)| {
+    let world = RefCell::new(World::start());
+    let check = |input: &[u8]| fuzz::paths::check_in(&mut world.borrow_mut(), input);
+    for (number, (path, input)) in files("fuzz/seeds/paths").iter().enumerate() {
         assert!(fuzz::world::parse(input, &world.borrow()).is_some(), "{} is no request", path.display());
-        hold(|input| fuzz::paths::check_in(&mut world.borrow_mut(), input), path, input);
-    });
+        hold(check, path, input);
+        let mut dice = Dice::new(number as u64);
+        for changed in (0..5).filter_map(|_| body(input, &mut dice)) {
+            hold(check, path, &changed);
+        }
+    }
 }

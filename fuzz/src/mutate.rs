@@ -35,6 +35,13 @@ pub fn json(text: &[u8], dice: &mut Dice) -> Option<Vec<u8>> {
     Some(lines.join("\n").into_bytes())
 }
 
+/// Changes the JSON in the body of a request.
+pub fn body(request: &[u8], dice: &mut Dice) -> Option<Vec<u8>> {
+    let head = request.windows(2).position(|two| two == b"\n\n")? + 2;
+    let changed = json(&request[head..], dice)?;
+    Some([&request[..head], &changed].concat())
+}
+
 fn change(values: &mut Vec<Value>, dice: &mut Dice) {
     let line = dice.below(values.len());
     match dice.below(13) {

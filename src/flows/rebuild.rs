@@ -1,16 +1,18 @@
 //! Derives everything again from the stored bytes: after an upgrade that reads more, or reads better.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use bytes::Bytes;
 
 use super::ingest::{Delivery, prepare};
-use crate::domain::event::Telling;
+use crate::domain::event::{EventKey, Telling};
 use crate::domain::object::Object;
 use crate::store::{NewEvent, Store, StoreError, StoredBody};
 
 /// Events read at a time.
 const PAGE: u32 = 200;
+/// Said of an event in which nothing else differs.
+const NOT_FOUND: &str = ", and not found by all that it names";
 
 /// What differs about one event.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -55,16 +57,19 @@ pub async fn run(store: &Store, mode: Mode, mut progress: impl FnMut(u64)) -> Re
         let page = store.stored_bodies(after, PAGE).await?;
         let Some(last) = page.last() else { return Ok(report) };
         after = Some((last.logged.received_ms, last.logged.key));
+        let events = page.len();
+        let read = |stored: StoredBody| read_again(&stored).map(|event| (stored, event));
+        let read: Vec<(StoredBody, NewEvent)> = page.into_iter().filter_map(read).collect();
+        report.events += events as u64;
+        report.pruned += (events - read.len()) as u64;
+        let again: Vec<&NewEvent> = read.iter().map(|(_, event)| event).collect();
+        let unmentioned: HashSet<EventKey> = store.unmentioned(&again).await?.into_iter().collect();
         let mut changed = Vec::new();
-        for stored in page {
-            report.events += 1;
-            match read_again(&stored) {
-                None => report.pruned += 1,
-                Some(event) if is_same(&stored, &event) => {}
-                Some(event) => {
-                    note(&mut report, &stored, &event);
-                    changed.push((stored.logged.key, event));
-                }
+        for (stored, event) in read {
+            let is_found = !unmentioned.contains(&event.key);
+            if !is_found || !is_same(&stored, &event) {
+                note(&mut report, &stored, &event, is_found);
+                changed.push((stored.logged.key, event));
             }
         }
         if mode == Mode::Save && !changed.is_empty() {
@@ -85,11 +90,13 @@ fn is_same(stored: &StoredBody, event: &NewEvent) -> bool {
     stored.logged.key == event.key && stored.telling == event.telling && stored.logged.outcome == event.outcome
 }
 
-fn note(report: &mut Report, stored: &StoredBody, event: &NewEvent) {
+/// `is_found`: by everything that the event mentions, as it is read now.
+fn note(report: &mut Report, stored: &StoredBody, event: &NewEvent, is_found: bool) {
     let difference = Difference {
         event_id: event.id.clone().or_else(|| stored.logged.id.clone()),
         event_type: event.event_type.clone().or_else(|| stored.logged.event_type.clone()),
-        was: describe(stored.logged.outcome.as_str(), &stored.telling),
+        was: describe(stored.logged.outcome.as_str(), &stored.telling)
+            + if is_same(stored, event) && !is_found { NOT_FOUND } else { "" },
         is: describe(event.outcome.as_str(), &event.telling),
     };
     let invoices: BTreeSet<String> = [&stored.telling, &event.telling].into_iter().flat_map(invoices_named).collect();

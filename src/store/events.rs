@@ -220,6 +220,16 @@ const INSERT_EVENT: &str = concat!(
     logged_columns!(),
     ", telling, linked, body) values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14) on conflict do nothing"
 );
+/// Of a JSON array of objects and keys in hexadecimal digits, the keys of those that are not there.
+const UNMENTIONED_IN_SQLITE: &str = "
+    select distinct unhex(value->>1) from json_each($1)
+    where not exists (select 1 from mentions where object_id = value->>0 and event_key = unhex(value->>1))";
+const UNMENTIONED_IN_POSTGRES: &str = r#"
+    select distinct decode(wanted.value->>1, 'hex') from jsonb_array_elements($1::jsonb) as wanted
+    left join lateral (select true as is_there from mentions
+                       where object_id = (wanted.value->>0) collate "C" and event_key = decode(wanted.value->>1, 'hex') offset 0) as found
+        on true
+    where is_there is null"#;
 const INSERT_MENTION: &str = "insert into mentions (object_id, event_key) values ($1, $2) on conflict do nothing";
 
 impl Store {
@@ -303,6 +313,24 @@ impl Store {
         let rows = rows!(session, fetch_all, BodyRow, BODIES, received_ms, &key.0[..], i64::from(limit))?;
         session.done().await?;
         rows.into_iter().map(stored_body).collect()
+    }
+
+    /// Those of these events that are not found by everything that they mention.
+    pub async fn unmentioned(&self, events: &[&NewEvent]) -> Result<Vec<EventKey>, StoreError> {
+        let sql = match &self.0 {
+            Engine::Sqlite(_) => UNMENTIONED_IN_SQLITE,
+            Engine::Postgres(_) => UNMENTIONED_IN_POSTGRES,
+        };
+        let wanted = |event: &&NewEvent| -> Vec<(String, String)> {
+            let key = hex::encode(event.key.0);
+            event.mentions.iter().map(|mention| (mention.object_id.clone(), key.clone())).collect()
+        };
+        let wanted: Vec<(String, String)> = events.iter().flat_map(wanted).collect();
+        let wanted = serde_json::to_string(&wanted).expect("strings always serialise");
+        let mut session = self.session().await?;
+        let found = rows!(session, fetch_all, (Vec<u8>,), sql, wanted)?;
+        session.done().await?;
+        found.into_iter().map(|(key,)| event_key(key)).collect()
     }
 
     /// Forgets the bytes of up to `limit` events that were received before `before_ms`, in the order of their receipt, and says how

@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use serde_json::{Value, json};
+use stripe_reconciler::clock::Clock;
+use stripe_reconciler::store::Store;
 
 use crate::each_database;
 use crate::stripe_fake::story::{self, Stored};
@@ -291,6 +293,29 @@ each_database! {
         }
         assert_same(&histories(&world.database.url), &undisturbed(&world, &stripe, &invoices), &stripe, "after all");
         reconcile(&world.database.url, &stripe, &[]).with_code(0);
+    }
+
+    async fn what_happened_while_our_clock_was_ahead_is_listed_by_the_next_pass(world: World) {
+        let clock = Clock::fixed((now_s() - 3 * HOUR) * 1000);
+        let (stripe, store) = (Stripe::start_at(clock.clone()), Store::connect(&world.database.url).await.unwrap());
+        let mut life = stripe.draft(terms(now_s() - 4 * HOUR, CLOVER));
+        life.finalized();
+        let passes = async |count: usize| {
+            let server = asking_server(&world, &stripe, LIVE_KEY);
+            until("a pass has ended", || async { store.last_runs(9).await.unwrap().len() == count }).await;
+            drop(server);
+        };
+        passes(1).await;
+        // It is three hours later by Stripe's clock, and not by ours: that was as much ahead.
+        clock.set(now_s() * 1000);
+        let before = stripe.events().len();
+        life.later(2 * HOUR).declined("expired_card", None);
+        passes(2).await;
+        let happened = stripe.events().split_off(before);
+        let ids: BTreeSet<&str> = happened.iter().filter(|event| event.generated).map(|event| event.id.as_str()).collect();
+        let logged = store.known_ids(&ids.iter().copied().collect::<Vec<_>>()).await.unwrap();
+        assert_eq!(logged.iter().map(String::as_str).collect::<BTreeSet<_>>(), ids);
+        store.close().await;
     }
 
     async fn killed_at_any_moment_the_next_run_completes_it(world: World) {

@@ -131,6 +131,12 @@ each_database! {
         assert_eq!((&invoice["stripeInvoiceId"], &invoice["tenantUid"]), (&document["status"]["stripeInvoiceId"], &json!("acme")));
         assert_eq!(world.states(&uid).await, states);
         assert_eq!(world.run(&["rebuild", "--json"]).with_code(0).json()["differing"], json!([]));
+        world.database.execute("delete from mentions").await;
+        assert_eq!(world.states(&uid).await, json!([]));
+        let ran = world.run(&["rebuild"]).with_code(3);
+        assert!(ran.stdout.contains(&uid) && ran.stdout.contains("not found by all that it names"), "{}", ran.stdout);
+        assert_eq!(world.states(&uid).await, states);
+        world.run(&["rebuild", "--dry-run"]).with_code(0);
     }
 }
 

@@ -8,6 +8,7 @@ use rand::rngs::StdRng;
 use stripe_reconciler::flows::reconcile::{self, Lease, Mode, Plan, ReconcileError, Report};
 
 use super::process::Replica;
+use super::watch::Watch;
 use super::wire::{Parcel, Signed};
 use super::world::{World, assert_is_error, quiet};
 use crate::support::Answer;
@@ -31,6 +32,8 @@ pub struct Busy {
     pub parcels: Vec<Parcel>,
     pub plan: Option<Plan>,
     pub end: End,
+    /// What is durable is looked at whenever a moment has come.
+    pub is_watched: bool,
 }
 
 pub struct Done {
@@ -87,10 +90,20 @@ impl World {
             }
         };
 
+        if busy.plan.is_some() {
+            self.invariants().begin_pass(&self.stripe);
+        }
+        if busy.is_watched {
+            self.watch();
+        }
+
         let ended = self.process().run_until(busy.end.waits(), join(join_all(deliveries), passing));
 
         let (is_whole, answers, passed) = (ended.is_some(), answers.into_inner(), passed.into_inner());
+        let seen = self.process().end_watch().map_or(Ok(()), Watch::end);
+        self.invariants().end_pass(busy.plan.is_some() && !is_whole && matches!(busy.end, End::HangUp(_)));
         self.tell(&busy, is_whole, &answers, &passed);
+        seen.unwrap_or_else(|wrong| panic!("at some moment of that: {wrong}"));
         self.judge_lease(busy.plan, took_lease.get(), is_whole, passed.is_some());
         self.take_answers(&busy, &signed, answers);
         if !is_whole && matches!(busy.end, End::Crash(_)) {
@@ -110,7 +123,8 @@ impl World {
         if !self.is_lease_free() {
             self.later(LEASE_MS + CLOCKS_DIFFER_MS);
         }
-        let done = self.make_busy(Busy { parcels: Vec::new(), plan: Some(plan), end: End::Whole }, &mut quiet());
+        let done =
+            self.make_busy(Busy { parcels: Vec::new(), plan: Some(plan), end: End::Whole, is_watched: false }, &mut quiet());
         done.report.expect("nobody holds the lease")
     }
 

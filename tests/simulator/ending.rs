@@ -100,7 +100,7 @@ pub fn check_truth(world: &World, histories: &Histories) {
 /// The log alone, in the order of its keys, into an empty database: the same, byte for byte.
 fn check_log_alone(world: &World, histories: &Histories) {
     let mut log: Vec<(EventKey, Vec<u8>)> =
-        world.process().log().into_iter().map(|row| (row.logged.key, row.body.expect("nothing is pruned"))).collect();
+        world.process().durable().log.into_iter().map(|row| (row.logged.key, row.body.expect("nothing is pruned"))).collect();
     log.sort();
     let bodies = log.into_iter().map(|(_, body)| body).collect();
     assert_eq!(&replayed(world, bodies, false), histories, "what the log tells alone is not what is shown");

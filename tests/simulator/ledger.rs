@@ -1,12 +1,14 @@
 //! What must be true of the log, whatever happened: all that was acknowledged is in it, byte for byte, nothing that is not Stripe's,
 //! and nothing twice.
 
+use std::cell::LazyCell;
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::Value;
+use stripe_reconciler::domain::event::EventKey;
 use stripe_reconciler::store::{Source, StoredBody};
 
-use crate::stripe_fake::Stripe;
+use crate::stripe_fake::{Event, Stripe};
 use crate::support::Answer;
 
 /// What is known of the deliveries, by their identity.
@@ -16,6 +18,8 @@ pub struct Ledger {
     sent: BTreeMap<String, Sent>,
     /// Answered 2xx.
     acknowledged: BTreeSet<String>,
+    /// The rows of the log that were checked, and what they are.
+    rows: BTreeMap<EventKey, String>,
     /// In the log when it was read last.
     logged: BTreeSet<String>,
     /// Nobody waited for the answer, and the program that was told may still write it.
@@ -95,32 +99,17 @@ impl Ledger {
         }
     }
 
-    /// Holds the log against what was delivered, and what Stripe has.
+    /// Holds the log against what was delivered, and what Stripe has. Its rows stay as they are.
     pub fn check(&mut self, log: &[StoredBody], stripe: &Stripe) {
-        let listed: BTreeMap<String, Value> =
-            stripe.events().iter().filter(|event| event.generated).map(|event| (event.id.clone(), event.as_listed())).collect();
-        let mut logged = BTreeSet::new();
+        let events = LazyCell::new(|| stripe.events());
         for row in log {
-            let body = row.body.as_ref().expect("nothing is pruned");
-            let identity = identity(body);
-            match row.logged.source {
-                Source::Webhook => {
-                    let sent = self.sent.get(&identity).unwrap_or_else(|| panic!("in the log, and never sent: {identity}"));
-                    assert!(sent.bodies.contains(body), "other bytes than were delivered: {identity}");
-                    let label = row.logged.secret_label.as_deref().unwrap_or_default();
-                    assert!(sent.labels.contains(label), "signed with {label}, says the log: {identity}");
-                }
-                Source::Api if identity.starts_with("fetched") => {
-                    let id = row.logged.object_id.as_deref().unwrap_or_default();
-                    assert!(stripe.has(id), "Stripe has no such object: {identity}");
-                }
-                Source::Api => {
-                    let id = row.logged.id.as_deref().unwrap_or_default();
-                    let body: Value = serde_json::from_slice(body).unwrap();
-                    assert_eq!(Some(&body), listed.get(id), "not as Stripe lists it: {identity}");
-                }
-                Source::Replay => panic!("nobody replayed anything: {identity}"),
+            if !self.rows.contains_key(&row.logged.key) {
+                let identity = self.check_row(row, stripe, &events);
+                self.rows.insert(row.logged.key, identity);
             }
+        }
+        let mut logged = BTreeSet::new();
+        for identity in log.iter().map(|row| &self.rows[&row.logged.key]) {
             assert!(logged.insert(identity.clone()), "twice in the log: {identity}");
         }
         let lost: Vec<&String> = self.acknowledged.difference(&logged).collect();
@@ -128,6 +117,31 @@ impl Ledger {
         let gone: Vec<&String> = self.logged.difference(&logged).collect();
         assert!(gone.is_empty(), "no longer in the log: {gone:#?}");
         self.logged = logged;
+    }
+
+    /// What it is.
+    fn check_row(&self, row: &StoredBody, stripe: &Stripe, events: &[Event]) -> String {
+        let body = row.body.as_ref().expect("nothing is pruned");
+        let identity = identity(body);
+        match row.logged.source {
+            Source::Webhook => {
+                let sent = self.sent.get(&identity).unwrap_or_else(|| panic!("in the log, and never sent: {identity}"));
+                assert!(sent.bodies.contains(body), "other bytes than were delivered: {identity}");
+                let label = row.logged.secret_label.as_deref().unwrap_or_default();
+                assert!(sent.labels.contains(label), "signed with {label}, says the log: {identity}");
+            }
+            Source::Api if identity.starts_with("fetched") => {
+                let id = row.logged.object_id.as_deref().unwrap_or_default();
+                assert!(stripe.has(id), "Stripe has no such object: {identity}");
+            }
+            Source::Api => {
+                let body: Value = serde_json::from_slice(body).unwrap();
+                let event = events.iter().find(|event| event.generated && row.logged.id.as_deref() == Some(event.id.as_str()));
+                assert_eq!(Some(body), event.map(Event::as_listed), "not as Stripe lists it: {identity}");
+            }
+            Source::Replay => panic!("nobody replayed anything: {identity}"),
+        }
+        identity
     }
 }
 

@@ -11,12 +11,13 @@
 //! ```
 //!
 //! `script` is what shall happen, drawn from the seed; `world` makes it happen; `process` is the program, which can crash; `lives` is
-//! what is true at Stripe, `wire` what becomes of its deliveries, `busy` what happens at the same time; `ledger` is what must be true of
-//! the log, `reading` of what is shown, `ending` of how it ends.
+//! what is true at Stripe, `wire` what becomes of its deliveries, `busy` what happens at the same time; `durable` is what must be true of the
+//! database at every moment, at which `watch` looks, `ledger` of the log, `reading` of what is shown, `ending` of how it ends.
 
 #![expect(clippy::unwrap_used, reason = "what goes wrong in a test fails it")]
 
 mod busy;
+mod durable;
 mod ending;
 mod ledger;
 mod lives;
@@ -31,5 +32,6 @@ mod stripe_fake;
 #[path = "../outside/support/mod.rs"]
 #[allow(dead_code, unused_imports, reason = "the tests from outside use more of it")]
 mod support;
+mod watch;
 mod wire;
 mod world;

@@ -19,7 +19,7 @@ const OVER: usize = 3;
 
 /// Two invoices, much of whose lives is still under way to the program.
 fn story(engine: Engine) -> World {
-    let script = Script { seed: 7, invoices: 2, steps: Vec::new() };
+    let script = Script { seed: 7, invoices: 2, steps: Vec::new(), is_watched: false };
     let mut world = World::new(engine, &script, Trace::default());
     let mut random = quiet();
     for _ in 0..14 {
@@ -34,7 +34,7 @@ fn crash_after(engine: Engine, waits: usize, plan: Option<Plan>) -> bool {
     let mut world = story(engine);
     let mut random = quiet();
     let parcels = world.wire.take(&mut random, AT_ONCE);
-    let done = world.make_busy(Busy { parcels, plan, end: End::Crash(waits) }, &mut random);
+    let done = world.make_busy(Busy { parcels, plan, end: End::Crash(waits), is_watched: false }, &mut random);
     calm_down(&mut world, 1);
     let histories = read_all(&mut world);
     check_truth(&world, &histories);
@@ -47,6 +47,7 @@ fn crash_at_every_moment(engine: Engine, plan: Option<Plan>) {
         over = if crash_after(engine, waits, plan) { over + 1 } else { 0 };
         waits += 1;
     }
+    println!("{} moments", waits - OVER);
     assert!(waits > OVER, "it waits for the disk");
 }
 
@@ -62,6 +63,25 @@ fn crash_at_moments_of_a_pass(engine: Engine) {
         println!("after {waits} waits");
         waits = if crash_after(engine, waits, plan) { 0 } else { waits };
     }
+}
+
+/// Deliveries, and a pass beside them, which nothing disturbs; at every moment, what is durable is what a crash would leave.
+fn watch_every_moment(engine: Engine) {
+    let mut world = story(engine);
+    let mut random = quiet();
+    let plan = Some(Plan { extent: Extent::All, mode: Mode::Save, since_s: None });
+    let parcels = world.wire.take(&mut random, AT_ONCE);
+    world.make_busy(Busy { parcels, plan, end: End::Whole, is_watched: true }, &mut random);
+}
+
+#[test]
+fn at_every_moment_of_a_pass_what_is_durable_is_whole_in_sqlite() {
+    watch_every_moment(Engine::Sqlite);
+}
+
+#[test]
+fn at_every_moment_of_a_pass_what_is_durable_is_whole_in_postgres() {
+    watch_every_moment(Engine::Postgres);
 }
 
 #[test]

@@ -19,16 +19,16 @@ use stripe_reconciler::domain::signature::SigningSecrets;
 use stripe_reconciler::flows::reconcile::Tools;
 use stripe_reconciler::http::{self, AppState, MetricsAt, Ui};
 use stripe_reconciler::inbox::{Inbox, Writer};
-use stripe_reconciler::store::{Store, StoredBody};
+use stripe_reconciler::store::Store;
 use stripe_reconciler::stripe_api::{ApiKey, Settings, StripeApi};
 use tokio::runtime::{Builder, Runtime};
 use tokio_util::sync::CancellationToken;
 
+use super::durable::Durable;
+use super::watch::Watch;
 use crate::stripe_fake::LIVE_KEY;
 use crate::support::{Answer, Database, Engine};
 
-/// Events read from the log at a time.
-const PAGE: u32 = 500;
 /// How long the database may take to notice that somebody is gone.
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -68,10 +68,12 @@ struct Waits {
     left: Option<usize>,
     are_over: bool,
     waker: Option<Waker>,
+    watch: Option<Watch>,
 }
 
 impl Waits {
     fn one_more(&mut self) {
+        self.watch.iter_mut().for_each(Watch::look);
         match self.left {
             Some(0) => {
                 (self.left, self.are_over) = (None, true);
@@ -105,7 +107,10 @@ impl Process {
 
     /// Runs it to the first of its moments, and then past so many more; none: it was left where it was then.
     pub fn run_until<T>(&self, waits: Option<usize>, work: impl Future<Output = T>) -> Option<T> {
-        *locked(&self.waits) = Waits { left: waits, ..Waits::default() };
+        {
+            let mut counted = locked(&self.waits);
+            *counted = Waits { left: waits, watch: counted.watch.take(), ..Waits::default() };
+        }
         self.runtime.block_on(async {
             let (mut work, mut has_begun) = (pin!(work), false);
             std::future::poll_fn(|context| {
@@ -122,18 +127,19 @@ impl Process {
         })
     }
 
-    /// The whole log, oldest receipt first.
-    pub fn log(&self) -> Vec<StoredBody> {
+    /// From now on, what is durable is looked at whenever a moment has come.
+    pub fn watch(&self, watch: Watch) {
+        locked(&self.waits).watch = Some(watch);
+    }
+
+    /// No longer. None: it was not watched.
+    pub fn end_watch(&self) -> Option<Watch> {
+        locked(&self.waits).watch.take()
+    }
+
+    pub fn durable(&self) -> Durable {
         let store = self.replica(0).store;
-        self.run(async {
-            let (mut log, mut after) = (Vec::new(), None);
-            loop {
-                let page = store.stored_bodies(after, PAGE).await.unwrap();
-                let Some(last) = page.last() else { return log };
-                after = Some((last.logged.received_ms, last.logged.key));
-                log.extend(page);
-            }
-        })
+        self.run(Durable::read(&store))
     }
 
     /// Everything in it is gone; returns when the database has noticed.

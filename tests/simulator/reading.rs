@@ -84,7 +84,7 @@ impl World {
     /// What was read at any moment is what the evidence says now as of that moment. Where the clock jumped meanwhile, the program cannot
     /// know what came before a moment, and what after it.
     pub fn check_reads(&self) {
-        let log = self.process().log();
+        let log = self.process().durable().log;
         let received: Vec<(i64, String)> =
             log.iter().map(|row| (row.logged.received_ms, identity(row.body.as_deref().unwrap_or_default()))).collect();
         let replica = self.process().replica(0);

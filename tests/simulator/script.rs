@@ -46,6 +46,8 @@ pub struct Script {
     pub seed: u64,
     pub invoices: usize,
     pub steps: Vec<Step>,
+    /// Every delivery and every pass is watched at every moment; else some.
+    pub is_watched: bool,
 }
 
 /// How often each thing happens, of a hundred.
@@ -73,7 +75,12 @@ impl Script {
             Step { what, seed: random.random() }
         };
         let steps = (0..count).map(step).collect();
-        Script { seed, invoices, steps }
+        Script { seed, invoices, steps, is_watched: false }
+    }
+
+    /// The same, watched or not.
+    pub fn watched(&self, is_watched: bool) -> Script {
+        Script { is_watched, ..self.clone() }
     }
 
     /// As few of its steps as still fail, found by leaving out a half, a quarter, and so on, as long as there are tries left.

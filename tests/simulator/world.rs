@@ -14,6 +14,7 @@ use stripe_reconciler::flows::reconcile::{Extent, Mode, Plan};
 use stripe_reconciler::store::{ApiKey, Scope, Store};
 
 use super::busy::{Busy, End};
+use super::durable::Invariants;
 use super::ledger::Ledger;
 use super::lives::{Invoice, NEAR_S};
 use super::process::{Process, Setup};
@@ -41,6 +42,7 @@ pub struct World {
     pub wire: Wire,
     pub secrets: Secrets,
     pub ledger: Ledger,
+    pub invariants: Arc<Mutex<Invariants>>,
     pub reads: Reads,
     /// What the program believes that the time is.
     pub clock: Clock,
@@ -49,11 +51,12 @@ pub struct World {
     /// The API has said less than it knew.
     pub has_lagged: bool,
     wanted: usize,
+    pub all_is_watched: bool,
     start_s: i64,
     /// The right time.
     time: Clock,
     skew_ms: i64,
-    database: Database,
+    pub database: Database,
     process: Option<Process>,
     trace: Trace,
 }
@@ -92,11 +95,13 @@ impl World {
             wire: Wire::default(),
             secrets: Secrets::new(),
             ledger: Ledger::default(),
+            invariants: Arc::default(),
             reads: Reads::default(),
             clock,
             lease_until_ms: 0,
             has_lagged: false,
             wanted: script.invoices,
+            all_is_watched: script.is_watched,
             start_s,
             time,
             skew_ms: 0,
@@ -181,8 +186,8 @@ impl World {
 
     fn deliver(&mut self, random: &mut StdRng) {
         if !self.wire.under_way.is_empty() {
-            let (parcels, end) = (self.wire.take(random, AT_ONCE), End::draw(random, 6));
-            self.make_busy(Busy { parcels, plan: None, end }, random);
+            let (parcels, end, is_watched) = (self.wire.take(random, AT_ONCE), End::draw(random, 6), self.is_watched(random));
+            self.make_busy(Busy { parcels, plan: None, end, is_watched }, random);
         }
     }
 
@@ -199,8 +204,8 @@ impl World {
         self.stripe.trouble(Troubles { seed: random.random(), ..troubles });
         let meanwhile = random.random_bool(0.4) && !self.wire.under_way.is_empty();
         let parcels = if meanwhile { self.wire.take(random, AT_ONCE) } else { Vec::new() };
-        let end = End::draw(random, 200);
-        self.make_busy(Busy { parcels, plan: Some(Plan { extent, mode, since_s }), end }, random);
+        let (end, is_watched) = (End::draw(random, 200), self.is_watched(random));
+        self.make_busy(Busy { parcels, plan: Some(Plan { extent, mode, since_s }), end, is_watched }, random);
         self.stripe.trouble(Troubles::default());
     }
 
@@ -317,24 +322,19 @@ impl World {
         self.restart(random);
     }
 
-    pub fn check_log(&mut self) {
-        let log = self.process().log();
-        self.ledger.check(&log, &self.stripe);
-    }
-
     /// Whatever is still under way arrives.
     pub fn deliver_the_rest(&mut self) {
         let mut random = quiet();
         while !self.wire.under_way.is_empty() {
             let parcels = self.wire.take(&mut random, AT_ONCE);
-            self.make_busy(Busy { parcels, plan: None, end: End::Whole }, &mut random);
+            self.make_busy(Busy { parcels, plan: None, end: End::Whole, is_watched: false }, &mut random);
             self.later(1000);
         }
     }
 
     /// The accounts of which something is in the log.
     pub fn accounts_logged(&self) -> BTreeSet<String> {
-        let log = self.process().log();
+        let log = self.process().durable().log;
         let bodies = log.iter().filter_map(|row| serde_json::from_slice::<Value>(row.body.as_ref()?).ok());
         bodies.filter_map(|event| event["account"].as_str().map(str::to_owned)).collect()
     }

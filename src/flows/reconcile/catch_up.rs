@@ -50,7 +50,7 @@ async fn of_account(pass: &mut Pass<'_>, scope: &Scope) -> Result<(), ReconcileE
         let to = until.min(from.saturating_add(span));
         match window(pass, scope, from, to).await? {
             Window::Read { pages } => {
-                let done = to.min(pass.tools.clock.now_s());
+                let done = to.min(pass.surely_s());
                 if known.is_none_or(|known| known < done) {
                     pass.set_progress(&name, done).await?;
                 }

@@ -68,7 +68,7 @@ pub async fn run(pass: &mut Pass<'_>) -> Result<(), ReconcileError> {
     for scope in pass.scopes() {
         list(pass, &mut check, &scope, window_start).await?;
     }
-    pass.set_progress(LISTED, now_s).await?;
+    pass.set_progress(LISTED, now_s.min(pass.surely_s())).await?;
     one_by_one(pass, &mut check).await?;
     note(pass, &mut check).await?;
     if pass.plan.extent == Extent::Due {

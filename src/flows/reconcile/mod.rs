@@ -158,6 +158,12 @@ impl Pass<'_> {
         self.set_progress(&format!("{ACCOUNT}{account}"), self.started_ms).await
     }
 
+    /// The time in seconds that has come by our clock and by Stripe's: what a list did not show when ours was ahead can still happen.
+    fn surely_s(&self) -> i64 {
+        let now_s = self.tools.clock.now_s();
+        self.tools.api.answered_s().map_or(now_s, |at_stripe| now_s.min(at_stripe))
+    }
+
     async fn set_progress(&self, name: &str, value: i64) -> Result<(), StoreError> {
         match self.plan.mode {
             Mode::Save => self.tools.store.set_progress(name, value).await,

@@ -258,6 +258,9 @@ each_store! {
         let told: BTreeSet<Option<String>> = told.into_iter().map(|(_, telling)| telling).collect();
         assert_eq!(told, BTreeSet::from([first.telling.clone(), second.telling.clone()]));
         assert_eq!(store.invoice("acme", "a").await.unwrap().unwrap().tellings.len(), 2);
+        let (one, both) = (NewEvent { mentions: vec![mention("in_9", true)], ..first.clone() }, vec![mention("in_9", true), mention("ch_9", false)]);
+        assert_eq!(store.unmentioned(&[&one, &second]).await.unwrap(), []);
+        assert_eq!(store.unmentioned(&[&NewEvent { mentions: both, ..first.clone() }, &second]).await.unwrap(), [first.key]);
         store.replace_readings(&[]).await.unwrap();
         store.replace_readings(&[(first.key, first.clone())]).await.unwrap();
         assert_eq!(all(store).await.len(), 2, "repeating is harmless");

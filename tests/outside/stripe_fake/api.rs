@@ -219,12 +219,13 @@ impl State {
     }
 
     fn is_listed(&self, ask: &Ask, event: &Event) -> bool {
+        self.is_shown(event) && event.livemode == ask.livemode && event.account == ask.account.as_deref()
+    }
+
+    /// To whom may see it.
+    pub(super) fn is_shown(&self, event: &Event) -> bool {
         let lags = chance(self.troubles.seed, &event.id) < self.troubles.lagging;
-        event.generated
-            && !lags
-            && event.livemode == ask.livemode
-            && event.account == ask.account.as_deref()
-            && event.created >= self.clock.now_s() - 30 * DAY
+        event.generated && !lags && event.created >= self.clock.now_s() - 30 * DAY
     }
 
     fn event(&self, ask: &Ask, id: &str) -> Result<&Event, Refusal> {

@@ -154,6 +154,13 @@ impl Stripe {
         self.state().events.clone()
     }
 
+    /// Those that its API lists now.
+    #[allow(dead_code, reason = "only the simulator asks")]
+    pub fn listed(&self) -> Vec<Event> {
+        let state = self.state();
+        state.events.iter().filter(|event| state.is_shown(event)).cloned().collect()
+    }
+
     pub fn calls(&self) -> Vec<Call> {
         self.state().calls.clone()
     }

@@ -1,0 +1,170 @@
+//! What must be true of what is durable, at every moment, since a crash leaves just that: what a row of the log says beside its bytes, and
+//! the objects by which it is found, are what reading the bytes anew tells; and what Stripe listed until where the passes say that
+//! they have come is in the log.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use stripe_reconciler::domain::event::{EventKey, Reading, read};
+use stripe_reconciler::flows::ingest::{Delivery, prepare};
+use stripe_reconciler::store::{Cell, LoggedEvent, NewEvent, Store, StoredBody, Table};
+
+use crate::stripe_fake::{Event, Stripe};
+
+/// Events read from the log at a time.
+const PAGE: u32 = 500;
+/// What comes into Stripe's list late by no more than this is found by the next pass.
+const OVERLAP_S: i64 = 3600;
+
+/// What another process sees in the database.
+pub struct Durable {
+    /// By account (none: ours), until when a pass has read Stripe's list of events, in seconds.
+    progress: Vec<(Option<String>, i64)>,
+    /// Oldest receipt first.
+    pub log: Vec<StoredBody>,
+    /// Objects, and the keys of the events by which each is mentioned.
+    mentions: BTreeSet<(String, Vec<u8>)>,
+}
+
+impl Durable {
+    /// What promises something is read before what was promised: meanwhile, the program may go on.
+    pub async fn read(store: &Store) -> Durable {
+        let progress = store.progress("events").await.unwrap();
+        let account = |name: &str| name.strip_prefix("events of ").map(str::to_owned);
+        let progress = progress.into_iter().map(|(name, until)| (account(&name), until)).collect();
+        let (mut log, mut after) = (Vec::new(), None);
+        loop {
+            let page = store.stored_bodies(after, PAGE).await.unwrap();
+            let Some(last) = page.last() else { break };
+            after = Some((last.logged.received_ms, last.logged.key));
+            log.extend(page);
+        }
+        Durable { progress, log, mentions: mentions(store).await }
+    }
+}
+
+async fn mentions(store: &Store) -> BTreeSet<(String, Vec<u8>)> {
+    let table = Table::ALL.into_iter().find(|table| table.name == "mentions").expect("it is one of them");
+    let (mut mentions, mut after) = (BTreeSet::new(), None);
+    loop {
+        let page = store.rows_after(table, after.as_deref()).await.unwrap();
+        for row in &page.rows {
+            let [Cell::Text(Some(object)), Cell::Bytes(Some(key))] = row.key() else { panic!("no mention: {row:?}") };
+            mentions.insert((object.clone(), key.clone()));
+        }
+        after = page.rows.last().map(|row| row.key().to_vec());
+        if page.is_last {
+            return mentions;
+        }
+    }
+}
+
+#[derive(Default)]
+pub struct Invariants {
+    /// The rows of the log, which stay as they are, and what each mentions.
+    rows: BTreeMap<EventKey, (StoredBody, Vec<String>)>,
+    /// Stripe's events when the last pass began that may have noted anything.
+    at_stripe: Vec<Event>,
+    /// Those that its list lacked, since it lagged, when a pass began that may have been the last to ask for them.
+    unlisted: BTreeSet<String>,
+    /// A pass was given up: what it told the database at last may be done later.
+    is_given_up: bool,
+    progress: BTreeMap<Option<String>, i64>,
+    /// What the passes have come past, by key: event and type.
+    passed: BTreeMap<EventKey, String>,
+}
+
+impl Invariants {
+    pub fn begin_pass(&mut self, stripe: &Stripe) {
+        let events = stripe.events();
+        let listed: BTreeSet<String> = stripe.listed().into_iter().map(|event| event.id).collect();
+        for event in &events {
+            let known = self.progress.get(&event.account.map(str::to_owned)).copied().unwrap_or(i64::MIN);
+            if !listed.contains(&event.id) {
+                self.unlisted.insert(event.id.clone());
+            } else if !self.is_given_up && event.created >= known.saturating_sub(OVERLAP_S) {
+                // It came into the list late, and not too late.
+                self.unlisted.remove(&event.id);
+            }
+        }
+        if !self.is_given_up {
+            self.at_stripe = events;
+        }
+    }
+
+    pub fn end_pass(&mut self, is_given_up: bool) {
+        self.is_given_up = is_given_up;
+    }
+
+    /// # Errors
+    /// What is not true of it, in words.
+    pub fn check(&mut self, durable: &Durable) -> Result<(), String> {
+        for row in &durable.log {
+            self.check_row(row)?;
+        }
+        for (key, (row, objects)) in &self.rows {
+            let missing = objects.iter().find(|object| !durable.mentions.contains(&((*object).clone(), key.0.to_vec())));
+            if let Some(object) = missing {
+                return Err(format!("{} is in the log, and not found by {object}, which it names", named(row)));
+            }
+        }
+        self.check_progress(&durable.progress)
+    }
+
+    fn check_row(&mut self, row: &StoredBody) -> Result<(), String> {
+        if let Some((before, _)) = self.rows.get(&row.logged.key) {
+            let is_same = (&before.logged, &before.telling, &before.body) == (&row.logged, &row.telling, &row.body);
+            return if is_same { Ok(()) } else { Err(format!("the log is changed: it was {before:?}, and is {row:?}")) };
+        }
+        let (source, secret_label) = (row.logged.source, row.logged.secret_label.clone());
+        let body = row.body.clone().ok_or_else(|| format!("{} has no bytes", named(row)))?;
+        let event = prepare(Delivery { body: body.into(), source, secret_label, received_ms: row.logged.received_ms });
+        if (&row.logged, &row.telling) != (&logged(&event), &event.telling) {
+            return Err(format!("in the log is {:?} {:?}, and its bytes say {event:?}", row.logged, row.telling));
+        }
+        let objects = event.mentions.into_iter().map(|mention| mention.object_id).collect();
+        self.rows.insert(row.logged.key, (row.clone(), objects));
+        Ok(())
+    }
+
+    fn check_progress(&mut self, progress: &[(Option<String>, i64)]) -> Result<(), String> {
+        for (account, until) in progress {
+            if self.progress.insert(account.clone(), *until) == Some(*until) {
+                continue;
+            }
+            let is_passed = |event: &&Event| event.account == account.as_deref() && event.created < *until && event.generated;
+            for event in self.at_stripe.iter().filter(is_passed).filter(|event| !self.unlisted.contains(&event.id)) {
+                if let Reading::Event(read) = read(event.as_listed().to_string().as_bytes())
+                    && read.telling.is_some()
+                {
+                    self.passed.insert(read.key, format!("{} {}", event.id, event.kind));
+                }
+            }
+        }
+        match self.passed.iter().find(|(key, _)| !self.rows.contains_key(key)) {
+            Some((_, event)) => Err(format!("a pass has come past {event}, which Stripe listed and the log lacks: {progress:?}")),
+            None => Ok(()),
+        }
+    }
+}
+
+fn named(row: &StoredBody) -> String {
+    let text = |text: &Option<String>| text.clone().unwrap_or_default();
+    format!("{} {} ({})", text(&row.logged.id), text(&row.logged.event_type), row.logged.source.as_str())
+}
+
+/// As its row says it.
+fn logged(event: &NewEvent) -> LoggedEvent {
+    LoggedEvent {
+        key: event.key,
+        id: event.id.clone(),
+        event_type: event.event_type.clone(),
+        api_version: event.api_version.clone(),
+        object_id: event.object_id.clone(),
+        created_s: event.created_s,
+        received_ms: event.received_ms,
+        source: event.source,
+        secret_label: event.secret_label.clone(),
+        outcome: event.outcome,
+        unreadable_reason: event.unreadable_reason.clone(),
+    }
+}
