@@ -1,5 +1,7 @@
 //! Storing invoice documents, and listing them with the state they are in: what HTTP and the command line share.
 
+use std::time::{Duration, Instant};
+
 use serde_json::Value;
 
 use crate::domain::history::{Entry, Known, fold};
@@ -9,7 +11,9 @@ use crate::store::{InvoiceCursor, NewInvoice, Store, StoreError, StoredInvoice, 
 /// Invoices that one page looks through at most, while it seeks those in a state.
 const SCANNED: usize = 5_000;
 /// Invoices read at a time.
-const READ: u32 = 500;
+const READ: u32 = 250;
+/// After so long, a page that seeks those in a state ends with what it has found: a person waits for it.
+const PATIENCE: Duration = Duration::from_millis(150);
 
 /// A valid document, ready to be stored. Its uid is the path's, where there is one, else the document's own.
 ///
@@ -182,6 +186,11 @@ impl Cursor {
         Some(Cursor(InvoiceCursor { stored_ms, tenant_uid, invoice_uid }))
     }
 
+    /// When the last invoice of the page was stored.
+    pub fn stored_ms(&self) -> i64 {
+        self.0.stored_ms
+    }
+
     fn at(invoice: &StoredInvoice) -> Cursor {
         Cursor(InvoiceCursor {
             stored_ms: invoice.stored_ms,
@@ -195,7 +204,7 @@ impl Cursor {
 /// what one request looks through is bounded.
 pub async fn page(store: &Store, request: &PageRequest) -> Result<Page, StoreError> {
     let mut found = Vec::new();
-    let mut scanned = 0;
+    let (mut scanned, started) = (0, Instant::now());
     let mut after = request.after.as_ref().map(|cursor| cursor.0.clone());
     let read = if request.state == StateFilter::Any { request.limit as u32 + 1 } else { READ };
     loop {
@@ -214,7 +223,7 @@ pub async fn page(store: &Store, request: &PageRequest) -> Result<Page, StoreErr
                 found.push(invoice);
             }
         }
-        if is_last || scanned >= SCANNED {
+        if is_last || scanned >= SCANNED || started.elapsed() > PATIENCE {
             let next = if is_last { None } else { after.map(Cursor) };
             return Ok(Page { invoices: found, next });
         }

@@ -5,7 +5,7 @@
 //! however long the log is.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use serde::Deserialize;
@@ -184,12 +184,17 @@ pub async fn read_step(store: &Store, now_ms: i64) -> Result<Step, StoreError> {
 /// The database cannot be reached, or takes nothing.
 pub async fn keep_step(store: &Store, step: &Step, now_ms: i64) -> Result<(), StoreError> {
     let Some(until_ms) = step.until_ms else { return Ok(()) };
-    let delivered_ms = step.news.moments.get(DELIVERED).copied().unwrap_or(until_ms);
-    store.keep_news(&step.news, now_ms, silence::first_hour(delivered_ms), now_ms - DAYS_30_MS).await?;
+    keep(store, &step.news, now_ms).await?;
     if step.known_ms != Some(until_ms) {
         store.set_progress(READ_UNTIL, until_ms).await?;
     }
     Ok(())
+}
+
+/// Hours are forgotten as others are added: while nothing comes they stay, or after some weeks there would be no silence to see.
+async fn keep(store: &Store, news: &News, now_ms: i64) -> Result<(), StoreError> {
+    let first_hour = news.moments.get(DELIVERED).map_or(i64::MIN, |delivered_ms| silence::first_hour(*delivered_ms));
+    store.keep_news(news, now_ms, first_hour, now_ms - DAYS_30_MS).await
 }
 
 fn note(line: &LogLine, news: &mut News) {
@@ -252,8 +257,8 @@ impl Signs {
 
     /// A webhook that brings what is known is not in the log: it does not say that it came.
     pub fn note_repeated(&self, body: &[u8], received_ms: i64, secret_label: &str) {
-        let mut news = self.repeated.lock().unwrap_or_else(PoisonError::into_inner);
-        note_webhook(&mut news, received_ms, livemode(body), Some(secret_label));
+        let livemode = livemode(body);
+        note_webhook(&mut self.repeated(), received_ms, livemode, Some(secret_label));
     }
 
     /// Brings the metrics up to date with the database. Never fails: where the database is away, the metrics say that, and keep the
@@ -299,13 +304,22 @@ impl Signs {
     async fn read(&self) -> Result<(), StoreError> {
         let now_ms = self.clock.now_ms();
         let refused = self.newly_refused();
-        let mut news = std::mem::take(&mut *self.repeated.lock().unwrap_or_else(PoisonError::into_inner));
+        let mut news = self.repeated().clone();
         news.moments.extend(refused.keys().map(|reason| (format!("{REFUSED}{reason}"), now_ms)));
         if news != News::default() {
-            self.store.keep_news(&news, now_ms, silence::first_hour(now_ms), now_ms - DAYS_30_MS).await?;
+            keep(&self.store, &news, now_ms).await?;
             self.refused.lock().unwrap_or_else(PoisonError::into_inner).extend(refused);
+            // Only now, and only what was kept: more may have come meanwhile.
+            let mut repeated = self.repeated();
+            repeated.moments.retain(|name, at_ms| news.moments.get(name) != Some(at_ms));
+            repeated.hours.retain(|hour| !news.hours.contains(hour));
         }
         read_on(&self.store, now_ms).await.map(drop)
+    }
+
+    fn repeated(&self) -> MutexGuard<'_, News> {
+        // Times, whatever happened.
+        self.repeated.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The reasons that count more than when they were noted last.

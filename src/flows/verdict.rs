@@ -2,6 +2,7 @@
 
 use super::evidence::Evidence;
 use crate::domain::invoice::{State, readable};
+use crate::store::Source;
 
 /// The answer, and what it rests on.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,10 +38,11 @@ fn answer(evidence: &Evidence) -> String {
             (Some(_), Some(_)) => "Nothing was known about its payment at that time.".to_owned(),
         };
     };
-    let first_paid = evidence.entries.iter().find(|entry| entry.state == State::Paid);
+    let (_, before) = evidence.entries.split_last().expect("there is a last");
     let since = readable(last.timestamp_ms);
-    match (last.state, first_paid) {
-        (State::Paid, Some(first)) if first.timestamp_ms != last.timestamp_ms => {
+    // What happens to money after it was paid is told by further entries, maybe within the same second.
+    match (last.state, before.iter().find(|entry| entry.state == State::Paid)) {
+        (State::Paid, Some(first)) => {
             format!("Paid on {}. Money was returned, contested or added since, last on {since}.", readable(first.timestamp_ms))
         }
         (State::Paid, _) => format!("Paid on {since}."),
@@ -52,16 +54,27 @@ fn answer(evidence: &Evidence) -> String {
 
 fn grounds(evidence: &Evidence) -> String {
     let last = evidence.entries.last();
-    let (proofs, imported) = (last.map_or(0, |last| last.proofs.len()), last.is_some_and(|last| last.is_imported));
+    let proofs = last.map_or(&[][..], |last| &last.proofs);
+    let imported = last.is_some_and(|last| last.is_imported);
+    // What Stripe's API showed in the comparison itself is kept a moment after it began.
+    let is_newer = |confirmed_ms: i64| {
+        !proofs.is_empty() && proofs.iter().all(|event| event.source != Source::Api && event.received_ms > confirmed_ms)
+    };
+    let proved = match proofs.len() {
+        1 => "Proved by one event from Stripe".to_owned(),
+        n => format!("Proved by {n} events from Stripe"),
+    };
     match (evidence.differs_since_ms, evidence.confirmed_ms) {
         (Some(since_ms), _) => {
             format!("Do not rely on it: Stripe's API says something else since {}.", readable(since_ms))
         }
+        (None, Some(confirmed_ms)) if is_newer(confirmed_ms) => {
+            format!("{proved}; last compared with Stripe's API before that, at {}.", readable(confirmed_ms))
+        }
         (None, Some(confirmed_ms)) => format!("Confirmed with Stripe at {}.", readable(confirmed_ms)),
         (None, None) if evidence.entries.is_empty() => String::new(),
         (None, None) if imported => "It came with the stored invoice, and was not compared with Stripe.".to_owned(),
-        (None, None) if proofs == 1 => "Proved by one event from Stripe; not compared with Stripe's API.".to_owned(),
-        (None, None) => format!("Proved by {proofs} events from Stripe; not compared with Stripe's API."),
+        (None, None) => format!("{proved}; not compared with Stripe's API."),
     }
 }
 
@@ -77,7 +90,9 @@ fn waits(evidence: &Evidence) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::domain::event::EventKey;
     use crate::flows::evidence::{Missing, Proven};
+    use crate::store::{LoggedEvent, Outcome};
 
     const NINE: i64 = 1_769_850_000_000;
 
@@ -106,11 +121,15 @@ mod tests {
 
     #[test]
     fn the_answer_says_whether_it_is_paid_and_since_when() {
-        let cases: [(&[(State, i64)], &str); 6] = [
+        let cases: [(&[(State, i64)], &str); 7] = [
             (&[(State::PaymentPending, 0), (State::Paid, 1)], "Paid on 2026-01-31 09:00:01 UTC."),
             (
                 &[(State::Paid, 1), (State::Paid, 9)],
                 "Paid on 2026-01-31 09:00:01 UTC. Money was returned, contested or added since, last on 2026-01-31 09:00:09 UTC.",
+            ),
+            (
+                &[(State::Paid, 1), (State::Paid, 1)],
+                "Paid on 2026-01-31 09:00:01 UTC. Money was returned, contested or added since, last on 2026-01-31 09:00:01 UTC.",
             ),
             (&[(State::PaymentPending, 0)], "Not paid: it waits for payment since 2026-01-31 09:00:00 UTC."),
             (&[(State::PaymentInProgress, 0)], "Not paid yet: a payment is under way since 2026-01-31 09:00:00 UTC."),
@@ -119,6 +138,36 @@ mod tests {
         ];
         for (states, answer) in cases {
             assert_eq!(verdict(&evidence(states)).answer, answer);
+        }
+    }
+
+    #[test]
+    fn what_came_after_the_last_comparison_is_not_said_to_be_confirmed() {
+        let proof = |source, received_ms| LoggedEvent {
+            key: EventKey([0; EventKey::LENGTH]),
+            id: None,
+            event_type: None,
+            api_version: None,
+            object_id: None,
+            created_s: None,
+            received_ms,
+            source,
+            secret_label: None,
+            outcome: Outcome::Recorded,
+            unreadable_reason: None,
+        };
+        let (before, after) = (NINE, NINE + 5_001);
+        let newer = "Proved by one event from Stripe; last compared with Stripe's API before that, at 2026-01-31 09:00:05 UTC.";
+        let confirmed = "Confirmed with Stripe at 2026-01-31 09:00:05 UTC.";
+        for (proofs, grounds) in [
+            (vec![proof(Source::Webhook, after)], newer),
+            (vec![proof(Source::Webhook, before)], confirmed),
+            (vec![proof(Source::Webhook, before), proof(Source::Webhook, after)], confirmed),
+            (vec![proof(Source::Api, after)], confirmed),
+        ] {
+            let mut paid = evidence(&[(State::PaymentPending, 0), (State::Paid, 1)]);
+            paid.entries[1].proofs = proofs;
+            assert_eq!(verdict(&paid).grounds, grounds);
         }
     }
 

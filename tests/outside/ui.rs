@@ -93,6 +93,8 @@ each_database! {
             let answer = look(&server, "GET", path, &[], "").await.with_status(303);
             assert!(answer.header("location").starts_with("/ui/sign-in?next=%2Fui"), "{answer:?}");
         }
+        let asked = text(&look(&server, "GET", "/ui/sign-in?next=%2Fui%2Falarms", &[], "").await);
+        assert_eq!(link(&asked, "Open the page"), "/ui/alarms", "who came by a link from elsewhere may be signed in");
         let answer = look(&server, "POST", "/ui/sign-in", &[("origin", &server.base)], &format!("key=+{}+&next=%2Fui%2Falarms", world.operator_key)).await;
         assert_eq!((answer.status.as_u16(), answer.header("location")), (303, "/ui/alarms"));
         let cookie = answer.header("set-cookie");
@@ -306,6 +308,7 @@ each_database! {
         let events = text(&page(&server, "/ui/events?invoice=in_nobody", &operator).await.with_status(200));
         assert!(events.contains("evt_1") && !events.contains("3c623e"), "{events}");
         let alarms = text(&page(&server, "/ui/alarms", &operator).await.with_status(200));
+        assert!(alarms.contains(" things cannot be told."), "{alarms}");
         for check in ["database", "deliveries", "unmatched", "unreadable", "reconciliation"] {
             assert!(alarms.contains(check), "{check}");
         }

@@ -92,7 +92,7 @@ pub fn clock(database_ahead_ms: Option<i64>, stripe_ahead_ms: Option<i64>) -> Ch
     let compared = [("Stripe's", stripe_ahead_ms), ("the database's", database_ahead_ms)];
     let known = || compared.iter().filter_map(|(whose, ahead_ms)| ahead_ms.map(|ahead_ms| (whose, ahead_ms)));
     let Some((whose, ahead_ms)) = known().max_by_key(|(_, ahead_ms)| ahead_ms.abs()) else {
-        let cure = "Give STRIPE_API_KEY: Stripe's answers say what time it is.";
+        let cure = "Run `doctor` with STRIPE_API_KEY: Stripe's answers say what time it is.";
         return unknown("clock", "There is nothing to compare it with.".to_owned(), cure);
     };
     let (off, side) = (duration(ahead_ms.abs()), if ahead_ms > 0 { "behind" } else { "ahead of" });
@@ -271,7 +271,7 @@ pub fn endpoint(asked: Option<&Result<Vec<String>, StripeApiError>>, passes: &[P
         }
         None => {
             let Some(pass) = passes.first() else {
-                return unknown("endpoint", "It was not looked at.".to_owned(), "Give STRIPE_API_KEY.");
+                return unknown("endpoint", "It was not looked at.".to_owned(), "Run `doctor` with STRIPE_API_KEY.");
             };
             let remarks = pass.endpoint_remarks();
             if remarks.is_empty() {

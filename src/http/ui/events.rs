@@ -108,8 +108,8 @@ fn row(event: &LoggedEvent) -> Markup {
                 @if let Some(object_id) = &event.object_id { span.sub { "about " (id(object_id)) } }
             }
             td.said { (outcome(event)) }
-            td.when { @if let Some(created_s) = event.created_s { (time_s(created_s)) } @else { "unknown" } }
-            td.when { (time(event.received_ms)) span.sub { "by " (came_by(event)) } }
+            td.when data-label="Happened" { @if let Some(created_s) = event.created_s { (time_s(created_s)) } @else { "unknown" } }
+            td.when data-label="Received" { (time(event.received_ms)) span.sub { "by " (came_by(event)) } }
         }
     }
 }

@@ -46,6 +46,8 @@ pub async fn list(
     let is_first = request.after.is_none();
     let Page { invoices, next } = flow::page(&state.store, &request).await?;
     let rows = rows(&invoices)?;
+    // A full page says itself that more may follow.
+    let looked_back_to_ms = next.as_ref().filter(|_| rows.len() < IN_A_PAGE).map(Cursor::stored_ms);
     let next = next.map(|cursor| address("/ui", &[("state", filter), ("cursor", &cursor.to_text())]));
     let first = (!is_first).then(|| address("/ui", &[("state", filter)]));
     let content = html! {
@@ -53,8 +55,11 @@ pub async fn list(
         (search(""))
         (filters(filter))
         @if rows.is_empty() {
-            p.empty { @if next.is_some() { "None among those looked through; there are older ones." } @else { "There are none." } }
+            p.empty { @if next.is_some() { "None so far." } @else { "There are none." } }
         } @else { (table(&rows, &visitor)) }
+        @if let Some(ms) = looked_back_to_ms {
+            p.hint.looked { "Looked through the invoices stored since " (time(ms)) ". Older ones may be in this state, too." }
+        }
         (pager(first, next))
     };
     Ok(layout::page("Invoices", Here::Invoices, Some(&visitor), content).into_response())

@@ -36,8 +36,8 @@ pub async fn waiting(Given(state): Given<AppState>, _: Operator) -> Result<Html<
                         tr {
                             th scope="row" { a href=(address("/ui/events", &[("invoice", &awaited.stripe_invoice_id)])) { (id(&awaited.stripe_invoice_id)) } }
                             td.said { (awaited.events) @if awaited.events == 1 { " event" } @else { " events" } }
-                            td.said { (duration(now_ms - awaited.received_ms)) }
-                            td.when { (time(awaited.received_ms)) }
+                            td.said data-label="Waits for" { (duration(now_ms - awaited.received_ms)) }
+                            td.when data-label="Since" { (time(awaited.received_ms)) }
                         }
                     }
                 }
@@ -59,11 +59,13 @@ pub async fn alarms(Given(state): Given<AppState>, _: Operator) -> Html<String> 
     };
     let mut checks = doctor::examine(&patient).await;
     let wrong = checks.iter().filter(|check| check.state >= State::Warning).count();
+    let unknown = checks.iter().filter(|check| check.state == State::Unknown).count();
     checks.sort_by_key(|check| std::cmp::Reverse(check.state));
     let content = html! {
         h1 { "Alarms" }
         p.intro {
             @match wrong { 0 => "Nothing is wrong.", 1 => "One thing is wrong.", _ => { (wrong) " things are wrong." } }
+            @match unknown { 0 => {}, 1 => " One thing cannot be told.", _ => { " " (unknown) " things cannot be told." } }
             " The same is said by " code { "stripe-reconciler doctor" } ". Looked at " (time(state.clock.now_ms())) "."
         }
         ul.checks { @for check in &checks { (check_up(check)) } }

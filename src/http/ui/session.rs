@@ -184,6 +184,8 @@ fn form(next: &str, mistake: Option<&str>) -> Html<String> {
                     "A tenant's key shows the invoices of its tenant; an operator's shows everything. Nothing can be changed here. "
                     "You stay signed in for 12 hours."
                 }
+                // A link on another site brings no session along, a click here does.
+                @if mistake.is_none() && next != "/ui" { p.hint { "Signed in already? " a href=(next) { "Open the page" } "." } }
             }
         },
     )

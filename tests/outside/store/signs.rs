@@ -1,7 +1,12 @@
 //! What the person on call is told: what is kept of the log, and what is counted.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
 
+use stripe_reconciler::clock::Clock;
+use stripe_reconciler::flows::signs::{DELIVERED, SECRET, Signs};
+use stripe_reconciler::metrics::{Metrics, Rejection};
 use stripe_reconciler::store::{Awaited, Backlog, Checked, Counted, LogLine, NewEvent, News, Outcome, Source};
 
 use super::{Place, each_store, event, invoice, nth};
@@ -55,6 +60,38 @@ each_store! {
         assert_eq!(store.moments().await.unwrap()["delivered live"], 29_000, "the clock was ahead");
         assert_eq!(store.delivery_hours(0).await.unwrap(), BTreeSet::from([5, 9, 10]));
         assert_eq!(store.delivery_hours(10).await.unwrap(), BTreeSet::from([10]));
+    }
+
+    async fn busy_hours_stay_known_while_deliveries_are_refused(place: Place) {
+        let store = &place.store;
+        let week_ms = 7 * 24 * 3_600_000;
+        let news = News { moments: of(&[(DELIVERED, 100 * week_ms)]), hours: BTreeSet::from([100 * 7 * 24]), ..News::default() };
+        store.keep_news(&news, 100 * week_ms, 0, 0).await.unwrap();
+        let metrics = Arc::new(Metrics::default());
+        let signs = Signs::new(store.clone(), metrics.clone(), Clock::fixed(106 * week_ms), Vec::new());
+        metrics.rejected(Rejection::Unavailable);
+        signs.look().await;
+        assert!(store.moments().await.unwrap().contains_key("refused unavailable"));
+        assert_eq!(store.delivery_hours(0).await.unwrap(), news.hours, "six weeks without a delivery are seen as silence");
+    }
+
+    async fn a_delivery_that_only_repeats_is_not_forgotten_while_the_database_takes_nothing(place: Place) {
+        let store = &place.store;
+        let signs = Signs::new(store.clone(), Arc::default(), Clock::fixed(2_000_000), vec!["live".to_owned()]);
+        signs.note_repeated(b"{}", 1_000_000, "live");
+        place.database.execute("alter table moments rename to away").await;
+        signs.look().await;
+        place.database.execute("alter table away rename to moments").await;
+        let noted = async {
+            while store.moments().await.unwrap().is_empty() {
+                // It looks again when what it has seen is old.
+                signs.look().await;
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(30), noted).await.expect("it is kept once the database takes it");
+        let moments = store.moments().await.unwrap();
+        assert_eq!((moments[DELIVERED], moments[&format!("{SECRET}live")]), (1_000_000, 1_000_000));
     }
 
     async fn many_who_keep_news_at_once_do_not_hinder_each_other(place: Place) {
