@@ -36,6 +36,8 @@ pub struct Invoice {
     refunded: i64,
     dispute: Dispute,
     truth: Vec<Entry>,
+    /// What is no entry of its own: shown at its time as long as nobody has heard of the first.
+    repeated: Vec<Entry>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -133,6 +135,7 @@ impl Invoice {
             refunded: 0,
             dispute: Dispute::None,
             truth: Vec::new(),
+            repeated: Vec::new(),
         }
     }
 
@@ -150,6 +153,10 @@ impl Invoice {
         let mut truth = self.truth.clone();
         truth.sort_by_key(|entry| (entry.fact.chapter(), entry.at));
         truth
+    }
+
+    pub fn repeated(&self) -> &[Entry] {
+        &self.repeated
     }
 
     /// Whether it is a connected account's.
@@ -316,9 +323,9 @@ impl Invoice {
 
     /// What is one entry however often it happens.
     fn once(&mut self, fact: Fact, told: &'static str) -> &'static str {
-        if self.truth.iter().all(|entry| entry.fact != fact) {
-            self.truth.push(Entry { fact, at: self.life.t });
-        }
+        let is_first = self.truth.iter().all(|entry| entry.fact != fact);
+        let entries = if is_first { &mut self.truth } else { &mut self.repeated };
+        entries.push(Entry { fact, at: self.life.t });
         told
     }
 }

@@ -62,7 +62,7 @@ impl World {
         let truth = invoice.truth();
         let paid = truth.iter().find(|entry| entry.fact == Fact::Paid).map(|entry| entry.at);
         for (state, at) in shown {
-            let is_true = truth.iter().any(|entry| entry.fact.state() == state && entry.at == *at);
+            let is_true = truth.iter().chain(invoice.repeated()).any(|entry| entry.fact.state() == state && entry.at == *at);
             // Until it is known that it is all, a payment is a part; thin, what has nothing to collect is finalized.
             let is_early = paid == Some(*at) && (state == "PaymentInProgress" || state == "PaymentPending");
             assert!(is_true || is_early, "{} was never {state} at {at}; the truth is {truth:?}", invoice.uid);
