@@ -42,6 +42,15 @@ pub struct Done {
     pub report: Option<Report>,
 }
 
+/// How far a pass has come with its lease.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Leased {
+    No,
+    Held,
+    /// It is being given back.
+    Ending,
+}
+
 /// A pass that ended. None: another held the lease.
 type Passed = Result<Option<Report>, ReconcileError>;
 
@@ -81,11 +90,11 @@ impl World {
                 answers.borrow_mut()[n] = Some(answer);
             });
         }
-        let (passed, took_lease) = (RefCell::new(None), Cell::new(false));
+        let (passed, leased) = (RefCell::new(None), Cell::new(Leased::No));
         let replica = self.process().replica(random.random_range(0..2));
         let passing = async {
             if let Some(plan) = busy.plan {
-                let ended = under_lease(replica, plan, &took_lease).await;
+                let ended = under_lease(replica, plan, &leased).await;
                 *passed.borrow_mut() = Some(ended);
             }
         };
@@ -104,7 +113,7 @@ impl World {
         self.invariants().end_pass(busy.plan.is_some() && !is_whole && matches!(busy.end, End::HangUp(_)));
         self.tell(&busy, is_whole, &answers, &passed);
         seen.unwrap_or_else(|wrong| panic!("at some moment of that: {wrong}"));
-        self.judge_lease(busy.plan, took_lease.get(), is_whole, passed.is_some());
+        self.judge_lease(busy.plan, leased.get(), is_whole, passed.is_some());
         self.take_answers(&busy, &signed, answers);
         if !is_whole && matches!(busy.end, End::Crash(_)) {
             self.crash(random);
@@ -131,18 +140,28 @@ impl World {
     }
 
     fn is_lease_free(&self) -> bool {
-        let left_ms = self.lease_until_ms - self.clock.now_ms();
+        self.is_over(self.lease_until_ms) && self.is_over(self.lease_perhaps_until_ms)
+    }
+
+    fn is_over(&self, until_ms: i64) -> bool {
+        let left_ms = until_ms - self.clock.now_ms();
         left_ms <= 0 || left_ms > LEASE_MS + CLOCKS_DIFFER_MS
     }
 
-    /// One that is dead holds its lease until that ends, and nobody after that.
-    fn judge_lease(&mut self, plan: Option<Plan>, took_lease: bool, is_whole: bool, has_passed: bool) {
-        let is_free = self.is_lease_free();
-        assert!(!took_lease || is_free, "a lease is taken that somebody else still holds");
+    /// One that is dead holds its lease until that ends, and nobody after that. One that was left while it took it, or gave it back, holds
+    /// it perhaps.
+    fn judge_lease(&mut self, plan: Option<Plan>, leased: Leased, is_whole: bool, has_passed: bool) {
+        assert!(leased == Leased::No || self.is_over(self.lease_until_ms), "a lease is taken that somebody else still holds");
         let needs_lease = plan.is_some_and(|plan| plan.mode == Mode::Save);
-        assert!(!needs_lease || !is_whole || took_lease == is_free, "nobody holds the lease, and it cannot be taken");
-        if took_lease && !has_passed {
-            self.lease_until_ms = self.clock.now_ms() + LEASE_MS;
+        let must_take = needs_lease && is_whole && self.is_lease_free();
+        assert!(!must_take || leased != Leased::No, "nobody holds the lease, and it cannot be taken");
+        let until_ms = self.clock.now_ms() + LEASE_MS;
+        match leased {
+            Leased::No if needs_lease && !has_passed => self.lease_perhaps_until_ms = until_ms,
+            Leased::No => {}
+            _ if has_passed => (self.lease_until_ms, self.lease_perhaps_until_ms) = (0, 0),
+            Leased::Held => (self.lease_until_ms, self.lease_perhaps_until_ms) = (until_ms, 0),
+            Leased::Ending => (self.lease_until_ms, self.lease_perhaps_until_ms) = (0, until_ms),
         }
     }
 
@@ -201,14 +220,15 @@ impl World {
 }
 
 /// As the program makes its passes.
-async fn under_lease(replica: Replica, plan: Plan, took_lease: &Cell<bool>) -> Passed {
+async fn under_lease(replica: Replica, plan: Plan, leased: &Cell<Leased>) -> Passed {
     let tools = replica.tools();
     if plan.mode == Mode::DryRun {
         return reconcile::run(&tools, plan).await.map(Some);
     }
     let Some(lease) = Lease::try_take(&tools.store, &tools.clock).await? else { return Ok(None) };
-    took_lease.set(true);
+    leased.set(Leased::Held);
     let ended = reconcile::run(&tools, plan).await;
+    leased.set(Leased::Ending);
     lease.release().await;
     ended.map(Some)
 }

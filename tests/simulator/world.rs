@@ -48,6 +48,8 @@ pub struct World {
     pub clock: Clock,
     /// Until when somebody who is dead holds the lease, by that clock.
     pub lease_until_ms: i64,
+    /// Until when it may do so.
+    pub lease_perhaps_until_ms: i64,
     /// The API has said less than it knew.
     pub has_lagged: bool,
     wanted: usize,
@@ -101,6 +103,7 @@ impl World {
             reads: Reads::default(),
             clock,
             lease_until_ms: 0,
+            lease_perhaps_until_ms: 0,
             has_lagged: false,
             wanted: script.invoices,
             all_is_watched: script.is_watched,
