@@ -22,7 +22,7 @@ use crate::support::{Engine, invoice_path};
 /// `status.states` of each invoice, as they stand, by its uid.
 pub type Histories = BTreeMap<String, String>;
 
-/// A whole round on one engine.
+/// A whole round on one engine. The histories that must be the same on every engine: which deliveries a crash took may differ.
 pub fn round(engine: Engine, script: &Script, trace: Trace) -> Histories {
     let mut world = World::new(engine, script, trace);
     for step in &script.steps {
@@ -35,6 +35,14 @@ pub fn round(engine: Engine, script: &Script, trace: Trace) -> Histories {
     check_undisturbed(&world, &histories);
     world.check_reads();
     check_rebuild(&world);
+    alike(&world, histories)
+}
+
+/// Without those in which what is true is said more or less surely, by what was heard of it and how.
+fn alike(world: &World, mut histories: Histories) -> Histories {
+    for invoice in world.invoices.iter().filter(|invoice| invoice.is_paid_outside()) {
+        histories.remove(&invoice.uid);
+    }
     histories
 }
 
@@ -111,9 +119,7 @@ fn check_undisturbed(world: &World, histories: &Histories) {
     let generated = world.stripe.events().into_iter().filter(|event| event.generated);
     let bodies = generated.map(|event| event.as_delivered().to_string().into_bytes()).collect();
     let undisturbed = replayed(world, bodies, true);
-    for invoice in world.invoices.iter().filter(|invoice| !invoice.is_paid_outside()) {
-        assert_eq!(histories[&invoice.uid], undisturbed[&invoice.uid], "{} in an undisturbed run", invoice.uid);
-    }
+    assert_eq!(alike(world, histories.clone()), alike(world, undisturbed), "shown, and in an undisturbed run");
 }
 
 /// What comes of these events and nothing else.
