@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use crate::support::run;
 
 const CONFIG: &str = include_str!("../../src/config.rs");
-/// Settings of others, and of the shell's, that pages and files name.
-const OTHERS: [&str; 6] = ["POSTGRES_", "OPERATOR_KEY", "TENANT_KEY", "X_FILE", "AF_", "SIMULATOR_ROUNDS"];
+/// Settings of others, of the shell and of the tests, that pages and files name.
+const OTHERS: [&str; 6] = ["POSTGRES_", "OPERATOR_KEY", "TENANT_KEY", "X_FILE", "AF_", "SIMULATOR_"];
 
 fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
