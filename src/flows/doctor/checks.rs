@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 
 use super::Check;
 use super::words::{DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, ago, bytes, count, duration, failing, ok, sentence, unknown, warning};
-use crate::domain::invoice::timestamp;
 use crate::domain::silence::{self, Unusual};
+use crate::domain::time::timestamp;
 use crate::flows::signs::{DELIVERED, Pass, RECONCILING_FAILED, REFUSED, SECRET, Vitals};
 use crate::store::{COUNTED, Space, StoreError};
 use crate::stripe_api::StripeApiError;
