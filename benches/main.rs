@@ -121,6 +121,7 @@ impl Bench {
             let acks = closed_loop(&server.authority, 64, &many).await.per_second();
             let alone_ms = closed_loop(&server.authority, 1, &few).await.quantile_ms(0.5);
             let reads = deliveries::reads(&path, &format!("apikey: {key}\r\n"), 2_000);
+            reference::settle(&url).await;
             let read_ms = closed_loop(&server.authority, 1, &reads).await.quantile_ms(0.5);
             println!("{:>10}  {acks:>12.0}  {alone_ms:>11.3}  {read_ms:>11.3}  {replay:>15.0}", self.events);
         }

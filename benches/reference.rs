@@ -161,10 +161,15 @@ pub async fn commit_ms(url: &str, time: Duration) -> f64 {
     times[times.len() / 2].as_secs_f64() * 1e3
 }
 
-/// Has PostgreSQL write down what earlier measurements left in its memory: no side pays for another's.
+/// Has PostgreSQL write down what earlier measurements left in its memory, and look at what they left in its tables: no side pays
+/// for another's.
 pub async fn settle(url: &str) {
     if let Pool::Postgres(pool) = Pool::open(url).await {
         sqlx::query("checkpoint").execute(&pool).await.expect("we may");
+        let busy = "select count(*) from pg_stat_activity where backend_type = 'autovacuum worker'";
+        while sqlx::query_scalar::<_, i64>(busy).fetch_one(&pool).await.expect("we may") > 0 {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
     }
 }
 

@@ -84,6 +84,8 @@ const IS_STILL_MINE: &str = "
     update progress set value = $1 where name = 'copy run' and value = $1
                                      and not exists (select 1 from progress as noted where noted.name = 'copy over')";
 const END_COPYING: &str = "insert into progress (name, value) values ('copy over', $1) on conflict (name) do nothing";
+/// Waits for the page that a run is writing, and is what the next page waits for: that one no longer finds its run.
+const END_RUN: &str = "update progress set value = 0 where name = 'copy run'";
 
 impl Store {
     /// What this database is known by to its copies; `new_id` where it has no name yet.
@@ -119,6 +121,7 @@ impl Store {
     /// From now on, this database is no longer a copy that `copy` may change: something else writes to it.
     pub async fn end_copying(&self, now_ms: i64) -> Result<(), StoreError> {
         let mut session = self.writing().await?;
+        execute!(session, END_RUN)?;
         execute!(session, END_COPYING, now_ms)?;
         session.commit().await
     }

@@ -91,10 +91,12 @@ impl Store {
     /// [`StoreError::Away`] when there is no such database.
     pub async fn connect_to_existing(url: &str) -> Result<Store, StoreError> {
         Store::check_url(url).map_err(StoreError::Refused)?;
-        match url.strip_prefix("sqlite://").map(sqlite::file) {
-            Some(file) if !file.exists() => Err(StoreError::Away(format!("there is no file {}", file.display()))),
-            _ => Store::connect(url).await,
+        if let Some(file) = url.strip_prefix("sqlite://").map(sqlite::file).transpose()?
+            && !file.exists()
+        {
+            return Err(StoreError::Away(format!("there is no file {}", file.display())));
         }
+        Store::connect(url).await
     }
 
     /// Whether `connect` can make anything of this URL.
@@ -110,7 +112,7 @@ impl Store {
             Some(path) if path.starts_with(":memory:") || path.contains("mode=memory") => {
                 Err("a database in memory keeps nothing: write sqlite://PATH".to_owned())
             }
-            Some(_) => Ok(()),
+            Some(path) => sqlite::file(path).map(drop).map_err(|e| format!("it cannot be read: {e}")),
             None => Err("it must be sqlite://PATH or postgres://USER:PASSWORD@HOST/DATABASE".to_owned()),
         }
     }

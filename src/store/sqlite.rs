@@ -1,7 +1,7 @@
 //! SQLite: opened by path, one connection that writes and several that read beside it; appended to by two statements a batch.
 
 use std::collections::HashSet;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
@@ -47,7 +47,9 @@ pub(super) struct SqliteStore {
 impl SqliteStore {
     /// Opens the file, creating it when it is missing.
     pub async fn open(path: &str) -> Result<SqliteStore, StoreError> {
-        let options = SqliteConnectOptions::from_str(&format!("sqlite://{path}"))?
+        let file = file(path)?;
+        create_for_us_alone(&file);
+        let options = options_of(path)?
             .create_if_missing(true)
             .foreign_keys(true)
             .page_size(PAGE_SIZE)
@@ -70,7 +72,7 @@ impl SqliteStore {
         let (checkpoint, due) = mpsc::channel(1);
         let is_nearly_carried = Arc::new(AtomicBool::new(false));
         tokio::spawn(keep_log_short(checkpointer, due, is_nearly_carried.clone()));
-        let (file, opened) = (file(path), identity(&file(path)));
+        let opened = identity(&file);
         Ok(SqliteStore { file, opened, write, read, written: Arc::default(), checkpoint, is_nearly_carried })
     }
 
@@ -165,10 +167,20 @@ impl SqliteStore {
     }
 }
 
+/// It will hold what is nobody else's business; SQLite gives its log and its index of that the rights of the file.
+fn create_for_us_alone(file: &Path) {
+    let created = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(file);
+    // What cannot be made, or is there already, SQLite opens or says what is wrong with it.
+    drop(created);
+}
+
+fn options_of(path: &str) -> Result<SqliteConnectOptions, sqlx::Error> {
+    SqliteConnectOptions::from_str(&format!("sqlite://{path}"))
+}
+
 /// The file that a URL names after `sqlite://`.
-pub(super) fn file(path: &str) -> PathBuf {
-    let options = SqliteConnectOptions::from_str(&format!("sqlite://{path}"));
-    options.map_or_else(|_| PathBuf::from(path), |options| options.get_filename().to_owned())
+pub(super) fn file(path: &str) -> Result<PathBuf, sqlx::Error> {
+    Ok(options_of(path)?.get_filename().to_owned())
 }
 
 /// Where a file is, whatever its name.

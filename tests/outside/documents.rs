@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use crate::support::run;
 
 const CONFIG: &str = include_str!("../../src/config.rs");
-/// Settings of others, and of the shell's, that pages and files name.
-const OTHERS: [&str; 5] = ["POSTGRES_", "OPERATOR_KEY", "TENANT_KEY", "X_FILE", "AF_"];
+/// Settings of others, of the shell and of the tests, that pages and files name.
+const OTHERS: [&str; 6] = ["POSTGRES_", "OPERATOR_KEY", "TENANT_KEY", "X_FILE", "AF_", "SIMULATOR_"];
 
 fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
@@ -36,7 +36,7 @@ fn file(name: &str) -> (String, String) {
 
 fn pages() -> BTreeMap<String, String> {
     let mut pages = files_below("docs", &[".md"]);
-    pages.extend([file("README.md"), file("CHANGELOG.md")]);
+    pages.extend([file("README.md"), file("CHANGELOG.md"), file("SECURITY.md")]);
     assert!(pages.len() > 8, "{:?}", pages.keys());
     pages
 }

@@ -1,17 +1,19 @@
 //! What must be true of what is durable, at every moment, since a crash leaves just that: what a row of the log says beside its bytes, and
-//! the objects by which it is found, are what reading the bytes anew tells; and what Stripe listed until where the passes say that
-//! they have come is in the log.
+//! the objects by which it is found, are what reading the bytes anew tells; what Stripe listed until where the passes say that
+//! they have come is in the log; and so is the object of a thin event for which nothing is to be fetched any more.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use stripe_reconciler::domain::event::{EventKey, Reading, read};
+use stripe_reconciler::domain::event::{EventKey, FETCHED, Reading, Telling, read};
 use stripe_reconciler::flows::ingest::{Delivery, prepare};
-use stripe_reconciler::store::{Cell, LoggedEvent, NewEvent, Store, StoredBody, Table};
+use stripe_reconciler::store::{Asked, Cell, LoggedEvent, NewEvent, Store, StoredBody, Table};
 
 use crate::stripe_fake::{Event, Stripe};
 
 /// Events read from the log at a time.
 const PAGE: u32 = 500;
+/// Thin events that may wait for their object.
+const WAITING: u32 = 10_000;
 /// What comes into Stripe's list late by no more than this is found by the next pass.
 const OVERLAP_S: i64 = 3600;
 
@@ -19,6 +21,8 @@ const OVERLAP_S: i64 = 3600;
 pub struct Durable {
     /// By account (none: ours), until when a pass has read Stripe's list of events, in seconds.
     progress: Vec<(Option<String>, i64)>,
+    /// Thin events whose object is still to be fetched.
+    waiting: BTreeSet<EventKey>,
     /// Oldest receipt first.
     pub log: Vec<StoredBody>,
     /// Objects, and the keys of the events by which each is mentioned.
@@ -31,6 +35,8 @@ impl Durable {
         let progress = store.progress("events").await.unwrap();
         let account = |name: &str| name.strip_prefix("events of ").map(str::to_owned);
         let progress = progress.into_iter().map(|(name, until)| (account(&name), until)).collect();
+        let waiting = store.to_ask(Asked::Object, i64::MAX, WAITING).await.unwrap();
+        let waiting = waiting.into_iter().map(|event| event.key).collect();
         let (mut log, mut after) = (Vec::new(), None);
         loop {
             let page = store.stored_bodies(after, PAGE).await.unwrap();
@@ -38,7 +44,7 @@ impl Durable {
             after = Some((last.logged.received_ms, last.logged.key));
             log.extend(page);
         }
-        Durable { progress, log, mentions: mentions(store).await }
+        Durable { progress, waiting, log, mentions: mentions(store).await }
     }
 }
 
@@ -98,9 +104,12 @@ impl Invariants {
     /// # Errors
     /// What is not true of it, in words.
     pub fn check(&mut self, durable: &Durable) -> Result<(), String> {
+        // Those that are new may have come after what waits was read.
+        let crossed_off: Vec<EventKey> = self.rows.keys().filter(|key| !durable.waiting.contains(key)).copied().collect();
         for row in &durable.log {
             self.check_row(row)?;
         }
+        self.check_fetched(&crossed_off)?;
         for (key, (row, objects)) in &self.rows {
             let missing = objects.iter().find(|object| !durable.mentions.contains(&((*object).clone(), key.0.to_vec())));
             if let Some(object) = missing {
@@ -126,6 +135,22 @@ impl Invariants {
         Ok(())
     }
 
+    /// What a thin event points to is there, or the event's twin, which has it.
+    fn check_fetched(&self, crossed_off: &[EventKey]) -> Result<(), String> {
+        for row in crossed_off.iter().map(|key| &self.rows[key].0).filter(|row| is_type(row, "v1.")) {
+            let telling = row.telling.as_deref().map(|text| serde_json::from_str::<Telling>(text).unwrap());
+            let Some(twin) = telling.and_then(|telling| telling.snapshot_event) else { continue };
+            let has_it = |(other, _): &(StoredBody, Vec<String>)| {
+                let is_twin = other.logged.id.as_ref() == Some(&twin);
+                is_twin || (is_type(other, FETCHED) && other.logged.object_id == row.logged.object_id)
+            };
+            if !self.rows.values().any(has_it) {
+                return Err(format!("nothing is to be fetched for {}, and the log lacks its object", named(row)));
+            }
+        }
+        Ok(())
+    }
+
     fn check_progress(&mut self, progress: &[(Option<String>, i64)]) -> Result<(), String> {
         for (account, until) in progress {
             if self.progress.insert(account.clone(), *until) == Some(*until) {
@@ -145,6 +170,10 @@ impl Invariants {
             None => Ok(()),
         }
     }
+}
+
+fn is_type(row: &StoredBody, begins: &str) -> bool {
+    row.logged.event_type.as_deref().is_some_and(|kind| kind.starts_with(begins))
 }
 
 fn named(row: &StoredBody) -> String {

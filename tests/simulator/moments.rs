@@ -8,6 +8,7 @@ use super::ending::{calm_down, check_truth, read_all};
 use super::rounds::{ROUNDS, rounds};
 use super::script::Script;
 use super::world::{AT_ONCE, Trace, World, quiet};
+use crate::stripe_fake::Troubles;
 use crate::support::Engine;
 
 /// Moments of a pass at which it crashes in a short run: a pass has some 300.
@@ -74,6 +75,22 @@ fn watch_every_moment(engine: Engine) {
     world.make_busy(Busy { parcels, plan, end: End::Whole, is_watched: true }, &mut random);
 }
 
+/// The same of what thin events point to, before Stripe lists their twins.
+fn watch_every_moment_of_fetching(engine: Engine) {
+    let mut world = story(engine);
+    let mut random = quiet();
+    world.wire.under_way.clear();
+    for event in world.stripe.events().iter().filter(|event| event.generated) {
+        world.wire.post_thin(event, &mut random);
+    }
+    world.deliver_the_rest();
+    world.stripe.trouble(Troubles { lagging: 1.0, ..Troubles::default() });
+    let plan = Some(Plan { extent: Extent::Due, mode: Mode::Save, since_s: None });
+    world.make_busy(Busy { parcels: Vec::new(), plan, end: End::Whole, is_watched: true }, &mut random);
+    let is_fetched = world.ledger.logged().iter().any(|identity| identity.starts_with("fetched"));
+    assert!(is_fetched, "there was something to fetch");
+}
+
 #[test]
 fn at_every_moment_of_a_pass_what_is_durable_is_whole_in_sqlite() {
     watch_every_moment(Engine::Sqlite);
@@ -82,6 +99,16 @@ fn at_every_moment_of_a_pass_what_is_durable_is_whole_in_sqlite() {
 #[test]
 fn at_every_moment_of_a_pass_what_is_durable_is_whole_in_postgres() {
     watch_every_moment(Engine::Postgres);
+}
+
+#[test]
+fn a_thin_event_is_crossed_off_when_its_object_is_durable_in_sqlite() {
+    watch_every_moment_of_fetching(Engine::Sqlite);
+}
+
+#[test]
+fn a_thin_event_is_crossed_off_when_its_object_is_durable_in_postgres() {
+    watch_every_moment_of_fetching(Engine::Postgres);
 }
 
 #[test]

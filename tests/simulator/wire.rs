@@ -41,7 +41,7 @@ impl Wire {
             _ => (false, true),
         };
         if thin {
-            self.send(&event.as_thin(), random);
+            self.post_thin(event, random);
         }
         if !snapshot {
             return;
@@ -57,6 +57,10 @@ impl Wire {
             // A second endpoint of the same merchant, or one that was moved to another version.
             self.send(&event.render([OLD, BASIL, CLOVER, ENDIVE].choose(random).unwrap()), random);
         }
+    }
+
+    pub fn post_thin(&mut self, event: &Event, random: &mut StdRng) {
+        self.send(&event.as_thin(), random);
     }
 
     /// Authentic, and no event.

@@ -5,8 +5,8 @@ use std::collections::BTreeSet;
 
 use super::Check;
 use super::words::{HOUR_MS, MINUTE_MS, SECOND_MS, ago, count, duration, failing, ok, sentence, unknown, warning};
-use crate::domain::invoice::timestamp;
 use crate::domain::silence::{self, Unusual};
+use crate::domain::time::timestamp;
 use crate::flows::signs::{DELIVERED, Pass, RECONCILING_FAILED, REFUSED, Vitals};
 use crate::store::COUNTED;
 use crate::stripe_api::StripeApiError;

@@ -6,8 +6,8 @@ use serde_json::Value;
 
 use super::{Mode, Pass, ReconcileError};
 use crate::domain::fact::TYPES_THAT_TELL;
-use crate::domain::invoice::timestamp;
 use crate::domain::silence::{self, Unusual};
+use crate::domain::time::timestamp;
 use crate::flows::signs;
 use crate::stripe_api::{Scope, StripeApi, StripeApiError};
 

@@ -6,6 +6,7 @@ use stripe_reconciler::store::{Appended, Cell, Checked, CopyTarget, NewEvent, Ne
 use super::opening::api_key;
 use super::reconciling::run_of;
 use super::{NewInvoice, ODD, Place, each_store, event, invoice, key, nth};
+use crate::support::{Engine, PostgresServer};
 
 /// So much does not fit into one page.
 const LARGE: usize = 700_000;
@@ -188,4 +189,33 @@ each_store! {
         target.end_copying(100).await.unwrap();
         assert!(matches!(Copying::begin(source, target).await, Err(CopyError::Refused(reason)) if reason.contains("in use")));
     }
+}
+
+/// In SQLite, one writes at a time.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_uses_a_copy_in_postgres_waits_for_the_page_that_is_being_written() {
+    let (place, copy) = (Place::new(Engine::Postgres).await, Place::new(Engine::Postgres).await);
+    place.store.append(&[nth(1)]).await.unwrap();
+    let events = Table::ALL.into_iter().find(|table| table.name == "events").unwrap();
+    let rows = whole(&place.store, events, &all(&place.store, events).await.0).await.0;
+    assert_eq!(copy.store.begin_copy(5, 1).await.unwrap(), CopyTarget::Ready);
+
+    let (server, url) = (PostgresServer::shared(), &copy.database.url);
+    let waiting = || {
+        let waits = "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'";
+        server.sql(url, waits).parse::<usize>().unwrap()
+    };
+    let held = copy.database.hold().await;
+    let (target, page) = (copy.store.clone(), rows.clone());
+    let carrying = tokio::spawn(async move { target.carry(1, events, &page, &[]).await.unwrap() });
+    server.wait_until("the page is not written", || waiting() == 1);
+    let target = copy.store.clone();
+    let using = tokio::spawn(async move { target.end_copying(100).await.unwrap() });
+    server.wait_until("nobody waits", || using.is_finished() || waiting() == 2);
+    assert!(!using.is_finished(), "it waits for the page");
+    held.release().await;
+    assert!(carrying.await.unwrap(), "the page is written");
+    using.await.unwrap();
+    assert!(!copy.store.carry(1, events, &[], &rows).await.unwrap(), "and no other");
+    assert_eq!(all(&copy.store, events).await.0.len(), 1);
 }

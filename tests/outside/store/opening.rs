@@ -1,5 +1,6 @@
 //! Opening, migrating and closing; and the keys.
 
+use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
 use stripe_reconciler::store::{ApiKey, Outcome, PackedBody, Scope, Source, Store, StoreError};
@@ -150,4 +151,23 @@ fn names_and_bodies_come_back_as_they_went() {
     for body in [&b""[..], b"{}", &[0, 255, 0], &[7; 100_000]] {
         assert_eq!(PackedBody::pack(body).unpack().as_deref(), Some(body));
     }
+}
+
+#[tokio::test]
+async fn a_new_file_of_sqlite_is_for_its_user_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let mode = |name: &str| std::fs::metadata(folder.path().join(name)).unwrap().permissions().mode() & 0o777;
+    let url = format!("sqlite://{}/with%20a%20blank.db", folder.path().display());
+    assert!(matches!(Store::connect_to_existing(&url).await, Err(StoreError::Away(_))));
+    let store = Store::connect(&url).await.unwrap();
+    store.migrate().await.unwrap();
+    let names: Vec<String> =
+        std::fs::read_dir(folder.path()).unwrap().map(|f| f.unwrap().file_name().into_string().unwrap()).collect();
+    assert_eq!(names.len(), 3, "the file, its log and its index: {names:?}");
+    for name in names {
+        assert!(name.starts_with("with a blank.db") && mode(&name) == 0o600, "{name}: {:o}", mode(&name));
+    }
+    std::fs::set_permissions(folder.path().join("with a blank.db"), std::fs::Permissions::from_mode(0o640)).unwrap();
+    Store::connect_to_existing(&url).await.unwrap();
+    assert_eq!(mode("with a blank.db"), 0o640, "what somebody has chosen stays");
 }
