@@ -22,7 +22,7 @@ pub enum StoreError {
 
 impl StoreError {
     /// Without what kind of failure it is.
-    pub fn reason(&self) -> &str {
+    pub(crate) fn reason(&self) -> &str {
         match self {
             StoreError::Away(reason)
             | StoreError::Unavailable(reason)
