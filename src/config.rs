@@ -232,7 +232,7 @@ impl Reader<'_> {
         let base = self.valid("STRIPE_API_BASE", stripe_api::Settings::parse_base(base.as_deref()));
         let rate = self.valid("STRIPE_API_RATE", stripe_api::Settings::parse_rate(rate.as_deref()));
         let key = key.and_then(|key| self.valid("STRIPE_API_KEY", ApiKey::parse(&key)));
-        Some(stripe_api::Settings { key: key?, base: base?, rate: rate? })
+        Some(stripe_api::Settings { key: key?, base: base?, rate: rate?, retries: stripe_api::RETRIES })
     }
 }
 

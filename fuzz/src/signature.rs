@@ -44,7 +44,7 @@ fn secrets_of(text: &str) -> Option<(SigningSecrets, Keys)> {
     let parts: Vec<&str> = text.split(|c: char| c == ',' || c.is_whitespace()).filter(|part| !part.is_empty()).collect();
     match SigningSecrets::parse(text) {
         Ok(secrets) => {
-            let labels: Vec<String> = secrets.labels().into_iter().map(str::to_owned).collect();
+            let labels: Vec<String> = secrets.names().into_iter().map(|name| name.label).collect();
             assert_eq!(labels.len(), parts.len());
             assert_eq!(format!("{secrets:?}"), format!("SigningSecrets({labels:?})"), "labels are shown, and nothing else");
             let key = |label: &String, part: &str| part.strip_prefix(&format!("{label}=")).unwrap_or(part).as_bytes().to_vec();

@@ -9,11 +9,13 @@ use crate::clock::Clock;
 use crate::config::{Config, Flags, Purpose};
 use crate::flows::doctor::{self, Check, Patient, State};
 use crate::store::Store;
-use crate::stripe_api::StripeApi;
+use crate::stripe_api::{self, StripeApi};
 use crate::telemetry;
 
 /// Letters of a line that are for words.
 const WIDTH: usize = 90;
+/// Tries after the first: somebody waits, and wants to know what Stripe answers.
+const FEW: usize = 2;
 
 /// Say what is wrong and what to do; changes nothing that matters, and does not migrate
 #[derive(Args)]
@@ -48,8 +50,8 @@ impl Doctor {
         let patient = Patient {
             store: Store::connect_to_existing(&config.database_url).await,
             reconciles: config.stripe_api.is_some(),
-            api: config.stripe_api.map(StripeApi::new),
-            secret_labels: config.secrets.map(|secrets| secrets.labels().into_iter().map(str::to_owned).collect()),
+            api: config.stripe_api.map(|settings| StripeApi::new(stripe_api::Settings { retries: FEW, ..settings })),
+            secrets: config.secrets.map(|secrets| secrets.names()),
             clock: Clock::system(),
         };
         let checks = doctor::examine(&patient).await;

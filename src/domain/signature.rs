@@ -22,6 +22,14 @@ pub struct SigningSecret {
 /// All secrets that deliveries may be signed with; never empty.
 pub struct SigningSecrets(Vec<SigningSecret>);
 
+/// What a secret is called.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SecretName {
+    pub label: String,
+    /// Tells secrets apart that go by one label, one after the other, and shows nothing of them.
+    pub mark: String,
+}
+
 /// Why a delivery is not believed. The sender is told nothing of it; the operator counts it by reason.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Refusal {
@@ -40,6 +48,18 @@ pub enum Refusal {
 }
 
 impl Refusal {
+    /// In words, for the person who reads the log.
+    pub fn meaning(self) -> &'static str {
+        match self {
+            Refusal::Missing => "it has no Stripe-Signature header, so it is not Stripe's",
+            Refusal::Several => "it has several Stripe-Signature headers, so it is not Stripe's",
+            Refusal::Malformed => "its Stripe-Signature header cannot be read, so it is not Stripe's",
+            Refusal::Mismatch => "no secret in STRIPE_WEBHOOK_SECRET signs it: the secret was rolled, or it is not Stripe's",
+            Refusal::Stale => "it is authentic and too old: this machine's clock is ahead, or somebody repeats it",
+            Refusal::Future => "it is authentic and from the future: this machine's clock is behind",
+        }
+    }
+
     pub fn as_str(self) -> &'static str {
         match self {
             Refusal::Missing => "missing",
@@ -93,8 +113,10 @@ impl SigningSecrets {
         &self.0[0]
     }
 
-    pub fn labels(&self) -> Vec<&str> {
-        self.0.iter().map(|s| s.label.as_str()).collect()
+    pub fn names(&self) -> Vec<SecretName> {
+        let mark = |tag: [u8; 32]| hex::encode(&tag[..4]);
+        let marks = self.tags(b"which secret goes by its label").into_iter().map(mark);
+        self.0.iter().zip(marks).map(|(secret, mark)| SecretName { label: secret.label.clone(), mark }).collect()
     }
 
     /// What each secret makes of a message that is not a delivery: it must not begin with a number, as what Stripe signs does.
@@ -226,7 +248,8 @@ impl<'h> SignatureHeader<'h> {
 
 impl fmt::Debug for SigningSecrets {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        f.debug_tuple("SigningSecrets").field(&self.labels()).finish()
+        let labels: Vec<&str> = self.0.iter().map(|secret| secret.label.as_str()).collect();
+        f.debug_tuple("SigningSecrets").field(&labels).finish()
     }
 }
 

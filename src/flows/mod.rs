@@ -11,5 +11,6 @@ pub mod invoices;
 pub mod rebuild;
 pub mod reconcile;
 pub mod replay;
+pub mod secret_use;
 pub mod signs;
 pub mod verdict;

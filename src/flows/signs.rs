@@ -5,6 +5,7 @@
 //! however long the log is.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -13,8 +14,10 @@ use serde_json::Value;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use super::secret_use::{last_used, note_configured};
 use crate::clock::Clock;
 use crate::domain::event::Telling;
+use crate::domain::signature::SecretName;
 use crate::domain::silence;
 use crate::metrics::{Metrics, Rejection};
 use crate::store::{Backlog, COUNTED, Counted, EventFilter, LogLine, News, PackedBody, Run, Source, Space, Store, StoreError};
@@ -25,6 +28,7 @@ pub const DELIVERED_IN_MODE: &str = "delivered ";
 pub const SECRET: &str = "secret ";
 pub const REFUSED: &str = "refused ";
 pub const RECONCILING_FAILED: &str = "reconciling failed";
+pub const RECONCILING_FAILED_BY: &str = "reconciling failed by ";
 pub const EXAMINED: &str = "examined";
 
 /// How far the log was read, Unix milliseconds: the name of a progress.
@@ -235,7 +239,8 @@ pub struct Signs {
     store: Store,
     metrics: Arc<Metrics>,
     clock: Clock,
-    secret_labels: Vec<String>,
+    secrets: Vec<SecretName>,
+    are_secrets_noted: AtomicBool,
     started_ms: i64,
     /// Until then, what was seen is fresh.
     fresh_until: tokio::sync::Mutex<Option<Instant>>,
@@ -246,13 +251,13 @@ pub struct Signs {
 }
 
 impl Signs {
-    pub fn new(store: Store, metrics: Arc<Metrics>, clock: Clock, secret_labels: Vec<String>) -> Signs {
-        for label in &secret_labels {
+    pub fn new(store: Store, metrics: Arc<Metrics>, clock: Clock, secrets: Vec<SecretName>) -> Signs {
+        for SecretName { label, .. } in &secrets {
             metrics.log.secret_last_used_timestamp_seconds.with_label_values(&[label]).set(0.0);
         }
         let started_ms = clock.now_ms();
-        let (fresh_until, repeated, refused) = Default::default();
-        Signs { store, metrics, clock, secret_labels, started_ms, fresh_until, repeated, refused }
+        let (are_secrets_noted, fresh_until, repeated, refused) = Default::default();
+        Signs { store, metrics, clock, secrets, are_secrets_noted, started_ms, fresh_until, repeated, refused }
     }
 
     /// A webhook that brings what is known is not in the log: it does not say that it came.
@@ -291,12 +296,12 @@ impl Signs {
     /// Reads on in the log until it is told to stop.
     pub async fn keep_reading(self: Arc<Signs>, stopping: CancellationToken) {
         loop {
+            if let Err(error) = self.read().await {
+                tracing::debug!(%error, "the log could not be read on");
+            }
             tokio::select! {
                 () = stopping.cancelled() => return,
                 () = tokio::time::sleep(READ_ON) => {}
-            }
-            if let Err(error) = self.read().await {
-                tracing::debug!(%error, "the log could not be read on");
             }
         }
     }
@@ -311,6 +316,10 @@ impl Signs {
 
     async fn read(&self) -> Result<(), StoreError> {
         let now_ms = self.clock.now_ms();
+        if !self.are_secrets_noted.load(Ordering::Relaxed) {
+            note_configured(&self.store, &self.secrets, now_ms).await?;
+            self.are_secrets_noted.store(true, Ordering::Relaxed);
+        }
         let refused = self.newly_refused();
         let mut news = self.repeated().clone();
         news.moments.extend(refused.keys().map(|reason| (format!("{REFUSED}{reason}"), now_ms)));
@@ -354,9 +363,9 @@ impl Signs {
             let delivered = seconds(vitals.moment(DELIVERED_IN_MODE, mode));
             log.last_delivery_timestamp_seconds.with_label_values(&[mode]).set(delivered);
         }
-        for label in &self.secret_labels {
-            let used = seconds(vitals.moment(SECRET, label));
-            log.secret_last_used_timestamp_seconds.with_label_values(&[label]).set(used);
+        for secret in &self.secrets {
+            let used = seconds(last_used(vitals, secret));
+            log.secret_last_used_timestamp_seconds.with_label_values(&[&secret.label]).set(used);
         }
         reconcile.differing.set(vitals.differing.count);
         let Backlog { objects, links, checks } = vitals.backlog;

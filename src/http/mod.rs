@@ -68,8 +68,7 @@ impl AppState {
         metrics: Arc<Metrics>,
         stopping: CancellationToken,
     ) -> AppState {
-        let labels = secrets.labels().into_iter().map(str::to_owned).collect();
-        let signs = Arc::new(Signs::new(store.clone(), metrics.clone(), clock.clone(), labels));
+        let signs = Arc::new(Signs::new(store.clone(), metrics.clone(), clock.clone(), secrets.names()));
         let (secrets, scrapers) = (Arc::new(secrets), Scrapers::default());
         AppState { store, inbox, secrets, clock, metrics, signs, scrapers, stopping }
     }

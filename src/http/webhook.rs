@@ -105,7 +105,7 @@ impl Drop for Counting {
 }
 
 fn refused(refusal: Refusal) -> (Rejection, ApiError) {
-    tracing::warn!(reason = refusal.as_str(), "a delivery was refused");
+    tracing::warn!(reason = refusal.as_str(), meaning = refusal.meaning(), "a delivery was refused");
     (Rejection::Signature(refusal), ApiError::InvalidSignature)
 }
 

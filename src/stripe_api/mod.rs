@@ -34,8 +34,8 @@ const TRY_TIMEOUT: Duration = Duration::from_secs(20);
 const ANSWER_LIMIT: usize = 100 << 20;
 /// What a list answers at most, by Stripe's rules.
 const PAGE: &str = "100";
-/// Tries after the first.
-const RETRIES: usize = 6;
+/// Tries after the first, where nobody waits for the answer: about half a minute.
+pub const RETRIES: usize = 6;
 const FIRST_WAIT: Duration = Duration::from_millis(250);
 const LONGEST_WAIT: Duration = Duration::from_secs(8);
 
@@ -48,6 +48,7 @@ struct Shared {
     base: String,
     bearer: HeaderValue,
     budget: Budget,
+    retries: usize,
     calls: AtomicU64,
     /// What time it was at Stripe with the last answer, Unix seconds; 0: there was none.
     answered_s: AtomicI64,
@@ -94,6 +95,7 @@ impl StripeApi {
             base: settings.base,
             bearer: settings.key.bearer(),
             budget: Budget::new(settings.rate),
+            retries: settings.retries,
             calls: AtomicU64::new(0),
             answered_s: AtomicI64::new(0),
         }))
@@ -162,7 +164,7 @@ impl StripeApi {
         let backoff = ExponentialBuilder::new()
             .with_min_delay(FIRST_WAIT)
             .with_max_delay(LONGEST_WAIT)
-            .with_max_times(RETRIES)
+            .with_max_times(self.0.retries)
             .with_jitter();
         let once = || self.once(path, query, scope);
         let ended = once.retry(backoff).when(|failure: &Failure| failure.passes).await;

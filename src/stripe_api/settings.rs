@@ -16,6 +16,8 @@ pub struct Settings {
     pub base: String,
     /// Calls a second to each endpoint.
     pub rate: u32,
+    /// Tries after the first.
+    pub retries: usize,
 }
 
 /// A secret or restricted key.

@@ -234,6 +234,26 @@ each_database! {
         doctor(&world, &[]).assert_wrong(&[]).assert_says("secrets", &["`live` (", "`old` ("]);
     }
 
+    async fn a_label_that_names_another_secret_now_does_not_speak_for_the_one_before(world: World) {
+        world.store("a", "in_1").await.with_status(201);
+        let body = of_invoice("evt_1", "in_1").to_string();
+        world.deliver(&of_invoice("evt_1", "in_1")).await.with_status(200);
+        let rolled = "live=whsec_rolled,old=whsec_world_live";
+        let world = world.with_server(&[("STRIPE_WEBHOOK_SECRET", rolled)]);
+        until(&world, "it is known that nothing is signed with the new one yet", |scrape| scrape.value("secret_last_used_timestamp_seconds{label=\"live\"}") == 0.0).await;
+        // What signed until now is called old: it may not go yet.
+        doctor(&world, &secrets(rolled)).assert_wrong(&[]).assert_says("secrets", &["`live` (never)", "`old` (never)"]);
+        world.deliver_signed(&signature(SECRET, now_s(), body.as_bytes()), body.as_bytes()).await.with_status(200);
+        until(&world, "the old one is used", |scrape| scrape.value("secret_last_used_timestamp_seconds{label=\"old\"}") > 0.0).await;
+        let said = doctor(&world, &secrets(rolled));
+        said.assert_wrong(&[("secrets", "warning")]).assert_says("secrets", &["`old` (", "still sign", "None is signed with `live` (never)", "compare it"]);
+        // Stripe signs with the new one; after a day, the old one can go.
+        world.deliver_signed(&signature("whsec_rolled", now_s(), body.as_bytes()), body.as_bytes()).await.with_status(200);
+        until(&world, "the new one is used", |scrape| scrape.value("secret_last_used_timestamp_seconds{label=\"live\"}") > 0.0).await;
+        world.database.execute(&format!("update moments set at_ms = at_ms - {} where name like '%old%'", 26 * HOUR_MS)).await;
+        doctor(&world, &secrets(rolled)).assert_wrong(&[("secrets", "warning")]).assert_says("secrets", &["`old` (1.1 days ago", "Remove"]);
+    }
+
     async fn a_secret_that_was_rolled_without_us_is_said(world: World) {
         world.store("a", "in_1").await.with_status(201);
         came(&world, [HOUR_MS]).await;
@@ -246,6 +266,10 @@ each_database! {
         doctor(&world, &[]).assert_wrong(&[]).assert_says("signatures", &["Somebody else's were refused"]);
         world.deliver_signed(&signature(SECRET, now_s() + 1000, body.as_bytes()), body.as_bytes()).await.with_status(400);
         doctor_until(&world, "signatures", "warning").await.assert_wrong(&[("signatures", "warning")]).assert_says("signatures", &["clock is behind", "NTP"]);
+        // Set wrong the other way: what is said is of the last.
+        world.database.execute("update moments set at_ms = at_ms - 60000 where name = 'refused future'").await;
+        world.deliver_signed(&signature(SECRET, now_s() - 1000, body.as_bytes()), body.as_bytes()).await.with_status(400);
+        until(&world, "it is noted", |_| doctor(&world, &[]).check("signatures").to_string().contains("clock is ahead")).await;
     }
 
     async fn what_waits_for_its_invoice_is_wrong_when_it_ages_and_what_cannot_be_read_is(world: World) {
@@ -306,7 +330,7 @@ each_database! {
         let url = world.database.url.clone();
         world.server = Server::start_with(&[("DATABASE_URL", &url), ("STRIPE_WEBHOOK_SECRET", SECRET), ("STRIPE_API_BASE", &stripe.base), ("STRIPE_API_KEY", "sk_live_of_somebody_else")]);
         until(&world, "a pass fails", |scrape| scrape.value("reconcile_runs_total{result=\"failed\"}") >= 1.0).await;
-        doctor(&world, &settings).assert_says("reconciliation", &["The last pass failed", "the last that succeeded ended", "log of `serve`"]);
+        doctor(&world, &settings).assert_says("reconciliation", &["The last pass failed: Stripe does not accept STRIPE_API_KEY", "the last that succeeded ended", "restricted key"]);
     }
 }
 

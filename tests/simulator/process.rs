@@ -20,7 +20,7 @@ use stripe_reconciler::flows::reconcile::Tools;
 use stripe_reconciler::http::{self, AppState, MetricsAt, Ui};
 use stripe_reconciler::inbox::{Inbox, Writer};
 use stripe_reconciler::store::Store;
-use stripe_reconciler::stripe_api::{ApiKey, Settings, StripeApi};
+use stripe_reconciler::stripe_api::{ApiKey, RETRIES, Settings, StripeApi};
 use tokio::runtime::{Builder, Runtime};
 use tokio_util::sync::CancellationToken;
 
@@ -214,7 +214,7 @@ impl Replica {
         store.migrate().await.unwrap();
         let (inbox, writer) = Inbox::start(store.clone(), Arc::default());
         let key = ApiKey::parse(LIVE_KEY).unwrap();
-        let api = StripeApi::new(Settings { key, base: setup.stripe_base.to_owned(), rate: 1000 });
+        let api = StripeApi::new(Settings { key, base: setup.stripe_base.to_owned(), rate: 1000, retries: RETRIES });
         let (clock, stopping) = (setup.clock.clone(), CancellationToken::new());
         let secrets = SigningSecrets::parse(setup.secrets).unwrap();
         let state = AppState::new(store.clone(), inbox.clone(), secrets, clock.clone(), Arc::default(), stopping.clone());

@@ -7,7 +7,7 @@ use super::Check;
 use super::words::{HOUR_MS, MINUTE_MS, SECOND_MS, ago, count, duration, failing, ok, sentence, unknown, warning};
 use crate::domain::silence::{self, Unusual};
 use crate::domain::time::timestamp;
-use crate::flows::signs::{DELIVERED, Pass, RECONCILING_FAILED, REFUSED, Vitals};
+use crate::flows::signs::{DELIVERED, Pass, RECONCILING_FAILED, RECONCILING_FAILED_BY, REFUSED, Vitals};
 use crate::store::COUNTED;
 use crate::stripe_api::StripeApiError;
 
@@ -131,8 +131,14 @@ pub fn endpoint(asked: Option<&Result<Vec<String>, StripeApiError>>, passes: &[P
     let remarks = match asked {
         Some(Ok(remarks)) => remarks.clone(),
         Some(Err(error @ StripeApiError::Unauthorized(_))) => {
-            let cure = "Make a restricted key in Stripe's Dashboard (Developers, API keys) and set STRIPE_API_KEY.";
-            return failing("endpoint", sentence(&error.to_string()), cure);
+            return failing("endpoint", sentence(&error.to_string()), NEW_KEY);
+        }
+        Some(Err(error)) if error.to_string().contains(" 429 ") => {
+            return warning(
+                "endpoint",
+                sentence(&error.to_string()),
+                "Other programs use up the calls that Stripe allows the account: let them ask less, or lower STRIPE_API_RATE.",
+            );
         }
         Some(Err(error)) => {
             return warning(
@@ -158,6 +164,25 @@ pub fn endpoint(asked: Option<&Result<Vec<String>, StripeApiError>>, passes: &[P
     }
 }
 
+const NEW_KEY: &str = "Make a restricted key in Stripe's Dashboard (Developers, API keys; the README says what it must read), set STRIPE_API_KEY, and \
+                       restart `serve`.";
+/// Why a pass failed, and what to do.
+const WHY_FAILED: [(&str, &str, &str); 4] = [
+    ("key", ": Stripe does not accept STRIPE_API_KEY", NEW_KEY),
+    (
+        "refused",
+        ": Stripe refused what was asked",
+        "The log of `serve` has Stripe's words. Let the key read what the README says (Stripe's Dashboard, Developers, API keys).",
+    ),
+    (
+        "away",
+        ": Stripe could not be reached, or took no more calls",
+        "It goes on by itself when Stripe answers again; the log of `serve` has Stripe's words. Look at status.stripe.com, and whether \
+         this machine may connect to it. Where it is answered 429, other programs use the account's calls: let them ask less.",
+    ),
+    ("database", ": the database was away or took nothing", "It goes on by itself when the database is back."),
+];
+
 /// `is_on`: here, there is a key for it.
 pub fn reconciliation(vitals: &Vitals, is_on: bool, now_ms: i64) -> Check {
     let failed_ms = vitals.moment(RECONCILING_FAILED, "");
@@ -178,7 +203,9 @@ pub fn reconciliation(vitals: &Vitals, is_on: bool, now_ms: i64) -> Check {
             let succeeded = last.map_or("none succeeded yet".to_owned(), |pass| {
                 format!("the last that succeeded ended {}", ago(pass.ended_ms, now_ms))
             });
-            failing("reconciliation", format!("The last pass failed, {}; {succeeded}.", ago(failed_ms, now_ms)), cure)
+            let why = WHY_FAILED.iter().find(|(by, ..)| vitals.moment(RECONCILING_FAILED_BY, by) == Some(failed_ms));
+            let (why, cure) = why.map_or(("", cure), |(_, why, cure)| (*why, *cure));
+            failing("reconciliation", format!("The last pass failed{why}, {}; {succeeded}.", ago(failed_ms, now_ms)), cure)
         }
         (Some(pass), _) => {
             let ended = format!("The last pass ended {}", ago(pass.ended_ms, now_ms));

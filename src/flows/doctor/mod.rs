@@ -16,6 +16,7 @@ use serde::Serialize;
 use super::reconcile::look_at_endpoints;
 use super::signs::{self, DELIVERED, EXAMINED, Vitals};
 use crate::clock::Clock;
+use crate::domain::signature::SecretName;
 use crate::domain::silence;
 use crate::store::{News, Store, StoreError};
 use crate::stripe_api::{StripeApi, StripeApiError};
@@ -28,8 +29,8 @@ pub struct Patient {
     pub api: Option<StripeApi>,
     /// There is a key for reconciliation here.
     pub reconciles: bool,
-    /// The labels of the configured signing secrets; None: they are not known.
-    pub secret_labels: Option<Vec<String>>,
+    /// The configured signing secrets; None: they are not known.
+    pub secrets: Option<Vec<SecretName>>,
     pub clock: Clock,
 }
 
@@ -85,7 +86,7 @@ pub async fn examine(patient: &Patient) -> Vec<Check> {
         checks::clock(seen.database_ahead_ms, stripe_ahead_ms),
         checks::deliveries(vitals, &seen.hours, now_ms),
         signing::signatures(vitals, now_ms),
-        signing::secrets(vitals, patient.secret_labels.as_deref(), now_ms),
+        signing::secrets(vitals, patient.secrets.as_deref(), now_ms),
         checks::unmatched(vitals, seen.is_read, now_ms),
         checks::unreadable(vitals),
         about_stripe(&vitals.passes),

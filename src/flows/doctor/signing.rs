@@ -2,6 +2,8 @@
 
 use super::Check;
 use super::words::{DAY_MS, HOUR_MS, MINUTE_MS, ago, failing, ok, unknown, warning};
+use crate::domain::signature::SecretName;
+use crate::flows::secret_use::{configured_since, last_used};
 use crate::flows::signs::{DELIVERED, REFUSED, SECRET, Vitals};
 
 /// How long nothing may be accepted beside what is refused.
@@ -47,11 +49,11 @@ pub fn signatures(vitals: &Vitals, now_ms: i64) -> Check {
     )
 }
 
-pub fn secrets(vitals: &Vitals, labels: Option<&[String]>, now_ms: i64) -> Check {
-    let used = |label: &str| vitals.moment(SECRET, label);
-    let told = |label: &str| format!("`{label}` ({})", used(label).map_or("never".to_owned(), |at_ms| ago(at_ms, now_ms)));
-    let Some(labels) = labels else {
-        let known: Vec<String> = vitals.moments.keys().filter_map(|name| name.strip_prefix(SECRET)).map(told).collect();
+pub fn secrets(vitals: &Vitals, secrets: Option<&[SecretName]>, now_ms: i64) -> Check {
+    let when = |used_ms: Option<i64>| used_ms.map_or("never".to_owned(), |at_ms| ago(at_ms, now_ms));
+    let Some(secrets) = secrets else {
+        let labels = vitals.moments.keys().filter_map(|name| name.strip_prefix(SECRET));
+        let known: Vec<String> = labels.map(|label| format!("`{label}` ({})", when(vitals.moment(SECRET, label)))).collect();
         let found = if known.is_empty() { "None was used yet.".to_owned() } else { format!("Last used: {}.", known.join(", ")) };
         return unknown(
             "secrets",
@@ -59,29 +61,37 @@ pub fn secrets(vitals: &Vitals, labels: Option<&[String]>, now_ms: i64) -> Check
             "Give STRIPE_WEBHOOK_SECRET as `serve` has it: which are old or never used is known then.",
         );
     };
-    let (old, current): (Vec<&String>, Vec<&String>) = labels.iter().partition(|label| is_old(label));
-    let is_used = |label: &str, within_ms: i64| used(label).is_some_and(|at_ms| now_ms - at_ms < within_ms);
-    let others_are_used = |label: &str| labels.iter().any(|other| other != label && is_used(other, SECRET_UNUSED_MS));
-    let still: Vec<String> = old.iter().filter(|label| is_used(label, ROLLED_MS)).map(|label| told(label)).collect();
+    let told = |secrets: &[&SecretName]| {
+        let each: Vec<String> =
+            secrets.iter().map(|secret| format!("`{}` ({})", secret.label, when(last_used(vitals, secret)))).collect();
+        each.join(", ")
+    };
+    let is_used = |secret: &SecretName, within_ms: i64| last_used(vitals, secret).is_some_and(|at_ms| now_ms - at_ms < within_ms);
+    let others_are_used = |secret: &SecretName| secrets.iter().any(|other| other != secret && is_used(other, SECRET_UNUSED_MS));
+    let is_settled = |secret: &SecretName| configured_since(vitals, secret).is_none_or(|since_ms| now_ms - since_ms > ROLLED_MS);
+    let (old, current): (Vec<&SecretName>, Vec<&SecretName>) = secrets.iter().partition(|secret| is_old(&secret.label));
+    let (still, done): (Vec<&SecretName>, Vec<&SecretName>) = old.into_iter().partition(|secret| is_used(secret, ROLLED_MS));
+    let mut unused: Vec<&SecretName> =
+        current.into_iter().filter(|secret| !is_used(secret, SECRET_UNUSED_MS) && others_are_used(secret)).collect();
     if !still.is_empty() {
+        let none_by = if unused.is_empty() { String::new() } else { format!(" None is signed with {}.", told(&unused)) };
         return warning(
             "secrets",
-            format!("Old secrets still sign deliveries: {}.", still.join(", ")),
-            "Keep them until they do no more. If that lasts longer than a day, an endpoint was not rolled: find it in Stripe's Dashboard.",
+            format!("Old secrets still sign deliveries: {}.{none_by}", told(&still)),
+            "Keep them until they do no more. A new one that signs nothing: compare it with the Dashboard, before the old one runs out \
+             there. If this lasts longer than a day, an endpoint was not rolled: find it in Stripe's Dashboard.",
         );
     }
-    let never = current.into_iter().filter(|label| !is_used(label, SECRET_UNUSED_MS) && others_are_used(label));
-    let unused: Vec<String> =
-        old.into_iter().filter(|label| others_are_used(label)).chain(never).map(|label| told(label)).collect();
+    unused.splice(0..0, done.into_iter().filter(|secret| others_are_used(secret) && is_settled(secret)));
     if !unused.is_empty() {
         return warning(
             "secrets",
-            format!("Configured, but no delivery is signed with them: {}.", unused.join(", ")),
+            format!("Configured, but no delivery is signed with them: {}.", told(&unused)),
             "Remove the old ones from STRIPE_WEBHOOK_SECRET. A new one that was never used: compare it with the Dashboard, before the one \
              in use runs out.",
         );
     }
-    ok("secrets", format!("Last used: {}.", labels.iter().map(|label| told(label)).collect::<Vec<_>>().join(", ")))
+    ok("secrets", format!("Last used: {}.", told(&secrets.iter().collect::<Vec<_>>())))
 }
 
 /// By its label: `old`, `old-2025`, `previous`.

@@ -79,6 +79,19 @@ pub enum ReconcileError {
     LeaseLost,
 }
 
+impl ReconcileError {
+    /// What is to be looked at, in a word.
+    fn cause(&self) -> &'static str {
+        match self {
+            ReconcileError::Stripe(StripeApiError::Unauthorized(_)) => "key",
+            ReconcileError::Stripe(StripeApiError::Refused { .. }) => "refused",
+            ReconcileError::Stripe(StripeApiError::Away(_)) => "away",
+            ReconcileError::Store(_) | ReconcileError::Inbox(_) => "database",
+            ReconcileError::LeaseLost => "lease",
+        }
+    }
+}
+
 /// How far back Stripe's list of events reaches.
 const EVENTS_KEPT_S: i64 = 30 * 24 * 3600;
 

@@ -8,7 +8,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::{Extent, Lease, Mode, Plan, ReconcileError, Report, Tools, run, run_fetching};
-use crate::flows::signs::RECONCILING_FAILED;
+use crate::flows::signs::{RECONCILING_FAILED, RECONCILING_FAILED_BY};
 use crate::store::Asked;
 
 /// Between two passes.
@@ -40,7 +40,7 @@ async fn go_on(tools: Tools) {
             Ok(Worked::Fetching) => {}
             Err(error) => {
                 tracing::warn!(%error, retry_s = wait.as_secs(), "reconciling with Stripe failed");
-                note_failure(&tools).await;
+                note_failure(&tools, error.cause()).await;
                 tokio::time::sleep(wait).await;
                 (next_pass, wait) = (Instant::now(), (wait * 2).min(INTERVAL));
             }
@@ -80,11 +80,11 @@ async fn fetch(tools: &Tools) -> Result<Worked, ReconcileError> {
 }
 
 /// For `doctor`, which may be asked elsewhere.
-async fn note_failure(tools: &Tools) {
+async fn note_failure(tools: &Tools, cause: &str) {
     tools.metrics.reconcile.runs.with_label_values(&["failed"]).inc();
     let now_ms = tools.clock.now_ms();
-    let moment = BTreeMap::from([(RECONCILING_FAILED.to_owned(), now_ms)]);
-    if let Err(error) = tools.store.note_moments(&moment, now_ms).await {
+    let moments = BTreeMap::from([(RECONCILING_FAILED.to_owned(), now_ms), (format!("{RECONCILING_FAILED_BY}{cause}"), now_ms)]);
+    if let Err(error) = tools.store.note_moments(&moments, now_ms).await {
         tracing::debug!(%error, "it could not be noted that reconciling failed");
     }
 }

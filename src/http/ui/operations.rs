@@ -54,7 +54,7 @@ pub async fn alarms(Given(state): Given<AppState>, _: Operator) -> Html<String> 
         // Looking at a page costs no call to Stripe: what the last pass saw of it is told.
         api: None,
         reconciles: state.metrics.reconcile.enabled.get() == 1,
-        secret_labels: Some(state.secrets.labels().into_iter().map(str::to_owned).collect()),
+        secrets: Some(state.secrets.names()),
         clock: state.clock.clone(),
     };
     let mut checks = doctor::examine(&patient).await;
