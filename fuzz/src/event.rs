@@ -7,10 +7,11 @@ use std::collections::HashSet;
 use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 use stripe_reconciler::domain::comparison::differences;
-use stripe_reconciler::domain::event::{self, Event, EventKey, FETCHED, LAST_SECOND, Reading, Telling};
+use stripe_reconciler::domain::event::{self, Event, EventKey, FETCHED, Reading, Telling};
 use stripe_reconciler::domain::fact::tells_a_fact;
 use stripe_reconciler::domain::history::{Entry, Known, fold, lacks_reason};
 use stripe_reconciler::domain::invoice::{ImportedState, State, render, validate};
+use stripe_reconciler::domain::time::LAST_SECOND;
 
 use super::message::is_fit;
 

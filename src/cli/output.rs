@@ -7,7 +7,7 @@ use std::time::Duration;
 use comfy_table::{ContentArrangement, Table, presets};
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::domain::invoice::timestamp;
+use crate::domain::time::timestamp;
 
 /// A line on standard output.
 pub fn line(text: impl Display) -> anyhow::Result<()> {

@@ -13,6 +13,7 @@ use sha2::{Digest, Sha256};
 
 use super::json;
 use super::object::{Object, boolean, id_of, text, whole};
+use super::time::LAST_SECOND;
 
 /// Identity of one rendering of one event: what makes a second delivery a duplicate.
 ///
@@ -110,9 +111,6 @@ pub struct Mention {
     pub object_id: String,
     pub is_invoice: bool,
 }
-
-/// The latest second that four-digit years can show (9999-12-30T22:00:00Z, the end of jiff's range).
-pub const LAST_SECOND: i64 = 253_402_207_200;
 
 /// Reads any body that Stripe may deliver. Never fails: what is no event is `Unreadable`.
 pub fn read(body: &[u8]) -> Reading {

@@ -3,13 +3,13 @@
 //! A function of all that is known, so that what any sibling event tells is told. Amounts are `money`'s, and text that
 //! comes from Stripe goes through `redact` first.
 
-use super::event::LAST_SECOND;
 use super::fact::{InvoiceFact, by_snapshot, by_type, contradicts};
 use super::history::{Known, Rank};
 use super::links::Links;
 use super::money;
 use super::object::{Charge, CreditNote, Dispute, Invoice, Object, Reason, Refund};
 use super::redact::{clean, name};
+use super::time::LAST_SECOND;
 use super::tries::Attempt;
 
 /// Those who tell a fact, earliest first, with the invoice that each shows.

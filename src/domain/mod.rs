@@ -17,4 +17,5 @@ pub mod session;
 mod shape;
 pub mod signature;
 pub mod silence;
+pub mod time;
 mod tries;

@@ -418,5 +418,5 @@ pub(super) fn whole(json: &Value, name: &str) -> Option<i64> {
 
 /// A time within the years that can be shown.
 fn time(json: &Value, name: &str) -> Option<i64> {
-    whole(json, name).filter(|s| (0..=super::event::LAST_SECOND).contains(s))
+    whole(json, name).filter(|s| (0..=super::time::LAST_SECOND).contains(s))
 }

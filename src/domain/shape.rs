@@ -2,7 +2,8 @@
 
 use serde_json::{Map, Value};
 
-use super::invoice::{Fault, parse_time, timestamp, validate_uid};
+use super::invoice::{Fault, validate_uid};
+use super::time::{parse_time, timestamp};
 
 /// Notes every fault of a document, and puts what is right into its normal form.
 pub fn check_invoice(document: &mut Value, faults: &mut Vec<Fault>) {

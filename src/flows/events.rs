@@ -6,7 +6,7 @@ use serde::Serialize;
 use serde_json::value::RawValue;
 
 use crate::domain::event::{EventKey, Telling};
-use crate::domain::invoice::timestamp;
+use crate::domain::time::timestamp;
 use crate::store::{EventFilter, LoggedEvent, Outcome, Store, StoreError, StoredBody};
 
 /// Events read at a time, while those are sought whose invoice nobody stored.

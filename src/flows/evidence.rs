@@ -12,9 +12,10 @@ use serde_json::{Value, json};
 use super::invoices::{imported_states, read_tellings};
 use crate::domain::event::{EventKey, Telling};
 use crate::domain::history::{Known, fold, lacks_reason};
-use crate::domain::invoice::{State, parse_time, timestamp};
+use crate::domain::invoice::State;
 use crate::domain::links::Links;
 use crate::domain::object::Object;
+use crate::domain::time::{parse_time, timestamp};
 use crate::store::{AskedAbout, Comparison, LoggedEvent, Store, StoreError, StoredInvoice};
 
 /// Times in Unix milliseconds.

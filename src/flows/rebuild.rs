@@ -68,7 +68,7 @@ pub async fn run(store: &Store, mode: Mode, mut progress: impl FnMut(u64)) -> Re
         for (stored, event) in read {
             let is_found = !unmentioned.contains(&event.key);
             if !is_found || !is_same(&stored, &event) {
-                note(&mut report, &stored, &event, is_found);
+                note(&mut report, &stored, &event);
                 changed.push((stored.logged.key, event));
             }
         }
@@ -90,13 +90,12 @@ fn is_same(stored: &StoredBody, event: &NewEvent) -> bool {
     stored.logged.key == event.key && stored.telling == event.telling && stored.logged.outcome == event.outcome
 }
 
-/// `is_found`: by everything that the event mentions, as it is read now.
-fn note(report: &mut Report, stored: &StoredBody, event: &NewEvent, is_found: bool) {
+/// Where nothing was read otherwise, the event was not found by all that it mentions.
+fn note(report: &mut Report, stored: &StoredBody, event: &NewEvent) {
     let difference = Difference {
         event_id: event.id.clone().or_else(|| stored.logged.id.clone()),
         event_type: event.event_type.clone().or_else(|| stored.logged.event_type.clone()),
-        was: describe(stored.logged.outcome.as_str(), &stored.telling)
-            + if is_same(stored, event) && !is_found { NOT_FOUND } else { "" },
+        was: describe(stored.logged.outcome.as_str(), &stored.telling) + if is_same(stored, event) { NOT_FOUND } else { "" },
         is: describe(event.outcome.as_str(), &event.telling),
     };
     let invoices: BTreeSet<String> = [&stored.telling, &event.telling].into_iter().flat_map(invoices_named).collect();

@@ -267,8 +267,16 @@ impl Signs {
         // Who comes while another looks waits for what that one sees.
         let mut fresh_until = self.fresh_until.lock().await;
         let started = Instant::now();
-        let reached = tokio::time::timeout(PING_PATIENCE, self.store.ping()).await.is_ok_and(|pinged| pinged.is_ok());
+        let pinged = tokio::time::timeout(PING_PATIENCE, self.store.ping()).await;
+        let pinged = pinged.unwrap_or_else(|_| Err(StoreError::Unavailable("it does not answer".to_owned())));
+        let (was_up, reached) = (self.metrics.database.up.get() == 1, pinged.is_ok());
         self.metrics.database.up.set(i64::from(reached));
+        match pinged {
+            Err(error) if was_up => {
+                tracing::error!(%error, "the database cannot be used: `stripe-reconciler doctor` says what to do")
+            }
+            _ => {}
+        }
         if !reached || fresh_until.is_some_and(|until| started < until) {
             return;
         }

@@ -1,7 +1,8 @@
 //! Is this invoice paid, and how do we know? In plain sentences, from the evidence, for somebody in finance.
 
 use super::evidence::Evidence;
-use crate::domain::invoice::{State, readable};
+use crate::domain::invoice::State;
+use crate::domain::time::readable;
 use crate::store::Source;
 
 /// The answer, and what it rests on.

@@ -21,6 +21,16 @@ pub enum StoreError {
 }
 
 impl StoreError {
+    /// Without what kind of failure it is.
+    pub(crate) fn reason(&self) -> &str {
+        match self {
+            StoreError::Away(reason)
+            | StoreError::Unavailable(reason)
+            | StoreError::Contended(reason)
+            | StoreError::Refused(reason) => reason,
+        }
+    }
+
     /// Puts what the error is about in front.
     pub(super) fn about(self, what: &str) -> StoreError {
         let about = |reason: String| format!("{what}: {reason}");
@@ -42,7 +52,8 @@ impl From<sqlx::Error> for StoreError {
     fn from(error: sqlx::Error) -> StoreError {
         use sqlx::Error::*;
         match &error {
-            Io(_) | Tls(_) | Protocol(_) | PoolTimedOut | PoolClosed | WorkerCrashed => StoreError::Away(error.to_string()),
+            Io(_) | Tls(_) | Protocol(_) | PoolClosed | WorkerCrashed => StoreError::Away(error.to_string()),
+            PoolTimedOut => StoreError::Unavailable("no connection is free: another statement takes too long".to_owned()),
             Database(database) => of_database(&**database),
             _ => StoreError::Refused(error.to_string()),
         }
@@ -61,8 +72,8 @@ fn of_database(error: &dyn DatabaseError) -> StoreError {
     if error.try_downcast_ref::<PgDatabaseError>().is_some() {
         return match &*code {
             "40001" | "40P01" => StoreError::Contended(message),
-            // No connection more: those that are there go on.
-            "53300" => StoreError::Unavailable(message),
+            // Its disk is full, or it has no connection more: what is there can still be read.
+            "53100" | "53300" => StoreError::Unavailable(message),
             // Read only: no longer the primary, or out of disk.
             "25006" => StoreError::Away(message),
             code if SERVER.contains(&&code[..2]) => StoreError::Away(message),

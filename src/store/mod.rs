@@ -18,6 +18,8 @@ mod signs;
 mod sqlite;
 mod tables;
 
+use std::cmp::Ordering;
+
 use sqlx::migrate::{Migrate, Migration, MigrationType, Migrator};
 use sqlx::{Connection, SqlSafeStr};
 
@@ -154,10 +156,16 @@ impl Store {
         let mut session = self.session().await?;
         let (latest,) = rows!(session, fetch_one, (i64,), LATEST)?;
         session.done().await?;
-        if latest == MIGRATIONS[MIGRATIONS.len() - 1].0 {
-            return Ok(());
-        }
-        Err(StoreError::Unavailable(format!("it is at migration {latest}, which is not what this version needs")))
+        let needed = MIGRATIONS[MIGRATIONS.len() - 1].0;
+        Err(StoreError::Unavailable(match latest.cmp(&needed) {
+            Ordering::Equal => return Ok(()),
+            Ordering::Less => {
+                format!("it is at migration {latest}, and this version needs {needed}: run `stripe-reconciler migrate`")
+            }
+            Ordering::Greater => {
+                format!("it was migrated by a newer version of this program (to {latest}; this version knows {needed})")
+            }
+        }))
     }
 
     /// Appends a batch in one transaction; durable when it returns, or nothing is kept. Answers in the order of the batch.

@@ -1,7 +1,7 @@
 //! SQLite: opened by path, one connection that writes and several that read beside it; appended to by two statements a batch.
 
 use std::collections::HashSet;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
@@ -33,6 +33,8 @@ const CHECKPOINT: &str = "pragma wal_checkpoint(passive)";
 #[derive(Clone, Debug)]
 pub(super) struct SqliteStore {
     file: PathBuf,
+    /// The file that was opened, by device and number: what its name leads to may become another.
+    opened: Option<(u64, u64)>,
     write: SqlitePool,
     read: SqlitePool,
     /// Bytes written since the last checkpoint, about.
@@ -70,15 +72,18 @@ impl SqliteStore {
         let (checkpoint, due) = mpsc::channel(1);
         let is_nearly_carried = Arc::new(AtomicBool::new(false));
         tokio::spawn(keep_log_short(checkpointer, due, is_nearly_carried.clone()));
-        Ok(SqliteStore { file, write, read, written: Arc::default(), checkpoint, is_nearly_carried })
+        let opened = identity(&file);
+        Ok(SqliteStore { file, opened, write, read, written: Arc::default(), checkpoint, is_nearly_carried })
     }
 
     pub async fn session(&self) -> Result<Session, StoreError> {
+        self.check_place()?;
         Ok(Session::new(Connection::Sqlite(self.read.acquire().await?)))
     }
 
     /// A write transaction takes the lock at once: one that reads first fails when another process writes in between.
     pub async fn transaction(&self) -> Result<Session, StoreError> {
+        self.check_place()?;
         let mut session = Session::new(Connection::Sqlite(self.write.acquire().await?));
         session.begin("begin immediate").await?;
         Ok(session)
@@ -91,6 +96,7 @@ impl SqliteStore {
     /// All in one call to the connection's thread, however many there are. Small columns go as JSON, what is large or binary as
     /// parts of one blob.
     pub async fn append(&self, batch: &[NewEvent]) -> Result<Vec<Appended>, StoreError> {
+        self.check_place()?;
         let mut blob = Vec::with_capacity(batch.iter().map(|event| event.body.as_bytes().len() + 1024).sum());
         let (mut events, mut mentions) = (Vec::with_capacity(batch.len()), Vec::new());
         for event in super::events::firsts(batch) {
@@ -122,6 +128,15 @@ impl SqliteStore {
         let known = answered.first().map(|(keys,)| serde_json::from_str::<HashSet<String>>(keys));
         let mut known = known.and_then(Result::ok).ok_or_else(|| StoreError::Refused("known keys cannot be read".to_owned()))?;
         Ok(super::events::answers(batch, |key| known.insert(hex::encode_upper(key.0))))
+    }
+
+    /// SQLite goes on writing to a file that was moved away or replaced, where nobody will find it again.
+    fn check_place(&self) -> Result<(), StoreError> {
+        match identity(&self.file) {
+            found if found == self.opened => Ok(()),
+            None => Err(StoreError::Unavailable(format!("{} is no longer there", self.file.display()))),
+            Some(_) => Err(StoreError::Unavailable(format!("{} is no longer the file that was opened", self.file.display()))),
+        }
     }
 
     fn note_written(&self, bytes: usize) {
@@ -166,6 +181,11 @@ fn options_of(path: &str) -> Result<SqliteConnectOptions, sqlx::Error> {
 /// The file that a URL names after `sqlite://`.
 pub(super) fn file(path: &str) -> Result<PathBuf, sqlx::Error> {
     Ok(options_of(path)?.get_filename().to_owned())
+}
+
+/// Where a file is, whatever its name.
+fn identity(file: &Path) -> Option<(u64, u64)> {
+    std::fs::metadata(file).ok().map(|about| (about.dev(), about.ino()))
 }
 
 /// Answers which keys were there before, in hex. `$1`: events, `$2`: keys, tellings and bodies, `$3`: mentions.

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 use stripe_reconciler::clock::Clock;
-use stripe_reconciler::domain::invoice::timestamp;
+use stripe_reconciler::domain::time::timestamp;
 use stripe_reconciler::store::Store;
 
 use crate::each_database;

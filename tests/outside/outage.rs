@@ -16,6 +16,8 @@ const FIRST: Duration = Duration::from_millis(1500);
 /// What it may take until a server counts as away that answers nothing: a statement that takes long, and then a question.
 const NOTICED: Duration = Duration::from_secs(4);
 const BACK: Duration = Duration::from_secs(2);
+/// Within which a server notes what it refused.
+const NOTED: Duration = Duration::from_secs(20);
 
 /// Deliveries beside the load, one after the other, each of them new.
 struct Probe<'w> {
@@ -164,4 +166,58 @@ async fn check_at_the_end(world: &World, load: Load) {
     assert!(!told.refused_by().is_empty(), "it happened under load");
     told.check_log(&log, "the database was away");
     told.check_histories(&world.all_histories(), "the database was away").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_disk_that_is_full_takes_no_delivery_and_is_still_read_and_the_doctor_says_what_to_do() {
+    let world = World::start(Engine::Postgres).await;
+    world.store("inv-0", "in_0").await.with_status(201);
+    let mut probe = Probe { world: &world, count: 0, refused: Vec::new() };
+    assert_eq!(probe.deliver().await.0.status, 200);
+    // As if that were a minute ago.
+    world.database.execute("update events set received_ms = received_ms - 60000").await;
+    // What has room in a page is still written, as on a disk that is full.
+    let full = "create function disk_full() returns trigger language plpgsql as $$ begin
+        raise exception using errcode = 'disk_full', message = 'could not extend file: No space left on device'; end $$;
+        create trigger disk_full before insert on events execute function disk_full()";
+    world.database.execute(full).await;
+    for _ in 0..20 {
+        assert_eq!(probe.deliver().await.0.status, 503);
+        world.get(&invoice_path("inv-0"), &world.acme_key).await.with_status(200);
+    }
+    let log = world.server.log();
+    assert!(log.contains("No space left on device") && !log.contains("the database is away"), "{log}");
+    let deadline = Instant::now() + NOTED;
+    loop {
+        let said = world.run(&["doctor", "--quiet"]);
+        if said.code == 3 && said.stdout.contains("Deliveries are answered 503") && said.stdout.contains("full disk") {
+            break;
+        }
+        assert!(Instant::now() < deadline, "{said:?}");
+    }
+    world.database.execute("drop trigger disk_full on events").await;
+    assert_eq!(probe.deliver().await.0.status, 200);
+    world.run(&["doctor", "--quiet"]).with_code(0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_file_that_is_moved_away_or_replaced_takes_nothing_that_would_be_lost() {
+    let world = World::start(Engine::Sqlite).await;
+    let mut probe = Probe { world: &world, count: 0, refused: Vec::new() };
+    assert_eq!(probe.deliver().await.0.status, 200);
+    let file = world.database.url.trim_start_matches("sqlite://");
+    let moved = format!("{file}.moved");
+    std::fs::rename(file, &moved).unwrap();
+    let refused = async |probe: &mut Probe<'_>| {
+        assert_eq!(probe.deliver().await.0.status, 503);
+        world.get("/readyz", "").await.with_status(503);
+        world.get(&invoice_path("inv-0"), &world.acme_key).await.with_status(503);
+    };
+    refused(&mut probe).await;
+    std::fs::copy(&moved, file).unwrap();
+    refused(&mut probe).await;
+    let log = world.server.log();
+    assert!(log.contains("is no longer there") && log.contains("is no longer the file that was opened"), "{log}");
+    std::fs::rename(&moved, file).unwrap();
+    assert_eq!(probe.deliver().await.0.status, 200);
 }

@@ -233,8 +233,8 @@ each_database! {
     async fn an_invoice_is_shown_with_its_proofs_and_as_it_was_known(world: World) {
         let (document, uid) = recorded::told_invoice();
         world.put(&invoice_path(&uid), &document).await.with_status(201);
-        let before = &stripe_reconciler::domain::invoice::timestamp(Clock::system().now_ms())[..19];
-        while Clock::system().now_s() * 1000 < stripe_reconciler::domain::invoice::parse_time(&format!("{before}Z")).unwrap() + 1000 {
+        let before = &stripe_reconciler::domain::time::timestamp(Clock::system().now_ms())[..19];
+        while Clock::system().now_s() * 1000 < stripe_reconciler::domain::time::parse_time(&format!("{before}Z")).unwrap() + 1000 {
             tokio::time::sleep(std::time::Duration::from_millis(20)).await;
         }
         for event in recorded::events() {

@@ -1,27 +1,24 @@
-//! How each thing is judged: plain functions of what was seen and of the time. `docs/operations.md` says the same rules.
+//! How each thing is judged: plain functions of what was seen and of the time. `docs/operations.md` says the same rules. The
+//! database is judged in `database`, signatures and secrets in `signing`.
 
 use std::collections::BTreeSet;
 
 use super::Check;
-use super::words::{DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, ago, bytes, count, duration, failing, ok, sentence, unknown, warning};
-use crate::domain::invoice::timestamp;
+use super::words::{HOUR_MS, MINUTE_MS, SECOND_MS, ago, count, duration, failing, ok, sentence, unknown, warning};
 use crate::domain::silence::{self, Unusual};
-use crate::flows::signs::{DELIVERED, Pass, RECONCILING_FAILED, REFUSED, SECRET, Vitals};
-use crate::store::{COUNTED, Space, StoreError};
+use crate::domain::time::timestamp;
+use crate::flows::signs::{DELIVERED, Pass, RECONCILING_FAILED, REFUSED, Vitals};
+use crate::store::COUNTED;
 use crate::stripe_api::StripeApiError;
 
-/// While the room that is left is more than this, no share of a disk is too little.
-const ROOMY: u64 = 10 << 30;
-/// SQLite's log is some megabytes long.
-const LONG_LOG: u64 = 1 << 30;
 /// How far clocks may be apart: deliveries are refused at 300 s.
 const CLOCKS_DIFFER_MS: i64 = 10 * SECOND_MS;
 const CLOCKS_FAIL_MS: i64 = 60 * SECOND_MS;
-/// How long nothing may be accepted beside what is refused.
-const NOTHING_ACCEPTED_MS: i64 = 10 * MINUTE_MS;
-/// How long Stripe signs with the old secret, too, when one is rolled; and some time to notice.
-const ROLLED_MS: i64 = 25 * HOUR_MS;
-const SECRET_UNUSED_MS: i64 = 30 * DAY_MS;
+/// Why authentic deliveries are answered 503; and how long that is news, where none was accepted since.
+const NOT_TAKEN: [&str; 3] = ["unavailable", "queue_full", "timed_out"];
+const NOT_TAKEN_MS: i64 = 10 * MINUTE_MS;
+/// How much later than it happened a refusal may be noted.
+const NOTED_MS: i64 = 15 * SECOND_MS;
 /// How long a webhook may take longer than Stripe's list.
 const ON_ITS_WAY_MS: i64 = 10 * MINUTE_MS;
 /// An invoice is stored soon after it was made at Stripe.
@@ -30,63 +27,6 @@ const WAITS_MS: i64 = HOUR_MS;
 const BACKLOG: i64 = 5_000;
 /// `serve` makes a pass every five minutes.
 const OVERDUE_MS: i64 = 15 * MINUTE_MS;
-
-pub fn database_away(error: &StoreError) -> Check {
-    let cure = match error {
-        StoreError::Refused(_) => {
-            "Use a version of this program that is as new as the database, and a URL that names it (DATABASE_URL)."
-        }
-        StoreError::Unavailable(reason) if reason.contains("migrat") => {
-            "Run `stripe-reconciler migrate`; `serve` does it when it starts."
-        }
-        StoreError::Away(reason) if reason.starts_with("there is no file") => {
-            "Put DATABASE_URL right; or, for a new one, start `serve`, which makes it."
-        }
-        _ => {
-            "Start it, or put DATABASE_URL right. Meanwhile deliveries are answered 503 and nothing is lost: Stripe delivers them \
-             again for three days."
-        }
-    };
-    failing("database", sentence(&error.to_string()), cure)
-}
-
-/// `refused`: why it takes nothing.
-pub fn database(vitals: &Vitals, refused: Option<&StoreError>) -> Check {
-    let size = bytes(vitals.space.database + vitals.space.log.unwrap_or_default());
-    match refused {
-        Some(error) => failing(
-            "database",
-            format!("It can be read, but takes nothing: {error}."),
-            "Is its disk full, is it read-only or a standby, does another process hold it locked? Meanwhile deliveries are answered 503, \
-             and Stripe repeats them for three days.",
-        ),
-        None => ok("database", format!("Reached, and migrated. It takes {size}.")),
-    }
-}
-
-pub fn disk(space: &Space) -> Check {
-    let Some(disk) = space.disk else {
-        return unknown(
-            "disk",
-            "The database server's disk cannot be seen from here.".to_owned(),
-            "Watch it where the server runs.",
-        );
-    };
-    let share = disk.free as f64 / disk.size.max(1) as f64;
-    let left = format!("{} of {} are free ({:.0} %)", bytes(disk.free), bytes(disk.size), share * 100.0);
-    let cure = "Make room: enlarge the disk, or forget old payloads (`events prune --older-than 90d`), which keeps the file from \
-                growing. When it is full, deliveries are answered 503, and Stripe repeats them for three days.";
-    match share {
-        share if share < 0.03 && disk.free < ROOMY => failing("disk", format!("It is nearly full: {left}."), cure),
-        share if share < 0.1 && disk.free < ROOMY => warning("disk", format!("It fills up: {left}."), cure),
-        _ if space.log.is_some_and(|log| log > LONG_LOG) => warning(
-            "disk",
-            format!("SQLite's log has grown to {}: something reads an old state of it.", bytes(space.log.unwrap_or_default())),
-            "Look for a process that holds the database open, such as a backup that hangs (`fuser` names it), and end it.",
-        ),
-        _ => ok("disk", format!("{left}.")),
-    }
-}
 
 pub fn clock(database_ahead_ms: Option<i64>, stripe_ahead_ms: Option<i64>) -> Check {
     let compared = [("Stripe's", stripe_ahead_ms), ("the database's", database_ahead_ms)];
@@ -114,6 +54,17 @@ pub fn deliveries(vitals: &Vitals, hours: &BTreeSet<i64>, now_ms: i64) -> Check 
         return unknown("deliveries", "No webhook has come yet.".to_owned(), cure);
     };
     let since = format!("The last webhook came {}", ago(last_ms, now_ms));
+    let not_taken_ms = NOT_TAKEN.iter().filter_map(|reason| vitals.moment(REFUSED, reason)).max();
+    if let Some(at_ms) = not_taken_ms.filter(|at_ms| last_ms < at_ms - NOTED_MS && now_ms - at_ms < NOT_TAKEN_MS) {
+        let cure = "The log of `serve` says why (`request failed`): a full disk or a lock of the database, or more than it can commit. \
+                    Nothing is lost: Stripe delivers them again for three days.";
+        let found = format!(
+            "Deliveries are answered 503, the last {}; the last that was accepted came {}.",
+            ago(at_ms, now_ms),
+            ago(last_ms, now_ms)
+        );
+        return failing("deliveries", found, cure);
+    }
     // A webhook had the time to come, too.
     let is_since = |pass: &&Pass| pass.started_ms > last_ms && pass.started_ms < now_ms - ON_ITS_WAY_MS;
     let missed: i64 = vitals.passes.iter().filter(is_since).map(|pass| pass.count("apiOnlyEvents")).sum();
@@ -134,85 +85,6 @@ pub fn deliveries(vitals: &Vitals, hours: &BTreeSet<i64>, now_ms: i64) -> Check 
         }
         None => ok("deliveries", format!("{since}.")),
     }
-}
-
-pub fn signatures(vitals: &Vitals, now_ms: i64) -> Check {
-    let recently = |reason: &str| vitals.moment(REFUSED, reason).filter(|at_ms| now_ms - at_ms < DAY_MS);
-    let accepted_ms = vitals.moment(DELIVERED, "");
-    let accepted = accepted_ms
-        .map_or("none was ever accepted".to_owned(), |ms| format!("the last that was accepted came {}", ago(ms, now_ms)));
-    let alone = |at_ms: i64| accepted_ms.is_none_or(|accepted_ms| accepted_ms < at_ms - NOTHING_ACCEPTED_MS);
-    if let Some(at_ms) = recently("mismatch").filter(|at_ms| alone(*at_ms)) {
-        return failing(
-            "signatures",
-            format!(
-                "Deliveries are refused because no configured secret signs them, the last {}; {accepted}.",
-                ago(at_ms, now_ms)
-            ),
-            "Compare STRIPE_WEBHOOK_SECRET with the endpoint's signing secret in Stripe's Dashboard: was it rolled? Configure old and \
-             new together (`live=whsec_...,old=whsec_...`) and restart. Test mode, live mode and Connect each have their own.",
-        );
-    }
-    for (reason, found) in [
-        ("future", "from the future: this machine's clock is behind"),
-        ("stale", "too old: this machine's clock is ahead, or somebody repeats them"),
-    ] {
-        if let Some(at_ms) = recently(reason).filter(|at_ms| now_ms - at_ms < HOUR_MS) {
-            let found = format!("Authentic deliveries are refused as {found}. The last came {}; {accepted}.", ago(at_ms, now_ms));
-            let cure = "Set the clock, and let NTP keep it (`timedatectl`, `chronyc tracking`).";
-            return if alone(at_ms) { failing("signatures", found, cure) } else { warning("signatures", found, cure) };
-        }
-    }
-    ok(
-        "signatures",
-        match recently("mismatch") {
-            Some(at_ms) => format!("Stripe's are accepted. Somebody else's were refused, the last {}.", ago(at_ms, now_ms)),
-            None => "No delivery was refused for its signature today.".to_owned(),
-        },
-    )
-}
-
-pub fn secrets(vitals: &Vitals, labels: Option<&[String]>, now_ms: i64) -> Check {
-    let used = |label: &str| vitals.moment(SECRET, label);
-    let told = |label: &str| format!("`{label}` ({})", used(label).map_or("never".to_owned(), |at_ms| ago(at_ms, now_ms)));
-    let Some(labels) = labels else {
-        let known: Vec<String> = vitals.moments.keys().filter_map(|name| name.strip_prefix(SECRET)).map(told).collect();
-        let found = if known.is_empty() { "None was used yet.".to_owned() } else { format!("Last used: {}.", known.join(", ")) };
-        return unknown(
-            "secrets",
-            found,
-            "Give STRIPE_WEBHOOK_SECRET as `serve` has it: which are old or never used is known then.",
-        );
-    };
-    let (old, current): (Vec<&String>, Vec<&String>) = labels.iter().partition(|label| is_old(label));
-    let is_used = |label: &str, within_ms: i64| used(label).is_some_and(|at_ms| now_ms - at_ms < within_ms);
-    let others_are_used = |label: &str| labels.iter().any(|other| other != label && is_used(other, SECRET_UNUSED_MS));
-    let still: Vec<String> = old.iter().filter(|label| is_used(label, ROLLED_MS)).map(|label| told(label)).collect();
-    if !still.is_empty() {
-        return warning(
-            "secrets",
-            format!("Old secrets still sign deliveries: {}.", still.join(", ")),
-            "Keep them until they do no more. If that lasts longer than a day, an endpoint was not rolled: find it in Stripe's Dashboard.",
-        );
-    }
-    let never = current.into_iter().filter(|label| !is_used(label, SECRET_UNUSED_MS) && others_are_used(label));
-    let unused: Vec<String> =
-        old.into_iter().filter(|label| others_are_used(label)).chain(never).map(|label| told(label)).collect();
-    if !unused.is_empty() {
-        return warning(
-            "secrets",
-            format!("Configured, but no delivery is signed with them: {}.", unused.join(", ")),
-            "Remove the old ones from STRIPE_WEBHOOK_SECRET. A new one that was never used: compare it with the Dashboard, before the one \
-             in use runs out.",
-        );
-    }
-    ok("secrets", format!("Last used: {}.", labels.iter().map(|label| told(label)).collect::<Vec<_>>().join(", ")))
-}
-
-/// By its label: `old`, `old-2025`, `previous`.
-fn is_old(label: &str) -> bool {
-    let rest = label.strip_prefix("old").or_else(|| label.strip_prefix("previous"));
-    rest.is_some_and(|rest| !rest.starts_with(|c: char| c.is_ascii_alphabetic()))
 }
 
 /// `is_read`: the log was read to its end.
@@ -363,27 +235,8 @@ pub fn drift(vitals: &Vitals) -> Check {
 
 #[cfg(test)]
 mod tests {
-    use super::super::State;
+    use super::super::words::DAY_MS;
     use super::*;
-    use crate::store::Disk;
-
-    #[test]
-    fn a_disk_is_full_by_its_share_unless_much_room_is_left() {
-        let judged = |free: u64, size: u64| disk(&Space { disk: Some(Disk { free, size }), ..Space::default() }).state;
-        assert_eq!(judged(50 << 30, 100 << 30), State::Ok);
-        assert_eq!(judged(9 << 30, 100 << 30), State::Warning);
-        assert_eq!(judged(20 << 30, 1000 << 30), State::Ok, "two in a hundred, and much room");
-        assert_eq!(judged(1 << 20, 3 << 30), State::Failing);
-        assert_eq!(judged(0, 0), State::Failing);
-        let long = Space { log: Some(2 << 30), disk: Some(Disk { free: 50 << 30, size: 100 << 30 }), ..Space::default() };
-        assert_eq!(disk(&long).state, State::Warning);
-    }
-
-    #[test]
-    fn a_secret_is_old_by_its_label() {
-        assert!(["old", "old-2025", "old_1", "old2", "previous"].iter().all(|label| is_old(label)));
-        assert!(["live", "older", "oldenburg", "previously", "gold", "new-old"].iter().all(|label| !is_old(label)));
-    }
 
     #[test]
     fn a_pass_is_overdue_by_how_often_there_was_one() {

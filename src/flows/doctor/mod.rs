@@ -1,9 +1,11 @@
 //! What is wrong, and what to do, in words: from what the database says, and from Stripe's API where there is a key. Printing is for
 //! whoever asks: the command `doctor`, or a page.
 //!
-//! Nothing is put right here, and nothing is migrated. What is judged how stands in `checks`.
+//! Nothing is put right here, and nothing is migrated. What is judged how stands in `checks`, `database` and `signing`.
 
 mod checks;
+mod database;
+mod signing;
 mod words;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -73,17 +75,17 @@ pub async fn examine(patient: &Patient) -> Vec<Check> {
     let seen = match seen {
         Ok(seen) => seen,
         Err(error) => {
-            return vec![checks::database_away(&error), checks::clock(None, stripe_ahead_ms), about_stripe(&[])];
+            return vec![database::away(&error), checks::clock(None, stripe_ahead_ms), about_stripe(&[])];
         }
     };
     let vitals = &seen.vitals;
     vec![
-        checks::database(vitals, seen.refused.as_ref()),
-        checks::disk(&vitals.space),
+        database::reached(vitals, seen.refused.as_ref()),
+        database::disk(&vitals.space),
         checks::clock(seen.database_ahead_ms, stripe_ahead_ms),
         checks::deliveries(vitals, &seen.hours, now_ms),
-        checks::signatures(vitals, now_ms),
-        checks::secrets(vitals, patient.secret_labels.as_deref(), now_ms),
+        signing::signatures(vitals, now_ms),
+        signing::secrets(vitals, patient.secret_labels.as_deref(), now_ms),
         checks::unmatched(vitals, seen.is_read, now_ms),
         checks::unreadable(vitals),
         about_stripe(&vitals.passes),

@@ -1,7 +1,7 @@
 //! How findings are worded: states, times, sizes and numbers.
 
 use super::{Check, State};
-use crate::domain::invoice::timestamp;
+use crate::domain::time::timestamp;
 
 pub const SECOND_MS: i64 = 1_000;
 pub const MINUTE_MS: i64 = 60 * SECOND_MS;

@@ -6,8 +6,8 @@ use serde_json::Value;
 
 use super::{Mode, Pass, ReconcileError};
 use crate::domain::fact::TYPES_THAT_TELL;
-use crate::domain::invoice::timestamp;
 use crate::domain::silence::{self, Unusual};
+use crate::domain::time::timestamp;
 use crate::flows::signs;
 use crate::stripe_api::{Scope, StripeApi, StripeApiError};
 
@@ -38,7 +38,9 @@ pub async fn look_at_endpoints(api: &StripeApi) -> Result<Vec<String>, StripeApi
             Ok(about(&endpoints))
         }
         Err(StripeApiError::Refused { reason, .. }) => {
-            Ok(vec![format!("The webhook endpoints could not be looked at: {reason}. Let the key read webhook endpoints.")])
+            let reason = reason.trim_end_matches('.');
+            let cure = "Let the key read webhook endpoints (Developers, API keys)";
+            Ok(vec![format!("The webhook endpoints could not be looked at: {reason}. {cure}.")])
         }
         Err(error) => Err(error),
     }

@@ -5,7 +5,8 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use super::{Mode, Plan};
-use crate::domain::invoice::{State, timestamp};
+use crate::domain::invoice::State;
+use crate::domain::time::timestamp;
 
 /// Items of each list that are kept with a pass; all of them are counted.
 const KEPT: usize = 100;

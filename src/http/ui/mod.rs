@@ -113,7 +113,8 @@ fn words(error: &ApiError) -> (&'static str, String) {
         ApiError::InvalidQuery(reason) | ApiError::InvalidPath(reason) => ("That cannot be asked", format!("{reason}.")),
         ApiError::Unavailable(_) => (
             "The database does not answer",
-            "Try again in a moment. Meanwhile deliveries are answered 503 and nothing is lost: Stripe repeats them for three days."
+            "Try again in a moment. Meanwhile deliveries are answered 503 and nothing is lost: Stripe repeats them for three days. For \
+             the person on call: run `stripe-reconciler doctor`, which says why, and what to do."
                 .to_owned(),
         ),
         ApiError::Internal(_) => ("Something went wrong here", "The log says more.".to_owned()),

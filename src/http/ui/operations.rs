@@ -8,7 +8,7 @@ use serde_json::Value;
 use super::layout::{self, Here};
 use super::session::{Operator, Visitor};
 use super::text::{address, duration, id, marked, quoted, time};
-use crate::domain::invoice::parse_time;
+use crate::domain::time::parse_time;
 use crate::flows::doctor::{self, Check, Patient, State};
 use crate::http::AppState;
 use crate::http::error::ApiError;

@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use maud::{Markup, html};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 
-use crate::domain::invoice::{readable, timestamp};
+use crate::domain::time::{readable, timestamp};
 
 /// What may stand in a query as it is.
 const IN_QUERY: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.').remove(b'~');
