@@ -295,14 +295,17 @@ impl Signs {
 
     /// Reads on in the log until it is told to stop.
     pub async fn keep_reading(self: Arc<Signs>, stopping: CancellationToken) {
+        // At once: what comes from now on is signed with these.
+        let mut done = self.note_secrets().await;
         loop {
-            if let Err(error) = self.read().await {
+            if let Err(error) = done {
                 tracing::debug!(%error, "the log could not be read on");
             }
             tokio::select! {
                 () = stopping.cancelled() => return,
                 () = tokio::time::sleep(READ_ON) => {}
             }
+            done = self.read().await;
         }
     }
 
@@ -316,10 +319,7 @@ impl Signs {
 
     async fn read(&self) -> Result<(), StoreError> {
         let now_ms = self.clock.now_ms();
-        if !self.are_secrets_noted.load(Ordering::Relaxed) {
-            note_configured(&self.store, &self.secrets, now_ms).await?;
-            self.are_secrets_noted.store(true, Ordering::Relaxed);
-        }
+        self.note_secrets().await?;
         let refused = self.newly_refused();
         let mut news = self.repeated().clone();
         news.moments.extend(refused.keys().map(|reason| (format!("{REFUSED}{reason}"), now_ms)));
@@ -332,6 +332,14 @@ impl Signs {
             repeated.hours.retain(|hour| !news.hours.contains(hour));
         }
         read_on(&self.store, now_ms).await.map(drop)
+    }
+
+    async fn note_secrets(&self) -> Result<(), StoreError> {
+        if !self.are_secrets_noted.load(Ordering::Relaxed) {
+            note_configured(&self.store, &self.secrets, self.clock.now_ms()).await?;
+            self.are_secrets_noted.store(true, Ordering::Relaxed);
+        }
+        Ok(())
     }
 
     fn repeated(&self) -> MutexGuard<'_, News> {
