@@ -30,6 +30,9 @@ pub struct Copy {
     json: bool,
 }
 
+/// Invoices whose histories differ that are named to a person.
+const SHOWN: usize = 20;
+
 /// How long each part took, in milliseconds.
 struct Took {
     carrying_ms: i64,
@@ -101,13 +104,16 @@ fn print(report: &Report, took: &Took) -> anyhow::Result<()> {
         return output::line(format!("{compared}: all the same"));
     }
     output::line(format!("{compared}: {} differ", report.differing))?;
-    for Differing { tenant_uid, invoice_uid, stripe_invoice_id, how } in &report.named {
+    for Differing { tenant_uid, invoice_uid, stripe_invoice_id, how } in report.named.iter().take(SHOWN) {
         let how = match how {
             How::NotInCopy => "is not in the copy",
             How::OnlyInCopy => "is only in the copy",
             How::AnswersOtherwise => "is answered otherwise by the copy",
         };
         output::line(format!("  invoice {invoice_uid} of {tenant_uid} ({}) {how}", output::or_dash(stripe_invoice_id)))?;
+    }
+    if report.differing > SHOWN as u64 {
+        output::line(format!("  and {} more (--json names a thousand)", report.differing - SHOWN as u64))?;
     }
     output::note("What was written to the old database meanwhile differs, too: stop what writes there, and copy again.");
     Ok(())

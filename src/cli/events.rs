@@ -156,9 +156,13 @@ fn row(event: &LoggedEvent) -> Vec<String> {
     vec![
         output::time(Some(event.received_ms)),
         output::time(event.created_s.map(|s| s * 1000)),
-        output::or_dash(&event.id),
+        // What has no id goes by its key: `show` finds it.
+        event.id.clone().unwrap_or_else(|| hex::encode(event.key.0)),
         output::or_dash(&event.event_type),
-        event.outcome.as_str().to_owned(),
+        match &event.unreadable_reason {
+            Some(reason) => format!("{}: {reason}", event.outcome.as_str()),
+            None => event.outcome.as_str().to_owned(),
+        },
         event.source.as_str().to_owned(),
         output::or_dash(&event.secret_label),
     ]

@@ -68,6 +68,9 @@ async fn take(state: &AppState, request: Request) -> Result<(Outcome, Duration),
     let kept = tokio::time::timeout(DEADLINE, ingest::ingest(&state.inbox, delivery)).await;
     let too_slow = |_| (Rejection::TimedOut, ApiError::Unavailable("the delivery waited too long for the disk".to_owned()));
     let outcome = kept.map_err(too_slow)?.map_err(|error| (reason(&error), error.into()))?;
+    if outcome == Outcome::Unreadable {
+        tracing::warn!("a delivery is kept that this version cannot read: see `events list --outcome unreadable`");
+    }
     if outcome == Outcome::Duplicate {
         state.signs.note_repeated(&body, received_ms, label);
     }

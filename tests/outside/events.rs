@@ -127,7 +127,10 @@ each_database! {
             let items = get(&world, &format!("/v1/events/{key}")).await.with_status(200).json()["items"].clone();
             shown.push((items[0]["bodyForm"].as_str().unwrap().to_owned(), items[0]["body"].to_string()));
             assert_eq!(world.run(&["events", "show", key, "--json"]).with_code(0).json(), items);
+            let table = world.run(&["events", "list", "--outcome", "unreadable"]).with_code(0).stdout;
+            assert!(table.contains(key) && table.contains("unreadable: the body is not JSON"), "{table}");
         }
+        assert!(world.server.log().contains("a delivery is kept that this version cannot read"));
         shown.sort();
         let expected = [("hex", json!("ff00fe")), ("json", json!([1, 2])), ("text", json!("no JSON \"\\")), ("text", json!("{\"id\": \"evt_1\", "))];
         assert_eq!(shown, expected.map(|(form, body)| (form.to_owned(), body.to_string())));

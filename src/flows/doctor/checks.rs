@@ -121,7 +121,8 @@ pub fn unreadable(vitals: &Vitals) -> Check {
     warning(
         "unreadable",
         format!("{} could not be read, the first of {}.", count(vitals.unreadable.count, "event"), timestamp(since_ms)),
-        "List them with `events list --outcome unreadable`. Their bytes are kept: install a version that can read them, and run `rebuild`.",
+        "`events list --outcome unreadable` says why, and `events show` with the id that it prints shows the bytes: they are kept. Install a \
+         version that can read them, and run `rebuild`.",
     )
 }
 
