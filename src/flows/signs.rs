@@ -34,7 +34,7 @@ pub const EXAMINED: &str = "examined";
 /// How far the log was read, Unix milliseconds: the name of a progress.
 const READ_UNTIL: &str = "signs";
 /// Rows read at a time, and in one step at most.
-const PAGE: u32 = 500;
+const PAGE: u32 = 100;
 const STEP: usize = 10_000;
 /// How long after its receipt a delivery may reach the log: so long it is read again.
 const SETTLING_MS: i64 = 15_000;
