@@ -2,8 +2,7 @@
 
 use std::cell::RefCell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Mutex, Once};
-use std::time::{Duration, Instant};
+use std::sync::Once;
 
 use super::ending::{Histories, round};
 use super::script::Script;
@@ -19,9 +18,6 @@ const NEWS: u64 = 20;
 const CHANCES: usize = 12;
 /// Rounds that are made to tell a failure in fewer steps.
 const TRIES: usize = 60;
-/// A process that is not run for so long was stopped, or its machine was: what waits for a database may have given up on it.
-const STANDSTILL: Duration = Duration::from_secs(3);
-const TICK: Duration = Duration::from_millis(100);
 
 thread_local! {
     /// What panicked on a thread that plays a round; none: this one plays none.
@@ -37,31 +33,6 @@ fn watch_panics() {
             kept.unwrap_or_else(|| print(panic));
         }));
     });
-}
-
-/// The longest time for which nothing of this process was run, since this was asked last.
-fn stood_still() -> Duration {
-    static WATCHED: Once = Once::new();
-    /// The last tick, and the longest time between two.
-    static TICKS: Mutex<Option<(Instant, Duration)>> = Mutex::new(None);
-    let tick = || {
-        let mut ticks = TICKS.lock().unwrap();
-        let (last, longest) = ticks.unwrap_or((Instant::now(), Duration::ZERO));
-        let longest = longest.max(last.elapsed());
-        *ticks = Some((Instant::now(), longest));
-        longest
-    };
-    WATCHED.call_once(|| {
-        std::thread::spawn(move || {
-            loop {
-                tick();
-                std::thread::sleep(TICK);
-            }
-        });
-    });
-    let longest = tick();
-    *TICKS.lock().unwrap() = None;
-    longest
 }
 
 /// What went wrong in a round, and all that happened until then.
@@ -118,15 +89,9 @@ fn random_lives_and_a_wicked_stripe_end_in_the_truth_on_both_engines() {
         }
         let seed = first.wrapping_add(n);
         let script = Script::of(seed);
-        stood_still();
         let mut plays = (0..chances).map(|n| script.watched(n % 2 == 1));
         let failed = plays.find_map(|script| play_both(&script).err().map(|(engine, failure)| (script, engine, failure)));
         let Some((script, engine, failure)) = failed else { continue };
-        let still = stood_still();
-        if still > STANDSTILL {
-            println!("seed {seed} is not judged: this process stood still for {still:?}; {}", failure.told);
-            continue;
-        }
         // Where to watch is enough to see it, no moment matters any more.
         let watched = script.watched(true);
         let script = if play(engine, &watched).is_err() { watched } else { script };
