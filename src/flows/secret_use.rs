@@ -41,10 +41,9 @@ pub async fn note_configured(store: &Store, secrets: &[SecretName], now_ms: i64)
 }
 
 /// The marks of the secrets that a label has named, and since when it did.
-fn named<'m>(moments: &'m BTreeMap<String, i64>, label: &str) -> impl Iterator<Item = (&'m str, i64)> {
+fn named<'m>(moments: &'m BTreeMap<String, i64>, label: &str) -> impl Iterator<Item = (&'m str, i64)> + use<'m> {
     let start = format!("{CONFIGURED}{label} ");
-    let marks = moments.range(start.clone()..).map_while(move |(name, at_ms)| Some((name.strip_prefix(&start)?, *at_ms)));
-    marks.collect::<Vec<_>>().into_iter()
+    moments.range(start.clone()..).map_while(move |(name, at_ms)| Some((name.strip_prefix(&start)?, *at_ms)))
 }
 
 #[cfg(test)]

@@ -78,8 +78,7 @@ fn at_once<T: Send>(url: &str, migrate: impl Fn() -> T + Sync) -> Vec<T> {
     let mut holding = server.hold(url, "create table events (held int)");
     std::thread::scope(|scope| {
         let migrating: Vec<_> = (0..AT_ONCE).map(|_| scope.spawn(&migrate)).collect();
-        let waiting = "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'";
-        server.wait_until("they do not come", || server.sql(url, waiting) == AT_ONCE.to_string());
+        server.wait_until("they do not come", || server.waiting_for_locks(url) == AT_ONCE);
         holding.kill().unwrap();
         holding.wait().unwrap();
         migrating.into_iter().map(|migrated| migrated.join().expect("each of them ends well")).collect()

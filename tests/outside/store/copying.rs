@@ -201,17 +201,13 @@ async fn who_uses_a_copy_in_postgres_waits_for_the_page_that_is_being_written() 
     assert_eq!(copy.store.begin_copy(5, 1).await.unwrap(), CopyTarget::Ready);
 
     let (server, url) = (PostgresServer::shared(), &copy.database.url);
-    let waiting = || {
-        let waits = "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'";
-        server.sql(url, waits).parse::<usize>().unwrap()
-    };
     let held = copy.database.hold().await;
     let (target, page) = (copy.store.clone(), rows.clone());
     let carrying = tokio::spawn(async move { target.carry(1, events, &page, &[]).await.unwrap() });
-    server.wait_until("the page is not written", || waiting() == 1);
+    server.wait_until("the page is not written", || server.waiting_for_locks(url) == 1);
     let target = copy.store.clone();
     let using = tokio::spawn(async move { target.end_copying(100).await.unwrap() });
-    server.wait_until("nobody waits", || using.is_finished() || waiting() == 2);
+    server.wait_until("nobody waits", || using.is_finished() || server.waiting_for_locks(url) == 2);
     assert!(!using.is_finished(), "it waits for the page");
     held.release().await;
     assert!(carrying.await.unwrap(), "the page is written");

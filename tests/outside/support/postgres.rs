@@ -160,6 +160,12 @@ impl PostgresServer {
         self.run("psql", &["-XAtq", "-v", "ON_ERROR_STOP=1", "-d", database, "-c", statement])
     }
 
+    /// Sessions of a database that wait for a lock.
+    pub fn waiting_for_locks(&self, database: &str) -> usize {
+        let waiting = "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'";
+        self.sql(database, waiting).parse().expect("it is a number")
+    }
+
     /// As `pg_dump` and `pg_restore` do it.
     pub fn dump(&self, database: &str, file: &Path) {
         self.run("pg_dump", &["--format=custom", "--file", file.to_str().expect("the paths of tests are UTF-8"), database]);
