@@ -24,6 +24,9 @@ const SESSION: [(&str, &str); 2] = [("jit", "off"), ("work_mem", "128kB")];
 const CONNECTIONS: u32 = 10;
 /// How long to wait for a free connection, or for a new one.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long to wait for one until the server is asked whether it is there: the pool finds by itself that a connection is dead, tells
+/// nobody, and tries to open another.
+const ACQUIRE_DOUBT_AFTER: Duration = Duration::from_millis(500);
 /// How long one statement may take.
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a statement takes until the server is asked whether it is there: one that is paused refuses nothing.
@@ -129,7 +132,7 @@ impl PostgresStore {
 
     async fn acquire(&self, pool: &PgPool) -> Result<Session, StoreError> {
         self.gate.pass()?;
-        let acquired = self.gate.judge(Ok(pool.acquire().await))?;
+        let acquired = self.gate.judge(self.gate.doubted(ACQUIRE_DOUBT_AFTER, pool.acquire()).await)?;
         let (named, gate) = (!self.is_pooled, self.gate.clone());
         Ok(Session::new(Connection::Postgres(PostgresConnection { inner: acquired, named, gate, is_unsure: false })))
     }
@@ -276,14 +279,19 @@ impl Gate {
 
     /// Gives a statement up when it takes too long, or when it turns out meanwhile that the server is away.
     pub async fn limited<T>(&self, statement: impl Future<Output = T>) -> Result<T, GivenUp> {
-        let mut statement = pin!(statement);
-        if let Ok(ended) = timeout(DOUBT_AFTER, &mut statement).await {
+        self.doubted(DOUBT_AFTER, statement).await
+    }
+
+    /// The same; after so long, the server is asked whether it is there.
+    async fn doubted<T>(&self, after: Duration, waiting: impl Future<Output = T>) -> Result<T, GivenUp> {
+        let mut waiting = pin!(waiting);
+        if let Ok(ended) = timeout(after, &mut waiting).await {
             return Ok(ended);
         }
         self.doubt();
         let mut is_closed = self.0.is_closed.subscribe();
         tokio::select! {
-            ended = timeout(STATEMENT_TIMEOUT - DOUBT_AFTER, statement) => ended.map_err(|_| GivenUp),
+            ended = timeout(STATEMENT_TIMEOUT - after, waiting) => ended.map_err(|_| GivenUp),
             _ = is_closed.wait_for(|is_closed| *is_closed) => Err(GivenUp),
         }
     }
