@@ -114,7 +114,7 @@ fn words(error: &ApiError) -> (&'static str, String) {
         ApiError::Unavailable(_) => (
             "The database does not answer",
             "Try again in a moment. Meanwhile deliveries are answered 503 and nothing is lost: Stripe repeats them for three days. For \
-             the person on call: run `stripe-reconciler doctor`, which says why, and what to do."
+             the person on call: the log says why, and `stripe-reconciler doctor` what to do."
                 .to_owned(),
         ),
         ApiError::Internal(_) => ("Something went wrong here", "The log says more.".to_owned()),
