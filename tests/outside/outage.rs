@@ -179,7 +179,7 @@ async fn a_disk_that_is_full_takes_no_delivery_and_is_still_read_and_the_doctor_
     // What has room in a page is still written, as on a disk that is full.
     let full = "create function disk_full() returns trigger language plpgsql as $$ begin
         raise exception using errcode = 'disk_full', message = 'could not extend file: No space left on device'; end $$;
-        create trigger disk_full after insert on events execute function disk_full()";
+        create trigger disk_full after insert on events for each row execute function disk_full()";
     world.database.execute(full).await;
     for _ in 0..20 {
         assert_eq!(probe.deliver().await.0.status, 503);
