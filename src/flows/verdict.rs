@@ -32,6 +32,13 @@ pub fn verdict(evidence: &Evidence) -> Verdict {
 }
 
 fn answer(evidence: &Evidence) -> String {
+    let answer = state_in_words(evidence);
+    // Whoever reads no further must not take play money for money.
+    let is_test = evidence.at_stripe.livemode == Some(false) && !evidence.entries.is_empty();
+    if is_test { format!("{answer} In test mode: no real money.") } else { answer }
+}
+
+fn state_in_words(evidence: &Evidence) -> String {
     let Some(last) = evidence.entries.last() else {
         return match (&evidence.stripe_invoice_id, evidence.as_of_ms) {
             (None, _) => "Nothing is known about its payment: the stored invoice names no invoice at Stripe.".to_owned(),
@@ -48,7 +55,9 @@ fn answer(evidence: &Evidence) -> String {
         }
         (State::Paid, _) => format!("Paid on {since}."),
         (State::PaymentPending, _) => format!("Not paid: it waits for payment since {since}."),
-        (State::PaymentInProgress, _) => format!("Not paid yet: a payment is under way since {since}."),
+        (State::PaymentInProgress, _) => {
+            format!("Not paid in full: a payment is under way, or a part has arrived, since {since}.")
+        }
         (State::PaymentFailed, _) => format!("Not paid: collecting it failed or was given up on {since}."),
     }
 }
@@ -133,13 +142,25 @@ mod tests {
                 "Paid on 2026-01-31 09:00:01 UTC. Money was returned, contested or added since, last on 2026-01-31 09:00:01 UTC.",
             ),
             (&[(State::PaymentPending, 0)], "Not paid: it waits for payment since 2026-01-31 09:00:00 UTC."),
-            (&[(State::PaymentInProgress, 0)], "Not paid yet: a payment is under way since 2026-01-31 09:00:00 UTC."),
+            (
+                &[(State::PaymentInProgress, 0)],
+                "Not paid in full: a payment is under way, or a part has arrived, since 2026-01-31 09:00:00 UTC.",
+            ),
             (&[(State::PaymentFailed, 0)], "Not paid: collecting it failed or was given up on 2026-01-31 09:00:00 UTC."),
             (&[], "Nothing is known about its payment: Stripe has told nothing about it yet."),
         ];
         for (states, answer) in cases {
             assert_eq!(verdict(&evidence(states)).answer, answer);
         }
+    }
+
+    #[test]
+    fn play_money_is_not_taken_for_money() {
+        let mut paid = evidence(&[(State::Paid, 1)]);
+        paid.at_stripe.livemode = Some(true);
+        assert_eq!(verdict(&paid).answer, "Paid on 2026-01-31 09:00:01 UTC.");
+        paid.at_stripe.livemode = Some(false);
+        assert_eq!(verdict(&paid).answer, "Paid on 2026-01-31 09:00:01 UTC. In test mode: no real money.");
     }
 
     #[test]
