@@ -111,7 +111,10 @@ pub async fn sign_in(
     if !is_from_here(&headers) {
         return Ok(from_elsewhere());
     }
-    let Form(Credentials { key, next: wanted }) = credentials.map_err(|_| ApiError::BadBody)?;
+    let Form(Credentials { key, next: wanted }) = credentials.map_err(|rejection| match rejection.status() {
+        StatusCode::PAYLOAD_TOO_LARGE => ApiError::TooLarge,
+        _ => ApiError::BadBody,
+    })?;
     let wanted = next(wanted);
     let hash = api_key::hash(key.trim().as_bytes());
     let found = state.store.key_by_hash(&hash).await?;
