@@ -66,6 +66,7 @@ fn grounds(evidence: &Evidence) -> String {
     let last = evidence.entries.last();
     let proofs = last.map_or(&[][..], |last| &last.proofs);
     let imported = last.is_some_and(|last| last.is_imported);
+    let is_past = evidence.as_of_ms.is_some();
     // What Stripe's API showed in the comparison itself is kept a moment after it began.
     let is_newer = |confirmed_ms: i64| {
         !proofs.is_empty() && proofs.iter().all(|event| event.source != Source::Api && event.received_ms > confirmed_ms)
@@ -83,6 +84,11 @@ fn grounds(evidence: &Evidence) -> String {
         }
         (None, Some(confirmed_ms)) => format!("Confirmed with Stripe at {}.", readable(confirmed_ms)),
         (None, None) if evidence.entries.is_empty() => String::new(),
+        // Only the last agreement is kept: before it there may have been others.
+        (None, None) if imported && is_past => {
+            "It came with the stored invoice; whether Stripe's API agreed by then is not known.".to_owned()
+        }
+        (None, None) if is_past => format!("{proved}; whether Stripe's API agreed by then is not known."),
         (None, None) if imported => "It came with the stored invoice, and was not compared with Stripe.".to_owned(),
         (None, None) => format!("{proved}; not compared with Stripe's API."),
     }
@@ -206,6 +212,8 @@ mod tests {
         let told = verdict(&paid);
         assert_eq!(told.waits, "One thing is still to be fetched from Stripe; it stands below.");
         assert!(told.grounds.ends_with("not compared with Stripe's API.") && !told.is_doubtful);
+        paid.as_of_ms = Some(NINE);
+        assert!(verdict(&paid).grounds.ends_with("; whether Stripe's API agreed by then is not known."));
         paid.differs_since_ms = Some(NINE);
         let told = verdict(&paid);
         assert!(

@@ -287,6 +287,7 @@ each_database! {
         for at in [before.to_owned(), format!("{before}Z"), "2026-01-01T00:00".to_owned(), "2026-01-01T00:00:00%2B01:00".to_owned()] {
             let then = text(&page(&server, &format!("{path}&at={at}"), &operator).await.with_status(200));
             assert!(then.contains("Nothing was known about its payment at that time") && then.contains("as known at"), "{at}: {then}");
+            assert!(then.contains("<dd>not known</dd>") && !then.contains("not compared"), "{at}: {then}");
         }
         let now = text(&page(&server, &format!("{path}&at=2999-01-01T00:00"), &operator).await.with_status(200));
         assert_eq!(now.matches("<article>").count(), entries.len());

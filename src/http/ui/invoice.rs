@@ -186,7 +186,14 @@ fn facts(evidence: &Evidence, document: &Value) -> Markup {
                 @if let Some(ms) = evidence.last_event_ms { div { dt { "Last event received" } dd { (time(ms)) } } }
                 div {
                     dt { "Confirmed with Stripe" }
-                    dd { @match evidence.confirmed_ms { Some(ms) => (time(ms)), None => "not compared" } }
+                    dd {
+                        @match (evidence.confirmed_ms, evidence.differs_since_ms) {
+                            (Some(ms), _) => (time(ms)),
+                            (None, Some(_)) => "never: it says something else",
+                            (None, None) if evidence.as_of_ms.is_some() => "not known",
+                            (None, None) => "not compared",
+                        }
+                    }
                 }
             }
         }
