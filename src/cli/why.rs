@@ -57,6 +57,7 @@ fn print(evidence: &Evidence) -> anyhow::Result<()> {
     output::line(match (evidence.confirmed_ms, evidence.differs_since_ms) {
         (_, Some(_)) => format!("Stripe's API says something else since {}", output::time(evidence.differs_since_ms)),
         (Some(_), _) => format!("Stripe's API last agreed {}", output::time(evidence.confirmed_ms)),
+        (None, None) if evidence.as_of_ms.is_some() => "whether Stripe's API agreed by then is not known".to_owned(),
         (None, None) => "not compared with Stripe's API".to_owned(),
     })?;
     if evidence.entries.is_empty() {

@@ -6,8 +6,9 @@ use crate::domain::history::{Entry, Known, fold};
 use crate::domain::invoice::{self, Fault, ImportedState, State};
 use crate::store::{InvoiceCursor, NewInvoice, Store, StoreError, StoredInvoice, StoredTelling};
 
-/// Invoices that one page looks through at most, while it seeks those in a state.
-const SCANNED: usize = 1_000;
+/// Invoices that one page looks through at most, while it seeks those in a state. A person who seeks a rare one clicks through
+/// what there is in such steps.
+const SCANNED: usize = 5_000;
 /// Invoices read at a time.
 const READ: u32 = 250;
 

@@ -32,6 +32,13 @@ pub fn verdict(evidence: &Evidence) -> Verdict {
 }
 
 fn answer(evidence: &Evidence) -> String {
+    let answer = state_in_words(evidence);
+    // Whoever reads no further must not take play money for money.
+    let is_test = evidence.at_stripe.livemode == Some(false) && !evidence.entries.is_empty();
+    if is_test { format!("{answer} In test mode: no real money.") } else { answer }
+}
+
+fn state_in_words(evidence: &Evidence) -> String {
     let Some(last) = evidence.entries.last() else {
         return match (&evidence.stripe_invoice_id, evidence.as_of_ms) {
             (None, _) => "Nothing is known about its payment: the stored invoice names no invoice at Stripe.".to_owned(),
@@ -48,7 +55,9 @@ fn answer(evidence: &Evidence) -> String {
         }
         (State::Paid, _) => format!("Paid on {since}."),
         (State::PaymentPending, _) => format!("Not paid: it waits for payment since {since}."),
-        (State::PaymentInProgress, _) => format!("Not paid yet: a payment is under way since {since}."),
+        (State::PaymentInProgress, _) => {
+            format!("Not paid in full: a payment is under way, or a part has arrived, since {since}.")
+        }
         (State::PaymentFailed, _) => format!("Not paid: collecting it failed or was given up on {since}."),
     }
 }
@@ -57,6 +66,7 @@ fn grounds(evidence: &Evidence) -> String {
     let last = evidence.entries.last();
     let proofs = last.map_or(&[][..], |last| &last.proofs);
     let imported = last.is_some_and(|last| last.is_imported);
+    let is_past = evidence.as_of_ms.is_some();
     // What Stripe's API showed in the comparison itself is kept a moment after it began.
     let is_newer = |confirmed_ms: i64| {
         !proofs.is_empty() && proofs.iter().all(|event| event.source != Source::Api && event.received_ms > confirmed_ms)
@@ -74,6 +84,11 @@ fn grounds(evidence: &Evidence) -> String {
         }
         (None, Some(confirmed_ms)) => format!("Confirmed with Stripe at {}.", readable(confirmed_ms)),
         (None, None) if evidence.entries.is_empty() => String::new(),
+        // Only the last agreement is kept: before it there may have been others.
+        (None, None) if imported && is_past => {
+            "It came with the stored invoice; whether Stripe's API agreed by then is not known.".to_owned()
+        }
+        (None, None) if is_past => format!("{proved}; whether Stripe's API agreed by then is not known."),
         (None, None) if imported => "It came with the stored invoice, and was not compared with Stripe.".to_owned(),
         (None, None) => format!("{proved}; not compared with Stripe's API."),
     }
@@ -133,13 +148,25 @@ mod tests {
                 "Paid on 2026-01-31 09:00:01 UTC. Money was returned, contested or added since, last on 2026-01-31 09:00:01 UTC.",
             ),
             (&[(State::PaymentPending, 0)], "Not paid: it waits for payment since 2026-01-31 09:00:00 UTC."),
-            (&[(State::PaymentInProgress, 0)], "Not paid yet: a payment is under way since 2026-01-31 09:00:00 UTC."),
+            (
+                &[(State::PaymentInProgress, 0)],
+                "Not paid in full: a payment is under way, or a part has arrived, since 2026-01-31 09:00:00 UTC.",
+            ),
             (&[(State::PaymentFailed, 0)], "Not paid: collecting it failed or was given up on 2026-01-31 09:00:00 UTC."),
             (&[], "Nothing is known about its payment: Stripe has told nothing about it yet."),
         ];
         for (states, answer) in cases {
             assert_eq!(verdict(&evidence(states)).answer, answer);
         }
+    }
+
+    #[test]
+    fn play_money_is_not_taken_for_money() {
+        let mut paid = evidence(&[(State::Paid, 1)]);
+        paid.at_stripe.livemode = Some(true);
+        assert_eq!(verdict(&paid).answer, "Paid on 2026-01-31 09:00:01 UTC.");
+        paid.at_stripe.livemode = Some(false);
+        assert_eq!(verdict(&paid).answer, "Paid on 2026-01-31 09:00:01 UTC. In test mode: no real money.");
     }
 
     #[test]
@@ -185,6 +212,8 @@ mod tests {
         let told = verdict(&paid);
         assert_eq!(told.waits, "One thing is still to be fetched from Stripe; it stands below.");
         assert!(told.grounds.ends_with("not compared with Stripe's API.") && !told.is_doubtful);
+        paid.as_of_ms = Some(NINE);
+        assert!(verdict(&paid).grounds.ends_with("; whether Stripe's API agreed by then is not known."));
         paid.differs_since_ms = Some(NINE);
         let told = verdict(&paid);
         assert!(

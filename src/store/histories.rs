@@ -21,7 +21,7 @@ macro_rules! invoice_and_tellings {
         concat!(
             "with recursive
              this as (select * from invoices where tenant_uid = $1 and invoice_uid = $2
-                      and ($5 or exists (select 1 from api_keys where (secret_sha256 = $3 or secret_sha256 = $4)
+                      and ($5 or exists (select 1 from api_keys where secret_sha256 in ($3, $4)
                                                                     and (tenant_uid is null or tenant_uid = $1)))),
              reached (root, object_id) as (
                  select 0, stripe_invoice_id from this where stripe_invoice_id is not null
@@ -31,7 +31,7 @@ macro_rules! invoice_and_tellings {
             ")
              select (select ",
             $keys,
-            " from api_keys where secret_sha256 = $3 or secret_sha256 = $4),
+            " from api_keys where secret_sha256 in ($3, $4)),
                     document, stripe_invoice_id, imported_states, stored_ms, revision,
                     (select ",
             $lines,

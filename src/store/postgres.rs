@@ -11,11 +11,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
-use sqlx::{ConnectOptions, Connection as _, PgConnection, PgPool, Row};
+use sqlx::{ConnectOptions, Connection as _, PgConnection, Postgres, Row};
 use tokio::sync::watch;
 use tokio::time::timeout;
 
 use super::error::READ_ONLY;
+use super::pool::Pool;
 use super::session::{Connection, PostgresConnection, Session, rows_in_postgres};
 use super::{Appended, NewEvent, StoreError};
 
@@ -37,10 +38,10 @@ const KNOCK: Duration = Duration::from_millis(200);
 
 #[derive(Clone, Debug)]
 pub(super) struct PostgresStore {
-    pool: PgPool,
+    pool: Arc<Pool<Postgres>>,
     /// One connection that appends, and nothing else: it has its statement ready, and never waits for readers. (A pool, since
     /// that opens it again.)
-    appending: PgPool,
+    appending: Arc<Pool<Postgres>>,
     /// A pooler stands between us and the server, and may hand each transaction to another of its connections.
     is_pooled: bool,
     gate: Gate,
@@ -98,7 +99,7 @@ impl PostgresStore {
                     let is_current = about.age <= watched.opened().elapsed();
                     Box::pin(async move { Ok(is_current) })
                 });
-            pool.connect_lazy_with(options.clone())
+            Pool::new(pool.connect_lazy_with(options.clone()))
         };
         Ok(PostgresStore { pool: pool(CONNECTIONS), appending: pool(1), is_pooled, gate })
     }
@@ -108,7 +109,7 @@ impl PostgresStore {
         self.session_of(&self.pool).await
     }
 
-    async fn session_of(&self, pool: &PgPool) -> Result<Session, StoreError> {
+    async fn session_of(&self, pool: &Arc<Pool<Postgres>>) -> Result<Session, StoreError> {
         let mut session = self.acquire(pool).await?;
         if self.is_pooled {
             // sqlx prepares and executes in two steps, and a pooler keeps both on one connection only within a transaction.
@@ -131,9 +132,10 @@ impl PostgresStore {
         Ok(session)
     }
 
-    async fn acquire(&self, pool: &PgPool) -> Result<Session, StoreError> {
+    async fn acquire(&self, pool: &Arc<Pool<Postgres>>) -> Result<Session, StoreError> {
         self.gate.pass()?;
-        let acquired = self.gate.judge(self.gate.doubted(ACQUIRE_DOUBT_AFTER, pool.acquire()).await)?;
+        let opened = *self.gate.opened();
+        let acquired = self.gate.judge(self.gate.doubted(ACQUIRE_DOUBT_AFTER, pool.acquire(Some(opened))).await)?;
         let (named, gate) = (!self.is_pooled, self.gate.clone());
         Ok(Session::new(Connection::Postgres(PostgresConnection { inner: acquired, named, gate, is_unsure: false })))
     }

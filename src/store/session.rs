@@ -1,9 +1,9 @@
 //! A connection of either engine, and statements on it: the same text and the same tuples for both.
 
-use sqlx::pool::PoolConnection;
 use sqlx::{Executor, PgConnection, Postgres, Sqlite};
 
 use super::StoreError;
+use super::pool::Pooled;
 use super::postgres::{Gate, GivenUp};
 
 /// One connection, for a few statements or for a transaction.
@@ -13,15 +13,17 @@ use super::postgres::{Gate, GivenUp};
 pub(super) struct Session {
     pub(super) connection: Connection,
     in_transaction: bool,
+    /// It came to its end.
+    is_done: bool,
 }
 
 pub(super) enum Connection {
-    Sqlite(PoolConnection<Sqlite>),
+    Sqlite(Pooled<Sqlite>),
     Postgres(PostgresConnection),
 }
 
 pub(super) struct PostgresConnection {
-    pub(super) inner: PoolConnection<Postgres>,
+    pub(super) inner: Pooled<Postgres>,
     /// Statements may be prepared under a name.
     pub(super) named: bool,
     pub(super) gate: Gate,
@@ -90,7 +92,7 @@ impl PostgresConnection {
 
 impl Session {
     pub(super) fn new(connection: Connection) -> Session {
-        Session { connection, in_transaction: false }
+        Session { connection, in_transaction: false, is_done: false }
     }
 
     pub(super) async fn begin(&mut self, sql: &'static str) -> Result<(), StoreError> {
@@ -101,6 +103,7 @@ impl Session {
     pub(super) async fn commit(mut self) -> Result<(), StoreError> {
         self.execute_plainly("commit").await?;
         self.set_in_transaction(false);
+        self.is_done = true;
         Ok(())
     }
 
@@ -110,8 +113,12 @@ impl Session {
     }
 
     /// Ends a session that may have needed a transaction.
-    pub(super) async fn done(self) -> Result<(), StoreError> {
-        if self.in_transaction { self.commit().await } else { Ok(()) }
+    pub(super) async fn done(mut self) -> Result<(), StoreError> {
+        if self.in_transaction {
+            return self.commit().await;
+        }
+        self.is_done = true;
+        Ok(())
     }
 
     /// Without preparing it.
@@ -129,10 +136,14 @@ impl Session {
 
 impl Drop for Session {
     fn drop(&mut self) {
+        let (is_done, in_transaction) = (self.is_done, self.in_transaction);
         match &mut self.connection {
-            Connection::Sqlite(connection) if self.in_transaction => connection.close_on_drop(),
-            Connection::Postgres(connection) if self.in_transaction || connection.is_unsure => connection.inner.close_on_drop(),
-            _ => {}
+            Connection::Sqlite(connection) if is_done => connection.set_ready(),
+            Connection::Sqlite(connection) if in_transaction => connection.close_on_drop(),
+            Connection::Sqlite(_) => {}
+            Connection::Postgres(connection) if connection.is_unsure || in_transaction => connection.inner.close_on_drop(),
+            Connection::Postgres(connection) if is_done => connection.inner.set_ready(),
+            Connection::Postgres(_) => {}
         }
     }
 }

@@ -8,10 +8,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use sqlx::ConnectOptions;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous};
+use sqlx::{ConnectOptions, Sqlite};
 use tokio::sync::mpsc;
 
+use super::pool::Pool;
 use super::session::{Connection, Session, execute, rows};
 use super::{Appended, Disk, NewEvent, Space, StoreError};
 use crate::domain::event::EventKey;
@@ -37,8 +38,8 @@ pub(super) struct SqliteStore {
     file: PathBuf,
     /// The file that was opened, by device and number: what its name leads to may become another.
     opened: Option<(u64, u64)>,
-    write: SqlitePool,
-    read: SqlitePool,
+    write: Arc<Pool<Sqlite>>,
+    read: Arc<Pool<Sqlite>>,
     /// Bytes written since the last checkpoint, about.
     written: Arc<AtomicUsize>,
     checkpoint: mpsc::Sender<()>,
@@ -68,9 +69,9 @@ impl SqliteStore {
             pool.idle_timeout(None).max_lifetime(None).acquire_timeout(BUSY_TIMEOUT)
         };
         // The writer first: it creates the file, which readers may not.
-        let write = pool(1).connect_with(options.clone()).await?;
+        let write = Pool::new(pool(1).connect_with(options.clone()).await?);
         let reading = options.clone().create_if_missing(false).read_only(true).pragma("cache_size", READERS_CACHE);
-        let read = pool(READERS).connect_with(reading).await?;
+        let read = Pool::new(pool(READERS).connect_with(reading).await?);
         let checkpointer = pool(1).connect_lazy_with(options);
         let (checkpoint, due) = mpsc::channel(1);
         let is_nearly_carried = Arc::new(AtomicBool::new(false));
@@ -81,18 +82,18 @@ impl SqliteStore {
 
     pub async fn session(&self) -> Result<Session, StoreError> {
         self.check_place()?;
-        Ok(Session::new(Connection::Sqlite(self.read.acquire().await?)))
+        Ok(Session::new(Connection::Sqlite(self.read.acquire(None).await?)))
     }
 
     /// A write transaction takes the lock at once: one that reads first fails when another process writes in between.
     pub async fn transaction(&self) -> Result<Session, StoreError> {
         self.check_place()?;
-        let mut session = Session::new(Connection::Sqlite(self.write.acquire().await?));
+        let mut session = Session::new(Connection::Sqlite(self.write.acquire(None).await?));
         session.begin("begin immediate").await?;
         Ok(session)
     }
 
-    pub fn writer(&self) -> &SqlitePool {
+    pub fn writer(&self) -> &Arc<Pool<Sqlite>> {
         &self.write
     }
 
@@ -118,7 +119,7 @@ impl SqliteStore {
         let json = |rows: serde_json::Result<String>| rows.expect("strings and numbers always serialise");
         let (events, mentions) = (json(serde_json::to_string(&events)), json(serde_json::to_string(&mentions)));
         let bytes = blob.len();
-        let mut session = Session::new(Connection::Sqlite(self.write.acquire().await?));
+        let mut session = Session::new(Connection::Sqlite(self.write.acquire(None).await?));
         if self.is_nearly_carried.swap(false, Ordering::Relaxed) {
             // The little that is left. With nothing in it that is still needed, the log starts anew with what is written next.
             execute!(session, CHECKPOINT)?;
@@ -127,6 +128,7 @@ impl SqliteStore {
         // All rows: with the first, the statements that follow would be left undone.
         let answered = rows!(session, fetch_all, (String,), APPEND, events, blob, mentions)?;
         session.set_in_transaction(false);
+        session.done().await?;
         self.note_written(bytes + PAGES_A_BATCH);
         let known = answered.first().map(|(keys,)| serde_json::from_str::<HashSet<String>>(keys));
         let mut known = known.and_then(Result::ok).ok_or_else(|| StoreError::Refused("known keys cannot be read".to_owned()))?;

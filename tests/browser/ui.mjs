@@ -57,6 +57,9 @@ async function operator(size, colorScheme) {
   await page.goto(base + invoicePage);
   await page.getByRole("link", { name: event }).first().waitFor();
   await measure(page, `invoice ${size} ${colorScheme}`);
+  await page.emulateMedia({ media: "print", colorScheme });
+  await measure(page, `invoice printed ${size} ${colorScheme}`);
+  await page.emulateMedia({ media: "screen", colorScheme });
   await page.getByRole("link", { name: event }).first().click();
   await page.getByText("bytes, as received").waitFor();
   await measure(page, `event ${size} ${colorScheme}`);

@@ -3,6 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
+use stripe_reconciler::domain::invoice;
+
 use crate::support::run;
 
 const CONFIG: &str = include_str!("../../src/config.rs");
@@ -226,4 +228,12 @@ fn the_image_is_built_from_all_that_the_code_includes() {
         }
     }
     assert!(seen > 5 && ["Cargo.toml", "Cargo.lock", "src", "benches"].iter().all(|name| kept.contains(name)), "{kept:?}");
+}
+
+#[test]
+fn the_document_that_is_to_be_moved_is_read_whole() {
+    let (_, page) = file("docs/moving-from-a-handler.md");
+    let document = page.split("```json").nth(1).unwrap().split("```").next().unwrap();
+    let valid = invoice::validate(serde_json::from_str(document).unwrap()).unwrap();
+    assert_eq!(valid.imported_states[0].message.as_deref(), Some("as the old system knew it"));
 }

@@ -118,6 +118,7 @@ each_database! {
             assert_eq!(told, world.run(&["why", "acme", &uid, "--json", "--as-of", moment]).with_code(0).json());
             let text = world.run(&["why", "acme", &uid, "--as-of", moment]).with_code(0).stdout;
             assert!(text.contains(&format!("as it was known at {}", told["asOf"].as_str().unwrap())), "{text}");
+            assert!(text.contains("whether Stripe's API agreed by then is not known"), "{text}");
         }
         assert!(known.iter().map(|(_, states)| states.to_string()).collect::<std::collections::BTreeSet<_>>().len() > 4);
         // Before it was stored, what came with it was not known; what Stripe had told was.

@@ -7,7 +7,8 @@ use serde_json::{Value, json};
 
 use crate::each_database;
 use crate::support::{
-    Answer, Database, OLD_SECRET, PostgresServer, SECRET, Server, World, client, invoice_path, recorded, send, signature,
+    Answer, Database, OLD_SECRET, PostgresServer, SECRET, Server, World, client, invoice_path, recorded, send, send_raw,
+    signature,
 };
 use stripe_reconciler::clock::Clock;
 
@@ -108,6 +109,9 @@ each_database! {
         for server in [&server, &replica] {
             page(server, "/ui", &session).await.with_status(200);
         }
+        let beside = format!("GET /ui HTTP/1.1\r\nHost: x\r\nCookie: of_another=Jos\u{e9}; {session}\r\nConnection: close\r\n\r\n");
+        let beside = send_raw(server.authority(), beside.as_bytes()).await;
+        assert!(beside.starts_with("HTTP/1.1 200"), "another program on this host set a cookie that is no ASCII: {beside}");
         let (name, value) = session.split_once('=').unwrap();
         let forged = [format!("{name}="), format!("{name}={key}"), format!("{name}={}0", &value[..value.len() - 1]), format!("other={value}")];
         for forged in forged.iter().filter(|forged| **forged != session) {
@@ -142,9 +146,10 @@ each_database! {
             let answer = sign_in(&server, wrong).await.with_status(401);
             assert!(text(&answer).contains("not valid") && answer.header("set-cookie").is_empty(), "{wrong}");
         }
-        for form in ["", "next=%2Fui", "key=a&key=b", "key=%ff", &format!("key={}", "a".repeat(20_000))] {
-            let answer = look(&server, "POST", "/ui/sign-in", &[("origin", &server.base)], form).await;
-            assert!(answer.status.is_client_error() && text(&answer).contains("<h1>"), "{answer:?}");
+        let large = format!("key={}", "a".repeat(20_000));
+        for (form, status) in [("", 400), ("next=%2Fui", 400), ("key=a&key=b", 400), ("key=%ff", 401), (&*large, 413)] {
+            let answer = look(&server, "POST", "/ui/sign-in", &[("origin", &server.base)], form).await.with_status(status);
+            assert!(text(&answer).contains("<h1>"), "{answer:?}");
         }
         let away = look(&server, "POST", "/ui/sign-in", &[("origin", &server.base)], &format!("{form}&next=https%3A%2F%2Fevil.example")).await;
         assert_eq!(away.header("location"), "/ui");
@@ -228,6 +233,29 @@ each_database! {
         assert!(uids(&paid) == 1 && paid.contains("50.00 EUR paid for invoice No 1"), "{paid}");
         assert_eq!(uids(&text(&page(&server, "/ui?state=PaymentFailed", &acme).await)), 0);
         page(&server, "/ui?state=Odd", &acme).await.with_status(400);
+        let later: Vec<String> = (0..1_500).map(|n| json!({"metadata": {"uid": format!("late-{n}")}}).to_string()).collect();
+        world.run_with_input(&["invoices", "import", "--tenant", "acme", "-"], later.join("\n").as_bytes()).with_code(0);
+        assert_eq!(uids(&text(&page(&server, "/ui?state=Paid", &acme).await)), 1, "a rare one is found in a few steps");
+    }
+
+    async fn what_became_of_the_money_stands_in_the_answer(world: World) {
+        world.store("inv-1", "in_1").await.with_status(201);
+        let mut note = event("evt_2", json!({"id": "cn_1", "object": "credit_note", "invoice": "in_1", "number": "CN-1", "amount": 1500,
+            "currency": "eur", "status": "issued", "type": "post_payment"}));
+        note["type"] = json!("credit_note.created");
+        let mut voided = note.clone();
+        (voided["id"], voided["type"], voided["data"]["object"]["status"]) = (json!("evt_3"), json!("credit_note.voided"), json!("void"));
+        for event in [paid("evt_1", "in_1"), note, voided] {
+            world.deliver(&event).await.with_status(200);
+        }
+        let server = server(&world);
+        let acme = session(&server, &world.acme_key).await;
+        let shown = text(&page(&server, "/ui/invoice?tenant=acme&uid=inv-1", &acme).await.with_status(200));
+        let (answer, _) = shown.split_once("How we know").unwrap();
+        for said in ["50.00 EUR paid for invoice No 1", "over 15.00 EUR for invoice No 1 was issued", "was voided", "In test mode: no real money."] {
+            assert!(answer.contains(said), "{said} is not in {answer}");
+        }
+        assert!(!answer.contains("waits for payment"), "what was before it was paid is history: {answer}");
     }
 
     async fn an_invoice_is_shown_with_its_proofs_and_as_it_was_known(world: World) {
@@ -259,6 +287,7 @@ each_database! {
         for at in [before.to_owned(), format!("{before}Z"), "2026-01-01T00:00".to_owned(), "2026-01-01T00:00:00%2B01:00".to_owned()] {
             let then = text(&page(&server, &format!("{path}&at={at}"), &operator).await.with_status(200));
             assert!(then.contains("Nothing was known about its payment at that time") && then.contains("as known at"), "{at}: {then}");
+            assert!(then.contains("<dd>not known</dd>") && !then.contains("not compared"), "{at}: {then}");
         }
         let now = text(&page(&server, &format!("{path}&at=2999-01-01T00:00"), &operator).await.with_status(200));
         assert_eq!(now.matches("<article>").count(), entries.len());

@@ -8,7 +8,7 @@ use serde::Deserialize;
 
 use super::layout::{self, Here, came_by, event_address, pager};
 use super::session::{Operator, Visitor};
-use super::text::{address, id, quoted, time, time_s, visible_lines};
+use super::text::{address, id, marked, quoted, time, time_s, visible_lines};
 use crate::domain::invoice::validate_uid;
 use crate::flows::events::{self, Cursor, OutcomeFilter, Page, PageRequest};
 use crate::http::error::ApiError;
@@ -119,7 +119,7 @@ fn outcome(event: &LoggedEvent) -> Markup {
         @match event.outcome {
             Outcome::Recorded => "Something about a payment",
             Outcome::NoPaymentFact => "Nothing about a payment",
-            Outcome::Unreadable => { @match &event.unreadable_reason { Some(reason) => (quoted(reason)), None => "Unreadable" } }
+            Outcome::Unreadable => { @match &event.unreadable_reason { Some(reason) => (marked(reason)), None => "Unreadable" } }
         }
     }
 }

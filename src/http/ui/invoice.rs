@@ -10,7 +10,7 @@ use serde_json::Value;
 use super::layout::{self, Here, badge};
 use super::session::Visitor;
 use super::text::{self, address, duration, encoded, id, quoted, sentence, time, time_s};
-use crate::domain::invoice::validate_uid;
+use crate::domain::invoice::{State, validate_uid};
 use crate::domain::money;
 use crate::domain::time::timestamp;
 use crate::flows::evidence::{self, Evidence, Missing, Proven};
@@ -76,7 +76,6 @@ fn as_time(text: &str) -> String {
 
 fn answer(evidence: &Evidence) -> Markup {
     let verdict = verdict(evidence);
-    let message = evidence.entries.last().and_then(|entry| entry.message.as_deref());
     html! {
         section.answer.(layout::tone(verdict.state)) aria-labelledby="invoice" {
             p.answer-state { (badge(verdict.state)) @if let Some(ms) = evidence.as_of_ms { span.then { "as known at " (time(ms)) } } }
@@ -84,9 +83,16 @@ fn answer(evidence: &Evidence) -> Markup {
             p.lead { (sentence(&verdict.answer)) }
             @if verdict.is_doubtful { p.mistake role="alert" { (sentence(&verdict.grounds)) } }
             p.grounds { @if !verdict.is_doubtful { (sentence(&verdict.grounds)) " " } (verdict.waits) }
-            @if let Some(message) = message { p.last { (quoted(message)) } }
+            div.last { @for message in told(&evidence.entries) { p { (quoted(message)) } } }
         }
     }
+}
+
+/// What is said at once: the latest; of what was paid, also how much that was, and what became of the money since.
+fn told(entries: &[Proven]) -> impl Iterator<Item = &str> {
+    let paid = entries.iter().position(|entry| entry.state == State::Paid);
+    let from = paid.unwrap_or(entries.len().saturating_sub(1));
+    entries[from..].iter().filter_map(|entry| entry.message.as_deref())
 }
 
 fn open(missing: &Missing, visitor: &Visitor) -> Markup {
@@ -180,7 +186,14 @@ fn facts(evidence: &Evidence, document: &Value) -> Markup {
                 @if let Some(ms) = evidence.last_event_ms { div { dt { "Last event received" } dd { (time(ms)) } } }
                 div {
                     dt { "Confirmed with Stripe" }
-                    dd { @match evidence.confirmed_ms { Some(ms) => (time(ms)), None => "not compared" } }
+                    dd {
+                        @match (evidence.confirmed_ms, evidence.differs_since_ms) {
+                            (Some(ms), _) => (time(ms)),
+                            (None, Some(_)) => "never: it says something else",
+                            (None, None) if evidence.as_of_ms.is_some() => "not known",
+                            (None, None) => "not compared",
+                        }
+                    }
                 }
             }
         }

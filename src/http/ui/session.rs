@@ -80,8 +80,10 @@ async fn signed_in(state: &AppState, headers: &HeaderMap) -> Result<Option<Scope
     Ok(auth::scope(state, vec![key]).ok())
 }
 
+/// The session's. Beside it may stand cookies of others on this host, which may hold any bytes.
 fn cookie(headers: &HeaderMap) -> Option<&str> {
-    let pairs = headers.get_all(header::COOKIE).iter().filter_map(|value| value.to_str().ok()).flat_map(|value| value.split(';'));
+    let lines = headers.get_all(header::COOKIE).iter().map(HeaderValue::as_bytes);
+    let pairs = lines.flat_map(|line| line.split(|byte| *byte == b';')).filter_map(|pair| std::str::from_utf8(pair).ok());
     pairs.filter_map(|pair| pair.trim().split_once('=')).find(|(name, _)| *name == COOKIE).map(|(_, value)| value)
 }
 
@@ -109,7 +111,10 @@ pub async fn sign_in(
     if !is_from_here(&headers) {
         return Ok(from_elsewhere());
     }
-    let Form(Credentials { key, next: wanted }) = credentials.map_err(|_| ApiError::BadBody)?;
+    let Form(Credentials { key, next: wanted }) = credentials.map_err(|rejection| match rejection.status() {
+        StatusCode::PAYLOAD_TOO_LARGE => ApiError::TooLarge,
+        _ => ApiError::BadBody,
+    })?;
     let wanted = next(wanted);
     let hash = api_key::hash(key.trim().as_bytes());
     let found = state.store.key_by_hash(&hash).await?;
@@ -155,10 +160,13 @@ fn from_elsewhere() -> Response {
 
 /// Where to go after signing in: a page of ours, and nothing else.
 fn next(wanted: Option<String>) -> String {
-    let is_ours = |path: &String| {
-        let rest = path.strip_prefix("/ui");
+    let is_ours = |wanted: &String| {
+        let rest = wanted.strip_prefix("/ui");
+        // No page has these in its path; browsers take them for steps, also out of here.
+        let path = wanted.split('?').next().unwrap_or_default();
         rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(['/', '?']))
-            && path.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'\\')
+            && wanted.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'\\')
+            && !path.contains(['%', '.'])
             && !path.starts_with("/ui/sign-")
     };
     wanted.filter(is_ours).unwrap_or_else(|| "/ui".to_owned())
@@ -197,11 +205,21 @@ mod tests {
 
     #[test]
     fn signing_in_leads_to_pages_of_ours_only() {
-        for ours in ["/ui", "/ui?q=a", "/ui/invoice?tenant=acme&uid=a%20b"] {
+        for ours in ["/ui", "/ui?q=a", "/ui/invoice?tenant=acme&uid=a%20b.."] {
             assert_eq!(next(Some(ours.to_owned())), ours);
         }
-        for other in ["", "//evil.example", "https://evil.example", "/uix", "/ui\r\nx", "/ui/\\evil", "/v1/events", "/ui/sign-in"]
-        {
+        for other in [
+            "",
+            "//evil.example",
+            "https://evil.example",
+            "/uix",
+            "/ui\r\nx",
+            "/ui/\\evil",
+            "/v1/events",
+            "/ui/sign-in",
+            "/ui/../evil",
+            "/ui/%2e%2E/evil",
+        ] {
             assert_eq!(next(Some(other.to_owned())), "/ui", "{other}");
         }
     }

@@ -14,7 +14,7 @@ mod world;
 
 pub use command::{Ran, binary, run};
 pub use database::{Database, Engine};
-pub use http::{Answer, Wire, client, send, try_send};
+pub use http::{Answer, Wire, client, send, send_raw, try_send};
 pub use load::Load;
 pub use pooler::Pooler;
 pub use postgres::PostgresServer;
