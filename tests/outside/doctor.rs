@@ -274,6 +274,9 @@ each_database! {
         world.database.execute("update moments set at_ms = at_ms - 60000 where name = 'refused future'").await;
         world.deliver_signed(&signature(SECRET, now_s() - 1000, body.as_bytes()), body.as_bytes()).await.with_status(400);
         until(&world, "it is noted", |_| doctor(&world, &[]).check("signatures").to_string().contains("clock is ahead")).await;
+        // The clock was set: as if that had been some time before the last that was accepted.
+        world.database.execute("update moments set at_ms = at_ms - 660000 where name like 'refused %'").await;
+        doctor(&world, &[]).assert_wrong(&[]);
     }
 
     async fn what_waits_for_its_invoice_is_wrong_when_it_ages_and_what_cannot_be_read_is(world: World) {

@@ -6,7 +6,7 @@ use crate::domain::signature::SecretName;
 use crate::flows::secret_use::{configured_since, last_used};
 use crate::flows::signs::{DELIVERED, REFUSED, SECRET, Vitals};
 
-/// How long nothing may be accepted beside what is refused.
+/// How long nothing may be accepted beside what is refused; and how long others are accepted after it until it is over.
 const NOTHING_ACCEPTED_MS: i64 = 10 * MINUTE_MS;
 /// How long Stripe signs with the old secret, too, when one is rolled; and some time to notice.
 const ROLLED_MS: i64 = 25 * HOUR_MS;
@@ -35,7 +35,8 @@ pub fn signatures(vitals: &Vitals, now_ms: i64) -> Check {
     ];
     // A clock that was set wrong the other way leaves word of both.
     let last_off = off.iter().filter_map(|(reason, found)| recently(reason).map(|at_ms| (at_ms, found))).max();
-    if let Some((at_ms, found)) = last_off.filter(|(at_ms, _)| now_ms - at_ms < HOUR_MS) {
+    let is_over = |at_ms: i64| accepted_ms.is_some_and(|accepted_ms| accepted_ms > at_ms + NOTHING_ACCEPTED_MS);
+    if let Some((at_ms, found)) = last_off.filter(|(at_ms, _)| now_ms - at_ms < HOUR_MS && !is_over(*at_ms)) {
         let found = format!("Authentic deliveries are refused as {found}. The last came {}; {accepted}.", ago(at_ms, now_ms));
         let cure = "Set the clock, and let NTP keep it (`timedatectl`, `chronyc tracking`).";
         return if alone(at_ms) { failing("signatures", found, cure) } else { warning("signatures", found, cure) };
