@@ -224,7 +224,7 @@ fn unknown_here(unknown: &UnknownHere) -> Vec<String> {
 }
 
 async fn list(store: &Store, json: bool) -> anyhow::Result<Exit> {
-    let runs = store.last_runs(LISTED).await?;
+    let runs = store.last_runs(LISTED, i64::MAX).await?;
     if json {
         let runs: Vec<Value> = runs.iter().map(as_json).collect::<Result<_, _>>()?;
         output::line(serde_json::to_string_pretty(&json!({"runs": runs}))?)?;

@@ -20,7 +20,9 @@ use crate::domain::event::Telling;
 use crate::domain::signature::SecretName;
 use crate::domain::silence;
 use crate::metrics::{Metrics, Rejection};
-use crate::store::{Backlog, COUNTED, Counted, EventFilter, LogLine, News, PackedBody, Run, Source, Space, Store, StoreError};
+use crate::store::{
+    Backlog, CLOCKS_DIFFER_MS, COUNTED, Counted, EventFilter, LogLine, News, PackedBody, Run, Source, Space, Store, StoreError,
+};
 
 /// Names of moments. What follows is a label.
 pub const DELIVERED: &str = "delivered";
@@ -33,6 +35,8 @@ pub const EXAMINED: &str = "examined";
 
 /// How far the log was read, Unix milliseconds: the name of a progress.
 const READ_UNTIL: &str = "signs";
+/// What was noted for later than that, a clock noted that was ahead: webhooks are taken while it is so by five minutes at most.
+const AHEAD_MS: i64 = 6 * 60_000;
 /// Rows read at a time, and in one step at most.
 const PAGE: u32 = 100;
 const STEP: usize = 10_000;
@@ -82,10 +86,12 @@ impl Vitals {
     /// The database cannot be reached.
     pub async fn read(store: &Store, now_ms: i64) -> Result<Vitals, StoreError> {
         let awaited = store.awaited(COUNTED).await?;
-        let runs = store.last_runs(PASSES).await?;
+        let runs = store.last_runs(PASSES, now_ms + CLOCKS_DIFFER_MS).await?;
         let progress = store.progress(READ_UNTIL).await?;
+        let mut moments = store.moments().await?;
+        moments.retain(|_, at_ms| *at_ms <= now_ms + AHEAD_MS);
         Ok(Vitals {
-            moments: store.moments().await?,
+            moments,
             awaited_invoices: awaited.len(),
             events_without_invoice: awaited.iter().map(|awaited| awaited.events).sum(),
             oldest_without_invoice_ms: awaited.first().map(|awaited| awaited.received_ms),

@@ -175,7 +175,8 @@ const RELEASE: &str = "delete from leases where name = $1 and holder = $2";
 
 const KEEP_RUN: &str = "insert into runs (id, started_ms, ended_ms, report) values ($1, $2, $3, $4)";
 const FORGET_RUNS: &str = "delete from runs where id not in (select id from runs order by started_ms desc, id limit $1)";
-const LAST_RUNS: &str = "select id, started_ms, ended_ms, report from runs order by started_ms desc, id limit $1";
+const LAST_RUNS: &str =
+    "select id, started_ms, ended_ms, report from runs where started_ms <= $2 order by started_ms desc, id limit $1";
 
 impl Store {
     /// Events whose time to be asked about has come, the longest due first.
@@ -364,10 +365,10 @@ impl Store {
         session.commit().await
     }
 
-    /// The last passes, the latest first.
-    pub async fn last_runs(&self, limit: u32) -> Result<Vec<Run>, StoreError> {
+    /// The last passes that began no later than then, the latest first.
+    pub async fn last_runs(&self, limit: u32, until_ms: i64) -> Result<Vec<Run>, StoreError> {
         let mut session = self.session().await?;
-        let found = rows!(session, fetch_all, (String, i64, i64, String), LAST_RUNS, i64::from(limit))?;
+        let found = rows!(session, fetch_all, (String, i64, i64, String), LAST_RUNS, i64::from(limit), until_ms)?;
         session.done().await?;
         found.into_iter().map(run).collect()
     }

@@ -28,6 +28,22 @@ each_database! {
         assert_eq!(doctor(&world, &settings).check("deliveries")["state"], "ok");
     }
 
+    async fn what_a_clock_noted_that_was_ahead_does_not_hide_what_is_so_now(world: World) {
+        let stripe = Stripe::start();
+        let ours = format!("{}/webhooks/stripe", world.server.base);
+        stripe.register(Endpoint { status: "disabled", ..Endpoint::enabled(&ours) });
+        came(&world, [10 * MINUTE_MS]).await;
+        let environment = [&[("DATABASE_URL", world.database.url.as_str())], &stripe.settings()[..]].concat();
+        support::run(&environment, &["reconcile"], b"");
+        doctor(&world, &[]).assert_says("endpoint", &["is disabled"]);
+        move_passes(&world, -DAY_MS).await;
+        world.database.execute(&format!("insert into moments values ('refused stale', {})", Clock::system().now_ms() + DAY_MS)).await;
+        doctor(&world, &[]).assert_wrong(&[]).assert_says("endpoint", &["It was not looked at"]);
+        world.database.execute(&format!("insert into moments values ('reconciling failed', {})", Clock::system().now_ms())).await;
+        let said = doctor(&world, &[]);
+        said.assert_wrong(&[("reconciliation", "failing")]).assert_says("reconciliation", &["The last pass failed", "none succeeded yet"]);
+    }
+
     async fn what_an_endpoint_need_not_send_is_not_missed(world: World) {
         let stripe = Stripe::start();
         let mut life = stripe.draft(terms());

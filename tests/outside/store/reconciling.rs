@@ -81,16 +81,17 @@ each_store! {
 
     async fn the_reports_of_the_last_passes_are_kept(place: Place) {
         let store = &place.store;
-        assert!(store.last_runs(10).await.unwrap().is_empty());
+        assert!(store.last_runs(10, i64::MAX).await.unwrap().is_empty());
         for n in 0..205 {
             store.keep_run(&run_of(n)).await.unwrap();
         }
-        let last = store.last_runs(3).await.unwrap();
+        let last = store.last_runs(3, i64::MAX).await.unwrap();
         let shown = |run: &Run| (run.id.clone(), run.started_ms, run.ended_ms, run.report.get().to_owned());
         assert_eq!(last.iter().map(shown).collect::<Vec<_>>(), [204, 202, 203].map(|n| shown(&run_of(n))), "by start, then by id");
-        let all = store.last_runs(1000).await.unwrap();
+        let all = store.last_runs(1000, i64::MAX).await.unwrap();
         assert_eq!(all.len(), 200, "the oldest are forgotten");
         assert!(all.iter().all(|run| run.started_ms >= 2));
+        assert_eq!(store.last_runs(1, last[1].started_ms - 1).await.unwrap()[0].started_ms, last[1].started_ms - 1, "none that began later");
         assert!(store.keep_run(&run_of(204)).await.is_err(), "a pass ends once");
     }
 
