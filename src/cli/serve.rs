@@ -77,6 +77,9 @@ impl Serve {
         let ui = if config.ui { Ui::Shown } else { Ui::Absent };
         let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
         let store = open(config, Access::Writes).await?;
+        if store.keys().await?.is_empty() {
+            tracing::warn!("the database holds no API key: it is new, or not the one that it was (`stripe-reconciler doctor`)");
+        }
         let connections = allowed_connections(max_connections);
         let listener = listen(address)?;
         let metrics = metrics_address.map(listen).transpose()?;

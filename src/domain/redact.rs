@@ -29,8 +29,8 @@ fn shown(line: &str) -> String {
 
 /// Addresses, links, tokens of hosted pages, and secrets.
 fn is_private(word: &str) -> bool {
-    const MARKS: [&str; 10] =
-        ["@", "://", "_secret_", "stripe.com/", "/live_", "/test_", "sk_live_", "sk_test_", "rk_live_", "whsec_"];
+    const MARKS: [&str; 11] =
+        ["@", "://", "_secret_", "stripe.com/", "/live_", "/test_", "sk_live_", "sk_test_", "rk_live_", "rk_test_", "whsec_"];
     MARKS.iter().any(|mark| word.contains(mark))
 }
 

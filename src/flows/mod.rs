@@ -8,6 +8,7 @@ pub mod evidence;
 pub mod import;
 pub mod ingest;
 pub mod invoices;
+pub mod missed;
 pub mod rebuild;
 pub mod reconcile;
 pub mod replay;

@@ -89,7 +89,7 @@ impl Vitals {
             awaited_invoices: awaited.len(),
             events_without_invoice: awaited.iter().map(|awaited| awaited.events).sum(),
             oldest_without_invoice_ms: awaited.first().map(|awaited| awaited.received_ms),
-            unreadable: store.count_unreadable().await?,
+            unreadable: store.count_unreadable(now_ms - DAYS_30_MS).await?,
             differing: store.count_differing().await?,
             backlog: store.backlog(now_ms).await?,
             passes: runs.iter().map(Pass::of).collect(),

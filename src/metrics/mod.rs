@@ -190,7 +190,8 @@ impl Log {
                 "oldest_event_without_invoice_age_seconds",
                 "For how long the first of these events has waited; 0: none waits",
             ),
-            unreadable_events: r.gauge("unreadable_events", "Events that could not be read; counted up to 10000"),
+            unreadable_events: r
+                .gauge("unreadable_events", "Events of the last 30 days that could not be read; counted up to 10000"),
             last_delivery_timestamp_seconds: r.floats("last_delivery_timestamp_seconds", delivered, "mode", &MODES),
             secret_last_used_timestamp_seconds: r.floats("secret_last_used_timestamp_seconds", used, "label", &[]),
         }
@@ -203,7 +204,8 @@ impl Reconcile {
             enabled: r.gauge("reconcile_enabled", "1: this process reconciles with Stripe's API"),
             runs: r.counters("reconcile_runs_total", "Passes that this process made, by how they ended", "result", &RESULTS),
             healed: r.counter("reconcile_healed_total", "Histories that passes changed"),
-            api_only_events: r.counter("reconcile_api_only_events_total", "Events that a pass found and no webhook had brought"),
+            api_only_events: r
+                .counter("reconcile_api_only_events_total", "Events that a pass found and a webhook should have brought"),
             api_calls: r.counter("reconcile_api_calls_total", "Calls to Stripe's API, retries among them"),
             backlog: r.gauges(
                 "reconcile_backlog",

@@ -45,6 +45,8 @@ impl StoreError {
 
 /// SQLite's primary result codes that pass: busy, locked, read-only, I/O error, full, cannot open.
 const PASSING: [u32; 6] = [5, 6, 8, 10, 13, 14];
+/// PostgreSQL: somebody made the database read-only, or the server is no longer the primary.
+pub(super) const READ_ONLY: &str = "25006";
 /// PostgreSQL's classes of errors that mean the server: connection, out of resources, going down, system error.
 const SERVER: [&str; 4] = ["08", "53", "57", "58"];
 
@@ -67,15 +69,13 @@ fn of_database(error: &dyn DatabaseError) -> StoreError {
         return StoreError::Contended(message);
     }
     if code == "42P01" || message.contains("no such table") {
-        return StoreError::Unavailable("it is not migrated: run `stripe-reconciler migrate`".to_owned());
+        return StoreError::Unavailable("it is empty: it was never migrated".to_owned());
     }
     if error.try_downcast_ref::<PgDatabaseError>().is_some() {
         return match &*code {
             "40001" | "40P01" => StoreError::Contended(message),
-            // Its disk is full, or it has no connection more: what is there can still be read.
-            "53100" | "53300" => StoreError::Unavailable(message),
-            // Read only: no longer the primary, or out of disk.
-            "25006" => StoreError::Away(message),
+            // Its disk is full, it has no connection more, or it is read-only: what is there can still be read.
+            "53100" | "53300" | READ_ONLY => StoreError::Unavailable(message),
             code if SERVER.contains(&&code[..2]) => StoreError::Away(message),
             _ => StoreError::Refused(message),
         };

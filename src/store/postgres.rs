@@ -15,6 +15,7 @@ use sqlx::{ConnectOptions, Connection as _, PgConnection, Postgres, Row};
 use tokio::sync::watch;
 use tokio::time::timeout;
 
+use super::error::READ_ONLY;
 use super::pool::Pool;
 use super::session::{Connection, PostgresConnection, Session, rows_in_postgres};
 use super::{Appended, NewEvent, StoreError};
@@ -305,6 +306,10 @@ impl Gate {
             Ok(Ok(value)) => return Ok(value),
             Ok(Err(sqlx::Error::PoolTimedOut)) => "no connection is free",
             Ok(Err(error)) => {
+                if error.as_database_error().and_then(|error| error.code()).as_deref() == Some(READ_ONLY) {
+                    // Where it is no longer the primary, new connections lead to who is.
+                    *self.opened() = Instant::now();
+                }
                 let error = StoreError::from(error);
                 if let StoreError::Away(reason) = &error {
                     self.close(reason);

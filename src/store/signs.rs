@@ -114,7 +114,9 @@ const AWAITED: &str = "
     order by received_ms, stripe_invoice_id limit $1";
 
 const UNREADABLE: &str = "
-    select count(*), min(received_ms) from (select received_ms from events where outcome = 'unreadable' order by received_ms limit $1) as counted";
+    select count(*), min(received_ms) from (
+        select received_ms from events where outcome = 'unreadable' and received_ms >= $2 order by received_ms limit $1
+    ) as counted";
 const DIFFERING: &str = "
     select count(*), min(differs_since_ms)
     from (select differs_since_ms from invoices where differs_since_ms is not null order by differs_since_ms limit $1) as counted";
@@ -193,19 +195,18 @@ impl Store {
         Ok(found.into_iter().map(awaited).collect())
     }
 
-    /// Events that could not be read.
-    pub async fn count_unreadable(&self) -> Result<Counted, StoreError> {
-        self.count(UNREADABLE).await
+    /// Events that came since and could not be read.
+    pub async fn count_unreadable(&self, from_ms: i64) -> Result<Counted, StoreError> {
+        let mut session = self.session().await?;
+        let (count, since_ms) = rows!(session, fetch_one, (i64, Option<i64>), UNREADABLE, i64::from(COUNTED), from_ms)?;
+        session.done().await?;
+        Ok(Counted { count, since_ms })
     }
 
     /// Invoices that differ from Stripe's.
     pub async fn count_differing(&self) -> Result<Counted, StoreError> {
-        self.count(DIFFERING).await
-    }
-
-    async fn count(&self, sql: &'static str) -> Result<Counted, StoreError> {
         let mut session = self.session().await?;
-        let (count, since_ms) = rows!(session, fetch_one, (i64, Option<i64>), sql, i64::from(COUNTED))?;
+        let (count, since_ms) = rows!(session, fetch_one, (i64, Option<i64>), DIFFERING, i64::from(COUNTED))?;
         session.done().await?;
         Ok(Counted { count, since_ms })
     }

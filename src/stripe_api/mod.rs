@@ -22,6 +22,7 @@ use serde_json::value::RawValue;
 use stripe_client_core::{CustomizedStripeRequest, RequestBuilder, StripeClient, StripeClientErr, StripeMethod};
 use tracing::{Instrument, field};
 
+use crate::domain::redact;
 use crate::transport::{Transport, TransportError};
 use budget::Budget;
 pub use settings::{ApiKey, Settings};
@@ -285,9 +286,10 @@ fn reason(status: StatusCode, body: &[u8]) -> String {
     }
     let told = serde_json::from_slice::<Body>(body).ok();
     let words = told.and_then(|body| body.error.message.or(body.error.code));
-    // The message about a wrong key repeats a part of it.
+    // The message about a wrong key repeats a part of it, and says no more than the status. That about a right that a key lacks does
+    // so, too, behind a hundred asterisks, and then says which.
     match words.filter(|_| status != StatusCode::UNAUTHORIZED) {
-        Some(words) => format!("{status}: {}", words.chars().take(200).collect::<String>()),
+        Some(words) => format!("{status}: {}", redact::clean(&words)),
         None => status.to_string(),
     }
 }
@@ -344,6 +346,14 @@ mod tests {
         let said = |status, body| understand("/v1/events", &answer(status, None, body)).err().unwrap().error.to_string();
         let denied = said(403, r#"{"error":{"message":"The key lacks `rak_event_read`."}}"#);
         assert_eq!(denied, "Stripe refused /v1/events: 403 Forbidden: The key lacks `rak_event_read`.");
+        let hidden = format!(
+            "The provided key 'rk_live_{}qs8Kgd' does not have the required permissions for this endpoint on account \
+             'acct_1'. Having the 'rak_event_read' permission would allow this request to continue.",
+            "*".repeat(93)
+        );
+        let hidden = serde_json::json!({"error": {"message": hidden}}).to_string();
+        let lacks = said(403, Box::leak(hidden.into_boxed_str()));
+        assert!(!lacks.contains("qs8Kgd") && lacks.contains("Having the 'rak_event_read' permission"), "{lacks}");
         let unauthorized = said(401, r#"{"error":{"message":"Invalid API Key provided: sk_live_abc"}}"#);
         assert_eq!(unauthorized, "Stripe does not accept STRIPE_API_KEY: 401 Unauthorized");
     }

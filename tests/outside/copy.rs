@@ -228,4 +228,33 @@ each_direction! {
         assert!(lines.last().unwrap().starts_with("2 histories compared in ") && ran.stdout.ends_with(": all the same\n"), "{ran:?}");
         assert_eq!(ran.stderr, "");
     }
+
+    async fn of_many_that_differ_a_person_is_told_twenty(world: World, target: Database) {
+        many(&world, 25);
+        for n in 0..25 {
+            world.store(&format!("inv-{n}"), &format!("in_many_{n}")).await.with_status(201);
+        }
+        let there = Store::connect(&target.url).await.unwrap();
+        there.migrate().await.unwrap();
+        there.close().await;
+        // What tells which events are about an invoice is lost on the way.
+        let (lose, find) = match target.engine {
+            Engine::Sqlite => ("create trigger lost before insert on mentions begin select raise(ignore); end", "drop trigger lost"),
+            Engine::Postgres => (
+                "create function lost() returns trigger language plpgsql as $$ begin return null; end $$;
+                 create trigger lost before insert on mentions for each row execute function lost()",
+                "drop trigger lost on mentions",
+            ),
+        };
+        target.execute(lose).await;
+        let ran = run(&[("DATABASE_URL", &world.database.url), ("COPY_TO", &target.url)], &["copy"], b"").with_code(3);
+        let named = ran.stdout.lines().filter(|line| line.starts_with("  invoice inv-") && line.ends_with(") is answered otherwise by the copy"));
+        assert_eq!(named.count(), 20, "{ran:?}");
+        assert!(ran.stdout.contains(": 25 differ\n") && ran.stdout.ends_with("  and 5 more (--json names a thousand)\n"), "{ran:?}");
+        assert!(ran.stderr.contains("copy again"), "{ran:?}");
+        let report = copy(&world, &target).with_code(3).json();
+        assert_eq!((&report["counts"]["differing"], report["differing"].as_array().unwrap().len()), (&json!(25), 25));
+        target.execute(find).await;
+        assert_eq!(copy(&world, &target).with_code(0).json()["counts"]["differing"], 0);
+    }
 }

@@ -10,7 +10,8 @@ use stripe_reconciler::clock::Clock;
 use tokio::task::block_in_place;
 
 use crate::each_database;
-use crate::stripe_fake::{Endpoint, LIVE_KEY, Stripe};
+use crate::stripe_fake::{CLOVER, DAY, Endpoint, HOUR, LIVE_KEY, Stripe};
+use crate::stripe_fake_checks::terms;
 use crate::support::{
     Answer, Database, Engine, OLD_SECRET, PostgresServer, SECRET, Server, Wire, World, client, invoice_path, send, signature,
 };
@@ -218,6 +219,8 @@ each_database! {
         let mut world = world;
         let stripe = Stripe::start();
         stripe.register(Endpoint { status: "disabled", ..Endpoint::enabled(&format!("{}/webhooks/stripe", world.server.base)) });
+        let mut life = stripe.draft(terms(now_s() - DAY, CLOVER));
+        life.later(HOUR).finalized();
         let url = world.database.url.clone();
         let with_key = |key: &str| {
             let environment = [("DATABASE_URL", url.as_str()), ("STRIPE_WEBHOOK_SECRET", SECRET), ("STRIPE_API_BASE", &stripe.base), ("STRIPE_API_KEY", key)];
@@ -228,6 +231,10 @@ each_database! {
         assert_eq!(found.value("reconcile_enabled"), 1.0);
         assert_eq!(found.value("reconcile_runs_total{result=\"agrees\"}"), 1.0);
         assert!(found.value("reconcile_api_calls_total") >= 2.0, "{found:?}");
+        let listed = stripe.events();
+        let need_not_be_sent = listed.iter().filter(|event| ["invoice.created", "payment_intent.created"].contains(&event.kind)).count();
+        assert!(need_not_be_sent > 0, "it tells them apart");
+        assert_eq!(found.value("reconcile_api_only_events_total"), (listed.len() - need_not_be_sent) as f64);
         assert!(found.value("reconcile_last_success_age_seconds") < 60.0, "{found:?}");
         assert!((found.value("reconcile_last_success_timestamp_seconds") - now_s() as f64).abs() < 60.0, "{found:?}");
         world.server = with_key("sk_live_of_somebody_else");

@@ -210,6 +210,34 @@ async fn a_disk_that_is_full_takes_no_delivery_and_is_still_read_and_the_doctor_
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_database_that_is_read_only_takes_no_delivery_and_is_still_read_in_a_calm_log() {
+    let server = Arc::new(PostgresServer::of_its_own("-c fsync=on", &[]));
+    let world = World::on(Database::create_on(&server)).await;
+    world.store("inv-0", "in_0").await.with_status(201);
+    let mut probe = Probe { world: &world, count: 0, refused: Vec::new() };
+    assert_eq!(probe.deliver().await.0.status, 200);
+    let name = world.database.url.rsplit('/').next().unwrap();
+    let sessions =
+        "select pg_terminate_backend(pid) from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()";
+    server.sql(name, &format!("alter database {name} set default_transaction_read_only = on; {sessions}"));
+    let deadline = Instant::now() + BACK;
+    while !world.server.log().contains("the database is back") {
+        probe.deliver().await;
+        assert!(Instant::now() < deadline, "the sessions were ended: {}", world.server.log());
+    }
+    for _ in 0..20 {
+        assert_eq!(probe.deliver().await.0.status, 503);
+        world.get(&invoice_path("inv-0"), &world.acme_key).await.with_status(200);
+        world.get("/readyz", "").await.with_status(200);
+    }
+    let log = world.server.log();
+    assert_eq!((log.matches("the database is away").count(), log.matches("the database is back").count()), (1, 1), "{log}");
+    assert!(log.contains("in a read-only transaction"), "{log}");
+    server.sql("postgres", &format!("alter database {name} reset default_transaction_read_only"));
+    probe.until_taken(BACK).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_file_that_is_moved_away_or_replaced_takes_nothing_that_would_be_lost() {
     let world = World::start(Engine::Sqlite).await;
     let mut probe = Probe { world: &world, count: 0, refused: Vec::new() };

@@ -7,6 +7,7 @@ use super::Check;
 use super::words::{HOUR_MS, MINUTE_MS, SECOND_MS, ago, count, duration, failing, ok, sentence, unknown, warning};
 use crate::domain::silence::{self, Unusual};
 use crate::domain::time::timestamp;
+use crate::flows::reconcile::NOT_LOOKED_AT;
 use crate::flows::signs::{DELIVERED, Pass, RECONCILING_FAILED, RECONCILING_FAILED_BY, REFUSED, Vitals};
 use crate::store::COUNTED;
 use crate::stripe_api::StripeApiError;
@@ -20,8 +21,6 @@ const NOT_TAKEN_MS: i64 = 10 * MINUTE_MS;
 /// How much later than it happened a refusal may be noted.
 const NOTED_MS: i64 = 15 * SECOND_MS;
 const NOTED_TWICE_MS: i64 = 2 * NOTED_MS;
-/// How long a webhook may take longer than Stripe's list.
-const ON_ITS_WAY_MS: i64 = 10 * MINUTE_MS;
 /// An invoice is stored soon after it was made at Stripe.
 const WAITS_MS: i64 = HOUR_MS;
 /// What waits to be asked at Stripe: one pass asks for more.
@@ -49,36 +48,23 @@ pub fn clock(database_ahead_ms: Option<i64>, stripe_ahead_ms: Option<i64>) -> Ch
     }
 }
 
-pub fn deliveries(vitals: &Vitals, hours: &BTreeSet<i64>, now_ms: i64) -> Check {
-    let Some(last_ms) = vitals.moment(DELIVERED, "") else {
+/// `missed_ms`: when Stripe made the first event since that no webhook brought.
+pub fn deliveries(vitals: &Vitals, hours: &BTreeSet<i64>, missed_ms: Option<i64>, now_ms: i64) -> Check {
+    let last_ms = vitals.moment(DELIVERED, "");
+    if let Some(check) = not_taken(vitals, last_ms, now_ms) {
+        return check;
+    }
+    let Some(last_ms) = last_ms else {
         let cure = "Point a webhook endpoint in Stripe's Dashboard at /webhooks/stripe of this service.";
         return unknown("deliveries", "No webhook has come yet.".to_owned(), cure);
     };
     let since = format!("The last webhook came {}", ago(last_ms, now_ms));
-    let not_taken_ms = NOT_TAKEN.iter().filter_map(|reason| vitals.moment(REFUSED, reason)).max();
-    if let Some(at_ms) = not_taken_ms {
-        let cure = "The log of `serve` says why (`request failed`): a full disk or a lock of the database, or more than it can commit. \
-                    Nothing is lost: Stripe delivers them again for three days.";
-        let found = format!(
-            "are answered 503, the last {}; the last that was accepted came {}.",
-            ago(at_ms, now_ms),
-            ago(last_ms, now_ms)
-        );
-        match now_ms - at_ms {
-            ..NOT_TAKEN_MS if last_ms < at_ms - NOTED_MS => return failing("deliveries", format!("Deliveries {found}"), cure),
-            // What is known already needs no room: it is accepted all the time.
-            ..NOTED_TWICE_MS => return warning("deliveries", format!("Some deliveries {found}"), cure),
-            _ => {}
-        }
-    }
-    // A webhook had the time to come, too.
-    let is_since = |pass: &&Pass| pass.started_ms > last_ms && pass.started_ms < now_ms - ON_ITS_WAY_MS;
-    let missed: i64 = vitals.passes.iter().filter(is_since).map(|pass| pass.count("apiOnlyEvents")).sum();
     let cure = "Look at the endpoint's deliveries in Stripe's Dashboard (Developers, Webhooks): is it enabled, is its URL right, what is \
                 answered? Then at what stands in front of this service: DNS, certificate, proxy, firewall. Stripe repeats for three \
                 days; what is older, `reconcile` finds.";
-    if missed > 0 && now_ms - last_ms > HOUR_MS {
-        return failing("deliveries", format!("{since}, and Stripe made {} since.", count(missed, "event")), cure);
+    if let Some(missed_ms) = missed_ms {
+        let found = format!("{since}, and Stripe made events since, the first {}.", ago(missed_ms, now_ms));
+        return failing("deliveries", found, cure);
     }
     match silence::judge(hours, last_ms, now_ms) {
         Some(Unusual::Missed(hours)) => warning(
@@ -90,6 +76,25 @@ pub fn deliveries(vitals: &Vitals, hours: &BTreeSet<i64>, now_ms: i64) -> Check 
             warning("deliveries", format!("{since}: the longest silence before was {}.", count(hours, "hour")), cure)
         }
         None => ok("deliveries", format!("{since}.")),
+    }
+}
+
+/// Deliveries are answered 503.
+fn not_taken(vitals: &Vitals, last_ms: Option<i64>, now_ms: i64) -> Option<Check> {
+    let at_ms = NOT_TAKEN.iter().filter_map(|reason| vitals.moment(REFUSED, reason)).max()?;
+    let cure = "The log of `serve` says why (`request failed`): a full disk or a lock of the database, or more than it can commit. \
+                Nothing is lost: Stripe delivers them again for three days.";
+    let accepted = last_ms.map_or("none was accepted yet".to_owned(), |last_ms| {
+        format!("the last that was accepted came {}", ago(last_ms, now_ms))
+    });
+    let found = format!("are answered 503, the last {}; {accepted}.", ago(at_ms, now_ms));
+    match now_ms - at_ms {
+        ..NOT_TAKEN_MS if last_ms.is_none_or(|last_ms| last_ms < at_ms - NOTED_MS) => {
+            Some(failing("deliveries", format!("Deliveries {found}"), cure))
+        }
+        // What is known already needs no room: it is accepted all the time.
+        ..NOTED_TWICE_MS => Some(warning("deliveries", format!("Some deliveries {found}"), cure)),
+        _ => None,
     }
 }
 
@@ -123,18 +128,21 @@ pub fn unmatched(vitals: &Vitals, is_read: bool, now_ms: i64) -> Check {
 }
 
 pub fn unreadable(vitals: &Vitals) -> Check {
-    let Some(since_ms) = vitals.unreadable.since_ms else { return ok("unreadable", "Every event could be read.".to_owned()) };
+    let Some(since_ms) = vitals.unreadable.since_ms else {
+        return ok("unreadable", "Every event of the last 30 days could be read.".to_owned());
+    };
     warning(
         "unreadable",
         format!("{} could not be read, the first of {}.", count(vitals.unreadable.count, "event"), timestamp(since_ms)),
         "`events list --outcome unreadable` says why, and `events show` with the id that it prints shows the bytes: they are kept. Install a \
-         version that can read them, and run `rebuild`.",
+         version that can read them, and run `rebuild`. What no version will ever read is no longer said 30 days after it came.",
     )
 }
 
 /// `asked`: what Stripe says now; else, what the last pass found.
 pub fn endpoint(asked: Option<&Result<Vec<String>, StripeApiError>>, passes: &[Pass], now_ms: i64) -> Check {
     const CURE: &str = "In Stripe's Dashboard: Developers, Webhooks. What was missed meanwhile, `reconcile` finds.";
+    const RIGHTS: &str = "In Stripe's Dashboard: Developers, API keys. Nothing has to be restarted where the key stays the same.";
     let remarks = match asked {
         Some(Ok(remarks)) => remarks.clone(),
         Some(Err(error @ StripeApiError::Unauthorized(_))) => {
@@ -158,16 +166,19 @@ pub fn endpoint(asked: Option<&Result<Vec<String>, StripeApiError>>, passes: &[P
             let Some(pass) = passes.first() else {
                 return unknown("endpoint", "It was not looked at.".to_owned(), "Run `doctor` with STRIPE_API_KEY.");
             };
-            let remarks = pass.endpoint_remarks();
+            let mut remarks = pass.endpoint_remarks();
             if remarks.is_empty() {
                 return ok("endpoint", format!("It was enabled and sent all event types {}.", ago(pass.ended_ms, now_ms)));
             }
+            // The cure is known with the next pass.
+            remarks.push(format!("The last pass saw that, {}.", ago(pass.ended_ms, now_ms)));
             remarks
         }
     };
+    let cure = if remarks.iter().any(|remark| remark.contains(NOT_LOOKED_AT)) { RIGHTS } else { CURE };
     match remarks.is_empty() {
         true => ok("endpoint", "It is enabled and sends all event types that are read.".to_owned()),
-        false => failing("endpoint", remarks.join(" "), CURE),
+        false => failing("endpoint", remarks.join(" "), cure),
     }
 }
 

@@ -12,21 +12,26 @@ const LONG_LOG: u64 = 1 << 30;
 
 /// Nothing can be read from it.
 pub fn away(error: &StoreError) -> Check {
-    let finding = match error.reason() {
-        reason if reason.contains("read-only") => format!("It takes nothing: {reason}."),
-        _ => sentence(&error.to_string()),
-    };
-    failing("database", finding, &cure(error))
+    failing("database", sentence(&error.to_string()), &cure(error))
 }
 
-/// `refused`: why it takes nothing.
-pub fn reached(vitals: &Vitals, refused: Option<&StoreError>) -> Check {
+/// `refused`: why it takes nothing. `has_keys`: somebody has begun to use it.
+pub fn reached(vitals: &Vitals, refused: Option<&StoreError>, has_keys: bool) -> Check {
     let size = bytes(vitals.space.database + vitals.space.log.unwrap_or_default());
     match refused {
         Some(error) => failing("database", format!("It can be read, but takes nothing: {}.", error.reason()), &cure(error)),
+        None if !has_keys => warning(
+            "database",
+            "Reached, and migrated; but it holds no API key: nobody can read from it.".to_owned(),
+            &format!("A new one: `keys create`. {NOT_THE_ONE}"),
+        ),
         None => ok("database", format!("Reached, and migrated. It takes {size}.")),
     }
 }
+
+/// `serve` makes an empty database where there is none, and migrates it.
+const NOT_THE_ONE: &str = "Where there was one before, this is not it: DATABASE_URL names another, its disk is not mounted, or its file was \
+                           lost or replaced. Stop `serve`, and put it back, or restore the backup (docs/backup.md).";
 
 /// Told by the words of the engines and of the store: there are more causes than kinds of [`StoreError`].
 fn cure(error: &StoreError) -> String {
@@ -35,6 +40,9 @@ fn cure(error: &StoreError) -> String {
     let says = |words: &[&str]| words.iter().any(|words| error.reason().contains(words));
     let cure = match error {
         _ if says(&["newer version"]) => return "Run that version: a database does not go back to an older one.".to_owned(),
+        _ if says(&["it is empty"]) => {
+            return format!("A new one: run `stripe-reconciler migrate`; `serve` does it when it starts. {NOT_THE_ONE}");
+        }
         _ if says(&["migrate`"]) => return "Run `stripe-reconciler migrate`; `serve` does it when it starts.".to_owned(),
         _ if says(&["there is no file"]) => {
             "Put DATABASE_URL right, or mount its disk. If the file is lost, restore the backup. Only for a new database: start `serve`, \

@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use super::missed::first_missed;
 use super::reconcile::look_at_endpoints;
 use super::signs::{self, DELIVERED, EXAMINED, Vitals};
 use crate::clock::Clock;
@@ -81,10 +82,10 @@ pub async fn examine(patient: &Patient) -> Vec<Check> {
     };
     let vitals = &seen.vitals;
     vec![
-        database::reached(vitals, seen.refused.as_ref()),
+        database::reached(vitals, seen.refused.as_ref(), seen.has_keys),
         database::disk(&vitals.space),
         checks::clock(seen.database_ahead_ms, stripe_ahead_ms),
-        checks::deliveries(vitals, &seen.hours, now_ms),
+        checks::deliveries(vitals, &seen.hours, seen.missed_ms, now_ms),
         signing::signatures(vitals, now_ms),
         signing::secrets(vitals, patient.secrets.as_deref(), now_ms),
         checks::unmatched(vitals, seen.is_read, now_ms),
@@ -104,6 +105,9 @@ struct Seen {
     vitals: Vitals,
     /// In which webhooks came.
     hours: BTreeSet<i64>,
+    /// When Stripe made the first event that no webhook brought since.
+    missed_ms: Option<i64>,
+    has_keys: bool,
     database_ahead_ms: Option<i64>,
     /// The log was read to its end.
     is_read: bool,
@@ -137,7 +141,12 @@ async fn look(patient: &Patient) -> Result<Seen, StoreError> {
     let mut hours = store.delivery_hours(silence::first_hour(vitals.moment(DELIVERED, "").unwrap_or_default())).await?;
     vitals.add(&read);
     hours.extend(read.hours);
-    Ok(Seen { vitals, hours, database_ahead_ms, is_read, refused })
+    let missed_ms = match vitals.moment(DELIVERED, "") {
+        Some(last_ms) => first_missed(store, last_ms, now_ms).await?,
+        None => None,
+    };
+    let has_keys = !store.keys().await?.is_empty();
+    Ok(Seen { vitals, hours, missed_ms, has_keys, database_ahead_ms, is_read, refused })
 }
 
 async fn ask(api: &StripeApi) -> Result<Vec<String>, StripeApiError> {

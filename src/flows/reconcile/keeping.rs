@@ -17,6 +17,7 @@ use crate::domain::invoice::ImportedState;
 use crate::domain::time::timestamp;
 use crate::flows::ingest::{Delivery, keep, prepare};
 use crate::flows::invoices::{history, imported_states, known, read_tellings};
+use crate::flows::missed::is_sent;
 use crate::inbox::{Inbox, InboxError};
 use crate::store::{NewEvent, Outcome, Source, StoreError, StoredInvoice};
 
@@ -70,13 +71,15 @@ impl<'t> Keeper<'t> {
             return Ok(());
         }
         self.remember(&events).await?;
-        self.note_api_only(&events).await?;
+        let missed = self.note_api_only(&events).await?;
         match self.mode {
             Mode::DryRun => events.into_iter().for_each(|event| self.lay_beside(event)),
             Mode::Save => {
                 // Together, so that they share a commit.
                 let appending: Vec<_> = events.into_iter().map(|event| append(self.tools.inbox.clone(), event)).collect();
                 try_join_all(appending).await?;
+                // At once: a pass that fails later found them all the same.
+                self.tools.metrics.reconcile.api_only_events.inc_by(missed);
             }
         }
         Ok(())
@@ -118,13 +121,16 @@ impl<'t> Keeper<'t> {
         Ok(())
     }
 
-    async fn note_api_only(&mut self, events: &[NewEvent]) -> Result<(), StoreError> {
+    /// How many of them a webhook should have brought.
+    async fn note_api_only(&mut self, events: &[NewEvent]) -> Result<u64, StoreError> {
         let is_event = |event: &&NewEvent| event.created_s.is_some() && !is_fetched(event);
         let ids: Vec<&str> = events.iter().filter(is_event).filter_map(|event| event.id.as_deref()).collect();
         let known: HashSet<String> = self.tools.store.known_ids(&ids).await?.into_iter().collect();
+        let mut missed = 0;
         for event in events.iter().filter(is_event) {
             let Some(id) = event.id.clone().filter(|id| !known.contains(id)) else { continue };
             let invoice = event.mentions.iter().find(|mention| mention.is_invoice).map(|mention| mention.object_id.clone());
+            missed += u64::from(event.event_type.as_deref().is_some_and(is_sent));
             self.api_only.push(ApiOnlyEvent {
                 event_id: id,
                 event_type: event.event_type.clone().unwrap_or_default(),
@@ -132,7 +138,7 @@ impl<'t> Keeper<'t> {
                 stripe_invoice_id: invoice,
             });
         }
-        Ok(())
+        Ok(missed)
     }
 
     /// All that is known about a stored invoice, with what a dry run found.

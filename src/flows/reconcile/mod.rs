@@ -27,7 +27,7 @@ use crate::metrics::Metrics;
 use crate::store::{Run, Store, StoreError};
 use crate::stripe_api::{Scope, StripeApi, StripeApiError};
 
-pub use endpoints::look_at_endpoints;
+pub use endpoints::{NOT_LOOKED_AT, look_at_endpoints};
 use keeping::Keeper;
 pub use lease::Lease;
 pub use report::{ApiOnlyEvent, Differing, Healed, Report, UnknownHere};

@@ -93,7 +93,6 @@ fn tell(tools: &Tools, report: &Report) {
     let counted = &tools.metrics.reconcile;
     counted.runs.with_label_values(&[if report.differs() { "differs" } else { "agrees" }]).inc();
     counted.healed.inc_by(report.healed.len() as u64);
-    counted.api_only_events.inc_by(report.api_only_events.len() as u64);
     log(report);
 }
 

@@ -125,11 +125,13 @@ each_store! {
 
     async fn what_is_rare_is_counted(place: Place) {
         let store = &place.store;
-        assert_eq!(store.count_unreadable().await.unwrap(), Counted::default());
+        assert_eq!(store.count_unreadable(0).await.unwrap(), Counted::default());
         assert_eq!(store.count_differing().await.unwrap(), Counted::default());
         let unreadable = |n: usize| NewEvent { outcome: Outcome::Unreadable, ..nth(n) };
         store.append(&[nth(1), unreadable(2), unreadable(3)]).await.unwrap();
-        assert_eq!(store.count_unreadable().await.unwrap(), Counted { count: 2, since_ms: Some(1_002) });
+        assert_eq!(store.count_unreadable(0).await.unwrap(), Counted { count: 2, since_ms: Some(1_002) });
+        assert_eq!(store.count_unreadable(1_003).await.unwrap(), Counted { count: 1, since_ms: Some(1_003) });
+        assert_eq!(store.count_unreadable(1_004).await.unwrap(), Counted::default(), "nobody can do anything about it any more");
         for (uid, id) in [("a", "in_1"), ("b", "in_2"), ("c", "in_3")] {
             store.put_invoice(&invoice("acme", uid, Some(id)), 1, &|_| true).await.unwrap();
         }

@@ -26,7 +26,7 @@ use tokio::sync::oneshot;
 use super::api::{self, Ask};
 use super::{Call, State, chance};
 
-/// What goes wrong: shares of the calls, by a seed. No call goes wrong more than twice in a row, so patience pays.
+/// What goes wrong: shares of the calls, by a seed. No call goes wrong more than twice in a row, so patience pays, unless it is lasting.
 #[derive(Clone, Debug, Default)]
 pub struct Troubles {
     pub seed: u64,
@@ -42,6 +42,7 @@ pub struct Troubles {
     pub slow: f64,
     /// This share of events is not listed yet, and of objects shown as they were before they last changed.
     pub lagging: f64,
+    pub lasting: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,7 +65,7 @@ type Body = UnsyncBoxBody<Bytes, io::Error>;
 
 impl Troubles {
     pub fn all(seed: u64) -> Troubles {
-        Troubles { seed, rate_limited: 0.06, failing: 0.06, resets: 0.05, truncated: 0.05, slow: 0.05, lagging: 0.0 }
+        Troubles { seed, rate_limited: 0.06, failing: 0.06, resets: 0.05, truncated: 0.05, slow: 0.05, ..Troubles::default() }
     }
 
     fn draw(&self, call: usize) -> Option<Trouble> {
@@ -128,7 +129,7 @@ async fn connection(stream: TcpStream, state: Arc<Mutex<State>>) {
 fn answer(state: &mut State, head: &Parts) -> Result<Response<Body>, io::Error> {
     let (endpoint, url) = api::names_of(head);
     let in_a_row = state.in_a_row.entry(url.clone()).or_default();
-    let trouble = state.troubles.draw(state.calls.len()).filter(|_| *in_a_row < IN_A_ROW);
+    let trouble = state.troubles.draw(state.calls.len()).filter(|_| state.troubles.lasting || *in_a_row < IN_A_ROW);
     *in_a_row = if trouble.is_some_and(|trouble| trouble != Trouble::Slow) { *in_a_row + 1 } else { 0 };
     let (status, body) = match trouble {
         Some(Trouble::RateLimited) => of_refusal(api::rate_limited()),
