@@ -11,6 +11,7 @@ pub mod invoices;
 pub mod missed;
 pub mod rebuild;
 pub mod reconcile;
+mod refusals;
 pub mod replay;
 pub mod secret_use;
 pub mod signs;

@@ -4,7 +4,7 @@
 //! beside it (`store/signs`): so what was seen survives restarts, is the same for all replicas, and costs a few look-ups to read,
 //! however long the log is.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -14,12 +14,13 @@ use serde_json::Value;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use super::refusals::Refusals;
 use super::secret_use::{last_used, note_configured};
 use crate::clock::Clock;
 use crate::domain::event::Telling;
 use crate::domain::signature::SecretName;
 use crate::domain::silence;
-use crate::metrics::{Metrics, Rejection};
+use crate::metrics::Metrics;
 use crate::store::{
     Backlog, CLOCKS_DIFFER_MS, COUNTED, Counted, EventFilter, LogLine, News, PackedBody, Run, Source, Space, Store, StoreError,
 };
@@ -252,8 +253,7 @@ pub struct Signs {
     fresh_until: tokio::sync::Mutex<Option<Instant>>,
     /// Webhooks that added nothing to the log.
     repeated: Mutex<News>,
-    /// What is known to be noted of the refusals.
-    refused: Mutex<HashMap<&'static str, u64>>,
+    refusals: Mutex<Refusals>,
 }
 
 impl Signs {
@@ -262,8 +262,8 @@ impl Signs {
             metrics.log.secret_last_used_timestamp_seconds.with_label_values(&[label]).set(0.0);
         }
         let started_ms = clock.now_ms();
-        let (are_secrets_noted, fresh_until, repeated, refused) = Default::default();
-        Signs { store, metrics, clock, secrets, are_secrets_noted, started_ms, fresh_until, repeated, refused }
+        let (are_secrets_noted, fresh_until, repeated, refusals) = Default::default();
+        Signs { store, metrics, clock, secrets, are_secrets_noted, started_ms, fresh_until, repeated, refusals }
     }
 
     /// A webhook that brings what is known is not in the log: it does not say that it came.
@@ -325,13 +325,13 @@ impl Signs {
 
     async fn read(&self) -> Result<(), StoreError> {
         let now_ms = self.clock.now_ms();
+        let refused = self.refusals().look(&self.metrics, now_ms);
         self.note_secrets().await?;
-        let refused = self.newly_refused();
         let mut news = self.repeated().clone();
-        news.moments.extend(refused.keys().map(|reason| (format!("{REFUSED}{reason}"), now_ms)));
+        news.moments.extend(refused.iter().map(|(reason, (_, at_ms))| (format!("{REFUSED}{reason}"), *at_ms)));
         if news != News::default() {
             keep(&self.store, &news, now_ms).await?;
-            self.refused.lock().unwrap_or_else(PoisonError::into_inner).extend(refused);
+            self.refusals().noted(&refused);
             // Only now, and only what was kept: more may have come meanwhile.
             let mut repeated = self.repeated();
             repeated.moments.retain(|name, at_ms| news.moments.get(name) != Some(at_ms));
@@ -353,11 +353,9 @@ impl Signs {
         self.repeated.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The reasons that count more than when they were noted last.
-    fn newly_refused(&self) -> HashMap<&'static str, u64> {
-        let known = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
-        let counts = Rejection::ALL.map(|why| (why.as_str(), self.metrics.count_rejected(why)));
-        counts.into_iter().filter(|(reason, count)| *count > known.get(reason).copied().unwrap_or_default()).collect()
+    fn refusals(&self) -> MutexGuard<'_, Refusals> {
+        // Counts and times, whatever happened.
+        self.refusals.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn show(&self, vitals: &Vitals) {
