@@ -2,8 +2,8 @@
 //!
 //! `events` is the log of deliveries, `invoices` the stored documents, `keys` the API keys, `reconciling` what the passes against
 //! Stripe's API keep, `signs` what the person on call is told, `copying` and `tables` what is carried to another database: one text
-//! of SQL for both engines, run through `session`. What differs between them, opening and appending, is in `sqlite` and `postgres`. What the rows mean
-//! to a payment is not known here: that is `domain`.
+//! of SQL for both engines, run through `session`, on connections that `pool` keeps ready. What differs between them, opening and
+//! appending, is in `sqlite` and `postgres`. What the rows mean to a payment is not known here: that is `domain`.
 
 mod copying;
 mod error;
