@@ -78,6 +78,9 @@ pub enum StripeApiError {
     /// No answer that could be used, however often it was asked.
     #[error("Stripe cannot be reached: {0}")]
     Away(String),
+    /// It has too much to do for this account, however often it was asked.
+    #[error("Stripe takes no more calls now: {0}")]
+    Busy(String),
     /// The key is not valid: nothing can be asked.
     #[error("Stripe does not accept STRIPE_API_KEY: {0}")]
     Unauthorized(String),
@@ -264,9 +267,10 @@ fn understand(path: &str, answer: &Response<Bytes>) -> Result<Bytes, Failure> {
         (_, 409 | 424 | 429 | 500..) => true,
         _ => false,
     };
-    let is_away = is_passing || status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS;
+    let is_away = is_passing || status.is_server_error();
     let error = match status {
         StatusCode::UNAUTHORIZED => StripeApiError::Unauthorized(reason),
+        StatusCode::TOO_MANY_REQUESTS => StripeApiError::Busy(format!("{path} was answered {reason}")),
         _ if is_away => StripeApiError::Away(format!("{path} was answered {reason}")),
         status => refused(path, status.as_u16(), &reason),
     };

@@ -148,13 +148,7 @@ pub fn endpoint(asked: Option<&Result<Vec<String>, StripeApiError>>, passes: &[P
         Some(Err(error @ StripeApiError::Unauthorized(_))) => {
             return failing("endpoint", sentence(&error.to_string()), NEW_KEY);
         }
-        Some(Err(error)) if error.to_string().contains(" 429 ") => {
-            return warning(
-                "endpoint",
-                sentence(&error.to_string()),
-                "Other programs use up the calls that Stripe allows the account: let them ask less, or lower STRIPE_API_RATE.",
-            );
-        }
+        Some(Err(error @ StripeApiError::Busy(_))) => return warning("endpoint", sentence(&error.to_string()), ASK_LESS),
         Some(Err(error)) => {
             return warning(
                 "endpoint",
@@ -184,8 +178,10 @@ pub fn endpoint(asked: Option<&Result<Vec<String>, StripeApiError>>, passes: &[P
 
 const NEW_KEY: &str = "Make a restricted key in Stripe's Dashboard (Developers, API keys; the README says what it must read), set STRIPE_API_KEY, and \
                        restart `serve`.";
-/// Why a pass failed, and what to do.
-const WHY_FAILED: [(&str, &str, &str); 4] = [
+const ASK_LESS: &str =
+    "Other programs use up the calls that Stripe allows the account: let them ask less, or lower STRIPE_API_RATE.";
+/// Why a pass failed (by [`ReconcileError::cause`](crate::flows::reconcile::ReconcileError)), and what to do.
+const WHY_FAILED: [(&str, &str, &str); 5] = [
     ("key", ": Stripe does not accept STRIPE_API_KEY", NEW_KEY),
     (
         "refused",
@@ -194,10 +190,11 @@ const WHY_FAILED: [(&str, &str, &str); 4] = [
     ),
     (
         "away",
-        ": Stripe could not be reached, or took no more calls",
+        ": Stripe could not be reached",
         "It goes on by itself when Stripe answers again; the log of `serve` has Stripe's words. Look at status.stripe.com, and whether \
-         this machine may connect to it. Where it is answered 429, other programs use the account's calls: let them ask less.",
+         this machine may connect to it.",
     ),
+    ("busy", ": Stripe took no more calls (429)", ASK_LESS),
     ("database", ": the database was away or took nothing", "It goes on by itself when the database is back."),
 ];
 

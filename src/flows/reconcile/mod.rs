@@ -86,6 +86,7 @@ impl ReconcileError {
             ReconcileError::Stripe(StripeApiError::Unauthorized(_)) => "key",
             ReconcileError::Stripe(StripeApiError::Refused { .. }) => "refused",
             ReconcileError::Stripe(StripeApiError::Away(_)) => "away",
+            ReconcileError::Stripe(StripeApiError::Busy(_)) => "busy",
             ReconcileError::Store(_) | ReconcileError::Inbox(_) => "database",
             ReconcileError::LeaseLost => "lease",
         }

@@ -42,6 +42,9 @@ each_database! {
         world.database.execute(&format!("insert into moments values ('reconciling failed', {})", Clock::system().now_ms())).await;
         let said = doctor(&world, &[]);
         said.assert_wrong(&[("reconciliation", "failing")]).assert_says("reconciliation", &["The last pass failed", "none succeeded yet"]);
+        let why = "insert into moments select 'reconciling failed by busy', at_ms from moments where name = 'reconciling failed'";
+        world.database.execute(why).await;
+        doctor(&world, &[]).assert_says("reconciliation", &["The last pass failed: Stripe took no more calls (429)", "let them ask less"]);
     }
 
     async fn what_an_endpoint_need_not_send_is_not_missed(world: World) {
@@ -72,7 +75,7 @@ each_database! {
             assert_eq!((statuses.len(), statuses[0], statuses[2]), (3, first, 200), "patience pays: {statuses:?}");
         }
         let (said, statuses) = asked(Troubles { rate_limited: 1.0, lasting: true, ..Troubles::default() });
-        said.assert_wrong(&[("endpoint", "warning"), ("reconciliation", "warning")]).assert_says("endpoint", &["429 Too Many Requests", "let them ask less"]);
+        said.assert_wrong(&[("endpoint", "warning"), ("reconciliation", "warning")]).assert_says("endpoint", &["Stripe takes no more calls now", "429 Too Many Requests", "let them ask less"]);
         assert_eq!((said.code, statuses), (3, vec![429; 3]));
         let (said, statuses) = asked(Troubles { failing: 1.0, lasting: true, ..Troubles::default() });
         said.assert_wrong(&[("endpoint", "warning"), ("reconciliation", "warning")]).assert_says("endpoint", &["500 Internal Server Error", "status.stripe.com"]);
