@@ -6,30 +6,28 @@
 use std::collections::VecDeque;
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use sqlx::Database;
 use sqlx::pool::PoolConnection;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 
-/// How long a connection is handed on without a question; then it goes through sqlx, which ends those that are dead, old or idle.
-const UNASKED: Duration = Duration::from_secs(60);
-
 #[derive(Debug)]
 pub(super) struct Pool<DB: Database> {
     source: sqlx::Pool<DB>,
     /// As many as `source` has connections: who holds one never waits for a connection that is ready here.
     places: Arc<Semaphore>,
-    /// In the order in which they became ready.
+    /// In the order in which they became ready. They are held to the same limits as sqlx's: how long one may live, and rest.
     ready: Mutex<VecDeque<Taken<DB>>>,
 }
 
-/// A connection of sqlx's pool, and since when.
+/// A connection of sqlx's pool, when it was asked for, and when it was last used.
 #[derive(Debug)]
 struct Taken<DB: Database> {
-    connection: PoolConnection<DB>,
     at: Instant,
+    used: Instant,
+    connection: PoolConnection<DB>,
 }
 
 /// A connection in use. When it is dropped, sqlx takes it back and asks it, unless one of the methods said better.
@@ -56,7 +54,7 @@ impl<DB: Database> Pool<DB> {
             let place = self.places.clone().acquire_owned().await.map_err(|_| sqlx::Error::PoolClosed)?;
             let taken = match self.take_ready(not_before) {
                 Some(taken) => taken,
-                None => Taken { connection: self.source.acquire().await?, at: Instant::now() },
+                None => Taken { at: Instant::now(), connection: self.source.acquire().await?, used: Instant::now() },
             };
             Ok(Pooled { taken: Some(taken), is_ready: false, pool: self.clone(), _place: place })
         };
@@ -79,14 +77,20 @@ impl<DB: Database> Pool<DB> {
 
     /// The one that was used last: the server has most of what it needs at hand.
     fn take_ready(&self, not_before: Option<Instant>) -> Option<Taken<DB>> {
+        let (life, rest) = (self.source.options().get_max_lifetime(), self.source.options().get_idle_timeout());
+        let is_good = |taken: &Taken<DB>| {
+            not_before.is_none_or(|not_before| taken.at >= not_before)
+                && life.is_none_or(|life| taken.at.elapsed() < life)
+                && rest.is_none_or(|rest| taken.used.elapsed() < rest)
+        };
         let mut ready = self.ready();
-        if let Some(not_before) = not_before {
-            for outdated in ready.iter_mut().filter(|taken| taken.at < not_before) {
-                outdated.connection.close_on_drop();
+        ready.retain_mut(|taken| {
+            let is_good = is_good(taken);
+            if !is_good {
+                taken.connection.close_on_drop();
             }
-            ready.retain(|taken| taken.at >= not_before);
-        }
-        ready.retain(|taken| taken.at.elapsed() < UNASKED);
+            is_good
+        });
         ready.pop_back()
     }
 }
@@ -112,7 +116,7 @@ impl<DB: Database> Drop for Pooled<DB> {
         }
         let mut ready = self.pool.ready();
         if !self.pool.places.is_closed() {
-            ready.extend(self.taken.take());
+            ready.extend(self.taken.take().map(|taken| Taken { used: Instant::now(), ..taken }));
         }
     }
 }
@@ -142,6 +146,8 @@ impl<DB: Database> DerefMut for Pooled<DB> {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use sqlx::Sqlite;
     use sqlx::sqlite::{SqliteConnectOptions, SqlitePoolOptions};
     use tempfile::TempDir;
@@ -150,8 +156,12 @@ mod tests {
 
     /// Of one connection.
     fn pool(folder: &TempDir) -> Arc<Pool<Sqlite>> {
+        pool_with(SqlitePoolOptions::new(), folder)
+    }
+
+    fn pool_with(limits: SqlitePoolOptions, folder: &TempDir) -> Arc<Pool<Sqlite>> {
         let options = SqliteConnectOptions::new().filename(folder.path().join("test.db")).create_if_missing(true);
-        Pool::new(SqlitePoolOptions::new().max_connections(1).connect_lazy_with(options))
+        Pool::new(limits.max_connections(1).connect_lazy_with(options))
     }
 
     /// What only the same connection knows.
@@ -201,6 +211,22 @@ mod tests {
         first.set_ready();
         drop(first);
         assert!(!is_marked(&mut pool.acquire(Some(Instant::now())).await.unwrap()).await);
+    }
+
+    #[tokio::test]
+    async fn one_that_has_lived_or_rested_too_long_is_closed_however_ready_it_is() {
+        let limits =
+            [SqlitePoolOptions::new().max_lifetime(Duration::ZERO), SqlitePoolOptions::new().idle_timeout(Duration::ZERO)];
+        for limits in limits {
+            let folder = tempfile::tempdir().unwrap();
+            let pool = pool_with(limits, &folder);
+            let mut first = pool.acquire(None).await.unwrap();
+            mark(&mut first).await;
+            first.set_ready();
+            drop(first);
+            assert_eq!(pool.ready().len(), 1);
+            assert!(!is_marked(&mut pool.acquire(None).await.unwrap()).await);
+        }
     }
 
     #[test]
