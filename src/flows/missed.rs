@@ -15,7 +15,7 @@ const LINES: u32 = 1_000;
 const PAGES: usize = 10;
 
 /// Whether an endpoint that sends all that it should sends events of this type: of others, Stripe's API alone may tell.
-pub fn is_sent(event_type: &str) -> bool {
+pub fn should_be_sent(event_type: &str) -> bool {
     TYPES_THAT_TELL.contains(&event_type.strip_prefix("v1.").unwrap_or(event_type))
 }
 
@@ -37,7 +37,7 @@ pub async fn first_missed(store: &Store, last_ms: i64, now_ms: i64) -> Result<Op
         let page = store.log_lines(last_ms, last, now_ms, LINES).await?;
         let tellings = page.iter().filter(|line| line.source == Source::Api).filter_map(|line| line.telling.as_deref());
         let events = tellings.filter_map(|text| serde_json::from_str::<Telling>(text).ok()).filter(|event| !event.fetched);
-        let mut created_ms = events.filter(|event| is_sent(&event.kind)).map(|event| event.created.saturating_mul(1000));
+        let mut created_ms = events.filter(|event| should_be_sent(&event.kind)).map(|event| event.created.saturating_mul(1000));
         if let Some(first_ms) = created_ms.find(|created_ms| is_due(*created_ms, last_ms, now_ms)) {
             return Ok(Some(first_ms));
         }
@@ -47,4 +47,21 @@ pub async fn first_missed(store: &Store, last_ms: i64, now_ms: i64) -> Result<Op
         }
     }
     Ok(None)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_webhook_is_due_ten_minutes_after_its_event_in_a_silence_of_an_hour() {
+        const MINUTE_MS: i64 = 60_000;
+        let now_ms = 1_000 * MINUTE_MS;
+        let due = |created_ago: i64, last_ago: i64| is_due(now_ms - created_ago, now_ms - last_ago, now_ms);
+        let (hour, ten) = (60 * MINUTE_MS, 10 * MINUTE_MS);
+        assert!(due(ten + 1, hour + 1));
+        assert!(!due(ten, hour + 1), "it may be on its way");
+        assert!(!due(ten + 1, hour), "the silence is short");
+        assert!(due(hour, hour + 1) && !due(hour + 1, hour + 1), "what was made before is told by then");
+    }
 }

@@ -45,8 +45,8 @@ impl StoreError {
 
 /// SQLite's primary result codes that pass: busy, locked, read-only, I/O error, full, cannot open.
 const PASSING: [u32; 6] = [5, 6, 8, 10, 13, 14];
-/// PostgreSQL: somebody made the database read-only, or the server is no longer the primary.
-pub(super) const READ_ONLY: &str = "25006";
+/// PostgreSQL: somebody made the database read-only, or the server is a standby, which takes no serializable transaction either.
+pub(super) const READ_ONLY: [&str; 2] = ["25006", "0A000"];
 /// PostgreSQL's classes of errors that mean the server: connection, out of resources, going down, system error.
 const SERVER: [&str; 4] = ["08", "53", "57", "58"];
 
@@ -75,7 +75,7 @@ fn of_database(error: &dyn DatabaseError) -> StoreError {
         return match &*code {
             "40001" | "40P01" => StoreError::Contended(message),
             // Its disk is full, it has no connection more, or it is read-only: what is there can still be read.
-            "53100" | "53300" | READ_ONLY => StoreError::Unavailable(message),
+            code if code == "53100" || code == "53300" || READ_ONLY.contains(&code) => StoreError::Unavailable(message),
             code if SERVER.contains(&&code[..2]) => StoreError::Away(message),
             _ => StoreError::Refused(message),
         };

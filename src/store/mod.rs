@@ -130,7 +130,7 @@ impl Store {
         // transaction is a lock on both; sqlx's transactions become savepoints inside it.
         match &self.0 {
             Engine::Sqlite(store) => {
-                let mut connection = store.writer().acquire(None).await?;
+                let mut connection = store.writer().acquire(|| None).await?;
                 let mut transaction = connection.begin_with("begin immediate").await?;
                 let applied = migrate_on(&mut *transaction, 0).await?;
                 transaction.commit().await?;

@@ -16,7 +16,7 @@ use tokio::time::timeout;
 #[derive(Debug)]
 pub(super) struct Pool<DB: Database> {
     source: sqlx::Pool<DB>,
-    /// As many as `source` has connections: who holds one never waits for a connection that is ready here.
+    /// As many as `source` has connections: who holds one waits for none but what `source` is just opening or closing.
     places: Arc<Semaphore>,
     /// In the order in which they became ready. They are held to the same limits as sqlx's: how long one may live, and rest.
     ready: Mutex<VecDeque<Taken<DB>>>,
@@ -45,14 +45,14 @@ impl<DB: Database> Pool<DB> {
         Arc::new(Pool { source, places, ready: Mutex::default() })
     }
 
-    /// `not_before`: what was opened earlier leads nowhere, and is closed.
+    /// `not_before`, asked when it is handed out: what was opened earlier leads nowhere, and is closed.
     ///
     /// # Errors
     /// As sqlx's pool.
-    pub(super) async fn acquire(self: &Arc<Self>, not_before: Option<Instant>) -> Result<Pooled<DB>, sqlx::Error> {
+    pub(super) async fn acquire(self: &Arc<Self>, not_before: impl Fn() -> Option<Instant>) -> Result<Pooled<DB>, sqlx::Error> {
         let acquired = async {
             let place = self.places.clone().acquire_owned().await.map_err(|_| sqlx::Error::PoolClosed)?;
-            let taken = match self.take_ready(not_before) {
+            let taken = match self.take_ready(not_before()) {
                 Some(taken) => taken,
                 None => Taken { at: Instant::now(), connection: self.source.acquire().await?, used: Instant::now() },
             };
@@ -66,6 +66,8 @@ impl<DB: Database> Pool<DB> {
         {
             let mut ready = self.ready();
             self.places.close();
+            // To be asked whether they live, they would hold their place as long as a server is silent.
+            ready.iter_mut().for_each(|taken| taken.connection.close_on_drop());
             ready.clear();
         }
         self.source.close().await;
@@ -177,10 +179,10 @@ mod tests {
     async fn who_waits_is_handed_the_connection_that_is_ready() {
         let folder = tempfile::tempdir().unwrap();
         let pool = pool(&folder);
-        let mut first = pool.acquire(None).await.unwrap();
+        let mut first = pool.acquire(|| None).await.unwrap();
         mark(&mut first).await;
         first.set_ready();
-        let (mut second, ()) = tokio::join!(async { pool.acquire(None).await.unwrap() }, async { drop(first) });
+        let (mut second, ()) = tokio::join!(async { pool.acquire(|| None).await.unwrap() }, async { drop(first) });
         assert!(is_marked(&mut second).await && pool.ready().is_empty());
         second.set_ready();
         drop(second);
@@ -191,26 +193,26 @@ mod tests {
     async fn one_that_is_not_said_to_be_ready_goes_through_sqlx() {
         let folder = tempfile::tempdir().unwrap();
         let pool = pool(&folder);
-        let mut first = pool.acquire(None).await.unwrap();
+        let mut first = pool.acquire(|| None).await.unwrap();
         mark(&mut first).await;
         drop(first);
         assert!(pool.ready().is_empty());
-        let mut second = pool.acquire(None).await.unwrap();
+        let mut second = pool.acquire(|| None).await.unwrap();
         assert!(is_marked(&mut second).await, "sqlx found it whole");
         second.close_on_drop();
         drop(second);
-        assert!(!is_marked(&mut pool.acquire(None).await.unwrap()).await);
+        assert!(!is_marked(&mut pool.acquire(|| None).await.unwrap()).await);
     }
 
     #[tokio::test]
     async fn one_that_was_opened_too_early_is_closed_however_ready_it_is() {
         let folder = tempfile::tempdir().unwrap();
         let pool = pool(&folder);
-        let mut first = pool.acquire(None).await.unwrap();
+        let mut first = pool.acquire(|| None).await.unwrap();
         mark(&mut first).await;
         first.set_ready();
         drop(first);
-        assert!(!is_marked(&mut pool.acquire(Some(Instant::now())).await.unwrap()).await);
+        assert!(!is_marked(&mut pool.acquire(|| Some(Instant::now())).await.unwrap()).await);
     }
 
     #[tokio::test]
@@ -220,12 +222,12 @@ mod tests {
         for limits in limits {
             let folder = tempfile::tempdir().unwrap();
             let pool = pool_with(limits, &folder);
-            let mut first = pool.acquire(None).await.unwrap();
+            let mut first = pool.acquire(|| None).await.unwrap();
             mark(&mut first).await;
             first.set_ready();
             drop(first);
             assert_eq!(pool.ready().len(), 1);
-            assert!(!is_marked(&mut pool.acquire(None).await.unwrap()).await);
+            assert!(!is_marked(&mut pool.acquire(|| None).await.unwrap()).await);
         }
     }
 
@@ -235,7 +237,7 @@ mod tests {
         let runtime = tokio::runtime::Runtime::new().unwrap();
         let pool = runtime.block_on(async {
             let pool = pool(&folder);
-            pool.acquire(None).await.unwrap().set_ready();
+            pool.acquire(|| None).await.unwrap().set_ready();
             pool
         });
         drop(runtime);
@@ -247,11 +249,11 @@ mod tests {
     async fn a_closed_pool_keeps_nothing_and_gives_nothing() {
         let folder = tempfile::tempdir().unwrap();
         let pool = pool(&folder);
-        let mut used = pool.acquire(None).await.unwrap();
+        let mut used = pool.acquire(|| None).await.unwrap();
         let closing = pool.close();
         used.set_ready();
         tokio::join!(closing, async { drop(used) });
         assert!(pool.ready().is_empty());
-        assert!(matches!(pool.acquire(None).await, Err(sqlx::Error::PoolClosed)));
+        assert!(matches!(pool.acquire(|| None).await, Err(sqlx::Error::PoolClosed)));
     }
 }

@@ -63,6 +63,24 @@ struct GateState {
     opened: Mutex<Instant>,
 }
 
+/// What makes one ask whether the server is there.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Doubt {
+    /// Somebody waited in vain.
+    NoAnswer,
+    /// It takes nothing: somebody made it read-only, or it is no longer the primary.
+    ReadOnly,
+}
+
+/// What a new connection leads to.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Found {
+    Primary,
+    /// As the primary, but for what it takes.
+    ReadOnly,
+    Standby,
+}
+
 /// A statement did not end in time, or the server went away meanwhile. It may have been done.
 #[derive(Debug)]
 pub(super) struct GivenUp;
@@ -134,8 +152,8 @@ impl PostgresStore {
 
     async fn acquire(&self, pool: &Arc<Pool<Postgres>>) -> Result<Session, StoreError> {
         self.gate.pass()?;
-        let opened = *self.gate.opened();
-        let acquired = self.gate.judge(self.gate.doubted(ACQUIRE_DOUBT_AFTER, pool.acquire(Some(opened))).await)?;
+        let not_before = || Some(*self.gate.opened());
+        let acquired = self.gate.judge(self.gate.doubted(ACQUIRE_DOUBT_AFTER, pool.acquire(not_before)).await)?;
         let (named, gate) = (!self.is_pooled, self.gate.clone());
         Ok(Session::new(Connection::Postgres(PostgresConnection { inner: acquired, named, gate, is_unsure: false })))
     }
@@ -291,7 +309,7 @@ impl Gate {
         if let Ok(ended) = timeout(after, &mut waiting).await {
             return Ok(ended);
         }
-        self.doubt();
+        self.doubt(Doubt::NoAnswer);
         let mut is_closed = self.0.is_closed.subscribe();
         tokio::select! {
             ended = timeout(STATEMENT_TIMEOUT - after, waiting) => ended.map_err(|_| GivenUp),
@@ -306,9 +324,8 @@ impl Gate {
             Ok(Ok(value)) => return Ok(value),
             Ok(Err(sqlx::Error::PoolTimedOut)) => "no connection is free",
             Ok(Err(error)) => {
-                if error.as_database_error().and_then(|error| error.code()).as_deref() == Some(READ_ONLY) {
-                    // Where it is no longer the primary, new connections lead to who is.
-                    *self.opened() = Instant::now();
+                if error.as_database_error().and_then(|error| error.code()).is_some_and(|code| READ_ONLY.contains(&&*code)) {
+                    self.doubt(Doubt::ReadOnly);
                 }
                 let error = StoreError::from(error);
                 if let StoreError::Away(reason) = &error {
@@ -318,7 +335,7 @@ impl Gate {
             }
             Err(GivenUp) => "a statement did not end in time",
         };
-        self.doubt();
+        self.doubt(Doubt::NoAnswer);
         Err(StoreError::Unavailable(in_vain.to_owned()))
     }
 
@@ -329,7 +346,7 @@ impl Gate {
 
     /// Asks the server whether it is there, and closes when it is not. Where a machine has too much to do, it may be too slow to
     /// say so, and yet answer others meanwhile.
-    fn doubt(&self) {
+    fn doubt(&self, why: Doubt) {
         if *self.0.is_closed.borrow() || self.0.is_doubted.swap(true, Ordering::AcqRel) {
             return;
         }
@@ -337,8 +354,12 @@ impl Gate {
         tokio::spawn(async move {
             let answers = || gate.0.answers.load(Ordering::Relaxed);
             let before = answers();
-            if matches!(gate.ask().await, Err(StoreError::Away(_))) && answers() == before {
-                gate.close("the server does not answer");
+            match gate.ask().await {
+                Ok(Found::Standby) => gate.close("it is a standby"),
+                // What was opened before leads to what was the primary.
+                Ok(Found::Primary) if why == Doubt::ReadOnly => *gate.opened() = Instant::now(),
+                Err(StoreError::Away(_)) if answers() == before => gate.close("the server does not answer"),
+                _ => {}
             }
             gate.0.is_doubted.store(false, Ordering::Release);
         });
@@ -356,7 +377,7 @@ impl Gate {
     }
 
     async fn knock(self) {
-        while self.ask().await.is_err() {
+        while !matches!(self.ask().await, Ok(Found::Primary | Found::ReadOnly)) {
             tokio::time::sleep(KNOCK).await;
         }
         *self.opened() = Instant::now();
@@ -364,19 +385,19 @@ impl Gate {
         tracing::warn!("the database is back");
     }
 
-    /// Whether it takes statements, and can write.
-    async fn ask(&self) -> Result<(), StoreError> {
+    async fn ask(&self) -> Result<Found, StoreError> {
+        const ABOUT: &str = "select pg_is_in_recovery(), current_setting('transaction_read_only') = 'on'";
         let asked = async {
             let mut connection = self.0.options.connect().await?;
-            let row = sqlx::Executor::fetch_one(&mut connection, sqlx::raw_sql("select pg_is_in_recovery()")).await?;
+            let row = sqlx::Executor::fetch_one(&mut connection, sqlx::raw_sql(ABOUT)).await?;
             connection.close().await?;
-            row.try_get::<bool, _>(0)
+            Ok::<(bool, bool), sqlx::Error>((row.try_get(0)?, row.try_get(1)?))
         };
-        match timeout(ACQUIRE_TIMEOUT, asked).await {
-            Ok(Ok(false)) => Ok(()),
-            Ok(Ok(true)) => Err(StoreError::Away("it is a standby".to_owned())),
-            Ok(Err(error)) => Err(error.into()),
-            Err(_) => Err(StoreError::Away("it does not answer".to_owned())),
-        }
+        let asked = timeout(ACQUIRE_TIMEOUT, asked).await.map_err(|_| StoreError::Away("it does not answer".to_owned()))?;
+        Ok(match asked? {
+            (true, _) => Found::Standby,
+            (false, true) => Found::ReadOnly,
+            (false, false) => Found::Primary,
+        })
     }
 }

@@ -141,9 +141,9 @@ impl Drop for Session {
             Connection::Sqlite(connection) if is_done => connection.set_ready(),
             Connection::Sqlite(connection) if in_transaction => connection.close_on_drop(),
             Connection::Sqlite(_) => {}
-            Connection::Postgres(connection) if connection.is_unsure || in_transaction => connection.inner.close_on_drop(),
-            Connection::Postgres(connection) if is_done => connection.inner.set_ready(),
-            Connection::Postgres(_) => {}
+            Connection::Postgres(connection) if is_done && !connection.is_unsure => connection.inner.set_ready(),
+            // It could be asked what it is doing; a server that is gone would keep its place meanwhile.
+            Connection::Postgres(connection) => connection.inner.close_on_drop(),
         }
     }
 }

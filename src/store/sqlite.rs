@@ -82,13 +82,13 @@ impl SqliteStore {
 
     pub async fn session(&self) -> Result<Session, StoreError> {
         self.check_place()?;
-        Ok(Session::new(Connection::Sqlite(self.read.acquire(None).await?)))
+        Ok(Session::new(Connection::Sqlite(self.read.acquire(|| None).await?)))
     }
 
     /// A write transaction takes the lock at once: one that reads first fails when another process writes in between.
     pub async fn transaction(&self) -> Result<Session, StoreError> {
         self.check_place()?;
-        let mut session = Session::new(Connection::Sqlite(self.write.acquire(None).await?));
+        let mut session = Session::new(Connection::Sqlite(self.write.acquire(|| None).await?));
         session.begin("begin immediate").await?;
         Ok(session)
     }
@@ -119,7 +119,7 @@ impl SqliteStore {
         let json = |rows: serde_json::Result<String>| rows.expect("strings and numbers always serialise");
         let (events, mentions) = (json(serde_json::to_string(&events)), json(serde_json::to_string(&mentions)));
         let bytes = blob.len();
-        let mut session = Session::new(Connection::Sqlite(self.write.acquire(None).await?));
+        let mut session = Session::new(Connection::Sqlite(self.write.acquire(|| None).await?));
         if self.is_nearly_carried.swap(false, Ordering::Relaxed) {
             // The little that is left. With nothing in it that is still needed, the log starts anew with what is written next.
             execute!(session, CHECKPOINT)?;

@@ -4,10 +4,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
+use futures_util::future::join_all;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::block_in_place;
 
-use crate::support::{Database, Load, PostgresServer, World};
+use crate::support::{Database, Load, PostgresServer, World, invoice_path};
 
 /// The address that stays: whoever comes is taken to the server that it points to. It has the port of the first one, so that it
 /// is not taken for a pooler.
@@ -74,4 +75,33 @@ async fn a_failover_to_a_synchronous_standby_loses_nothing_and_service_comes_bac
     assert!(!told.refused_by().is_empty(), "it happened under load");
     told.check_log(&world.logged_ids(), "after the failover");
     told.check_histories(&world.all_histories(), "after the failover").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_address_that_leads_to_a_standby_too_early_shows_nothing_that_may_be_old_until_that_leads() {
+    let (primary, standby) = block_in_place(pair);
+    let forwarder = Forwarder::start(primary.port()).await;
+    let url = |name: &str| format!("postgres://postgres@127.0.0.2:{}/{name}", primary.port());
+    let world = World::on(Database::create_on(&primary).by_way_of(url)).await;
+    let document = world.store("inv-0", "in_0").await.with_status(201).json();
+    let path = invoice_path("inv-0");
+
+    // Connections that are open go on leading to the primary; so many at once need others.
+    forwarder.to.store(standby.port(), Ordering::Relaxed);
+    let since = Instant::now();
+    while world.get("/readyz", "").await.status != 503 {
+        for answer in join_all((0..10).map(|_| world.put(&path, &document))).await {
+            assert!([200, 503].contains(&answer.status.as_u16()), "{answer:?}");
+        }
+        assert!(since.elapsed() < Duration::from_secs(5), "it is still ready: {}", world.server.log());
+    }
+    world.get(&path, &world.acme_key).await.with_status(503);
+    assert!(world.server.log().contains("it is a standby"), "{}", world.server.log());
+
+    block_in_place(|| standby.sql("postgres", "select pg_promote(true, 60)"));
+    let since = Instant::now();
+    while world.get("/readyz", "").await.status != 200 {
+        assert!(since.elapsed() < Duration::from_secs(2), "service is not back");
+    }
+    world.put(&path, &document).await.with_status(200);
 }

@@ -100,7 +100,7 @@ async fn silence(pass: &Pass<'_>) -> Result<Option<String>, ReconcileError> {
     let hours = store.delivery_hours(silence::first_hour(last_ms)).await?;
     // What a dry run found is not in the log.
     let is_due = |event: &ApiOnlyEvent| parse_time(&event.created).is_ok_and(|ms| missed::is_due(ms, last_ms, now_ms));
-    let was_found = pass.keeper.api_only.iter().any(|event| missed::is_sent(&event.event_type) && is_due(event));
+    let was_found = pass.keeper.api_only.iter().any(|event| missed::should_be_sent(&event.event_type) && is_due(event));
     let is_missed = was_found || missed::first_missed(store, last_ms, now_ms).await?.is_some();
     Ok(judge_silence(&hours, last_ms, now_ms, is_missed))
 }

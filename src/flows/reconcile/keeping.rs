@@ -17,7 +17,7 @@ use crate::domain::invoice::ImportedState;
 use crate::domain::time::timestamp;
 use crate::flows::ingest::{Delivery, keep, prepare};
 use crate::flows::invoices::{history, imported_states, known, read_tellings};
-use crate::flows::missed::is_sent;
+use crate::flows::missed::should_be_sent;
 use crate::inbox::{Inbox, InboxError};
 use crate::store::{NewEvent, Outcome, Source, StoreError, StoredInvoice};
 
@@ -130,7 +130,7 @@ impl<'t> Keeper<'t> {
         for event in events.iter().filter(is_event) {
             let Some(id) = event.id.clone().filter(|id| !known.contains(id)) else { continue };
             let invoice = event.mentions.iter().find(|mention| mention.is_invoice).map(|mention| mention.object_id.clone());
-            missed += u64::from(event.event_type.as_deref().is_some_and(is_sent));
+            missed += u64::from(event.event_type.as_deref().is_some_and(should_be_sent));
             self.api_only.push(ApiOnlyEvent {
                 event_id: id,
                 event_type: event.event_type.clone().unwrap_or_default(),
