@@ -10,7 +10,7 @@ use crate::store::{Source, Store, StoreError};
 const SHORTEST_SILENCE_MS: i64 = 3600 * 1000;
 /// How long a webhook may take longer than Stripe's list.
 const ON_ITS_WAY_MS: i64 = 10 * 60 * 1000;
-/// Lines of the log read at a time, and how often. The first that are read decide, but for what was fetched.
+/// Lines of the log read at a time, and how often. Mostly the first decide: what was fetched or replayed meanwhile is passed over.
 const LINES: u32 = 1_000;
 const PAGES: usize = 10;
 
@@ -29,11 +29,11 @@ pub fn is_due(created_ms: i64, last_ms: i64, now_ms: i64) -> bool {
 /// # Errors
 /// The database cannot be reached.
 pub async fn first_missed(store: &Store, last_ms: i64, now_ms: i64) -> Result<Option<i64>, StoreError> {
+    if now_ms - last_ms <= SHORTEST_SILENCE_MS {
+        return Ok(None);
+    }
     let mut last = None;
     for _ in 0..PAGES {
-        if now_ms - last_ms <= SHORTEST_SILENCE_MS {
-            break;
-        }
         let page = store.log_lines(last_ms, last, now_ms, LINES).await?;
         let tellings = page.iter().filter(|line| line.source == Source::Api).filter_map(|line| line.telling.as_deref());
         let events = tellings.filter_map(|text| serde_json::from_str::<Telling>(text).ok()).filter(|event| !event.fetched);

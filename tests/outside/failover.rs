@@ -47,12 +47,26 @@ fn pair() -> (Arc<PostgresServer>, PostgresServer) {
     (primary, standby)
 }
 
+/// A world on the primary, by an address that can lead to the standby.
+async fn world_of(primary: &Arc<PostgresServer>) -> (World, Forwarder) {
+    let forwarder = Forwarder::start(primary.port()).await;
+    let url = |name: &str| format!("postgres://postgres@127.0.0.2:{}/{name}", primary.port());
+    (World::on(Database::create_on(primary).by_way_of(url)).await, forwarder)
+}
+
+/// Returns when service is back, by itself.
+async fn until_back(world: &World) {
+    let since = Instant::now();
+    while world.get("/readyz", "").await.status != 200 {
+        assert!(since.elapsed() < Duration::from_secs(2), "service is not back");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_failover_to_a_synchronous_standby_loses_nothing_and_service_comes_back_by_itself() {
     let (primary, standby) = block_in_place(pair);
-    let forwarder = Forwarder::start(primary.port()).await;
-    let url = |name: &str| format!("postgres://postgres@127.0.0.2:{}/{name}", primary.port());
-    let world = World::on(Database::create_on(&primary).by_way_of(url)).await;
+    let (world, forwarder) = world_of(&primary).await;
     let load = Load::start(&world);
     load.acknowledge(200).await;
     block_in_place(|| primary.kill_nine());
@@ -62,11 +76,7 @@ async fn a_failover_to_a_synchronous_standby_loses_nothing_and_service_comes_bac
     // What an operator does, or whoever does it for one: the standby leads, then the address leads to it.
     block_in_place(|| standby.sql("postgres", "select pg_promote(true, 60)"));
     forwarder.to.store(standby.port(), Ordering::Relaxed);
-    let since = Instant::now();
-    while world.get("/readyz", "").await.status != 200 {
-        assert!(since.elapsed() < Duration::from_secs(2), "service is not back");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    until_back(&world).await;
     let kept = world.logged_ids();
     let lost: Vec<&String> = acknowledged.iter().filter(|id| !kept.contains(id)).collect();
     assert!(lost.is_empty(), "acknowledged and lost: {lost:?}");
@@ -80,9 +90,7 @@ async fn a_failover_to_a_synchronous_standby_loses_nothing_and_service_comes_bac
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_address_that_leads_to_a_standby_too_early_shows_nothing_that_may_be_old_until_that_leads() {
     let (primary, standby) = block_in_place(pair);
-    let forwarder = Forwarder::start(primary.port()).await;
-    let url = |name: &str| format!("postgres://postgres@127.0.0.2:{}/{name}", primary.port());
-    let world = World::on(Database::create_on(&primary).by_way_of(url)).await;
+    let (world, forwarder) = world_of(&primary).await;
     let document = world.store("inv-0", "in_0").await.with_status(201).json();
     let path = invoice_path("inv-0");
 
@@ -99,9 +107,6 @@ async fn an_address_that_leads_to_a_standby_too_early_shows_nothing_that_may_be_
     assert!(world.server.log().contains("it is a standby"), "{}", world.server.log());
 
     block_in_place(|| standby.sql("postgres", "select pg_promote(true, 60)"));
-    let since = Instant::now();
-    while world.get("/readyz", "").await.status != 200 {
-        assert!(since.elapsed() < Duration::from_secs(2), "service is not back");
-    }
+    until_back(&world).await;
     world.put(&path, &document).await.with_status(200);
 }

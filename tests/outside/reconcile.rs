@@ -18,6 +18,7 @@ use crate::stripe_fake::{
     self, BASIL, CLOVER, Call, DAY, Deliveries, ENDIVE, Endpoint, Event, HOUR, LIVE_KEY, Life, OLD, OTHER_KEY, Stripe, Terms,
     Troubles, now_s,
 };
+use crate::stripe_fake_checks;
 use crate::support::{Database, Engine, Files, Ran, SECRET, Server, World, binary, invoice_path, run};
 
 /// Enough for every kind of life with every gap, in every version. For a long run: 5,000.
@@ -221,18 +222,9 @@ fn assert_logged_once(database_url: &str) {
     assert!(!seen.is_empty());
 }
 
-fn terms(start: i64, version: &'static str) -> Terms {
-    Terms {
-        account: None,
-        livemode: true,
-        due: 5000,
-        currency: "usd",
-        sent: false,
-        start,
-        listed: version,
-        delivered: version,
-        order_reference: None,
-    }
+/// Of the currency that stored invoices have here.
+pub fn terms(start: i64, version: &'static str) -> Terms {
+    Terms { currency: "usd", ..stripe_fake_checks::terms(start, version) }
 }
 
 fn stored(uid: &str, life: &Life) -> Stored {

@@ -164,7 +164,7 @@ pub fn endpoint(asked: Option<&Result<Vec<String>, StripeApiError>>, passes: &[P
             if remarks.is_empty() {
                 return ok("endpoint", format!("It was enabled and sent all event types {}.", ago(pass.ended_ms, now_ms)));
             }
-            // The cure is known with the next pass.
+            // Whether it is cured is seen by the next.
             remarks.push(format!("The last pass saw that, {}.", ago(pass.ended_ms, now_ms)));
             remarks
         }

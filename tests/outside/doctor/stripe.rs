@@ -1,6 +1,7 @@
 //! What `doctor` says of Stripe: from its API, from the passes against it, and of what no webhook brought.
 
 use super::*;
+use crate::reconcile;
 use crate::stripe_fake::{CLOVER, DAY, Endpoint, HOUR, Stripe, Terms, Troubles, now_s};
 
 each_database! {
@@ -133,18 +134,7 @@ each_database! {
 
 /// An invoice of yesterday.
 fn terms() -> Terms {
-    let start = now_s() - DAY;
-    Terms {
-        account: None,
-        livemode: true,
-        due: 5000,
-        currency: "usd",
-        sent: false,
-        start,
-        listed: CLOVER,
-        delivered: CLOVER,
-        order_reference: None,
-    }
+    reconcile::terms(now_s() - DAY, CLOVER)
 }
 
 /// As if all passes were made so much earlier.
