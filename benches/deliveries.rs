@@ -30,7 +30,8 @@ fn unique(number: usize) -> String {
 }
 
 pub fn bodies(first: usize, count: usize) -> impl Iterator<Item = String> {
-    (first..first + count).map(|n| TEMPLATES[n % TEMPLATES.len()].replace(MARK, &unique(n / TEMPLATES.len())))
+    (first..first + count)
+        .map(|n| TEMPLATES[n % TEMPLATES.len()].replace(MARK, &unique(n / TEMPLATES.len())))
 }
 
 /// Signed now: good for five minutes.

@@ -26,7 +26,9 @@ impl Timings {
     /// In milliseconds.
     pub fn quantile_ms(&self, quantile: f64) -> f64 {
         let last = self.sorted.len().saturating_sub(1);
-        self.sorted.get((last as f64 * quantile).round() as usize).map_or(0.0, |d| d.as_secs_f64() * 1e3)
+        self.sorted
+            .get((last as f64 * quantile).round() as usize)
+            .map_or(0.0, |d| d.as_secs_f64() * 1e3)
     }
 }
 
@@ -36,24 +38,48 @@ pub async fn closed_loop(authority: &str, connections: usize, requests: &Request
 }
 
 /// Requests are due at a fixed rate; who is late is timed from when it was due.
-pub async fn open_loop(authority: &str, connections: usize, requests: &Requests, per_second: f64) -> Timings {
+pub async fn open_loop(
+    authority: &str,
+    connections: usize,
+    requests: &Requests,
+    per_second: f64,
+) -> Timings {
     send_all(authority, connections, requests, Some(per_second)).await
 }
 
-async fn send_all(authority: &str, connections: usize, requests: &Requests, per_second: Option<f64>) -> Timings {
+async fn send_all(
+    authority: &str,
+    connections: usize,
+    requests: &Requests,
+    per_second: Option<f64>,
+) -> Timings {
     let next = Arc::new(AtomicUsize::new(0));
     let mut sockets = Vec::new();
     for _ in 0..connections {
-        let socket = TcpStream::connect(authority).await.expect("the server listens");
-        socket.set_nodelay(true).expect("a socket takes its options");
+        let socket = TcpStream::connect(authority)
+            .await
+            .expect("the server listens");
+        socket
+            .set_nodelay(true)
+            .expect("a socket takes its options");
         sockets.push(socket);
     }
     let started = Instant::now();
     let mut workers = JoinSet::new();
     for socket in sockets {
-        workers.spawn(worker(socket, requests.clone(), next.clone(), started, per_second));
+        workers.spawn(worker(
+            socket,
+            requests.clone(),
+            next.clone(),
+            started,
+            per_second,
+        ));
     }
-    let mut timings = Timings { sorted: Vec::with_capacity(requests.len()), not_2xx: 0, took: Duration::ZERO };
+    let mut timings = Timings {
+        sorted: Vec::with_capacity(requests.len()),
+        not_2xx: 0,
+        took: Duration::ZERO,
+    };
     while let Some(done) = workers.join_next().await {
         let (times, not_2xx) = done.expect("a worker does not panic");
         timings.sorted.extend(times);
@@ -74,7 +100,9 @@ async fn worker(
     let (mut times, mut not_2xx, mut buffer) = (Vec::new(), 0, vec![0; 64 * 1024]);
     loop {
         let index = next.fetch_add(1, Ordering::Relaxed);
-        let Some(request) = requests.get(index) else { return (times, not_2xx) };
+        let Some(request) = requests.get(index) else {
+            return (times, not_2xx);
+        };
         let due = match per_second {
             Some(rate) => {
                 let due = started + Duration::from_secs_f64(index as f64 / rate);
@@ -83,7 +111,10 @@ async fn worker(
             }
             None => Instant::now(),
         };
-        socket.write_all(request).await.expect("the server takes a request");
+        socket
+            .write_all(request)
+            .await
+            .expect("the server takes a request");
         let status = answer(&mut socket, &mut buffer).await;
         times.push(due.elapsed());
         not_2xx += usize::from(!(200..300).contains(&status) && status != 304);
@@ -97,12 +128,27 @@ async fn answer(socket: &mut TcpStream, buffer: &mut Vec<u8>) -> u16 {
         if filled == buffer.len() {
             buffer.resize(filled * 2, 0);
         }
-        let read = socket.read(&mut buffer[filled..]).await.expect("the server answers");
-        assert!(read > 0, "the server closed the connection: {}", String::from_utf8_lossy(&buffer[..filled]));
+        let read = socket
+            .read(&mut buffer[filled..])
+            .await
+            .expect("the server answers");
+        assert!(
+            read > 0,
+            "the server closed the connection: {}",
+            String::from_utf8_lossy(&buffer[..filled])
+        );
         filled += read;
-        let Some(head) = buffer[..filled].windows(4).position(|window| window == b"\r\n\r\n") else { continue };
+        let Some(head) = buffer[..filled]
+            .windows(4)
+            .position(|window| window == b"\r\n\r\n")
+        else {
+            continue;
+        };
         let text = std::str::from_utf8(&buffer[..head]).expect("a head is text");
-        let length = text.lines().find_map(|line| line.strip_prefix("content-length: ")).map_or(0, |n| n.parse().unwrap_or(0));
+        let length = text
+            .lines()
+            .find_map(|line| line.strip_prefix("content-length: "))
+            .map_or(0, |n| n.parse().unwrap_or(0));
         if filled >= head + 4 + length {
             return text[9..12].parse().expect("a status line has a status");
         }

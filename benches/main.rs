@@ -9,7 +9,11 @@ mod deliveries;
 mod load;
 mod picture;
 #[path = "../tests/outside/support/postgres.rs"]
-#[expect(dead_code, clippy::unwrap_used, reason = "the tests use more of it, and fail by what goes wrong")]
+#[expect(
+    dead_code,
+    clippy::unwrap_used,
+    reason = "the tests use more of it, and fail by what goes wrong"
+)]
 mod postgres;
 mod process;
 mod reference;
@@ -41,13 +45,37 @@ async fn main() {
         return reference::serve_plain(&arguments[at + 1]).await;
     }
     let has = |word: &str| arguments.iter().any(|a| a == word);
-    let time = if has("--quick") { Duration::from_millis(800) } else { Duration::from_secs(4) };
-    let value = |name: &str| arguments.iter().position(|a| a == name).and_then(|at| arguments.get(at + 1)).cloned();
-    let (only, connections) = (value("--engine"), value("--connections").and_then(|n| n.parse().ok()));
-    let folder = tempfile::Builder::new().prefix("stripe-reconciler-bench-").tempdir().expect("a folder");
-    let mut bench = Bench { time, folder, postgres: None, databases: 0, events: 0 };
+    let time = if has("--quick") {
+        Duration::from_millis(800)
+    } else {
+        Duration::from_secs(4)
+    };
+    let value = |name: &str| {
+        arguments
+            .iter()
+            .position(|a| a == name)
+            .and_then(|at| arguments.get(at + 1))
+            .cloned()
+    };
+    let (only, connections) = (
+        value("--engine"),
+        value("--connections").and_then(|n| n.parse().ok()),
+    );
+    let folder = tempfile::Builder::new()
+        .prefix("stripe-reconciler-bench-")
+        .tempdir()
+        .expect("a folder");
+    let mut bench = Bench {
+        time,
+        folder,
+        postgres: None,
+        databases: 0,
+        events: 0,
+    };
     if let Some(millions) = value("--growth").and_then(|n| n.parse::<f64>().ok()) {
-        return bench.growth(only.as_deref().unwrap_or("sqlite"), millions).await;
+        return bench
+            .growth(only.as_deref().unwrap_or("sqlite"), millions)
+            .await;
     }
     let mut drawn = Vec::new();
     let disk = reference::disk_commits(&bench.folder.path().join("disk"), time);
@@ -70,7 +98,11 @@ struct Side {
 
 impl Bench {
     /// What is measured, as it is drawn.
-    async fn measure(&mut self, engine: &str, only: Option<usize>) -> (String, Vec<picture::Group>) {
+    async fn measure(
+        &mut self,
+        engine: &str,
+        only: Option<usize>,
+    ) -> (String, Vec<picture::Group>) {
         let about = reference::about(&self.database(engine)).await;
         println!("\n{about}");
         let mut drawn = Vec::new();
@@ -78,9 +110,14 @@ impl Bench {
         let commit_ms = reference::commit_ms(&self.database(engine), self.time).await;
         println!("Batch limit: {limit:.0} rows/s. One commit: {commit_ms:.3} ms.\n");
         println!("connections  way      acks/s  p50 ms  p99 ms  p99.9 ms  CPU us/ack  not 2xx");
-        for connections in CONNECTIONS.into_iter().filter(|n| only.is_none_or(|only| only == *n)) {
+        for connections in CONNECTIONS
+            .into_iter()
+            .filter(|n| only.is_none_or(|only| only == *n))
+        {
             let (plain_url, url) = (self.database(engine), self.database(engine));
-            let plain = self.acks(&plain_url, connections, Served::plain, engine).await;
+            let plain = self
+                .acks(&plain_url, connections, Served::plain, engine)
+                .await;
             let ours = self.acks(&url, connections, Served::product, engine).await;
             print_side(connections, "plain", &plain);
             print_side(connections, "ours", &ours);
@@ -99,7 +136,11 @@ impl Bench {
         if only.is_some() {
             return (about, drawn);
         }
-        let urls = [self.database(engine), self.database(engine), self.database(engine)];
+        let urls = [
+            self.database(engine),
+            self.database(engine),
+            self.database(engine),
+        ];
         self.steady(&urls).await;
         let url = self.database(engine);
         self.alone(&url, commit_ms).await;
@@ -119,11 +160,18 @@ impl Bench {
             closed_loop(&server.authority, 64, &warm).await;
             let (many, few) = (self.deliveries(20_000), self.deliveries(1_000));
             let acks = closed_loop(&server.authority, 64, &many).await.per_second();
-            let alone_ms = closed_loop(&server.authority, 1, &few).await.quantile_ms(0.5);
+            let alone_ms = closed_loop(&server.authority, 1, &few)
+                .await
+                .quantile_ms(0.5);
             let reads = deliveries::reads(&path, &format!("apikey: {key}\r\n"), 2_000);
             reference::settle(&url).await;
-            let read_ms = closed_loop(&server.authority, 1, &reads).await.quantile_ms(0.5);
-            println!("{:>10}  {acks:>12.0}  {alone_ms:>11.3}  {read_ms:>11.3}  {replay:>15.0}", self.events);
+            let read_ms = closed_loop(&server.authority, 1, &reads)
+                .await
+                .quantile_ms(0.5);
+            println!(
+                "{:>10}  {acks:>12.0}  {alone_ms:>11.3}  {read_ms:>11.3}  {replay:>15.0}",
+                self.events
+            );
         }
     }
 
@@ -134,7 +182,11 @@ impl Bench {
         self.databases += 1;
         match &self.postgres {
             Some(server) if engine == "postgres" => server.url(&server.create_database()),
-            _ => format!("sqlite://{}/{}.db", self.folder.path().display(), self.databases),
+            _ => format!(
+                "sqlite://{}/{}.db",
+                self.folder.path().display(),
+                self.databases
+            ),
         }
     }
 
@@ -144,14 +196,24 @@ impl Bench {
         deliveries::signed(self.events - count, count)
     }
 
-    async fn acks(&mut self, url: &str, connections: usize, start: fn(&str) -> Served, engine: &str) -> Side {
+    async fn acks(
+        &mut self,
+        url: &str,
+        connections: usize,
+        start: fn(&str) -> Served,
+        engine: &str,
+    ) -> Side {
         let server = start(url);
         let warm_up = self.deliveries(connections * 8);
         let warm = closed_loop(&server.authority, connections, &warm_up).await;
         let count = (warm.per_second() * self.time.as_secs_f64()) as usize;
         let requests = self.deliveries(count.clamp(connections * 8, 120_000));
         let used = |bench: &Bench| {
-            let database = if engine == "postgres" { bench.postgres.as_ref().map(|server| cpu(server.pid())) } else { None };
+            let database = if engine == "postgres" {
+                bench.postgres.as_ref().map(|server| cpu(server.pid()))
+            } else {
+                None
+            };
             cpu(server.pid()) + database.unwrap_or_default()
         };
         reference::settle(url).await;
@@ -166,7 +228,13 @@ impl Bench {
         let seconds = self.time.as_secs_f64() * 2.0;
         println!("\nrate/s  connections  way     p50 ms  p99 ms  p99.9 ms  not 2xx");
         for (way, start, url, rate, connections) in [
-            ("plain", Served::plain as fn(&str) -> Served, plain_url, 300.0, 64),
+            (
+                "plain",
+                Served::plain as fn(&str) -> Served,
+                plain_url,
+                300.0,
+                64,
+            ),
             ("ours", Served::product, url, 300.0, 64),
             ("ours", Served::product, fast_url, 2000.0, 256),
         ] {
@@ -176,28 +244,57 @@ impl Bench {
         }
     }
 
-    async fn at_rate(&mut self, way: &str, server: Served, rate: f64, connections: usize, seconds: f64) {
+    async fn at_rate(
+        &mut self,
+        way: &str,
+        server: Served,
+        rate: f64,
+        connections: usize,
+        seconds: f64,
+    ) {
         let requests = self.deliveries((rate * seconds) as usize);
         let t = open_loop(&server.authority, connections, &requests, rate).await;
-        let (p50, p99, p999) = (t.quantile_ms(0.5), t.quantile_ms(0.99), t.quantile_ms(0.999));
-        println!("{rate:>6}  {connections:>11}  {way:<6}  {p50:>6.2}  {p99:>6.2}  {p999:>8.2}  {:>7}", t.not_2xx);
+        let (p50, p99, p999) = (
+            t.quantile_ms(0.5),
+            t.quantile_ms(0.99),
+            t.quantile_ms(0.999),
+        );
+        println!(
+            "{rate:>6}  {connections:>11}  {way:<6}  {p50:>6.2}  {p99:>6.2}  {p999:>8.2}  {:>7}",
+            t.not_2xx
+        );
     }
 
     /// An invoice of the next four events, and a key that reads it: the key, and the path of the invoice.
     fn invoice(&mut self, url: &str) -> (String, String) {
         let run = |arguments: &[&str]| {
             let ran = product(url).args(arguments).output().expect("it runs");
-            assert!(ran.status.success(), "{}", String::from_utf8_lossy(&ran.stderr));
+            assert!(
+                ran.status.success(),
+                "{}",
+                String::from_utf8_lossy(&ran.stderr)
+            );
             String::from_utf8_lossy(&ran.stdout).trim().to_owned()
         };
         self.events = self.events.next_multiple_of(4);
         let stripe_invoice_id = deliveries::stripe_invoice_id(self.events / 4);
         let uid = format!("invoice-{}", self.events);
         let file = self.folder.path().join("invoice.json");
-        let invoice = format!(r#"{{"metadata":{{"uid":"{uid}"}},"status":{{"stripeInvoiceId":"{stripe_invoice_id}"}}}}"#);
+        let invoice = format!(
+            r#"{{"metadata":{{"uid":"{uid}"}},"status":{{"stripeInvoiceId":"{stripe_invoice_id}"}}}}"#
+        );
         std::fs::write(&file, invoice).expect("a file");
-        run(&["invoices", "import", "--tenant", "acme", &file.display().to_string()]);
-        (run(&["keys", "create", "--tenant", "acme"]), format!("/v1/tenants/acme/invoices/{uid}"))
+        run(&[
+            "invoices",
+            "import",
+            "--tenant",
+            "acme",
+            &file.display().to_string(),
+        ]);
+        (
+            run(&["keys", "create", "--tenant", "acme"]),
+            format!("/v1/tenants/acme/invoices/{uid}"),
+        )
     }
 
     async fn alone(&mut self, url: &str, commit_ms: f64) {
@@ -213,12 +310,32 @@ impl Bench {
         closed_loop(&server.authority, 1, &events).await;
 
         let headers = format!("apikey: {key}\r\n");
-        let alone = closed_loop(&server.authority, 1, &deliveries::reads(path, &headers, 2_000)).await;
-        let many = closed_loop(&server.authority, 16, &deliveries::reads(path, &headers, 30_000)).await;
+        let alone = closed_loop(
+            &server.authority,
+            1,
+            &deliveries::reads(path, &headers, 2_000),
+        )
+        .await;
+        let many = closed_loop(
+            &server.authority,
+            16,
+            &deliveries::reads(path, &headers, 30_000),
+        )
+        .await;
         let tag = etag(&server.authority, path, &headers);
         let not_modified = format!("{headers}if-none-match: {tag}\r\n");
-        let unchanged = closed_loop(&server.authority, 16, &deliveries::reads(path, &not_modified, 30_000)).await;
-        let empty = closed_loop(&server.authority, 1, &deliveries::reads("/healthz", "", 2_000)).await;
+        let unchanged = closed_loop(
+            &server.authority,
+            16,
+            &deliveries::reads(path, &not_modified, 30_000),
+        )
+        .await;
+        let empty = closed_loop(
+            &server.authority,
+            1,
+            &deliveries::reads("/healthz", "", 2_000),
+        )
+        .await;
         let warm = self.deliveries(500);
         closed_loop(&server.authority, 1, &warm).await;
         let single_requests = self.deliveries(1_000);
@@ -253,7 +370,10 @@ impl Bench {
     fn replay_and_rebuild(&mut self, url: &str) {
         let replayed = self.replay(url, 50_000);
         let begun = Instant::now();
-        let ran = product(url).args(["rebuild", "--json"]).output().expect("it runs");
+        let ran = product(url)
+            .args(["rebuild", "--json"])
+            .output()
+            .expect("it runs");
         let rebuilt: serde_json::Value = serde_json::from_slice(&ran.stdout).expect("it reports");
         let read = rebuilt["events"].as_f64().unwrap_or(0.0) / begun.elapsed().as_secs_f64();
         println!("replay: {replayed:.0} events/s. rebuild: {read:.0} events/s.");
@@ -262,7 +382,12 @@ impl Bench {
     /// Events a second that `replay` takes, as they are made: a file of them would be written to the same disk.
     fn replay(&mut self, url: &str, count: usize) -> f64 {
         let begun = Instant::now();
-        let mut replay = product(url).args(["replay", "-"]).stdin(Stdio::piped()).stdout(Stdio::null()).spawn().expect("it runs");
+        let mut replay = product(url)
+            .args(["replay", "-"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .spawn()
+            .expect("it runs");
         let mut lines = std::io::BufWriter::new(replay.stdin.take().expect("piped"));
         for body in deliveries::bodies(self.events, count) {
             writeln!(lines, "{}", body.replace('\n', "")).expect("it takes a line");
@@ -290,8 +415,16 @@ fn print_side(connections: usize, way: &str, side: &Side) {
 fn etag(authority: &str, path: &str, headers: &str) -> String {
     use std::io::Read;
     let mut socket = std::net::TcpStream::connect(authority).expect("it listens");
-    write!(socket, "GET {path} HTTP/1.1\r\nhost: bench\r\nconnection: close\r\n{headers}\r\n").expect("it takes a request");
+    write!(
+        socket,
+        "GET {path} HTTP/1.1\r\nhost: bench\r\nconnection: close\r\n{headers}\r\n"
+    )
+    .expect("it takes a request");
     let mut answer = String::new();
     socket.read_to_string(&mut answer).expect("it answers");
-    answer.lines().find_map(|line| line.strip_prefix("etag: ")).expect("an answer has a tag").to_owned()
+    answer
+        .lines()
+        .find_map(|line| line.strip_prefix("etag: "))
+        .expect("an answer has a tag")
+        .to_owned()
 }

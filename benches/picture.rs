@@ -12,21 +12,35 @@ const RIGHT: f64 = 90.0;
 
 /// Bars that read on a light and on a dark page.
 pub fn svg(engines: &[(String, Vec<Group>)]) -> String {
-    let fastest = engines.iter().flat_map(|(_, groups)| groups).map(|(_, plain, ours)| plain.max(*ours)).fold(1.0, f64::max);
+    let fastest = engines
+        .iter()
+        .flat_map(|(_, groups)| groups)
+        .map(|(_, plain, ours)| plain.max(*ours))
+        .fold(1.0, f64::max);
     let mut bars = String::new();
     let mut y = 40.0;
     for (engine, groups) in engines {
         text(&mut bars, 12.0, y, "title", engine);
         y += ROW;
         for (connections, plain, ours) in groups {
-            let name = if *connections == 1 { "1 connection".to_owned() } else { format!("{connections} connections") };
+            let name = if *connections == 1 {
+                "1 connection".to_owned()
+            } else {
+                format!("{connections} connections")
+            };
             for (label, way, acks) in [(name.as_str(), "ours", *ours), ("", "plain", *plain)] {
                 text(&mut bars, 12.0, y, "label", label);
                 let width = (WIDTH - LEFT - RIGHT) * acks / fastest;
                 let top = y - 13.0;
                 writeln!(bars, r#"<rect class="{way}" x="{LEFT}" y="{top}" width="{width:.1}" height="16" rx="2"/>"#)
                     .expect("a string takes it");
-                text(&mut bars, LEFT + width + 6.0, y, "label", &format!("{acks:.0}/s"));
+                text(
+                    &mut bars,
+                    LEFT + width + 6.0,
+                    y,
+                    "label",
+                    &format!("{acks:.0}/s"),
+                );
                 y += ROW;
             }
             y += 6.0;
@@ -49,5 +63,9 @@ text {{ font: 13px system-ui, sans-serif; fill: #57606a }}
 }
 
 fn text(bars: &mut String, x: f64, y: f64, class: &str, words: &str) {
-    writeln!(bars, r#"<text class="{class}" x="{x:.1}" y="{y:.1}">{words}</text>"#).expect("a string takes it");
+    writeln!(
+        bars,
+        r#"<text class="{class}" x="{x:.1}" y="{y:.1}">{words}</text>"#
+    )
+    .expect("a string takes it");
 }

@@ -14,7 +14,10 @@ pub struct Served {
 impl Served {
     pub fn product(database_url: &str) -> Served {
         let mut command = product(database_url);
-        command.env("LISTEN_ADDR", "127.0.0.1:0").env("STRIPE_WEBHOOK_SECRET", crate::deliveries::SECRET).arg("serve");
+        command
+            .env("LISTEN_ADDR", "127.0.0.1:0")
+            .env("STRIPE_WEBHOOK_SECRET", crate::deliveries::SECRET)
+            .arg("serve");
         Served::start(command)
     }
 
@@ -25,10 +28,21 @@ impl Served {
     }
 
     fn start(mut command: Command) -> Served {
-        let mut process = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("it starts");
+        let mut process = command
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("it starts");
         let mut line = String::new();
-        BufReader::new(process.stdout.take().expect("piped")).read_line(&mut line).expect("it says where");
-        let authority = line.trim().rsplit('/').next().unwrap_or_default().to_owned();
+        BufReader::new(process.stdout.take().expect("piped"))
+            .read_line(&mut line)
+            .expect("it says where");
+        let authority = line
+            .trim()
+            .rsplit('/')
+            .next()
+            .unwrap_or_default()
+            .to_owned();
         assert!(!authority.is_empty(), "it did not start");
         Served { process, authority }
     }
@@ -56,13 +70,18 @@ pub fn product(database_url: &str) -> Command {
 /// Processor time of a process and of the children that it still has or has waited for.
 pub fn cpu(pid: u32) -> Duration {
     let ticks = |fields: &[String], range: std::ops::Range<usize>| -> u64 {
-        fields[range].iter().map(|field| field.parse::<u64>().unwrap_or(0)).sum()
+        fields[range]
+            .iter()
+            .map(|field| field.parse::<u64>().unwrap_or(0))
+            .sum()
     };
     // After the name come the fields from the third on: utime, stime, cutime and cstime are the 14th to 17th.
     let own = stat(pid).map_or(0, |fields| ticks(&fields, 11..15));
     let all = fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = all.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-    let children = pids.filter_map(stat).filter(|fields| fields[1] == pid.to_string());
+    let children = pids
+        .filter_map(stat)
+        .filter(|fields| fields[1] == pid.to_string());
     let total = own + children.map(|fields| ticks(&fields, 11..13)).sum::<u64>();
     Duration::from_millis(total * 10)
 }
@@ -76,6 +95,13 @@ fn stat(pid: u32) -> Option<Vec<String>> {
 /// Memory of a process in MB: what it has alone, and its share of what it shares.
 pub fn pss_mb(pid: u32) -> f64 {
     let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap_or_default();
-    let line = text.lines().find(|line| line.starts_with("Pss:")).unwrap_or_default();
-    line.split_whitespace().nth(1).and_then(|kb| kb.parse::<f64>().ok()).unwrap_or(0.0) / 1024.0
+    let line = text
+        .lines()
+        .find(|line| line.starts_with("Pss:"))
+        .unwrap_or_default();
+    line.split_whitespace()
+        .nth(1)
+        .and_then(|kb| kb.parse::<f64>().ok())
+        .unwrap_or(0.0)
+        / 1024.0
 }

@@ -38,15 +38,28 @@ impl Pool {
     pub async fn open(url: &str) -> Pool {
         match url.strip_prefix("sqlite://") {
             Some(path) => {
-                let options = SqliteConnectOptions::new().filename(path).create_if_missing(true);
-                let options = options.journal_mode(SqliteJournalMode::Wal).synchronous(SqliteSynchronous::Full).page_size(8192);
-                let pool = SqlitePoolOptions::new().max_connections(1).connect_with(options).await.expect("a database");
+                let options = SqliteConnectOptions::new()
+                    .filename(path)
+                    .create_if_missing(true);
+                let options = options
+                    .journal_mode(SqliteJournalMode::Wal)
+                    .synchronous(SqliteSynchronous::Full)
+                    .page_size(8192);
+                let pool = SqlitePoolOptions::new()
+                    .max_connections(1)
+                    .connect_with(options)
+                    .await
+                    .expect("a database");
                 let table = sqlx::AssertSqlSafe(TABLE.replace("BYTES", "blob"));
                 sqlx::query(table).execute(&pool).await.expect("a table");
                 Pool::Sqlite(pool)
             }
             None => {
-                let pool = PgPoolOptions::new().max_connections(10).connect(url).await.expect("a database");
+                let pool = PgPoolOptions::new()
+                    .max_connections(10)
+                    .connect(url)
+                    .await
+                    .expect("a database");
                 let table = sqlx::AssertSqlSafe(TABLE.replace("BYTES", "bytea"));
                 sqlx::query(table).execute(&pool).await.expect("a table");
                 Pool::Postgres(pool)
@@ -56,17 +69,28 @@ impl Pool {
 
     /// One payload, one transaction, as a handler is usually written.
     async fn insert(&self, id: &str, body: &[u8]) -> Result<(), sqlx::Error> {
-        const INSERT: &str = "insert into payloads (id, received, body) values ($1, $2, $3) on conflict do nothing";
+        const INSERT: &str =
+            "insert into payloads (id, received, body) values ($1, $2, $3) on conflict do nothing";
         let received = Clock::system().now_ms();
         match self {
             Pool::Sqlite(pool) => {
                 let mut transaction = pool.begin().await?;
-                sqlx::query(INSERT).bind(id).bind(received).bind(body).execute(&mut *transaction).await?;
+                sqlx::query(INSERT)
+                    .bind(id)
+                    .bind(received)
+                    .bind(body)
+                    .execute(&mut *transaction)
+                    .await?;
                 transaction.commit().await
             }
             Pool::Postgres(pool) => {
                 let mut transaction = pool.begin().await?;
-                sqlx::query(INSERT).bind(id).bind(received).bind(body).execute(&mut *transaction).await?;
+                sqlx::query(INSERT)
+                    .bind(id)
+                    .bind(received)
+                    .bind(body)
+                    .execute(&mut *transaction)
+                    .await?;
                 transaction.commit().await
             }
         }
@@ -78,7 +102,8 @@ impl Pool {
             Pool::Sqlite(pool) => {
                 let mut transaction = pool.begin().await?;
                 for part in batch.chunks(64) {
-                    let mut sql = sqlx::QueryBuilder::new("insert into payloads (id, received, body) ");
+                    let mut sql =
+                        sqlx::QueryBuilder::new("insert into payloads (id, received, body) ");
                     sql.push_values(part, |mut row, (id, body)| {
                         row.push_bind(id).push_bind(0_i64).push_bind(&body[..]);
                     });
@@ -87,9 +112,15 @@ impl Pool {
                 transaction.commit().await
             }
             Pool::Postgres(pool) => {
-                let (ids, bodies): (Vec<&str>, Vec<&[u8]>) = batch.iter().map(|(id, body)| (&**id, &body[..])).unzip();
+                let (ids, bodies): (Vec<&str>, Vec<&[u8]>) =
+                    batch.iter().map(|(id, body)| (&**id, &body[..])).unzip();
                 let sql = "insert into payloads (id, received, body) select id, 0, body from unnest($1::text[], $2::bytea[]) as t (id, body)";
-                sqlx::query(sql).bind(ids).bind(bodies).execute(pool).await.map(drop)
+                sqlx::query(sql)
+                    .bind(ids)
+                    .bind(bodies)
+                    .execute(pool)
+                    .await
+                    .map(drop)
             }
         }
     }
@@ -97,24 +128,46 @@ impl Pool {
 
 /// Serves the plain way on a free port, and prints where.
 pub async fn serve_plain(url: &str) {
-    let plain =
-        Plain { pool: Pool::open(url).await, secrets: Arc::new(SigningSecrets::parse(deliveries::SECRET).expect("a secret")) };
-    let router = Router::new().route("/webhooks/stripe", post(receive)).route("/empty", get(async || "")).with_state(plain);
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
-    println!("listening on http://{}", listener.local_addr().expect("an address"));
+    let plain = Plain {
+        pool: Pool::open(url).await,
+        secrets: Arc::new(SigningSecrets::parse(deliveries::SECRET).expect("a secret")),
+    };
+    let router = Router::new()
+        .route("/webhooks/stripe", post(receive))
+        .route("/empty", get(async || ""))
+        .with_state(plain);
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0")
+        .await
+        .expect("a port");
+    println!(
+        "listening on http://{}",
+        listener.local_addr().expect("an address")
+    );
     axum::serve(listener, router).await.expect("it serves");
 }
 
 async fn receive(State(plain): State<Plain>, headers: HeaderMap, body: Bytes) -> StatusCode {
-    let signatures: Vec<&[u8]> = headers.get_all("stripe-signature").iter().map(|v| v.as_bytes()).collect();
-    let Ok(signature) = SignatureHeader::read(&signatures) else { return StatusCode::BAD_REQUEST };
+    let signatures: Vec<&[u8]> = headers
+        .get_all("stripe-signature")
+        .iter()
+        .map(|v| v.as_bytes())
+        .collect();
+    let Ok(signature) = SignatureHeader::read(&signatures) else {
+        return StatusCode::BAD_REQUEST;
+    };
     let mut verifier = plain.secrets.verifier(&signature);
     verifier.update(&body);
     if verifier.finish(Clock::system().now_s()).is_err() {
         return StatusCode::BAD_REQUEST;
     }
-    let Ok(event) = serde_json::from_slice::<serde_json::Value>(&body) else { return StatusCode::BAD_REQUEST };
-    match plain.pool.insert(event["id"].as_str().unwrap_or_default(), &body).await {
+    let Ok(event) = serde_json::from_slice::<serde_json::Value>(&body) else {
+        return StatusCode::BAD_REQUEST;
+    };
+    match plain
+        .pool
+        .insert(event["id"].as_str().unwrap_or_default(), &body)
+        .await
+    {
         Ok(()) => StatusCode::OK,
         Err(_) => StatusCode::SERVICE_UNAVAILABLE,
     }
@@ -123,7 +176,11 @@ async fn receive(State(plain): State<Plain>, headers: HeaderMap, body: Bytes) ->
 /// Rows a second that the engine alone commits, 256 a commit, by two connections where that is faster (PostgreSQL).
 pub async fn batch_limit(url: &str, time: Duration) -> f64 {
     let pool = Pool::open(url).await;
-    let writers = if matches!(pool, Pool::Postgres(_)) { 2 } else { 1 };
+    let writers = if matches!(pool, Pool::Postgres(_)) {
+        2
+    } else {
+        1
+    };
     let started = Instant::now();
     let mut tasks = tokio::task::JoinSet::new();
     for writer in 0..writers {
@@ -133,8 +190,9 @@ pub async fn batch_limit(url: &str, time: Duration) -> f64 {
             let mut first = writer * 100_000_000;
             while started.elapsed() < time {
                 let bodies = deliveries::bodies(first, 256).enumerate();
-                let batch: Vec<(String, Vec<u8>)> =
-                    bodies.map(|(n, body)| (format!("evt_1{:010}", first + n), body.into())).collect();
+                let batch: Vec<(String, Vec<u8>)> = bodies
+                    .map(|(n, body)| (format!("evt_1{:010}", first + n), body.into()))
+                    .collect();
                 pool.insert_batch(&batch).await.expect("a batch is taken");
                 rows += batch.len();
                 first += 256;
@@ -154,7 +212,12 @@ pub async fn commit_ms(url: &str, time: Duration) -> f64 {
     let mut times = Vec::new();
     while started.elapsed() < time {
         let begun = Instant::now();
-        pool.insert(&format!("evt_alone_{}", times.len()), bodies[times.len() % 4].as_bytes()).await.expect("it is taken");
+        pool.insert(
+            &format!("evt_alone_{}", times.len()),
+            bodies[times.len() % 4].as_bytes(),
+        )
+        .await
+        .expect("it is taken");
         times.push(begun.elapsed());
     }
     times.sort_unstable();
@@ -165,9 +228,17 @@ pub async fn commit_ms(url: &str, time: Duration) -> f64 {
 /// for another's.
 pub async fn settle(url: &str) {
     if let Pool::Postgres(pool) = Pool::open(url).await {
-        sqlx::query("checkpoint").execute(&pool).await.expect("we may");
+        sqlx::query("checkpoint")
+            .execute(&pool)
+            .await
+            .expect("we may");
         let busy = "select count(*) from pg_stat_activity where backend_type = 'autovacuum worker'";
-        while sqlx::query_scalar::<_, i64>(busy).fetch_one(&pool).await.expect("we may") > 0 {
+        while sqlx::query_scalar::<_, i64>(busy)
+            .fetch_one(&pool)
+            .await
+            .expect("we may")
+            > 0
+        {
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
     }
@@ -178,7 +249,9 @@ pub fn disk_commits(path: &std::path::Path, time: Duration) -> f64 {
     let mut file = File::create(path).expect("a file");
     let (started, mut commits) = (Instant::now(), 0);
     while started.elapsed() < time {
-        file.write_all(&[7; 8192]).and_then(|()| file.sync_data()).expect("the disk takes it");
+        file.write_all(&[7; 8192])
+            .and_then(|()| file.sync_data())
+            .expect("the disk takes it");
         commits += 1;
     }
     f64::from(commits) / started.elapsed().as_secs_f64()
@@ -188,14 +261,28 @@ pub fn disk_commits(path: &std::path::Path, time: Duration) -> f64 {
 pub async fn about(url: &str) -> String {
     match Pool::open(url).await {
         Pool::Sqlite(pool) => {
-            let row = sqlx::query("select sqlite_version()").fetch_one(&pool).await.expect("it has a version");
-            format!("SQLite {}, WAL, synchronous = FULL", row.get::<String, _>(0))
+            let row = sqlx::query("select sqlite_version()")
+                .fetch_one(&pool)
+                .await
+                .expect("it has a version");
+            format!(
+                "SQLite {}, WAL, synchronous = FULL",
+                row.get::<String, _>(0)
+            )
         }
         Pool::Postgres(pool) => {
             let sql = "select current_setting('server_version'), current_setting('fsync'), current_setting('synchronous_commit')";
-            let row = sqlx::query(sql).fetch_one(&pool).await.expect("it has settings");
+            let row = sqlx::query(sql)
+                .fetch_one(&pool)
+                .await
+                .expect("it has settings");
             let setting = |index: usize| row.get::<String, _>(index);
-            format!("PostgreSQL {}, fsync = {}, synchronous_commit = {}", setting(0), setting(1), setting(2))
+            format!(
+                "PostgreSQL {}, fsync = {}, synchronous_commit = {}",
+                setting(0),
+                setting(1),
+                setting(2)
+            )
         }
     }
 }

@@ -71,44 +71,72 @@ impl Config {
     /// Every mistake, in words that show no secret.
     pub fn load(flags: &Flags, purpose: Purpose) -> Result<Config, Mistakes> {
         let mut mistakes = Vec::new();
-        let mut reader = Reader { mistakes: &mut mistakes };
-        let database_url =
-            reader.setting("DATABASE_URL", &flags.database_url).unwrap_or("sqlite://stripe-reconciler.db".to_owned());
+        let mut reader = Reader {
+            mistakes: &mut mistakes,
+        };
+        let database_url = reader
+            .setting("DATABASE_URL", &flags.database_url)
+            .unwrap_or("sqlite://stripe-reconciler.db".to_owned());
         if let Err(mistake) = Store::check_url(&database_url) {
             reader.mistakes.push(format!("DATABASE_URL: {mistake}"));
         }
         let telemetry = reader.telemetry(flags);
         let serves = purpose == Purpose::Signatures;
         let listens = serves || purpose == Purpose::Healthcheck;
-        let listen_addr = reader.setting("LISTEN_ADDR", &flags.listen_addr).filter(|_| listens);
-        let listen_addr = reader.valid("LISTEN_ADDR", parse_address(listen_addr.as_deref().unwrap_or("127.0.0.1:8080")));
-        let max_connections = reader.setting("MAX_CONNECTIONS", &flags.max_connections).filter(|_| serves);
-        let max_connections = reader.valid("MAX_CONNECTIONS", parse_connections(max_connections.as_deref()));
-        let metrics_addr = reader.setting("METRICS_ADDR", &flags.metrics_addr).filter(|_| serves);
-        let metrics_addr = metrics_addr.and_then(|text| reader.valid("METRICS_ADDR", parse_address(&text)));
+        let listen_addr = reader
+            .setting("LISTEN_ADDR", &flags.listen_addr)
+            .filter(|_| listens);
+        let listen_addr = reader.valid(
+            "LISTEN_ADDR",
+            parse_address(listen_addr.as_deref().unwrap_or("127.0.0.1:8080")),
+        );
+        let max_connections = reader
+            .setting("MAX_CONNECTIONS", &flags.max_connections)
+            .filter(|_| serves);
+        let max_connections = reader.valid(
+            "MAX_CONNECTIONS",
+            parse_connections(max_connections.as_deref()),
+        );
+        let metrics_addr = reader
+            .setting("METRICS_ADDR", &flags.metrics_addr)
+            .filter(|_| serves);
+        let metrics_addr =
+            metrics_addr.and_then(|text| reader.valid("METRICS_ADDR", parse_address(&text)));
         let ui = reader.setting("UI", &flags.ui).filter(|_| serves);
         let ui = reader.valid("UI", parse_switch(ui.as_deref()));
         let secrets = match purpose {
-            Purpose::Signatures | Purpose::Diagnosis => reader.secrets(&flags.stripe_webhook_secret, purpose),
+            Purpose::Signatures | Purpose::Diagnosis => {
+                reader.secrets(&flags.stripe_webhook_secret, purpose)
+            }
             Purpose::StripeApi | Purpose::Database | Purpose::Copy | Purpose::Healthcheck => None,
         };
         let stripe_api = match purpose {
             Purpose::Database | Purpose::Copy | Purpose::Healthcheck => None,
-            Purpose::Signatures | Purpose::StripeApi | Purpose::Diagnosis => reader.stripe_api(flags, purpose),
+            Purpose::Signatures | Purpose::StripeApi | Purpose::Diagnosis => {
+                reader.stripe_api(flags, purpose)
+            }
         };
-        let copy_to = if purpose == Purpose::Copy { reader.copy_to(flags, &database_url) } else { None };
+        let copy_to = if purpose == Purpose::Copy {
+            reader.copy_to(flags, &database_url)
+        } else {
+            None
+        };
         match (telemetry, listen_addr, max_connections, ui) {
-            (Some(telemetry), Some(listen_addr), Some(max_connections), Some(ui)) if mistakes.is_empty() => Ok(Config {
-                database_url,
-                telemetry,
-                listen_addr,
-                max_connections,
-                metrics_addr,
-                secrets,
-                stripe_api,
-                copy_to,
-                ui,
-            }),
+            (Some(telemetry), Some(listen_addr), Some(max_connections), Some(ui))
+                if mistakes.is_empty() =>
+            {
+                Ok(Config {
+                    database_url,
+                    telemetry,
+                    listen_addr,
+                    max_connections,
+                    metrics_addr,
+                    secrets,
+                    stripe_api,
+                    copy_to,
+                    ui,
+                })
+            }
             _ => Err(Mistakes(mistakes)),
         }
     }
@@ -128,13 +156,15 @@ impl Reader<'_> {
         let (value, path) = (self.variable(name), self.variable(&file_name));
         match (value, path) {
             (Some(_), Some(_)) => {
-                self.mistakes.push(format!("{name} and {file_name} are both set: keep one"));
+                self.mistakes
+                    .push(format!("{name} and {file_name} are both set: keep one"));
                 None
             }
             (None, Some(path)) => match std::fs::read_to_string(&path) {
                 Ok(text) => Some(text.trim().to_owned()),
                 Err(error) => {
-                    self.mistakes.push(format!("{file_name}: {path} cannot be read: {error}"));
+                    self.mistakes
+                        .push(format!("{file_name}: {path} cannot be read: {error}"));
                     None
                 }
             },
@@ -155,34 +185,65 @@ impl Reader<'_> {
     }
 
     fn telemetry(&mut self, flags: &Flags) -> Option<telemetry::Settings> {
-        let filter = self.setting("RUST_LOG", &flags.log_filter).unwrap_or("info".to_owned());
+        let filter = self
+            .setting("RUST_LOG", &flags.log_filter)
+            .unwrap_or("info".to_owned());
         let filter = self.valid("RUST_LOG", telemetry::filter(&filter));
         let format = self.setting("LOG_FORMAT", &flags.log_format);
         let format = self.valid("LOG_FORMAT", parse_format(format.as_deref()));
         let before = self.mistakes.len();
         let otlp = self.otlp();
         (self.mistakes.len() == before).then_some(())?;
-        Some(telemetry::Settings { filter: filter?, format: format?, otlp })
+        Some(telemetry::Settings {
+            filter: filter?,
+            format: format?,
+            otlp,
+        })
     }
 
     /// OpenTelemetry's own variables, which have no flags. None: no collector, or a mistake.
     fn otlp(&mut self) -> Option<OtlpSettings> {
         let endpoint = self.setting("OTEL_EXPORTER_OTLP_ENDPOINT", &None)?;
-        let protocol = self.setting("OTEL_EXPORTER_OTLP_PROTOCOL", &None).unwrap_or("http/protobuf".to_owned());
-        let headers = self.setting("OTEL_EXPORTER_OTLP_HEADERS", &None).unwrap_or_default();
-        let service_name = self.setting("OTEL_SERVICE_NAME", &None).unwrap_or("stripe-reconciler".to_owned());
-        let (sampler, ratio) = (self.setting("OTEL_TRACES_SAMPLER", &None), self.setting("OTEL_TRACES_SAMPLER_ARG", &None));
-        let endpoint = self.valid("OTEL_EXPORTER_OTLP_ENDPOINT", OtlpSettings::parse_endpoint(&endpoint));
-        let protocol = self.valid("OTEL_EXPORTER_OTLP_PROTOCOL", OtlpSettings::check_protocol(&protocol));
-        let headers = self.valid("OTEL_EXPORTER_OTLP_HEADERS", OtlpSettings::parse_headers(&headers));
+        let protocol = self
+            .setting("OTEL_EXPORTER_OTLP_PROTOCOL", &None)
+            .unwrap_or("http/protobuf".to_owned());
+        let headers = self
+            .setting("OTEL_EXPORTER_OTLP_HEADERS", &None)
+            .unwrap_or_default();
+        let service_name = self
+            .setting("OTEL_SERVICE_NAME", &None)
+            .unwrap_or("stripe-reconciler".to_owned());
+        let (sampler, ratio) = (
+            self.setting("OTEL_TRACES_SAMPLER", &None),
+            self.setting("OTEL_TRACES_SAMPLER_ARG", &None),
+        );
+        let endpoint = self.valid(
+            "OTEL_EXPORTER_OTLP_ENDPOINT",
+            OtlpSettings::parse_endpoint(&endpoint),
+        );
+        let protocol = self.valid(
+            "OTEL_EXPORTER_OTLP_PROTOCOL",
+            OtlpSettings::check_protocol(&protocol),
+        );
+        let headers = self.valid(
+            "OTEL_EXPORTER_OTLP_HEADERS",
+            OtlpSettings::parse_headers(&headers),
+        );
         let sampler = OtlpSettings::parse_sampler(sampler.as_deref(), ratio.as_deref());
         let sampler = self.valid("OTEL_TRACES_SAMPLER", sampler);
         protocol?;
-        Some(OtlpSettings { endpoint: endpoint?, headers: headers?, service_name, sampler: sampler? })
+        Some(OtlpSettings {
+            endpoint: endpoint?,
+            headers: headers?,
+            service_name,
+            sampler: sampler?,
+        })
     }
 
     fn valid<T>(&mut self, name: &str, value: Result<T, String>) -> Option<T> {
-        value.map_err(|mistake| self.mistakes.push(format!("{name}: {mistake}"))).ok()
+        value
+            .map_err(|mistake| self.mistakes.push(format!("{name}: {mistake}")))
+            .ok()
     }
 
     fn secrets(&mut self, flag: &Option<String>, purpose: Purpose) -> Option<SigningSecrets> {
@@ -210,7 +271,9 @@ impl Reader<'_> {
                 self.mistakes
                     .push("COPY_TO is not set: give the database to copy to (--to sqlite://PATH or postgres://...)".to_owned());
             }
-            Some(url) if url == database_url => self.mistakes.push("COPY_TO is the same as DATABASE_URL".to_owned()),
+            Some(url) if url == database_url => self
+                .mistakes
+                .push("COPY_TO is the same as DATABASE_URL".to_owned()),
             Some(url) => drop(self.valid("COPY_TO", Store::check_url(url))),
             None => {}
         }
@@ -229,10 +292,21 @@ impl Reader<'_> {
         }
         let base = self.setting("STRIPE_API_BASE", &flags.stripe_api_base);
         let rate = self.setting("STRIPE_API_RATE", &flags.stripe_api_rate);
-        let base = self.valid("STRIPE_API_BASE", stripe_api::Settings::parse_base(base.as_deref()));
-        let rate = self.valid("STRIPE_API_RATE", stripe_api::Settings::parse_rate(rate.as_deref()));
+        let base = self.valid(
+            "STRIPE_API_BASE",
+            stripe_api::Settings::parse_base(base.as_deref()),
+        );
+        let rate = self.valid(
+            "STRIPE_API_RATE",
+            stripe_api::Settings::parse_rate(rate.as_deref()),
+        );
         let key = key.and_then(|key| self.valid("STRIPE_API_KEY", ApiKey::parse(&key)));
-        Some(stripe_api::Settings { key: key?, base: base?, rate: rate?, retries: stripe_api::RETRIES })
+        Some(stripe_api::Settings {
+            key: key?,
+            base: base?,
+            rate: rate?,
+            retries: stripe_api::RETRIES,
+        })
     }
 }
 
@@ -255,7 +329,9 @@ fn parse_switch(text: Option<&str>) -> Result<bool, String> {
 }
 
 fn parse_address(text: &str) -> Result<SocketAddr, String> {
-    let unfit = |why: &dyn std::fmt::Display| format!("`{text}` is no address such as 127.0.0.1:8080: {why}");
+    let unfit = |why: &dyn std::fmt::Display| {
+        format!("`{text}` is no address such as 127.0.0.1:8080: {why}")
+    };
     let mut addresses = text.to_socket_addrs().map_err(|error| unfit(&error))?;
     addresses.next().ok_or_else(|| unfit(&"it has no address"))
 }

@@ -56,7 +56,10 @@ struct Caller {
 impl Inbox {
     pub fn start(store: Store, metrics: Arc<Metrics>) -> (Inbox, Writer) {
         let (queue, waiting) = mpsc::channel(QUEUE);
-        (Inbox { queue }, Writer(tokio::spawn(write(store, waiting, metrics))))
+        (
+            Inbox { queue },
+            Writer(tokio::spawn(write(store, waiting, metrics))),
+        )
     }
 
     /// Returns when the event is durable. When the caller goes away before its batch is written, it is not kept.
@@ -65,17 +68,29 @@ impl Inbox {
     /// See [`InboxError`]: nothing is promised then.
     pub async fn append(&self, event: NewEvent) -> Result<Appended, InboxError> {
         let (answer, answered) = oneshot::channel();
-        let span = if tracing::enabled!(Level::DEBUG) { Span::current() } else { Span::none() };
-        self.queue.try_send(Waiting { event, caller: Caller { answer, span } }).map_err(|error| match error {
-            mpsc::error::TrySendError::Full(_) => InboxError::Full,
-            mpsc::error::TrySendError::Closed(_) => InboxError::Closed,
-        })?;
+        let span = if tracing::enabled!(Level::DEBUG) {
+            Span::current()
+        } else {
+            Span::none()
+        };
+        self.queue
+            .try_send(Waiting {
+                event,
+                caller: Caller { answer, span },
+            })
+            .map_err(|error| match error {
+                mpsc::error::TrySendError::Full(_) => InboxError::Full,
+                mpsc::error::TrySendError::Closed(_) => InboxError::Closed,
+            })?;
         answered.await.unwrap_or(Err(InboxError::Closed))
     }
 
     /// How many wait, and how many may.
     pub fn depth(&self) -> (usize, usize) {
-        (self.queue.max_capacity() - self.queue.capacity(), self.queue.max_capacity())
+        (
+            self.queue.max_capacity() - self.queue.capacity(),
+            self.queue.max_capacity(),
+        )
     }
 }
 
@@ -92,8 +107,12 @@ async fn write(store: Store, mut queue: mpsc::Receiver<Waiting>, metrics: Arc<Me
     let mut batch = Vec::with_capacity(BATCH);
     while queue.recv_many(&mut batch, BATCH).await > 0 {
         // Who was told meanwhile to come again will come again.
-        let waiting = batch.drain(..).filter(|waiting| !waiting.caller.answer.is_closed());
-        let (events, callers): (Vec<NewEvent>, Vec<_>) = waiting.map(|waiting| (waiting.event, waiting.caller)).unzip();
+        let waiting = batch
+            .drain(..)
+            .filter(|waiting| !waiting.caller.answer.is_closed());
+        let (events, callers): (Vec<NewEvent>, Vec<_>) = waiting
+            .map(|waiting| (waiting.event, waiting.caller))
+            .unzip();
         if events.is_empty() {
             continue;
         }
@@ -103,7 +122,13 @@ async fn write(store: Store, mut queue: mpsc::Receiver<Waiting>, metrics: Arc<Me
             Ok(_) => metrics.committed(events.len(), started.elapsed()),
             Err(_) => metrics.commit_failed(),
         }
-        span.in_scope(|| tracing::debug!(duration_ms = started.elapsed().as_millis() as u64, ok = appended.is_ok(), "commit"));
+        span.in_scope(|| {
+            tracing::debug!(
+                duration_ms = started.elapsed().as_millis() as u64,
+                ok = appended.is_ok(),
+                "commit"
+            )
+        });
         let answers = match appended {
             Ok(answers) => answers.into_iter().map(Ok).collect(),
             Err(StoreError::Refused(_)) if events.len() > 1 => one_by_one(&store, &events).await,
@@ -122,7 +147,8 @@ fn batch_span(callers: &[Caller]) -> Span {
         return Span::none();
     }
     let id = Uuid::now_v7().to_string();
-    let span = tracing::debug_span!(parent: None, "batch", batch.id = id, batch.size = callers.len());
+    let span =
+        tracing::debug_span!(parent: None, "batch", batch.id = id, batch.size = callers.len());
     for caller in callers {
         caller.span.record("batch.id", &id);
         span.follows_from(&caller.span);

@@ -31,23 +31,51 @@ pub struct TransportError(String);
 impl Transport {
     /// `timeout` holds for an exchange as a whole, its body included.
     pub fn new(timeout: Duration, limit: usize) -> Transport {
-        let tls = hyper_rustls::HttpsConnectorBuilder::new().with_webpki_roots().https_or_http().enable_http1().build();
-        let pool = Client::builder(TokioExecutor::new()).pool_timer(TokioTimer::new()).pool_idle_timeout(IDLE_TIMEOUT).build(tls);
-        Transport { client: pool, timeout, limit }
+        let tls = hyper_rustls::HttpsConnectorBuilder::new()
+            .with_webpki_roots()
+            .https_or_http()
+            .enable_http1()
+            .build();
+        let pool = Client::builder(TokioExecutor::new())
+            .pool_timer(TokioTimer::new())
+            .pool_idle_timeout(IDLE_TIMEOUT)
+            .build(tls);
+        Transport {
+            client: pool,
+            timeout,
+            limit,
+        }
     }
 
     /// The whole answer, whatever its status.
     ///
     /// # Errors
     /// See [`TransportError`].
-    pub async fn send(&self, request: Request<Full<Bytes>>) -> Result<Response<Bytes>, TransportError> {
+    pub async fn send(
+        &self,
+        request: Request<Full<Bytes>>,
+    ) -> Result<Response<Bytes>, TransportError> {
         let exchange = async {
-            let (head, body) = self.client.request(request).await.map_err(|e| failed(root(&e)))?.into_parts();
-            let body = Limited::new(body, self.limit).collect().await.map_err(failed)?.to_bytes();
+            let (head, body) = self
+                .client
+                .request(request)
+                .await
+                .map_err(|e| failed(root(&e)))?
+                .into_parts();
+            let body = Limited::new(body, self.limit)
+                .collect()
+                .await
+                .map_err(failed)?
+                .to_bytes();
             Ok(Response::from_parts(head, body))
         };
         let answered = tokio::time::timeout(self.timeout, exchange).await;
-        answered.unwrap_or_else(|_| Err(failed(format!("no answer within {} s", self.timeout.as_secs()))))
+        answered.unwrap_or_else(|_| {
+            Err(failed(format!(
+                "no answer within {} s",
+                self.timeout.as_secs()
+            )))
+        })
     }
 }
 

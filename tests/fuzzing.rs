@@ -15,7 +15,10 @@ use fuzz::world::World;
 
 /// All files below a folder of the project.
 fn files(folder: &str) -> Vec<(PathBuf, Vec<u8>)> {
-    let (mut folders, mut files) = (vec![Path::new(env!("CARGO_MANIFEST_DIR")).join(folder)], Vec::new());
+    let (mut folders, mut files) = (
+        vec![Path::new(env!("CARGO_MANIFEST_DIR")).join(folder)],
+        Vec::new(),
+    );
     while let Some(folder) = folders.pop() {
         for entry in std::fs::read_dir(&folder).unwrap() {
             let path = entry.unwrap().path();
@@ -35,7 +38,12 @@ fn files(folder: &str) -> Vec<(PathBuf, Vec<u8>)> {
 /// The check, and by which input it was broken.
 fn hold(check: impl Fn(&[u8]), path: &Path, input: &[u8]) {
     let checked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| check(input)));
-    assert!(checked.is_ok(), "see above: by {} as\n{}", path.display(), String::from_utf8_lossy(input));
+    assert!(
+        checked.is_ok(),
+        "see above: by {} as\n{}",
+        path.display(),
+        String::from_utf8_lossy(input)
+    );
 }
 
 /// As they are, and changed a few times by a seed.
@@ -52,12 +60,16 @@ fn hold_changed(check: impl Fn(&[u8]), files: &[(PathBuf, Vec<u8>)], changes: us
 
 #[test]
 fn signatures_hold() {
-    files("fuzz/seeds/signature").iter().for_each(|(path, input)| hold(fuzz::signature::check, path, input));
+    files("fuzz/seeds/signature")
+        .iter()
+        .for_each(|(path, input)| hold(fuzz::signature::check, path, input));
 }
 
 #[test]
 fn messages_hold() {
-    files("fuzz/seeds/message").iter().for_each(|(path, input)| hold(fuzz::message::check, path, input));
+    files("fuzz/seeds/message")
+        .iter()
+        .for_each(|(path, input)| hold(fuzz::message::check, path, input));
 }
 
 #[test]
@@ -71,8 +83,14 @@ fn events_hold() {
 fn invoices_hold() {
     let whole = files("fuzz/seeds/invoice");
     let path = Path::new("fixtures/invoices.jsonl");
-    let lines = include_str!("../fixtures/invoices.jsonl").lines().map(|line| (path.to_owned(), line.as_bytes().to_vec()));
-    hold_changed(fuzz::invoice::check, &whole.into_iter().chain(lines).collect::<Vec<_>>(), 8);
+    let lines = include_str!("../fixtures/invoices.jsonl")
+        .lines()
+        .map(|line| (path.to_owned(), line.as_bytes().to_vec()));
+    hold_changed(
+        fuzz::invoice::check,
+        &whole.into_iter().chain(lines).collect::<Vec<_>>(),
+        8,
+    );
 }
 
 #[test]
@@ -80,7 +98,11 @@ fn paths_hold() {
     let world = RefCell::new(World::start());
     let check = |input: &[u8]| fuzz::paths::check_in(&mut world.borrow_mut(), input);
     for (number, (path, input)) in files("fuzz/seeds/paths").iter().enumerate() {
-        assert!(fuzz::world::parse(input, &world.borrow()).is_some(), "{} is no request", path.display());
+        assert!(
+            fuzz::world::parse(input, &world.borrow()).is_some(),
+            "{} is no request",
+            path.display()
+        );
         hold(check, path, input);
         let mut dice = Dice::new(number as u64);
         for changed in (0..5).filter_map(|_| body(input, &mut dice)) {

@@ -16,7 +16,11 @@ struct Source {
 
 impl Source {
     fn new(path: &str, text: &str) -> Source {
-        Source { path: path.to_owned(), text: text.to_owned(), code: code_of(text) }
+        Source {
+            path: path.to_owned(),
+            text: text.to_owned(),
+            code: code_of(text),
+        }
     }
 
     /// `domain` for `domain/event.rs`, `clock` for `clock.rs`.
@@ -27,11 +31,18 @@ impl Source {
     /// How many `super`s lead from its top level to the top of the crate.
     fn depth(&self) -> usize {
         let names = self.path.split('/').count();
-        if self.path.ends_with("/mod.rs") { names - 1 } else { names }
+        if self.path.ends_with("/mod.rs") {
+            names - 1
+        } else {
+            names
+        }
     }
 
     fn words(&self) -> BTreeSet<&str> {
-        self.code.split(|c: char| !c.is_alphanumeric() && c != '_').filter(|word| !word.is_empty()).collect()
+        self.code
+            .split(|c: char| !c.is_alphanumeric() && c != '_')
+            .filter(|word| !word.is_empty())
+            .collect()
     }
 
     /// The rooms that it imports, by `crate::`, by the crate's name, or by enough `super::`s.
@@ -69,8 +80,15 @@ fn is_name(c: char) -> bool {
 
 /// `a` of `a::b`, and `a`, `c` of `{a::{b}, c}`.
 fn first_names(path: &str) -> Vec<String> {
-    let name = |text: &str| text.trim_start().chars().take_while(|c| is_name(*c) || *c == '*').collect::<String>();
-    let Some(group) = path.strip_prefix('{') else { return vec![name(path)] };
+    let name = |text: &str| {
+        text.trim_start()
+            .chars()
+            .take_while(|c| is_name(*c) || *c == '*')
+            .collect::<String>()
+    };
+    let Some(group) = path.strip_prefix('{') else {
+        return vec![name(path)];
+    };
     let (mut names, mut depth, mut start) = (Vec::new(), 1, 0);
     for (at, c) in group.char_indices() {
         depth = match c {
@@ -94,13 +112,20 @@ fn first_names(path: &str) -> Vec<String> {
 fn code_of(text: &str) -> String {
     let (mut code, mut rest) = (String::new(), text);
     while let Some(c) = rest.chars().next() {
-        let raw = rest.strip_prefix('r').map(|after| after.trim_start_matches('#')).filter(|after| after.starts_with('"'));
+        let raw = rest
+            .strip_prefix('r')
+            .map(|after| after.trim_start_matches('#'))
+            .filter(|after| after.starts_with('"'));
         let skipped = if code.ends_with(is_name) && c == 'r' {
             0
         } else if let Some(body) = raw {
             let hashes = rest.len() - body.len() - 1;
             let end = format!("\"{}", "#".repeat(hashes));
-            hashes + 2 + body[1..].find(&end).map_or(body.len() - 1, |at| at + end.len())
+            hashes
+                + 2
+                + body[1..]
+                    .find(&end)
+                    .map_or(body.len() - 1, |at| at + end.len())
         } else if rest.starts_with("//") {
             rest.find('\n').unwrap_or(rest.len())
         } else if rest.starts_with("/*") {
@@ -153,14 +178,30 @@ impl Importers {
 
 /// The table on the first page of the crate: rooms in the first column, their importers in the last.
 fn law(page: &str) -> BTreeMap<String, Importers> {
-    let quoted = |cell: &str| cell.split('`').skip(1).step_by(2).map(str::to_owned).collect::<BTreeSet<String>>();
+    let quoted = |cell: &str| {
+        cell.split('`')
+            .skip(1)
+            .step_by(2)
+            .map(str::to_owned)
+            .collect::<BTreeSet<String>>()
+    };
     let mut law = BTreeMap::new();
-    for row in page.lines().filter_map(|line| line.strip_prefix("//! | [`")) {
+    for row in page
+        .lines()
+        .filter_map(|line| line.strip_prefix("//! | [`"))
+    {
         let cells: Vec<&str> = row.trim_end().trim_end_matches('|').split(" | ").collect();
         for room in quoted(&format!("`{}", cells[0])) {
             let named = quoted(cells[2]);
             let is_everybody = cells[2].trim_start().starts_with("everybody");
-            law.insert(room, if is_everybody { Importers::EverybodyBut(named) } else { Importers::Only(named) });
+            law.insert(
+                room,
+                if is_everybody {
+                    Importers::EverybodyBut(named)
+                } else {
+                    Importers::Only(named)
+                },
+            );
         }
     }
     law
@@ -187,37 +228,79 @@ fn sources() -> Vec<Source> {
 /// What breaks the law, in words.
 fn breaches(source: &Source, law: &BTreeMap<String, Importers>) -> Vec<String> {
     let (room, imported) = (source.room(), source.imported());
-    let is_breach = |other: &&String| !law.get(*other).is_some_and(|importers| importers.allow(room));
-    let told =
-        |other: &String| format!("src/{} imports {other}, which is not for {room}: see the table in src/lib.rs", source.path);
+    let is_breach = |other: &&String| {
+        !law.get(*other)
+            .is_some_and(|importers| importers.allow(room))
+    };
+    let told = |other: &String| {
+        format!(
+            "src/{} imports {other}, which is not for {room}: see the table in src/lib.rs",
+            source.path
+        )
+    };
     imported.iter().filter(is_breach).map(told).collect()
 }
 
 #[test]
 fn imports_go_one_way_as_the_table_in_lib_rs_says() {
     let sources = sources();
-    let page = sources.iter().find(|source| source.path == "lib.rs").unwrap();
+    let page = sources
+        .iter()
+        .find(|source| source.path == "lib.rs")
+        .unwrap();
     let law = law(&page.text);
-    let declared: BTreeSet<&str> =
-        page.code.lines().filter_map(|line| line.strip_prefix("pub mod ")).map(|name| name.trim_end_matches(';')).collect();
+    let declared: BTreeSet<&str> = page
+        .code
+        .lines()
+        .filter_map(|line| line.strip_prefix("pub mod "))
+        .map(|name| name.trim_end_matches(';'))
+        .collect();
     assert_eq!(
         law.keys().map(String::as_str).collect::<BTreeSet<_>>(),
         declared,
         "each room has its row in the table, and no other"
     );
-    let breaches: Vec<String> = sources.iter().flat_map(|source| breaches(source, &law)).collect();
+    let breaches: Vec<String> = sources
+        .iter()
+        .flat_map(|source| breaches(source, &law))
+        .collect();
     assert!(breaches.is_empty(), "{breaches:#?}");
 }
 
 #[test]
 fn some_words_stand_in_one_room_only() {
     let only: [(&[&str], &str, &str); 3] = [
-        (&["sqlx"], "store", "so that SQL stands in one place, and the engines differ nowhere else"),
-        (&["axum"], "http", "so that a failure becomes a status code in one place, and commands and flows know no HTTP server"),
-        (&["clap", "comfy_table", "indicatif", "anstream"], "cli", "so that everything else works without a terminal"),
+        (
+            &["sqlx"],
+            "store",
+            "so that SQL stands in one place, and the engines differ nowhere else",
+        ),
+        (
+            &["axum"],
+            "http",
+            "so that a failure becomes a status code in one place, and commands and flows know no HTTP server",
+        ),
+        (
+            &["clap", "comfy_table", "indicatif", "anstream"],
+            "cli",
+            "so that everything else works without a terminal",
+        ),
     ];
-    let never_in_domain =
-        ["tokio", "async", "await", "clock", "Clock", "SystemTime", "Instant", "sleep", "env", "fs", "net", "tracing", "rand"];
+    let never_in_domain = [
+        "tokio",
+        "async",
+        "await",
+        "clock",
+        "Clock",
+        "SystemTime",
+        "Instant",
+        "sleep",
+        "env",
+        "fs",
+        "net",
+        "tracing",
+        "rand",
+    ];
     for source in sources() {
         let words = source.words();
         for (named, room, reason) in only {
@@ -230,7 +313,10 @@ fn some_words_stand_in_one_room_only() {
                 );
             }
         }
-        let found: Vec<&&str> = never_in_domain.iter().filter(|word| words.contains(**word)).collect();
+        let found: Vec<&&str> = never_in_domain
+            .iter()
+            .filter(|word| words.contains(**word))
+            .collect();
         let is_pure = source.room() != "domain" || found.is_empty();
         assert!(
             is_pure,
@@ -243,7 +329,10 @@ fn some_words_stand_in_one_room_only() {
 #[test]
 fn every_file_says_what_it_is_for_and_can_be_read_at_a_sitting() {
     for Source { path, text, .. } in sources() {
-        assert!(text.starts_with("//! "), "src/{path} does not open with `//!`: who opens it learns first what it is for");
+        assert!(
+            text.starts_with("//! "),
+            "src/{path} does not open with `//!`: who opens it learns first what it is for"
+        );
         let lines = text.lines().count();
         assert!(
             lines <= 500,
@@ -262,15 +351,30 @@ fn a_breach_is_found_however_it_is_written() {
     let breaking = [
         ("domain/a.rs", "use crate::clock::Clock;"),
         ("domain/a.rs", "use crate::{domain::fact, clock};"),
-        ("domain/a.rs", "use crate::{domain::{fact, event}, clock::{self, Clock}};"),
+        (
+            "domain/a.rs",
+            "use crate::{domain::{fact, event}, clock::{self, Clock}};",
+        ),
         ("domain/a.rs", "fn f() -> crate::clock::Clock { 'x' }"),
         ("domain/a.rs", "use super::super::clock;"),
-        ("domain/a.rs", "let c = '\"'; use super::super::{fact, clock};"),
+        (
+            "domain/a.rs",
+            "let c = '\"'; use super::super::{fact, clock};",
+        ),
         ("domain/mod.rs", "use super::clock;"),
-        ("domain/a.rs", "\nmod tests {\n    use super::super::super::clock;\n}"),
+        (
+            "domain/a.rs",
+            "\nmod tests {\n    use super::super::super::clock;\n}",
+        ),
         ("clock.rs", "use super::store;"),
-        ("http/a.rs", "let url = \"http://x\"; crate::store::Store::connect(url)"),
-        ("http/a.rs", "let raw = r#\"say \"x\" // \"#; let other = 'a'; crate::store::Store"),
+        (
+            "http/a.rs",
+            "let url = \"http://x\"; crate::store::Store::connect(url)",
+        ),
+        (
+            "http/a.rs",
+            "let raw = r#\"say \"x\" // \"#; let other = 'a'; crate::store::Store",
+        ),
         ("main.rs", "use stripe_reconciler::flows;"),
         ("cli/a.rs", "use crate::unknown;"),
         ("cli/a.rs", "use crate::*;"),
@@ -283,11 +387,26 @@ fn a_breach_is_found_however_it_is_written() {
             "domain/a.rs",
             "use super::fact; use crate::domain::event; // crate::clock\nlet text = \"crate::clock\"; /* crate::clock */",
         ),
-        ("domain/a.rs", "let raw = r#\"crate::clock \"x\" crate::clock\"#;"),
-        ("domain/a.rs", "\nmod tests {\n    use super::*;\n    use super::super::fact;\n}"),
-        ("flows/a.rs", "use crate::{clock::Clock, domain::{clock, fact}, store};"),
-        ("cli/a.rs", "use super::super::flows; pub(crate) fn f<'a>(x: &'a str) {}"),
-        ("main.rs", "use stripe_reconciler::cli::{self, Arguments}; use other_crate::flows;"),
+        (
+            "domain/a.rs",
+            "let raw = r#\"crate::clock \"x\" crate::clock\"#;",
+        ),
+        (
+            "domain/a.rs",
+            "\nmod tests {\n    use super::*;\n    use super::super::fact;\n}",
+        ),
+        (
+            "flows/a.rs",
+            "use crate::{clock::Clock, domain::{clock, fact}, store};",
+        ),
+        (
+            "cli/a.rs",
+            "use super::super::flows; pub(crate) fn f<'a>(x: &'a str) {}",
+        ),
+        (
+            "main.rs",
+            "use stripe_reconciler::cli::{self, Arguments}; use other_crate::flows;",
+        ),
     ];
     for (path, text) in keeping {
         assert_eq!(breaches(path, text), 0, "{path}: {text}");

@@ -28,17 +28,26 @@ pub fn check(input: &[u8]) {
         assert_eq!(event::read(body), reading, "the same bytes tell the same");
         check_meaning(body, &reading);
         match reading {
-            Reading::Unreadable { reason, .. } => assert!(reason.is_ascii() && reason.len() < 100, "{reason}"),
+            Reading::Unreadable { reason, .. } => {
+                assert!(reason.is_ascii() && reason.len() < 100, "{reason}")
+            }
             Reading::Event(event) => {
                 check_event(&event);
                 // As the store does: what is known already adds nothing.
                 let is_new = known.iter().all(|k| k.key != event.key);
-                known.extend(event.telling.filter(|_| is_new).map(|telling| Known { key: event.key, telling }));
+                known.extend(event.telling.filter(|_| is_new).map(|telling| Known {
+                    key: event.key,
+                    telling,
+                }));
             }
         }
     }
     let mut invoices: Vec<String> = Vec::new();
-    for mention in known.iter().flat_map(|k| k.telling.mentions()).filter(|mention| mention.is_invoice) {
+    for mention in known
+        .iter()
+        .flat_map(|k| k.telling.mentions())
+        .filter(|mention| mention.is_invoice)
+    {
         if !invoices.contains(&mention.object_id) {
             invoices.push(mention.object_id);
         }
@@ -68,7 +77,9 @@ fn bodies(input: &[u8]) -> Vec<&[u8]> {
 fn check_meaning(body: &[u8], reading: &Reading) {
     // serde_json takes a field of this name for a whole document of its own.
     let is_trick = body.windows(11).any(|window| window == b"$serde_json");
-    let Ok(value) = serde_json::from_slice::<Value>(body) else { return };
+    let Ok(value) = serde_json::from_slice::<Value>(body) else {
+        return;
+    };
     let is_fetched = value.get("object").and_then(Value::as_str) == Some(FETCHED);
     if is_trick {
         return;
@@ -76,7 +87,10 @@ fn check_meaning(body: &[u8], reading: &Reading) {
     let plain = event::read(value.to_string().as_bytes());
     // Of an object that the API returned, the bytes decide whether it is known.
     if !is_fetched {
-        assert_eq!(without_key_of_unreadable(&plain), without_key_of_unreadable(reading));
+        assert_eq!(
+            without_key_of_unreadable(&plain),
+            without_key_of_unreadable(reading)
+        );
     }
     let twisted = event::read(twisted(&value).to_string().as_bytes());
     assert_eq!(without_key(&twisted), without_key(&plain));
@@ -97,7 +111,11 @@ fn without_key(reading: &Reading) -> Reading {
 }
 
 fn without_key_of_unreadable(reading: &Reading) -> Reading {
-    if matches!(reading, Reading::Event(_)) { reading.clone() } else { without_key(reading) }
+    if matches!(reading, Reading::Event(_)) {
+        reading.clone()
+    } else {
+        without_key(reading)
+    }
 }
 
 /// The same with its fields from the last to the first, and two more in every object.
@@ -105,8 +123,16 @@ fn twisted(value: &Value) -> Value {
     match value {
         Value::Object(fields) => {
             let mut twisted = Map::new();
-            twisted.insert("a_field_of_tomorrow".to_owned(), json!({"id": "in_tomorrow", "status": ["paid", null]}));
-            twisted.extend(fields.iter().rev().map(|(name, field)| (name.clone(), self::twisted(field))));
+            twisted.insert(
+                "a_field_of_tomorrow".to_owned(),
+                json!({"id": "in_tomorrow", "status": ["paid", null]}),
+            );
+            twisted.extend(
+                fields
+                    .iter()
+                    .rev()
+                    .map(|(name, field)| (name.clone(), self::twisted(field))),
+            );
             twisted.insert("Status".to_owned(), "paid".into());
             twisted.into()
         }
@@ -118,16 +144,28 @@ fn twisted(value: &Value) -> Value {
 fn check_event(event: &Event) {
     assert!((0..=LAST_SECOND).contains(&event.created));
     let (first, last) = EventKey::range(&event.id);
-    assert!(first <= event.key && event.key <= last, "it is found by its id");
+    assert!(
+        first <= event.key && event.key <= last,
+        "it is found by its id"
+    );
     tells_a_fact(event);
-    let Some(telling) = &event.telling else { return };
+    let Some(telling) = &event.telling else {
+        return;
+    };
     let kept = serde_json::to_string(telling).expect("a telling can be written");
-    assert_eq!(&serde_json::from_str::<Telling>(&kept).expect("what was written can be read"), telling);
+    assert_eq!(
+        &serde_json::from_str::<Telling>(&kept).expect("what was written can be read"),
+        telling
+    );
     assert!(!kept.contains("\\u0000"), "PostgreSQL takes no NUL: {kept}");
     let mut named = HashSet::new();
     for mention in telling.mentions() {
         let id = mention.object_id;
-        assert!((1..=LONGEST_ID).contains(&id.len()), "an id of {} bytes", id.len());
+        assert!(
+            (1..=LONGEST_ID).contains(&id.len()),
+            "an id of {} bytes",
+            id.len()
+        );
         assert!(named.insert(id), "no object is named twice");
     }
 }
@@ -136,7 +174,11 @@ fn check_history(invoice: &str, known: &[Known]) {
     let history = fold(Some(invoice), &[], known);
     lacks_reason(invoice, known);
     for other in orders(known) {
-        assert_eq!(fold(Some(invoice), &[], &other), history, "the order and repetitions make no difference");
+        assert_eq!(
+            fold(Some(invoice), &[], &other),
+            history,
+            "the order and repetitions make no difference"
+        );
     }
     check_entries(&history, known);
     check_growth(invoice, known, &history);
@@ -151,8 +193,17 @@ fn orders(known: &[Known]) -> [Vec<Known>; 4] {
     reversed.reverse();
     let mut turned = known.to_vec();
     turned.rotate_left(known.len() / 3);
-    let (even, odd): (Vec<_>, Vec<_>) = known.iter().cloned().enumerate().partition(|(at, _)| at % 2 == 0);
-    let shuffled = odd.into_iter().rev().chain(even).map(|(_, known)| known).collect();
+    let (even, odd): (Vec<_>, Vec<_>) = known
+        .iter()
+        .cloned()
+        .enumerate()
+        .partition(|(at, _)| at % 2 == 0);
+    let shuffled = odd
+        .into_iter()
+        .rev()
+        .chain(even)
+        .map(|(_, known)| known)
+        .collect();
     let doubled = known.iter().chain(reversed.iter()).cloned().collect();
     [reversed, turned, shuffled, doubled]
 }
@@ -161,15 +212,40 @@ fn check_entries(history: &[Entry], known: &[Known]) {
     let mut told = HashSet::new();
     let mut is_paid = false;
     for entry in history {
-        assert!(told.insert((entry.state.as_str(), entry.timestamp_ms, &entry.message)), "no entry stands twice: {entry:?}");
-        assert!(!is_paid || entry.state == State::Paid, "nothing leads out of Paid: {history:?}");
+        assert!(
+            told.insert((entry.state.as_str(), entry.timestamp_ms, &entry.message)),
+            "no entry stands twice: {entry:?}"
+        );
+        assert!(
+            !is_paid || entry.state == State::Paid,
+            "nothing leads out of Paid: {history:?}"
+        );
         is_paid = entry.state == State::Paid;
-        assert!((0..=LAST_SECOND * 1000).contains(&entry.timestamp_ms), "{entry:?}");
-        is_fit(entry.message.as_deref().expect("what events tell has a message"));
-        assert!(!entry.proofs.is_empty() && entry.proofs.iter().all(|key| known.iter().any(|k| k.key == *key)), "{entry:?}");
+        assert!(
+            (0..=LAST_SECOND * 1000).contains(&entry.timestamp_ms),
+            "{entry:?}"
+        );
+        is_fit(
+            entry
+                .message
+                .as_deref()
+                .expect("what events tell has a message"),
+        );
+        assert!(
+            !entry.proofs.is_empty()
+                && entry
+                    .proofs
+                    .iter()
+                    .all(|key| known.iter().any(|k| k.key == *key)),
+            "{entry:?}"
+        );
     }
     // Not after Paid: what comes of a payment stands behind it, whenever it was.
-    let times: Vec<i64> = history.iter().filter(|e| e.state == State::PaymentPending).map(|e| e.timestamp_ms).collect();
+    let times: Vec<i64> = history
+        .iter()
+        .filter(|e| e.state == State::PaymentPending)
+        .map(|e| e.timestamp_ms)
+        .collect();
     assert!(times.is_sorted(), "{history:?}");
 }
 
@@ -179,23 +255,47 @@ fn check_growth(invoice: &str, known: &[Known], history: &[Entry]) {
     if known.iter().any(|k| k.telling.snapshot_event.is_some()) {
         return;
     }
-    let is_paid = |history: &[Entry]| history.last().is_some_and(|entry| entry.state == State::Paid);
+    let is_paid = |history: &[Entry]| {
+        history
+            .last()
+            .is_some_and(|entry| entry.state == State::Paid)
+    };
     for upto in [known.len() / 2, known.len().saturating_sub(1)] {
-        assert!(!is_paid(&fold(Some(invoice), &[], &known[..upto])) || is_paid(history), "{history:?}");
+        assert!(
+            !is_paid(&fold(Some(invoice), &[], &known[..upto])) || is_paid(history),
+            "{history:?}"
+        );
     }
 }
 
 /// What was rendered once comes first when it is stored elsewhere, as it was.
 fn check_imported(invoice: &str, known: &[Known], history: &[Entry]) {
     let Ok(valid) = validate(render(&json!({}), history)) else {
-        let kinds: HashSet<_> = history.iter().map(|e| (e.state.as_str(), e.timestamp_ms)).collect();
-        assert!(kinds.len() < history.len(), "only two of a state and a time cannot be stored: {history:?}");
+        let kinds: HashSet<_> = history
+            .iter()
+            .map(|e| (e.state.as_str(), e.timestamp_ms))
+            .collect();
+        assert!(
+            kinds.len() < history.len(),
+            "only two of a state and a time cannot be stored: {history:?}"
+        );
         return;
     };
     let state = |entry: &Entry| (entry.state, entry.timestamp_ms, entry.message.clone());
     let imported = |state: &ImportedState| (state.state, state.timestamp_ms, state.message.clone());
     let shown: Vec<_> = history.iter().map(state).collect();
-    assert_eq!(valid.imported_states.iter().map(imported).collect::<Vec<_>>(), shown);
+    assert_eq!(
+        valid
+            .imported_states
+            .iter()
+            .map(imported)
+            .collect::<Vec<_>>(),
+        shown
+    );
     let again = fold(Some(invoice), &valid.imported_states, known);
-    assert_eq!(again.iter().map(state).collect::<Vec<_>>(), shown, "nothing is told twice");
+    assert_eq!(
+        again.iter().map(state).collect::<Vec<_>>(),
+        shown,
+        "nothing is told twice"
+    );
 }

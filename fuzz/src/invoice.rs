@@ -22,20 +22,29 @@ pub fn check(input: &[u8]) {
 }
 
 fn check_accepted(valid: &ValidInvoice) {
-    let stored: Value =
-        serde_json::from_str(&valid.document.to_string()).unwrap_or_else(|error| panic!("{error} in what is stored"));
+    let stored: Value = serde_json::from_str(&valid.document.to_string())
+        .unwrap_or_else(|error| panic!("{error} in what is stored"));
     assert_eq!(stored, valid.document, "it is read as it was written");
     let entries = fold(None, &valid.imported_states, &[]);
     let rendered = render(&valid.document, &entries);
     let text = rendered.to_string();
-    let read: V1Invoice = serde_json::from_str(&text).unwrap_or_else(|error| panic!("a strict client says {error} of {text}"));
-    assert_eq!(read.status.states.map(|states| states.len()), Some(valid.imported_states.len()));
+    let read: V1Invoice = serde_json::from_str(&text)
+        .unwrap_or_else(|error| panic!("a strict client says {error} of {text}"));
+    assert_eq!(
+        read.status.states.map(|states| states.len()),
+        Some(valid.imported_states.len())
+    );
     let again = validate(rendered).unwrap_or_else(|faults| panic!("{faults:?} in {text}"));
     assert_eq!(again.imported_states, valid.imported_states);
     assert_eq!(again.stripe_invoice_id, valid.stripe_invoice_id);
     assert_eq!(render(&again.document, &entries).to_string(), text);
-    let kept = validate(valid.document.clone()).unwrap_or_else(|faults| panic!("{faults:?} in {}", valid.document));
-    assert_eq!(kept.document.to_string(), valid.document.to_string(), "its normal form is its normal form");
+    let kept = validate(valid.document.clone())
+        .unwrap_or_else(|faults| panic!("{faults:?} in {}", valid.document));
+    assert_eq!(
+        kept.document.to_string(),
+        valid.document.to_string(),
+        "its normal form is its normal form"
+    );
 }
 
 /// Each pointer is one (RFC 6901), and leads to what is wrong; and where all that is wrong is taken away, what is left is right: no fault
@@ -43,7 +52,10 @@ fn check_accepted(valid: &ValidInvoice) {
 fn check_refused(document: &Value, faults: &[Fault]) {
     assert!(!faults.is_empty());
     let mut mended = document.clone();
-    let mut pointers: Vec<&str> = faults.iter().map(|fault| fault_to_take_away(document, fault)).collect();
+    let mut pointers: Vec<&str> = faults
+        .iter()
+        .map(|fault| fault_to_take_away(document, fault))
+        .collect();
     if pointers.contains(&"") {
         assert!(!document.is_object(), "{faults:?} in {document}");
         return;
@@ -54,35 +66,59 @@ fn check_refused(document: &Value, faults: &[Fault]) {
     for pointer in pointers {
         take_away(&mut mended, pointer);
     }
-    assert!(validate(mended.clone()).is_ok(), "{faults:?} in {document} hid {:?} in {mended}", validate(mended.clone()).err());
+    assert!(
+        validate(mended.clone()).is_ok(),
+        "{faults:?} in {document} hid {:?} in {mended}",
+        validate(mended.clone()).err()
+    );
 }
 
 /// What has to go so that the fault is gone: where a field is required, all that it is required in.
 fn fault_to_take_away<'f>(document: &Value, fault: &'f Fault) -> &'f str {
     let pointer = &fault.pointer;
-    let escapes = pointer.match_indices('~').all(|(at, _)| matches!(pointer.as_bytes().get(at + 1), Some(b'0' | b'1')));
-    assert!(escapes && (pointer.is_empty() || pointer.starts_with('/')), "{fault:?} is at no pointer");
-    assert!(!fault.reason.is_empty() && fault.reason.is_ascii(), "{fault:?}");
-    let Some((parent, name)) = pointer.rsplit_once('/') else { return pointer };
+    let escapes = pointer
+        .match_indices('~')
+        .all(|(at, _)| matches!(pointer.as_bytes().get(at + 1), Some(b'0' | b'1')));
+    assert!(
+        escapes && (pointer.is_empty() || pointer.starts_with('/')),
+        "{fault:?} is at no pointer"
+    );
+    assert!(
+        !fault.reason.is_empty() && fault.reason.is_ascii(),
+        "{fault:?}"
+    );
+    let Some((parent, name)) = pointer.rsplit_once('/') else {
+        return pointer;
+    };
     let is_required = match name {
         "state" | "timestamp" => parent.starts_with("/status/states/"),
         "type" => parent.ends_with("/planCredit"),
         _ => false,
     };
     let there = if is_required { parent } else { pointer };
-    assert!(document.pointer(there).is_some(), "{fault:?} leads nowhere in {document}");
+    assert!(
+        document.pointer(there).is_some(),
+        "{fault:?} leads nowhere in {document}"
+    );
     there
 }
 
 /// Orders pointers as they stand in a document.
 fn place(pointer: &str) -> Vec<Result<usize, &str>> {
-    pointer.split('/').map(|part| part.parse().map_err(|_| part)).collect()
+    pointer
+        .split('/')
+        .map(|part| part.parse().map_err(|_| part))
+        .collect()
 }
 
 fn take_away(document: &mut Value, pointer: &str) {
-    let Some((parent, name)) = pointer.rsplit_once('/') else { return };
+    let Some((parent, name)) = pointer.rsplit_once('/') else {
+        return;
+    };
     match document.pointer_mut(parent) {
-        Some(Value::Object(fields)) => drop(fields.shift_remove(&name.replace("~1", "/").replace("~0", "~"))),
+        Some(Value::Object(fields)) => {
+            drop(fields.shift_remove(&name.replace("~1", "/").replace("~0", "~")))
+        }
         Some(Value::Array(items)) => {
             let index: usize = name.parse().expect("an item is named by its index");
             if index < items.len() {
@@ -96,14 +132,23 @@ fn take_away(document: &mut Value, pointer: &str) {
 
 /// The uid of the path, or of the document.
 fn check_name(document: Value) {
-    let own = document.pointer("/metadata/uid").and_then(Value::as_str).map(str::to_owned);
+    let own = document
+        .pointer("/metadata/uid")
+        .and_then(Value::as_str)
+        .map(str::to_owned);
     let is_valid = validate(document.clone()).is_ok();
     match new_invoice("acme", None, document.clone()) {
         Ok(new) => assert!(is_valid && Some(&new.invoice_uid) == own.as_ref()),
-        Err(faults) => assert!(!faults.is_empty() && (!is_valid || faults.iter().all(|f| f.pointer == "/metadata/uid"))),
+        Err(faults) => assert!(
+            !faults.is_empty()
+                && (!is_valid || faults.iter().all(|f| f.pointer == "/metadata/uid"))
+        ),
     }
     let named = new_invoice("acme", Some("inv-1"), document);
-    assert_eq!(named.is_ok(), is_valid && own.is_none_or(|own| own == "inv-1"));
+    assert_eq!(
+        named.is_ok(),
+        is_valid && own.is_none_or(|own| own == "inv-1")
+    );
 }
 
 /// A client that is as strict as they come: whole numbers are written as such, and nothing is null.
@@ -119,7 +164,9 @@ struct V1Invoice {
 }
 
 /// Reads what stands there, and nothing else: `null` is no value.
-fn some<'de, D: serde::Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> Result<Option<T>, D::Error> {
+fn some<'de, D: serde::Deserializer<'de>, T: Deserialize<'de>>(
+    deserializer: D,
+) -> Result<Option<T>, D::Error> {
     T::deserialize(deserializer).map(Some)
 }
 
@@ -250,8 +297,18 @@ impl TryFrom<String> for Time {
     type Error = String;
 
     fn try_from(text: String) -> Result<Time, String> {
-        let fits = |(byte, shape): (u8, u8)| if shape == b'0' { byte.is_ascii_digit() } else { byte == shape };
+        let fits = |(byte, shape): (u8, u8)| {
+            if shape == b'0' {
+                byte.is_ascii_digit()
+            } else {
+                byte == shape
+            }
+        };
         let is_time = text.len() == 24 && text.bytes().zip(*b"0000-00-00T00:00:00.000Z").all(fits);
-        if is_time { Ok(Time) } else { Err(format!("{text} is no time")) }
+        if is_time {
+            Ok(Time)
+        } else {
+            Err(format!("{text} is no time"))
+        }
     }
 }

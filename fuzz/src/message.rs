@@ -9,18 +9,29 @@ pub fn check(input: &[u8]) {
     is_fit(&cleaned);
     is_fit(&name(&text));
     assert!(!has_card_number(&cleaned), "{text:?} became {cleaned:?}");
-    assert!(!text.trim().is_empty() || cleaned.is_empty(), "{text:?} became {cleaned:?}");
+    assert!(
+        !text.trim().is_empty() || cleaned.is_empty(),
+        "{text:?} became {cleaned:?}"
+    );
 }
 
 /// Holds of a message, and of what it repeats.
 pub fn is_fit(text: &str) {
-    assert!(!text.chars().any(char::is_control), "{text:?} has a control character");
-    assert!(!text.split(' ').any(is_private), "{text:?} says what nobody should read");
+    assert!(
+        !text.chars().any(char::is_control),
+        "{text:?} has a control character"
+    );
+    assert!(
+        !text.split(' ').any(is_private),
+        "{text:?} says what nobody should read"
+    );
     assert!(text.len() < 8_000, "{text:?} is endless");
 }
 
 fn is_private(word: &str) -> bool {
-    let is_key = ["sk_live_", "sk_test_", "rk_live_", "whsec_", "_secret_"].iter().any(|mark| word.contains(mark));
+    let is_key = ["sk_live_", "sk_test_", "rk_live_", "whsec_", "_secret_"]
+        .iter()
+        .any(|mark| word.contains(mark));
     is_key || word.contains('@') || word.contains("://")
 }
 

@@ -26,7 +26,9 @@ impl Dice {
 
 /// Changes a sequence of JSON values, which may stand on lines. None: it is none.
 pub fn json(text: &[u8], dice: &mut Dice) -> Option<Vec<u8>> {
-    let parsed: Result<Vec<Value>, _> = serde_json::Deserializer::from_slice(text).into_iter().collect();
+    let parsed: Result<Vec<Value>, _> = serde_json::Deserializer::from_slice(text)
+        .into_iter()
+        .collect();
     let mut values = parsed.ok().filter(|values| !values.is_empty())?;
     for _ in 0..=dice.below(4) {
         change(&mut values, dice);
@@ -55,7 +57,10 @@ fn change(values: &mut Vec<Value>, dice: &mut Dice) {
         6 => {
             let from = dice.below(values.len());
             let places = places(&values[from]);
-            let copied = values[from].pointer(&places[dice.below(places.len())]).cloned().unwrap_or_default();
+            let copied = values[from]
+                .pointer(&places[dice.below(places.len())])
+                .cloned()
+                .unwrap_or_default();
             set(values, line, dice, |_, _| copied);
         }
         7 | 8 => set(values, line, dice, nudged),
@@ -72,7 +77,11 @@ fn places(value: &Value) -> Vec<String> {
         match value {
             Value::Object(fields) => {
                 for (name, field) in fields {
-                    collect(field, &format!("{at}/{}", name.replace('~', "~0").replace('/', "~1")), found);
+                    collect(
+                        field,
+                        &format!("{at}/{}", name.replace('~', "~0").replace('/', "~1")),
+                        found,
+                    );
                 }
             }
             Value::Array(items) => {
@@ -88,7 +97,12 @@ fn places(value: &Value) -> Vec<String> {
     found
 }
 
-fn set(values: &mut [Value], line: usize, dice: &mut Dice, new: impl FnOnce(&Value, &mut Dice) -> Value) {
+fn set(
+    values: &mut [Value],
+    line: usize,
+    dice: &mut Dice,
+    new: impl FnOnce(&Value, &mut Dice) -> Value,
+) {
     let places = places(&values[line]);
     let place = &places[dice.below(places.len())];
     if let Some(value) = values[line].pointer_mut(place) {
@@ -112,7 +126,9 @@ fn add(value: &mut Value, dice: &mut Dice) {
 
 fn remove(value: &mut Value, dice: &mut Dice) {
     let places = places(value);
-    let Some((parent, name)) = places[dice.below(places.len())].rsplit_once('/') else { return };
+    let Some((parent, name)) = places[dice.below(places.len())].rsplit_once('/') else {
+        return;
+    };
     match value.pointer_mut(parent) {
         Some(Value::Object(fields)) => drop(fields.shift_remove(name)),
         Some(Value::Array(items)) => drop(items.pop()),
@@ -133,7 +149,10 @@ fn forget(values: &mut [Value], line: usize, dice: &mut Dice) {
         }
     }
     let places = places(&values[line]);
-    let name = places[dice.below(places.len())].rsplit('/').next().unwrap_or_default();
+    let name = places[dice.below(places.len())]
+        .rsplit('/')
+        .next()
+        .unwrap_or_default();
     values.iter_mut().for_each(|value| without(value, name));
 }
 
@@ -158,7 +177,12 @@ fn nudged(value: &Value, dice: &mut Dice) -> Value {
             characters.into_iter().collect::<String>().into()
         }
         Value::Array(items) => items.iter().rev().cloned().collect::<Vec<_>>().into(),
-        Value::Object(fields) => fields.clone().into_iter().rev().collect::<Map<_, _>>().into(),
+        Value::Object(fields) => fields
+            .clone()
+            .into_iter()
+            .rev()
+            .collect::<Map<_, _>>()
+            .into(),
         Value::Null => false.into(),
     }
 }

@@ -25,14 +25,23 @@ pub fn check(input: &[u8]) {
 }
 
 pub fn check_in(world: &mut World, input: &[u8]) {
-    let Some(asked) = parse(input, world) else { return };
+    let Some(asked) = parse(input, world) else {
+        return;
+    };
     let (method, target) = (asked.method.clone(), asked.target.clone());
     let is_shown = [&asked.body[..], target.to_string().as_bytes()].concat();
     let answer = world.ask(asked);
     check_answer(&method, &target, &answer);
-    let holds = |text: &[u8]| text.windows(SECRET.len()).any(|window| window == SECRET.as_bytes());
-    assert!(holds(&is_shown) || !holds(&answer.body), "{target} shows the secret");
-    let is_written = answer.status.is_success() && (method == Method::PUT || method == Method::POST);
+    let holds = |text: &[u8]| {
+        text.windows(SECRET.len())
+            .any(|window| window == SECRET.as_bytes())
+    };
+    assert!(
+        holds(&is_shown) || !holds(&answer.body),
+        "{target} shows the secret"
+    );
+    let is_written =
+        answer.status.is_success() && (method == Method::PUT || method == Method::POST);
     if is_written {
         match target.path() {
             "/webhooks/stripe" => check_events(world),
@@ -48,23 +57,45 @@ pub fn check_in(world: &mut World, input: &[u8]) {
 }
 
 fn check_answer(method: &Method, target: &Uri, answer: &Answer) {
-    let told =
-        || format!("{method} {target}: {} {:?} {:?}", answer.status, answer.headers, String::from_utf8_lossy(&answer.body));
+    let told = || {
+        format!(
+            "{method} {target}: {} {:?} {:?}",
+            answer.status,
+            answer.headers,
+            String::from_utf8_lossy(&answer.body)
+        )
+    };
     let status = answer.status.as_u16();
     assert!(STATUSES.contains(&status), "{}", told());
     assert!(header(answer, REQUEST_ID).len() == 36, "{}", told());
-    assert!(status != 405 || answer.headers.contains_key(ALLOW), "{}", told());
+    assert!(
+        status != 405 || answer.headers.contains_key(ALLOW),
+        "{}",
+        told()
+    );
     if method == Method::HEAD || status == 304 {
         assert!(answer.body.is_empty(), "{}", told());
     } else if target.path() == "/ui" || target.path().starts_with("/ui/") {
-        assert!(answer.headers.contains_key("content-security-policy"), "{}", told());
-        assert!(header(answer, "content-type").starts_with("text/"), "{}", told());
+        assert!(
+            answer.headers.contains_key("content-security-policy"),
+            "{}",
+            told()
+        );
+        assert!(
+            header(answer, "content-type").starts_with("text/"),
+            "{}",
+            told()
+        );
     } else if answer.headers.contains_key(CONTENT_ENCODING) {
         assert_eq!(header(answer, "content-encoding"), "gzip");
     } else if status >= 400 {
         check_error(answer, &told());
     } else if target.path() != "/metrics" {
-        assert!(answer.headers[CONTENT_TYPE] == "application/json" && json(answer).is_object(), "{}", told());
+        assert!(
+            answer.headers[CONTENT_TYPE] == "application/json" && json(answer).is_object(),
+            "{}",
+            told()
+        );
     }
 }
 
@@ -72,12 +103,29 @@ fn check_answer(method: &Method, target: &Uri, answer: &Answer) {
 fn check_error(answer: &Answer, told: &str) {
     assert!(answer.headers[CONTENT_TYPE] == "application/json", "{told}");
     let error = json(answer);
-    let names: Vec<&str> = error.as_object().map(|fields| fields.keys().map(String::as_str).collect()).unwrap_or_default();
+    let names: Vec<&str> = error
+        .as_object()
+        .map(|fields| fields.keys().map(String::as_str).collect())
+        .unwrap_or_default();
     assert_eq!(names, ["code", "message", "details", "ref"], "{told}");
-    assert!(error["ref"] == header(answer, REQUEST_ID) && error["details"].is_object(), "{told}");
-    assert!(error["message"].as_str().is_some_and(|message| !message.is_empty() && message.len() < 200), "{told}");
+    assert!(
+        error["ref"] == header(answer, REQUEST_ID) && error["details"].is_object(),
+        "{told}"
+    );
+    assert!(
+        error["message"]
+            .as_str()
+            .is_some_and(|message| !message.is_empty() && message.len() < 200),
+        "{told}"
+    );
     let codes: &[&str] = match answer.status.as_u16() {
-        400 => &["InvalidPath", "InvalidQuery", "InvalidInvoice", "InvalidSignature", "InvalidBody"],
+        400 => &[
+            "InvalidPath",
+            "InvalidQuery",
+            "InvalidInvoice",
+            "InvalidSignature",
+            "InvalidBody",
+        ],
         401 => &["Unauthorized"],
         403 => &["Forbidden"],
         404 => &["ResourceNotFound"],
@@ -86,7 +134,12 @@ fn check_error(answer: &Answer, told: &str) {
         412 => &["PreconditionFailed"],
         _ => &["PayloadTooLarge"],
     };
-    assert!(error["code"].as_str().is_some_and(|code| codes.contains(&code)), "{told}");
+    assert!(
+        error["code"]
+            .as_str()
+            .is_some_and(|code| codes.contains(&code)),
+        "{told}"
+    );
 }
 
 /// After a delivery: all lists, all that is shown of each event, and all invoices.
@@ -94,16 +147,29 @@ fn check_events(world: &mut World) {
     let mut ids = Vec::new();
     for outcome in ["", "&outcome=unmatched", "&outcome=unreadable"] {
         let events = pages(world, &format!("/v1/events?limit=500{outcome}"));
-        ids.extend(events.iter().flat_map(|event| [event["id"].clone(), event["key"].clone()]));
+        ids.extend(
+            events
+                .iter()
+                .flat_map(|event| [event["id"].clone(), event["key"].clone()]),
+        );
     }
-    ids.retain(|id| id.as_str().is_some_and(|id| id.len() <= 255 && !id.chars().any(char::is_control)));
+    ids.retain(|id| {
+        id.as_str()
+            .is_some_and(|id| id.len() <= 255 && !id.chars().any(char::is_control))
+    });
     ids.dedup();
     for id in ids.iter().filter_map(Value::as_str).take(4) {
         let id = encoded(id.as_bytes());
         seen(world, &format!("/v1/events/{id}"));
         looked_at(world, &format!("/ui/event?id={id}"));
     }
-    for page in ["/ui/events", "/ui/unreadable", "/ui/waiting", "/ui/alarms", "/ui"] {
+    for page in [
+        "/ui/events",
+        "/ui/unreadable",
+        "/ui/waiting",
+        "/ui/alarms",
+        "/ui",
+    ] {
         looked_at(world, page);
     }
     seen(world, "/metrics");
@@ -115,7 +181,10 @@ fn check_invoice(world: &mut World, path: &str) {
     let stored = json(&seen(world, path));
     assert!(stored["status"]["states"].is_array(), "{stored}");
     seen(world, &format!("{path}/evidence"));
-    let parts: Vec<String> = path.split('/').map(|part| encoded(&decoded(part))).collect();
+    let parts: Vec<String> = path
+        .split('/')
+        .map(|part| encoded(&decoded(part)))
+        .collect();
     let (tenant, uid) = (&parts[3], &parts[5]);
     looked_at(world, &format!("/ui/invoice?tenant={tenant}&uid={uid}"));
     for page in ["/ui", "/ui?state=none", "/ui/waiting"] {
@@ -124,9 +193,23 @@ fn check_invoice(world: &mut World, path: &str) {
     let listed = pages(world, &format!("/v1/tenants/{tenant}/invoices?limit=7"));
     assert!(listed.contains(&stored), "it stands in the list");
     // Put back as it was read, it is the same; unless two of its states are of the same kind and second, which no document may have.
-    let answer = world.ask(asked(Method::PUT, path, "apikey", OPERATOR_KEY, stored.to_string()));
-    assert!(answer.status != 200 || json(&answer) == stored, "{stored} became {}", json(&answer));
-    assert!([200, 400].contains(&answer.status.as_u16()), "{path}: {}", answer.status);
+    let answer = world.ask(asked(
+        Method::PUT,
+        path,
+        "apikey",
+        OPERATOR_KEY,
+        stored.to_string(),
+    ));
+    assert!(
+        answer.status != 200 || json(&answer) == stored,
+        "{stored} became {}",
+        json(&answer)
+    );
+    assert!(
+        [200, 400].contains(&answer.status.as_u16()),
+        "{path}: {}",
+        answer.status
+    );
 }
 
 /// All items of a list, page by page.
@@ -134,7 +217,13 @@ fn pages(world: &mut World, target: &str) -> Vec<Value> {
     let (mut items, mut cursor) = (Vec::new(), String::new());
     for _ in 0..PAGES {
         let page = json(&seen(world, &format!("{target}{cursor}")));
-        items.extend(page["items"].as_array().expect("a page has items").iter().cloned());
+        items.extend(
+            page["items"]
+                .as_array()
+                .expect("a page has items")
+                .iter()
+                .cloned(),
+        );
         match page["nextCursor"].as_str() {
             Some(next) => cursor = format!("&cursor={next}"),
             None => return items,
@@ -150,12 +239,17 @@ fn seen(world: &mut World, target: &str) -> Answer {
 
 /// A page, in the operator's browser; and the tenant's sees something, too.
 fn looked_at(world: &mut World, target: &str) {
-    let cookie = |world: &World, key: &str| format!("stripe_reconciler_session={}", world.session(key));
+    let cookie =
+        |world: &World, key: &str| format!("stripe_reconciler_session={}", world.session(key));
     let operators = cookie(world, OPERATOR_KEY);
     answered(world, target, "cookie", &operators);
     let acmes = cookie(world, ACME_KEY);
     let answer = world.ask(asked(Method::GET, target, "cookie", &acmes, String::new()));
-    assert!([200, 403, 404].contains(&answer.status.as_u16()), "{target}: {}", answer.status);
+    assert!(
+        [200, 403, 404].contains(&answer.status.as_u16()),
+        "{target}: {}",
+        answer.status
+    );
 }
 
 fn answered(world: &mut World, target: &str, name: &'static str, value: &str) -> Answer {
@@ -167,12 +261,24 @@ fn answered(world: &mut World, target: &str, name: &'static str, value: &str) ->
 
 fn asked(method: Method, target: &str, name: &'static str, value: &str, body: String) -> Asked {
     let mut headers = HeaderMap::new();
-    headers.insert(HeaderName::from_static(name), value.parse().expect("it is a header value"));
-    Asked { method, target: target.parse().expect("it is a target"), headers, body: body.into() }
+    headers.insert(
+        HeaderName::from_static(name),
+        value.parse().expect("it is a header value"),
+    );
+    Asked {
+        method,
+        target: target.parse().expect("it is a target"),
+        headers,
+        body: body.into(),
+    }
 }
 
 fn header<'a>(answer: &'a Answer, name: &str) -> &'a str {
-    answer.headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default()
+    answer
+        .headers
+        .get(name)
+        .and_then(|value| value.to_str().ok())
+        .unwrap_or_default()
 }
 
 fn json(answer: &Answer) -> Value {
@@ -181,17 +287,30 @@ fn json(answer: &Answer) -> Value {
 
 /// As a query takes it, in which `+` is no plus.
 fn encoded(text: &[u8]) -> String {
-    let spell = |byte: &u8| if byte.is_ascii_alphanumeric() { char::from(*byte).to_string() } else { format!("%{byte:02X}") };
+    let spell = |byte: &u8| {
+        if byte.is_ascii_alphanumeric() {
+            char::from(*byte).to_string()
+        } else {
+            format!("%{byte:02X}")
+        }
+    };
     text.iter().map(spell).collect()
 }
 
 fn decoded(text: &str) -> Vec<u8> {
     let (mut decoded, mut rest) = (Vec::new(), text.as_bytes());
     while let Some((byte, after)) = rest.split_first() {
-        let digits = after.first_chunk::<2>().filter(|_| *byte == b'%').and_then(|two| std::str::from_utf8(two).ok());
+        let digits = after
+            .first_chunk::<2>()
+            .filter(|_| *byte == b'%')
+            .and_then(|two| std::str::from_utf8(two).ok());
         let escaped = digits.and_then(|digits| u8::from_str_radix(digits, 16).ok());
         decoded.push(escaped.unwrap_or(*byte));
-        rest = if escaped.is_some() { &after[2..] } else { after };
+        rest = if escaped.is_some() {
+            &after[2..]
+        } else {
+            after
+        };
     }
     decoded
 }

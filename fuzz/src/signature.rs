@@ -5,7 +5,9 @@
 //! header stands for what the first secret signs, `$1` for the second: nobody guesses these.
 
 use sha2::{Digest, Sha256};
-use stripe_reconciler::domain::signature::{Refusal, SignatureHeader, SigningSecrets, TOLERANCE_S, sign};
+use stripe_reconciler::domain::signature::{
+    Refusal, SignatureHeader, SigningSecrets, TOLERANCE_S, sign,
+};
 
 const NOW_S: i64 = 1_700_000_000;
 
@@ -15,21 +17,37 @@ pub fn check(input: &[u8]) {
     let first = String::from_utf8_lossy(first);
     let (now, secrets) = first.split_once(' ').unwrap_or(("", &first));
     let now_s = now.parse().unwrap_or(NOW_S);
-    let Some((secrets, keys)) = secrets_of(secrets) else { return };
-    let headers = headers.split(|byte| *byte == b'\n').filter(|line| !line.is_empty());
+    let Some((secrets, keys)) = secrets_of(secrets) else {
+        return;
+    };
+    let headers = headers
+        .split(|byte| *byte == b'\n')
+        .filter(|line| !line.is_empty());
     let lines: Vec<Vec<u8>> = headers.map(|line| signed(line, &keys, body)).collect();
     let lines: Vec<&[u8]> = lines.iter().map(Vec::as_slice).collect();
     let expected = second_opinion(&lines, body, &keys, now_s);
     for part in [7, body.len().max(1)] {
-        assert_eq!(verify(&secrets, &lines, body, part, now_s), expected.as_deref().map_err(|refusal| *refusal));
+        assert_eq!(
+            verify(&secrets, &lines, body, part, now_s),
+            expected.as_deref().map_err(|refusal| *refusal)
+        );
     }
     if (0..1_000_000_000_000).contains(&now_s) {
         let header = sign(secrets.first(), now_s, body);
-        assert_eq!(verify(&secrets, &[header.as_bytes()], body, 64, now_s), Ok(&*keys[0].0));
+        assert_eq!(
+            verify(&secrets, &[header.as_bytes()], body, 64, now_s),
+            Ok(&*keys[0].0)
+        );
     }
 }
 
-fn verify<'s>(secrets: &'s SigningSecrets, lines: &[&[u8]], body: &[u8], part: usize, now_s: i64) -> Result<&'s str, Refusal> {
+fn verify<'s>(
+    secrets: &'s SigningSecrets,
+    lines: &[&[u8]],
+    body: &[u8],
+    part: usize,
+    now_s: i64,
+) -> Result<&'s str, Refusal> {
     let header = SignatureHeader::read(lines)?;
     let mut verifier = secrets.verifier(&header);
     body.chunks(part).for_each(|part| verifier.update(part));
@@ -41,25 +59,53 @@ type Keys = Vec<(String, Vec<u8>)>;
 
 /// The secrets as the program reads them, and the label and the key of each.
 fn secrets_of(text: &str) -> Option<(SigningSecrets, Keys)> {
-    let parts: Vec<&str> = text.split(|c: char| c == ',' || c.is_whitespace()).filter(|part| !part.is_empty()).collect();
+    let parts: Vec<&str> = text
+        .split(|c: char| c == ',' || c.is_whitespace())
+        .filter(|part| !part.is_empty())
+        .collect();
     match SigningSecrets::parse(text) {
         Ok(secrets) => {
             let labels: Vec<String> = secrets.names().into_iter().map(|name| name.label).collect();
             assert_eq!(labels.len(), parts.len());
-            assert_eq!(format!("{secrets:?}"), format!("SigningSecrets({labels:?})"), "labels are shown, and nothing else");
-            let key = |label: &String, part: &str| part.strip_prefix(&format!("{label}=")).unwrap_or(part).as_bytes().to_vec();
-            let keys =
-                labels.into_iter().zip(parts).map(|(label, part)| (key(&label, part), label)).map(|(k, l)| (l, k)).collect();
+            assert_eq!(
+                format!("{secrets:?}"),
+                format!("SigningSecrets({labels:?})"),
+                "labels are shown, and nothing else"
+            );
+            let key = |label: &String, part: &str| {
+                part.strip_prefix(&format!("{label}="))
+                    .unwrap_or(part)
+                    .as_bytes()
+                    .to_vec()
+            };
+            let keys = labels
+                .into_iter()
+                .zip(parts)
+                .map(|(label, part)| (key(&label, part), label))
+                .map(|(k, l)| (l, k))
+                .collect();
             Some((secrets, keys))
         }
         Err(mistakes) => {
             assert!(!mistakes.is_empty());
-            let labels: Vec<&str> = parts.iter().filter_map(|part| part.split_once('=')).map(|(label, _)| label).collect();
+            let labels: Vec<&str> = parts
+                .iter()
+                .filter_map(|part| part.split_once('='))
+                .map(|(label, _)| label)
+                .collect();
             for part in parts {
-                let key = part.split_once('=').filter(|(label, _)| !label.starts_with("whsec_")).map_or(part, |(_, key)| key);
+                let key = part
+                    .split_once('=')
+                    .filter(|(label, _)| !label.starts_with("whsec_"))
+                    .map_or(part, |(_, key)| key);
                 // What somebody has made a label of can be seen.
-                let is_secret = key.starts_with("whsec_") && key.len() > 12 && !labels.iter().any(|label| label.contains(key));
-                assert!(!is_secret || mistakes.iter().all(|mistake| !mistake.contains(key)), "{mistakes:?} show {key}");
+                let is_secret = key.starts_with("whsec_")
+                    && key.len() > 12
+                    && !labels.iter().any(|label| label.contains(key));
+                assert!(
+                    !is_secret || mistakes.iter().all(|mistake| !mistake.contains(key)),
+                    "{mistakes:?} show {key}"
+                );
             }
             None
         }
@@ -68,12 +114,17 @@ fn secrets_of(text: &str) -> Option<(SigningSecrets, Keys)> {
 
 /// The header with what each secret signs, by the header's own time.
 fn signed(line: &[u8], keys: &Keys, body: &[u8]) -> Vec<u8> {
-    let time = line.split(|byte| *byte == b',').find_map(|element| element.trim_ascii().strip_prefix(b"t=")).unwrap_or_default();
+    let time = line
+        .split(|byte| *byte == b',')
+        .find_map(|element| element.trim_ascii().strip_prefix(b"t="))
+        .unwrap_or_default();
     let mut signed = Vec::new();
     let mut rest = line;
     while let Some((before, after)) = split_once(rest, b"$") {
         signed.extend_from_slice(before);
-        let named = after.first().and_then(|digit| keys.get(usize::from(digit.wrapping_sub(b'0'))));
+        let named = after
+            .first()
+            .and_then(|digit| keys.get(usize::from(digit.wrapping_sub(b'0'))));
         match named {
             Some((_, key)) => signed.extend(hex(&hmac(key, &[time, b".", body].concat())).bytes()),
             None => signed.push(b'$'),
@@ -90,7 +141,12 @@ fn split_once<'a>(text: &'a [u8], by: &[u8]) -> Option<(&'a [u8], &'a [u8])> {
 }
 
 /// The label of the secret that signed it, as the description and the contract say.
-fn second_opinion(lines: &[&[u8]], body: &[u8], keys: &Keys, now_s: i64) -> Result<String, Refusal> {
+fn second_opinion(
+    lines: &[&[u8]],
+    body: &[u8],
+    keys: &Keys,
+    now_s: i64,
+) -> Result<String, Refusal> {
     let line = match lines {
         [] => return Err(Refusal::Missing),
         [line] => *line,
@@ -99,16 +155,38 @@ fn second_opinion(lines: &[&[u8]], body: &[u8], keys: &Keys, now_s: i64) -> Resu
     // One byte, one character: so that anything can be split as text.
     let text: String = line.iter().map(|byte| char::from(*byte)).collect();
     let blank = |c: char| matches!(c, ' ' | '\t' | '\n' | '\r' | '\u{c}');
-    let pairs: Vec<(&str, &str)> = text.split(',').filter_map(|element| element.trim_matches(blank).split_once('=')).collect();
-    let values = |name: &str| pairs.iter().filter(|pair| pair.0 == name).map(|pair| pair.1.to_owned()).collect::<Vec<String>>();
-    let [time] = &values("t")[..] else { return Err(Refusal::Malformed) };
+    let pairs: Vec<(&str, &str)> = text
+        .split(',')
+        .filter_map(|element| element.trim_matches(blank).split_once('='))
+        .collect();
+    let values = |name: &str| {
+        pairs
+            .iter()
+            .filter(|pair| pair.0 == name)
+            .map(|pair| pair.1.to_owned())
+            .collect::<Vec<String>>()
+    };
+    let [time] = &values("t")[..] else {
+        return Err(Refusal::Malformed);
+    };
     let is_hex = |tag: &String| tag.len() == 64 && tag.chars().all(|c| c.is_ascii_hexdigit());
-    let tags: Vec<String> = values("v1").into_iter().filter(is_hex).map(|tag| tag.to_ascii_lowercase()).collect();
-    if time.is_empty() || time.len() > 12 || !time.chars().all(|c| c.is_ascii_digit()) || tags.is_empty() {
+    let tags: Vec<String> = values("v1")
+        .into_iter()
+        .filter(is_hex)
+        .map(|tag| tag.to_ascii_lowercase())
+        .collect();
+    if time.is_empty()
+        || time.len() > 12
+        || !time.chars().all(|c| c.is_ascii_digit())
+        || tags.is_empty()
+    {
         return Err(Refusal::Malformed);
     }
     let signed = [time.as_bytes(), b".", body].concat();
-    let label = keys.iter().find(|(_, key)| tags.contains(&hex(&hmac(key, &signed)))).map(|(label, _)| label.clone());
+    let label = keys
+        .iter()
+        .find(|(_, key)| tags.contains(&hex(&hmac(key, &signed))))
+        .map(|(label, _)| label.clone());
     let label = label.ok_or(Refusal::Mismatch)?;
     let seconds: i128 = time.parse().map_err(|_| Refusal::Malformed)?;
     match i128::from(now_s) - seconds {

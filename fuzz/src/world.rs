@@ -66,31 +66,63 @@ struct Running {
 
 impl World {
     pub fn start() -> World {
-        let runtime = Builder::new_current_thread().enable_all().build().expect("a runtime can be made");
+        let runtime = Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .expect("a runtime can be made");
         let folder = tempfile::tempdir().expect("a folder can be made");
         runtime.block_on(fill(&folder.path().join("template.db")));
-        World { runtime, folder, running: None }
+        World {
+            runtime,
+            folder,
+            running: None,
+        }
     }
 
     pub fn ask(&mut self, asked: Asked) -> Answer {
-        let World { runtime, folder, running } = self;
+        let World {
+            runtime,
+            folder,
+            running,
+        } = self;
         runtime.block_on(async {
             let running = match running {
                 Some(running) => running,
                 none => none.insert(Running::start(folder.path()).await),
             };
             let mut request = Request::new(Full::new(asked.body));
-            (*request.method_mut(), *request.uri_mut(), *request.headers_mut()) = (asked.method, asked.target, asked.headers);
-            let answer: Response = running.service.call(request).await.expect("a router cannot fail");
+            (
+                *request.method_mut(),
+                *request.uri_mut(),
+                *request.headers_mut(),
+            ) = (asked.method, asked.target, asked.headers);
+            let answer: Response = running
+                .service
+                .call(request)
+                .await
+                .expect("a router cannot fail");
             let (parts, body) = answer.into_parts();
-            let body = body.collect().await.expect("a body that is there can be read").to_bytes();
-            Answer { status: parts.status, headers: parts.headers, body }
+            let body = body
+                .collect()
+                .await
+                .expect("a body that is there can be read")
+                .to_bytes();
+            Answer {
+                status: parts.status,
+                headers: parts.headers,
+                body,
+            }
         })
     }
 
     /// As it was at the start, so that what an input finds does not depend on those before it.
     pub fn renew(&mut self) {
-        if let Some(Running { service, store, writer }) = self.running.take() {
+        if let Some(Running {
+            service,
+            store,
+            writer,
+        }) = self.running.take()
+        {
             drop(service);
             self.runtime.block_on(async {
                 writer.finish().await;
@@ -105,7 +137,12 @@ impl World {
 
     /// The cookie of who has signed in with a key.
     pub fn session(&self, key: &str) -> String {
-        session::issue(&secrets(), key, &api_key::hash(key.as_bytes()), NOW_MS / 1000)
+        session::issue(
+            &secrets(),
+            key,
+            &api_key::hash(key.as_bytes()),
+            NOW_MS / 1000,
+        )
     }
 }
 
@@ -125,35 +162,76 @@ impl Running {
             let _ = std::fs::remove_file(folder.join(name));
         }
         std::fs::copy(folder.join("template.db"), &file).expect("a file can be copied");
-        let store = Store::connect(&url(&file)).await.expect("a database can be opened");
+        let store = Store::connect(&url(&file))
+            .await
+            .expect("a database can be opened");
         let metrics = std::sync::Arc::<Metrics>::default();
         let (inbox, writer) = Inbox::start(store.clone(), metrics.clone());
         let (clock, stopping) = (Clock::fixed(NOW_MS), CancellationToken::new());
         let state = AppState::new(store.clone(), inbox, secrets(), clock, metrics, stopping);
         let service = TowerToHyperService::new(router(state, MetricsAt::MainListener, Ui::Shown));
-        Running { service, store, writer }
+        Running {
+            service,
+            store,
+            writer,
+        }
     }
 }
 
 /// Keys have themselves as their ids.
 async fn fill(file: &Path) {
-    let store = Store::connect(&url(file)).await.expect("a database can be made");
+    let store = Store::connect(&url(file))
+        .await
+        .expect("a database can be made");
     store.migrate().await.expect("it can be migrated");
-    for (key, scope) in [(OPERATOR_KEY, Scope::Operator), (ACME_KEY, Scope::Tenant("acme".to_owned()))] {
-        let row = ApiKey { id: key.to_owned(), scope, created_ms: NOW_MS, expires_ms: None, revoked_ms: None };
-        store.insert_key(&row, &api_key::hash(key.as_bytes())).await.expect("a key can be kept");
+    for (key, scope) in [
+        (OPERATOR_KEY, Scope::Operator),
+        (ACME_KEY, Scope::Tenant("acme".to_owned())),
+    ] {
+        let row = ApiKey {
+            id: key.to_owned(),
+            scope,
+            created_ms: NOW_MS,
+            expires_ms: None,
+            revoked_ms: None,
+        };
+        store
+            .insert_key(&row, &api_key::hash(key.as_bytes()))
+            .await
+            .expect("a key can be kept");
     }
-    let held = INVOICES.lines().filter(|line| STRIPE_INVOICES.iter().any(|id| line.contains(&format!("{id}\""))));
+    let held = INVOICES.lines().filter(|line| {
+        STRIPE_INVOICES
+            .iter()
+            .any(|id| line.contains(&format!("{id}\"")))
+    });
     let parsed = held.map(|line| serde_json::from_str(line).expect("a fixture is JSON"));
-    let mut invoices: Vec<NewInvoice> = parsed.map(|json| new_invoice("acme", None, json).expect("a fixture is valid")).collect();
-    invoices.push(new_invoice("other", Some("inv-other"), serde_json::json!({})).expect("it is valid"));
-    store.put_invoices(&invoices, NOW_MS).await.expect("invoices can be stored");
-    let bodies = STORIES.iter().flat_map(|story| story.lines()).chain(["no JSON"]);
+    let mut invoices: Vec<NewInvoice> = parsed
+        .map(|json| new_invoice("acme", None, json).expect("a fixture is valid"))
+        .collect();
+    invoices
+        .push(new_invoice("other", Some("inv-other"), serde_json::json!({})).expect("it is valid"));
+    store
+        .put_invoices(&invoices, NOW_MS)
+        .await
+        .expect("invoices can be stored");
+    let bodies = STORIES
+        .iter()
+        .flat_map(|story| story.lines())
+        .chain(["no JSON"]);
     let delivered = |body: &'static str| {
         let (source, secret_label) = (Source::Webhook, Some("secret-1".to_owned()));
-        prepare(Delivery { body: Bytes::from_static(body.as_bytes()), source, secret_label, received_ms: NOW_MS })
+        prepare(Delivery {
+            body: Bytes::from_static(body.as_bytes()),
+            source,
+            secret_label,
+            received_ms: NOW_MS,
+        })
     };
-    store.append(&bodies.map(delivered).collect::<Vec<_>>()).await.expect("events can be kept");
+    store
+        .append(&bodies.map(delivered).collect::<Vec<_>>())
+        .await
+        .expect("events can be kept");
     store.close().await;
 }
 
@@ -172,18 +250,34 @@ pub fn parse(input: &[u8], world: &World) -> Option<Asked> {
     for line in lines.filter(|line| !line.is_empty()).take(100) {
         let colon = line.iter().position(|byte| *byte == b':')?;
         let name = HeaderName::from_bytes(&line[..colon]).ok()?;
-        headers.append(name, HeaderValue::from_bytes(&filled_in(line[colon + 1..].trim_ascii(), body, world)).ok()?);
+        headers.append(
+            name,
+            HeaderValue::from_bytes(&filled_in(line[colon + 1..].trim_ascii(), body, world))
+                .ok()?,
+        );
     }
-    Some(Asked { method, target, headers, body: Bytes::copy_from_slice(body) })
+    Some(Asked {
+        method,
+        target,
+        headers,
+        body: Bytes::copy_from_slice(body),
+    })
 }
 
 /// `$signature` is what nobody guesses, and so are `$operator` and `$acme`: the sessions of the keys.
 fn filled_in(value: &[u8], body: &[u8], world: &World) -> Vec<u8> {
-    let Some(at) = value.iter().position(|byte| *byte == b'$') else { return value.to_vec() };
+    let Some(at) = value.iter().position(|byte| *byte == b'$') else {
+        return value.to_vec();
+    };
     let (before, named) = value.split_at(at);
-    let words =
-        [("$signature", world.signature(body)), ("$operator", world.session(OPERATOR_KEY)), ("$acme", world.session(ACME_KEY))];
-    let known = words.iter().find_map(|(word, with)| Some((with, named.strip_prefix(word.as_bytes())?)));
+    let words = [
+        ("$signature", world.signature(body)),
+        ("$operator", world.session(OPERATOR_KEY)),
+        ("$acme", world.session(ACME_KEY)),
+    ];
+    let known = words
+        .iter()
+        .find_map(|(word, with)| Some((with, named.strip_prefix(word.as_bytes())?)));
     match known {
         Some((with, after)) => [before, with.as_bytes(), after].concat(),
         None => value.to_vec(),

@@ -41,13 +41,25 @@ struct Took {
 
 impl Copy {
     pub(super) async fn run(self, settings: Settings) -> anyhow::Result<Exit> {
-        let mut config = Config::load(&Flags { copy_to: self.to.clone(), ..settings.flags() }, Purpose::Copy)?;
+        let mut config = Config::load(
+            &Flags {
+                copy_to: self.to.clone(),
+                ..settings.flags()
+            },
+            Purpose::Copy,
+        )?;
         let to = config.copy_to.take().unwrap_or_default();
         telemetry::start(config.telemetry);
-        let source = opened("DATABASE_URL", Store::connect_to_existing(&config.database_url).await).await?;
+        let source = opened(
+            "DATABASE_URL",
+            Store::connect_to_existing(&config.database_url).await,
+        )
+        .await?;
         let target = opened("COPY_TO", Store::connect(&to).await).await?;
         let (report, took) = copy(&source, &target).await.map_err(|error| match error {
-            CopyError::Refused(_) | CopyError::Overtaken => Mistakes(vec![error.to_string()]).into(),
+            CopyError::Refused(_) | CopyError::Overtaken => {
+                Mistakes(vec![error.to_string()]).into()
+            }
             CopyError::Store(error) => anyhow::Error::from(error),
         })?;
         source.close().await;
@@ -57,7 +69,11 @@ impl Copy {
         } else {
             print(&report, &took)?;
         }
-        Ok(if report.differing > 0 { Exit::Differs } else { Exit::Done })
+        Ok(if report.differing > 0 {
+            Exit::Differs
+        } else {
+            Exit::Done
+        })
     }
 }
 
@@ -68,7 +84,9 @@ async fn opened(name: &str, connected: Result<Store, StoreError>) -> anyhow::Res
         store.migrate().await?;
         Ok::<Store, StoreError>(store)
     };
-    migrated.await.map_err(|error| anyhow::Error::from(error).context(format!("{name} cannot be opened")))
+    migrated
+        .await
+        .map_err(|error| anyhow::Error::from(error).context(format!("{name} cannot be opened")))
 }
 
 async fn copy(source: &Store, target: &Store) -> Result<(Report, Took), CopyError> {
@@ -89,33 +107,72 @@ async fn copy(source: &Store, target: &Store) -> Result<(Report, Took), CopyErro
     bar.reset();
     let report = copy.compare(|invoices| bar.set_position(invoices)).await?;
     bar.finish_and_clear();
-    Ok((report, Took { carrying_ms: carried_ms - started_ms, comparing_ms: clock.now_ms() - carried_ms }))
+    Ok((
+        report,
+        Took {
+            carrying_ms: carried_ms - started_ms,
+            comparing_ms: clock.now_ms() - carried_ms,
+        },
+    ))
 }
 
 fn print(report: &Report, took: &Took) -> anyhow::Result<()> {
-    let row = |(table, Carried { rows, new, changed, removed }): &(&str, Carried)| {
-        [[(*table).to_owned()].as_slice(), &[rows, new, changed, removed].map(u64::to_string)].concat()
+    let row = |(
+        table,
+        Carried {
+            rows,
+            new,
+            changed,
+            removed,
+        },
+    ): &(&str, Carried)| {
+        [
+            [(*table).to_owned()].as_slice(),
+            &[rows, new, changed, removed].map(u64::to_string),
+        ]
+        .concat()
     };
-    output::line(output::table(&["TABLE", "ROWS", "NEW", "CHANGED", "REMOVED"], report.tables.iter().map(row).collect()))?;
+    output::line(output::table(
+        &["TABLE", "ROWS", "NEW", "CHANGED", "REMOVED"],
+        report.tables.iter().map(row).collect(),
+    ))?;
     let rows: u64 = report.tables.iter().map(|(_, carried)| carried.rows).sum();
     output::line(format!("\n{rows} rows in {}", rate(rows, took.carrying_ms)))?;
-    let compared = format!("{} histories compared in {}", report.compared, rate(report.compared, took.comparing_ms));
+    let compared = format!(
+        "{} histories compared in {}",
+        report.compared,
+        rate(report.compared, took.comparing_ms)
+    );
     if report.differing == 0 {
         return output::line(format!("{compared}: all the same"));
     }
     output::line(format!("{compared}: {} differ", report.differing))?;
-    for Differing { tenant_uid, invoice_uid, stripe_invoice_id, how } in report.named.iter().take(SHOWN) {
+    for Differing {
+        tenant_uid,
+        invoice_uid,
+        stripe_invoice_id,
+        how,
+    } in report.named.iter().take(SHOWN)
+    {
         let how = match how {
             How::NotInCopy => "is not in the copy",
             How::OnlyInCopy => "is only in the copy",
             How::AnswersOtherwise => "is answered otherwise by the copy",
         };
-        output::line(format!("  invoice {invoice_uid} of {tenant_uid} ({}) {how}", output::or_dash(stripe_invoice_id)))?;
+        output::line(format!(
+            "  invoice {invoice_uid} of {tenant_uid} ({}) {how}",
+            output::or_dash(stripe_invoice_id)
+        ))?;
     }
     if report.differing > SHOWN as u64 {
-        output::line(format!("  and {} more (--json names a thousand)", report.differing - SHOWN as u64))?;
+        output::line(format!(
+            "  and {} more (--json names a thousand)",
+            report.differing - SHOWN as u64
+        ))?;
     }
-    output::note("What was written to the old database meanwhile differs, too: stop what writes there, and copy again.");
+    output::note(
+        "What was written to the old database meanwhile differs, too: stop what writes there, and copy again.",
+    );
     Ok(())
 }
 

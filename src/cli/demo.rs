@@ -68,17 +68,53 @@ macro_rules! sample {
 }
 
 const SAMPLES: [Sample; 12] = [
-    sample!("A card pays at once", "card-paid-at-once.2025-11-17.clover", InOrder),
-    sample!("Declined twice, then paid", "declined-twice-then-paid.2022-11-15", LastFirst),
-    sample!("A bank debit takes days", "bank-debit.2025-11-17.clover", EachTwice),
-    sample!("The customer must authenticate (3D Secure)", "three-d-secure.2022-11-15", EachTwice),
+    sample!(
+        "A card pays at once",
+        "card-paid-at-once.2025-11-17.clover",
+        InOrder
+    ),
+    sample!(
+        "Declined twice, then paid",
+        "declined-twice-then-paid.2022-11-15",
+        LastFirst
+    ),
+    sample!(
+        "A bank debit takes days",
+        "bank-debit.2025-11-17.clover",
+        EachTwice
+    ),
+    sample!(
+        "The customer must authenticate (3D Secure)",
+        "three-d-secure.2022-11-15",
+        EachTwice
+    ),
     sample!("Paid in parts", "partial-payments", LastFirst),
-    sample!("Paid by wire, outside Stripe", "paid-outside-stripe-by-amount", InOrder),
-    sample!("Voided after a failed attempt", "voided.2025-11-17.clover", LastFirst),
-    sample!("Written off, then paid after all", "written-off-then-paid.2022-11-15", InOrder),
-    sample!("Paid, then partly refunded", "refunded.2025-11-17.clover", EachTwice),
+    sample!(
+        "Paid by wire, outside Stripe",
+        "paid-outside-stripe-by-amount",
+        InOrder
+    ),
+    sample!(
+        "Voided after a failed attempt",
+        "voided.2025-11-17.clover",
+        LastFirst
+    ),
+    sample!(
+        "Written off, then paid after all",
+        "written-off-then-paid.2022-11-15",
+        InOrder
+    ),
+    sample!(
+        "Paid, then partly refunded",
+        "refunded.2025-11-17.clover",
+        EachTwice
+    ),
     sample!("Paid, then disputed", "disputed.2022-11-15", LastFirst),
-    sample!("Stripe was faster than the billing run", "events-before-the-invoice", BeforeTheInvoice),
+    sample!(
+        "Stripe was faster than the billing run",
+        "events-before-the-invoice",
+        BeforeTheInvoice
+    ),
     sample!("Collected outside Stripe", "collected-elsewhere", InOrder),
 ];
 
@@ -131,7 +167,12 @@ struct Counts {
 
 impl Counts {
     fn describe(&self) -> String {
-        let Counts { recorded, duplicate, no_payment_fact, invoices } = self;
+        let Counts {
+            recorded,
+            duplicate,
+            no_payment_fact,
+            invoices,
+        } = self;
         let delivered = recorded + duplicate + no_payment_fact;
         format!(
             "{invoices} invoices stored. {delivered} deliveries signed, sent and answered 2xx: {recorded} recorded, \
@@ -156,16 +197,22 @@ struct Stage {
 
 impl Stage {
     async fn build() -> anyhow::Result<Stage> {
-        let folder = tempfile::Builder::new().prefix("stripe-reconciler-demo-").tempdir()?;
+        let folder = tempfile::Builder::new()
+            .prefix("stripe-reconciler-demo-")
+            .tempdir()?;
         let store = Store::connect(&database_url(&folder)).await?;
         store.migrate().await?;
         let now_ms = Clock::system().now_ms();
         let (_, operator_key) = keys::make(&store, Scope::Operator, now_ms, None).await?;
-        let (_, tenant_key) = keys::make(&store, Scope::Tenant(TENANT.to_owned()), now_ms, None).await?;
+        let (_, tenant_key) =
+            keys::make(&store, Scope::Tenant(TENANT.to_owned()), now_ms, None).await?;
         let mut random = [0; 24];
         rand::fill(&mut random[..]);
         let signing_secret = format!("whsec_{}", hex::encode(random));
-        let secrets = || SigningSecrets::parse(&signing_secret).map_err(|mistakes| anyhow::anyhow!(mistakes.join("; ")));
+        let secrets = || {
+            SigningSecrets::parse(&signing_secret)
+                .map_err(|mistakes| anyhow::anyhow!(mistakes.join("; ")))
+        };
 
         let listener = http::listen(([127, 0, 0, 1], 0).into())?;
         let base = format!("http://{}", listener.local_addr()?);
@@ -180,18 +227,42 @@ impl Stage {
             ui: Ui::Shown,
         };
         let server = tokio::spawn(serve(service, stop.clone()));
-        let endpoint = Endpoint::new(format!("{base}/webhooks/stripe"), secrets()?, Clock::system());
+        let endpoint = Endpoint::new(
+            format!("{base}/webhooks/stripe"),
+            secrets()?,
+            Clock::system(),
+        );
         let transport = Transport::new(Duration::from_secs(10), 1024 * 1024);
-        Ok(Stage { folder, base, store, endpoint, transport, operator_key, tenant_key, signing_secret, stop, server })
+        Ok(Stage {
+            folder,
+            base,
+            store,
+            endpoint,
+            transport,
+            operator_key,
+            tenant_key,
+            signing_secret,
+            stop,
+            server,
+        })
     }
 
     /// Stores the invoice and delivers its events, in the way and order of the sample.
     async fn play(&self, sample: &Sample, counts: &mut Counts) -> anyhow::Result<()> {
-        let mut events: Vec<Bytes> = sample.events.lines().map(|line| Bytes::from_static(line.as_bytes())).collect();
+        let mut events: Vec<Bytes> = sample
+            .events
+            .lines()
+            .map(|line| Bytes::from_static(line.as_bytes()))
+            .collect();
         let (document, _) = sample.invoice()?;
         match sample.arrival {
             Arrival::InOrder | Arrival::BeforeTheInvoice => {}
-            Arrival::EachTwice => events = events.iter().flat_map(|event| [event.clone(), event.clone()]).collect(),
+            Arrival::EachTwice => {
+                events = events
+                    .iter()
+                    .flat_map(|event| [event.clone(), event.clone()])
+                    .collect()
+            }
             Arrival::LastFirst => events.reverse(),
         }
         if sample.arrival == Arrival::BeforeTheInvoice {
@@ -206,13 +277,18 @@ impl Stage {
     }
 
     async fn store_invoice(&self, document: Value) -> anyhow::Result<()> {
-        let invoice = new_invoice(TENANT, None, document).map_err(|faults| anyhow::anyhow!("a sample is faulty: {faults:?}"))?;
-        self.store.put_invoices(&[invoice], Clock::system().now_ms()).await?;
+        let invoice = new_invoice(TENANT, None, document)
+            .map_err(|faults| anyhow::anyhow!("a sample is faulty: {faults:?}"))?;
+        self.store
+            .put_invoices(&[invoice], Clock::system().now_ms())
+            .await?;
         Ok(())
     }
 
     async fn deliver(&self, events: Vec<Bytes>, counts: &mut Counts) -> anyhow::Result<()> {
-        let mut answers = stream::iter(events).map(|event| self.endpoint.post(event)).buffered(AT_ONCE);
+        let mut answers = stream::iter(events)
+            .map(|event| self.endpoint.post(event))
+            .buffered(AT_ONCE);
         while let Some(answer) = answers.try_next().await? {
             match answer.map_err(anyhow::Error::msg)? {
                 Outcome::Recorded => counts.recorded += 1,
@@ -227,15 +303,40 @@ impl Stage {
     /// Asks the read endpoint, with the tenant's key, and prints what it says.
     async fn print(&self, sample: &Sample) -> anyhow::Result<()> {
         let (_, uid) = sample.invoice()?;
-        let request = Request::get(self.invoice_url(&uid)).header("apikey", &self.tenant_key).body(Full::default())?;
+        let request = Request::get(self.invoice_url(&uid))
+            .header("apikey", &self.tenant_key)
+            .body(Full::default())?;
         let answer = self.transport.send(request).await?;
-        ensure!(answer.status().is_success(), "reading {uid} was answered {}", answer.status());
+        ensure!(
+            answer.status().is_success(),
+            "reading {uid} was answered {}",
+            answer.status()
+        );
         let invoice: Value = serde_json::from_slice(answer.body())?;
-        let states = invoice.pointer("/status/states").and_then(Value::as_array).context("states are always there")?;
-        output::line(format!("\n{uid}  {} ({})", output::bold(sample.title), sample.arrival.describe()))?;
-        let cell = |state: &Value, field: &str| state[field].as_str().unwrap_or_default().to_owned();
-        let rows = states.iter().map(|s| vec![cell(s, "timestamp"), cell(s, "state"), cell(s, "paymentMsg")]).collect();
-        output::table(&[], rows).lines().try_for_each(|line| output::line(format!("  {line}")))
+        let states = invoice
+            .pointer("/status/states")
+            .and_then(Value::as_array)
+            .context("states are always there")?;
+        output::line(format!(
+            "\n{uid}  {} ({})",
+            output::bold(sample.title),
+            sample.arrival.describe()
+        ))?;
+        let cell =
+            |state: &Value, field: &str| state[field].as_str().unwrap_or_default().to_owned();
+        let rows = states
+            .iter()
+            .map(|s| {
+                vec![
+                    cell(s, "timestamp"),
+                    cell(s, "state"),
+                    cell(s, "paymentMsg"),
+                ]
+            })
+            .collect();
+        output::table(&[], rows)
+            .lines()
+            .try_for_each(|line| output::line(format!("  {line}")))
     }
 
     fn invoice_url(&self, uid: &str) -> String {
@@ -243,7 +344,13 @@ impl Stage {
     }
 
     fn explain(&self) -> anyhow::Result<()> {
-        let Stage { base, operator_key, tenant_key, signing_secret, .. } = self;
+        let Stage {
+            base,
+            operator_key,
+            tenant_key,
+            signing_secret,
+            ..
+        } = self;
         let (_, uid) = SAMPLES[0].invoice()?;
         let url = self.invoice_url(&uid);
         let database = database_url(&self.folder);
@@ -283,7 +390,8 @@ impl Sample {
         for line in INVOICES.lines() {
             let document: Value = serde_json::from_str(line)?;
             let names = |pointer: &str| document.pointer(pointer).and_then(Value::as_str);
-            if let (Some(stripe_id), Some(uid)) = (names("/status/stripeInvoiceId"), names("/metadata/uid"))
+            if let (Some(stripe_id), Some(uid)) =
+                (names("/status/stripeInvoiceId"), names("/metadata/uid"))
                 && self.events.contains(&format!("\"{stripe_id}\""))
             {
                 let uid = uid.to_owned();

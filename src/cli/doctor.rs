@@ -43,14 +43,21 @@ pub struct Doctor {
 
 impl Doctor {
     pub(super) async fn run(self, settings: Settings) -> anyhow::Result<Exit> {
-        let flags =
-            Flags { stripe_webhook_secret: self.stripe_webhook_secret.clone(), ..self.stripe.clone().fill(settings.flags()) };
+        let flags = Flags {
+            stripe_webhook_secret: self.stripe_webhook_secret.clone(),
+            ..self.stripe.clone().fill(settings.flags())
+        };
         let config = Config::load(&flags, Purpose::Diagnosis)?;
         telemetry::start(config.telemetry);
         let patient = Patient {
             store: Store::connect_to_existing(&config.database_url).await,
             reconciles: config.stripe_api.is_some(),
-            api: config.stripe_api.map(|settings| StripeApi::new(stripe_api::Settings { retries: FEW, ..settings })),
+            api: config.stripe_api.map(|settings| {
+                StripeApi::new(stripe_api::Settings {
+                    retries: FEW,
+                    ..settings
+                })
+            }),
             secrets: config.secrets.map(|secrets| secrets.names()),
             clock: Clock::system(),
         };
@@ -60,7 +67,9 @@ impl Doctor {
         }
         let state = doctor::worst(&checks);
         if self.json {
-            output::line(serde_json::to_string_pretty(&json!({"state": verdict(state), "checks": checks}))?)?;
+            output::line(serde_json::to_string_pretty(
+                &json!({"state": verdict(state), "checks": checks}),
+            )?)?;
         } else {
             self.print(&checks)?;
         }
@@ -83,9 +92,18 @@ impl Doctor {
             };
             // The codes that make it bold take no room.
             let padding = " ".repeat(9 - visible(check.state));
-            let words = [Some(&check.finding), check.cure.as_ref()].into_iter().flatten();
-            for (at, text) in words.flat_map(|words| output::wrap(words, WIDTH)).enumerate() {
-                let head = if at == 0 { format!("{word}{padding}{:<16}", check.name) } else { " ".repeat(25) };
+            let words = [Some(&check.finding), check.cure.as_ref()]
+                .into_iter()
+                .flatten();
+            for (at, text) in words
+                .flat_map(|words| output::wrap(words, WIDTH))
+                .enumerate()
+            {
+                let head = if at == 0 {
+                    format!("{word}{padding}{:<16}", check.name)
+                } else {
+                    " ".repeat(25)
+                };
                 output::line(format!("{head}{text}"))?;
             }
         }
@@ -108,9 +126,15 @@ fn visible(state: State) -> usize {
 
 /// What cannot be told is nothing wrong.
 fn verdict(state: State) -> State {
-    if state == State::Unknown { State::Ok } else { state }
+    if state == State::Unknown {
+        State::Ok
+    } else {
+        state
+    }
 }
 
 fn is_database_away(checks: &[Check]) -> bool {
-    checks.iter().any(|check| check.name == "database" && check.state == State::Failing)
+    checks
+        .iter()
+        .any(|check| check.name == "database" && check.state == State::Failing)
 }

@@ -81,7 +81,9 @@ impl Events {
     pub(super) async fn run(self, settings: Settings) -> anyhow::Result<Exit> {
         match self.command {
             Command::List(list) => list.run(settings).await,
-            Command::Show { id, json } => show(&settings.store(Access::Reads).await?, &id, json).await,
+            Command::Show { id, json } => {
+                show(&settings.store(Access::Reads).await?, &id, json).await
+            }
             Command::Export => export(&settings.store(Access::Reads).await?).await,
             Command::Prune(prune) => prune.run(settings).await,
         }
@@ -99,7 +101,13 @@ impl List {
             Some(Err(reason)) => return Err(Mistakes(vec![format!("--outcome {reason}")]).into()),
         };
         let (event_type, stripe_invoice_id) = (self.event_type, self.invoice);
-        let mut request = PageRequest { event_type, stripe_invoice_id, outcome, limit: 0, after: None };
+        let mut request = PageRequest {
+            event_type,
+            stripe_invoice_id,
+            outcome,
+            limit: 0,
+            after: None,
+        };
         let store = settings.store(Access::Reads).await?;
         let (mut rows, mut left) = (Vec::new(), self.limit);
         while left > 0 {
@@ -119,7 +127,12 @@ impl List {
             }
         }
         if !self.json {
-            output::line(output::table(&["RECEIVED", "CREATED", "ID", "TYPE", "OUTCOME", "CAME BY", "SECRET"], rows))?;
+            output::line(output::table(
+                &[
+                    "RECEIVED", "CREATED", "ID", "TYPE", "OUTCOME", "CAME BY", "SECRET",
+                ],
+                rows,
+            ))?;
         }
         Ok(Exit::Done)
     }
@@ -128,7 +141,9 @@ impl List {
 impl Prune {
     /// In small steps: deliveries go on in between.
     async fn run(self, settings: Settings) -> anyhow::Result<Exit> {
-        let before_ms = Clock::system().now_ms().saturating_sub(duration_ms("--older-than", &self.older_than)?);
+        let before_ms = Clock::system()
+            .now_ms()
+            .saturating_sub(duration_ms("--older-than", &self.older_than)?);
         let store = settings.store(Access::Writes).await?;
         let bar = output::progress("events");
         let (mut after, mut forgotten) = (None, 0);
@@ -146,7 +161,9 @@ impl Prune {
         if self.json {
             output::line(json!({"forgotten": forgotten}))?;
         } else {
-            output::line(format!("{forgotten} events forgot their bytes; what they told, and their ids, stay"))?;
+            output::line(format!(
+                "{forgotten} events forgot their bytes; what they told, and their ids, stay"
+            ))?;
         }
         Ok(Exit::Done)
     }
@@ -213,7 +230,11 @@ async fn export(store: &Store) -> anyhow::Result<Exit> {
         after = Some((last.logged.received_ms, last.logged.key));
         let mut lines = Vec::new();
         for stored in &page {
-            match stored.body.as_deref().filter(|_| stored.logged.outcome != Outcome::Unreadable) {
+            match stored
+                .body
+                .as_deref()
+                .filter(|_| stored.logged.outcome != Outcome::Unreadable)
+            {
                 Some(body) => {
                     lines.extend(on_one_line(body));
                     lines.push(b'\n');
@@ -224,7 +245,9 @@ async fn export(store: &Store) -> anyhow::Result<Exit> {
         output::bytes(&lines)?;
     }
     if left_out > 0 {
-        output::note(format!("{left_out} events are left out: unreadable, or their bytes are forgotten"));
+        output::note(format!(
+            "{left_out} events are left out: unreadable, or their bytes are forgotten"
+        ));
     }
     Ok(Exit::Done)
 }
@@ -232,7 +255,10 @@ async fn export(store: &Store) -> anyhow::Result<Exit> {
 /// JSON without the line breaks between its parts; nothing inside strings or numbers is touched.
 fn on_one_line(json: &[u8]) -> Vec<u8> {
     // A line break inside a string is escaped, so every raw one stands between two parts.
-    json.split(|b| *b == b'\n' || *b == b'\r').map(<[u8]>::trim_ascii_start).collect::<Vec<_>>().concat()
+    json.split(|b| *b == b'\n' || *b == b'\r')
+        .map(<[u8]>::trim_ascii_start)
+        .collect::<Vec<_>>()
+        .concat()
 }
 
 #[cfg(test)]
@@ -240,6 +266,9 @@ mod tests {
     #[test]
     fn a_pretty_event_fits_on_one_line_with_its_strings_untouched() {
         let pretty = b"{\n  \"a\": \"x  y \\n\",\r\n  \"b\": 1.50\n}\n";
-        assert_eq!(super::on_one_line(pretty), b"{\"a\": \"x  y \\n\",\"b\": 1.50}");
+        assert_eq!(
+            super::on_one_line(pretty),
+            b"{\"a\": \"x  y \\n\",\"b\": 1.50}"
+        );
     }
 }

@@ -31,7 +31,13 @@ pub struct Healthcheck {
 
 impl Healthcheck {
     pub(super) async fn run(self, settings: Settings) -> anyhow::Result<Exit> {
-        let config = Config::load(&Flags { listen_addr: self.listen_addr, ..settings.flags() }, Purpose::Healthcheck)?;
+        let config = Config::load(
+            &Flags {
+                listen_addr: self.listen_addr,
+                ..settings.flags()
+            },
+            Purpose::Healthcheck,
+        )?;
         let url = format!("http://{}/readyz", reachable(config.listen_addr));
         let request = Request::get(&url).body(Full::<Bytes>::default())?;
         match Transport::new(PATIENCE, ANSWER_LIMIT).send(request).await {

@@ -74,7 +74,9 @@ impl Invoices {
     pub(super) async fn run(self, settings: Settings) -> anyhow::Result<Exit> {
         match self.command {
             Command::Import(import) => import.run(settings).await,
-            Command::Get { tenant, uid } => get(&settings.store(Access::Reads).await?, &tenant, &uid).await,
+            Command::Get { tenant, uid } => {
+                get(&settings.store(Access::Reads).await?, &tenant, &uid).await
+            }
             Command::List(list) => list.run(settings).await,
         }
     }
@@ -82,22 +84,41 @@ impl Invoices {
 
 impl Import {
     async fn run(self, settings: Settings) -> anyhow::Result<Exit> {
-        validate_uid(&self.tenant).map_err(|reason| Mistakes(vec![format!("--tenant {reason}")]))?;
+        validate_uid(&self.tenant)
+            .map_err(|reason| Mistakes(vec![format!("--tenant {reason}")]))?;
         let store = settings.store(Access::Writes).await?;
         let mut counts = Counts::default();
         let mut screen = Screen(output::progress("invoices"));
         for file in &self.files {
-            import::file(&store, &self.tenant, file, &Clock::system(), &mut screen, &mut counts).await?;
+            import::file(
+                &store,
+                &self.tenant,
+                file,
+                &Clock::system(),
+                &mut screen,
+                &mut counts,
+            )
+            .await?;
         }
         screen.0.finish_and_clear();
-        let Counts { created, replaced, refused } = counts;
+        let Counts {
+            created,
+            replaced,
+            refused,
+        } = counts;
         if self.json {
             output::line(json!({"created": created, "replaced": replaced, "refused": refused}))?;
         } else {
-            output::line(format!("{created} stored, {replaced} replaced, {refused} refused"))?;
+            output::line(format!(
+                "{created} stored, {replaced} replaced, {refused} refused"
+            ))?;
         }
         store.close().await;
-        Ok(if refused > 0 { Exit::Refused } else { Exit::Done })
+        Ok(if refused > 0 {
+            Exit::Refused
+        } else {
+            Exit::Done
+        })
     }
 }
 
@@ -105,18 +126,31 @@ struct Screen(ProgressBar);
 
 impl Watcher for Screen {
     fn refused(&mut self, refused: Refused) {
-        let file = if refused.file.as_os_str() == "-" { "standard input".into() } else { refused.file.display().to_string() };
-        let place = if refused.line == 0 { file } else { format!("{file}:{}", refused.line) };
+        let file = if refused.file.as_os_str() == "-" {
+            "standard input".into()
+        } else {
+            refused.file.display().to_string()
+        };
+        let place = if refused.line == 0 {
+            file
+        } else {
+            format!("{file}:{}", refused.line)
+        };
         self.0.suspend(|| {
             for fault in &refused.faults {
-                let pointer = if fault.pointer.is_empty() { String::new() } else { format!("{}: ", fault.pointer) };
+                let pointer = if fault.pointer.is_empty() {
+                    String::new()
+                } else {
+                    format!("{}: ", fault.pointer)
+                };
                 output::note(format!("{place}: {pointer}{}", fault.reason));
             }
         });
     }
 
     fn progress(&mut self, counts: Counts) {
-        self.0.set_position(counts.created + counts.replaced + counts.refused);
+        self.0
+            .set_position(counts.created + counts.replaced + counts.refused);
     }
 }
 
@@ -135,10 +169,19 @@ async fn get(store: &Store, tenant: &str, uid: &str) -> anyhow::Result<Exit> {
 
 impl List {
     async fn run(self, settings: Settings) -> anyhow::Result<Exit> {
-        let state = self.state.as_deref().map_or(Ok(StateFilter::Any), StateFilter::parse);
+        let state = self
+            .state
+            .as_deref()
+            .map_or(Ok(StateFilter::Any), StateFilter::parse);
         let state = state.map_err(|mistake| Mistakes(vec![format!("--{mistake}")]))?;
         let store = settings.store(Access::Reads).await?;
-        let mut request = PageRequest { tenant_uid: self.tenant, stripe_invoice_id: None, state, limit: 500, after: None };
+        let mut request = PageRequest {
+            tenant_uid: self.tenant,
+            stripe_invoice_id: None,
+            state,
+            limit: 500,
+            after: None,
+        };
         let mut rows = Vec::new();
         loop {
             let found = page(&store, &request).await?;
@@ -155,7 +198,17 @@ impl List {
             }
         }
         if !self.json {
-            output::line(output::table(&["TENANT", "INVOICE", "STRIPE INVOICE", "STATE", "SINCE", "MESSAGE"], rows))?;
+            output::line(output::table(
+                &[
+                    "TENANT",
+                    "INVOICE",
+                    "STRIPE INVOICE",
+                    "STATE",
+                    "SINCE",
+                    "MESSAGE",
+                ],
+                rows,
+            ))?;
         }
         std::io::stdout().flush()?;
         Ok(Exit::Done)
@@ -171,6 +224,7 @@ fn row(invoice: &StoredInvoice) -> anyhow::Result<Vec<String>> {
         output::or_dash(&invoice.stripe_invoice_id),
         last.map_or("none", |entry| entry.state.as_str()).to_owned(),
         output::time(last.map(|entry| entry.timestamp_ms)),
-        last.and_then(|entry| entry.message.clone()).unwrap_or_default(),
+        last.and_then(|entry| entry.message.clone())
+            .unwrap_or_default(),
     ])
 }

@@ -29,7 +29,9 @@ enum Command {
   stripe-reconciler keys create --operator --expires-in 90d")]
     Create(Create),
     /// List all keys, without the keys
-    #[command(after_help = "Example:\n  stripe-reconciler keys list --json | jq -r '.[] | select(.revokedAt == null) | .id'")]
+    #[command(
+        after_help = "Example:\n  stripe-reconciler keys list --json | jq -r '.[] | select(.revokedAt == null) | .id'"
+    )]
     List {
         /// Print JSON
         #[arg(long)]
@@ -73,16 +75,24 @@ impl Create {
         let now_ms = Clock::system().now_ms();
         let scope = match self.tenant {
             Some(tenant_uid) => {
-                validate_uid(&tenant_uid).map_err(|reason| Mistakes(vec![format!("--tenant {reason}")]))?;
+                validate_uid(&tenant_uid)
+                    .map_err(|reason| Mistakes(vec![format!("--tenant {reason}")]))?;
                 Scope::Tenant(tenant_uid)
             }
             None => Scope::Operator,
         };
-        let expires_ms =
-            self.expires_in.map(|text| duration_ms("--expires-in", &text)).transpose()?.map(|ms| now_ms.saturating_add(ms));
+        let expires_ms = self
+            .expires_in
+            .map(|text| duration_ms("--expires-in", &text))
+            .transpose()?
+            .map(|ms| now_ms.saturating_add(ms));
         let store = settings.store(Access::Writes).await?;
         let (key, secret) = make(&store, scope, now_ms, expires_ms).await?;
-        output::note(format!("{}: {}, shown this once", key.id, describe(&key.scope)));
+        output::note(format!(
+            "{}: {}, shown this once",
+            key.id,
+            describe(&key.scope)
+        ));
         output::line(secret)?;
         Ok(Exit::Done)
     }
@@ -95,11 +105,19 @@ pub(super) async fn make(
     created_ms: i64,
     expires_ms: Option<i64>,
 ) -> Result<(ApiKey, String), StoreError> {
-    let key = ApiKey { id: format!("key_{}", Uuid::now_v7().simple()), scope, created_ms, expires_ms, revoked_ms: None };
+    let key = ApiKey {
+        id: format!("key_{}", Uuid::now_v7().simple()),
+        scope,
+        created_ms,
+        expires_ms,
+        revoked_ms: None,
+    };
     let mut random = [0; 32];
     rand::fill(&mut random[..]);
     let secret = api_key::from_random(random);
-    store.insert_key(&key, &api_key::hash(secret.as_bytes())).await?;
+    store
+        .insert_key(&key, &api_key::hash(secret.as_bytes()))
+        .await?;
     Ok((key, secret))
 }
 
@@ -118,13 +136,32 @@ async fn list(store: &Store, json: bool) -> anyhow::Result<Exit> {
         return Ok(Exit::Done);
     }
     let row = |key: &ApiKey| {
-        let state = if key.revoked_ms.is_some() { "revoked" } else { "valid" };
-        let expired = key.expires_ms.is_some_and(|ms| ms <= Clock::system().now_ms());
-        let state = if expired && key.revoked_ms.is_none() { "expired" } else { state };
+        let state = if key.revoked_ms.is_some() {
+            "revoked"
+        } else {
+            "valid"
+        };
+        let expired = key
+            .expires_ms
+            .is_some_and(|ms| ms <= Clock::system().now_ms());
+        let state = if expired && key.revoked_ms.is_none() {
+            "expired"
+        } else {
+            state
+        };
         let expires = output::time(key.expires_ms);
-        vec![key.id.clone(), describe(&key.scope), state.to_owned(), output::time(Some(key.created_ms)), expires]
+        vec![
+            key.id.clone(),
+            describe(&key.scope),
+            state.to_owned(),
+            output::time(Some(key.created_ms)),
+            expires,
+        ]
     };
-    output::line(output::table(&["ID", "OPENS", "STATE", "CREATED", "EXPIRES"], keys.iter().map(row).collect()))?;
+    output::line(output::table(
+        &["ID", "OPENS", "STATE", "CREATED", "EXPIRES"],
+        keys.iter().map(row).collect(),
+    ))?;
     Ok(Exit::Done)
 }
 
@@ -148,6 +185,8 @@ async fn revoke(store: &Store, id: &str) -> anyhow::Result<Exit> {
         output::line(format!("revoked {id}"))?;
         return Ok(Exit::Done);
     }
-    output::note(format!("error: there is no key {id} that could be revoked; `keys list` shows all"));
+    output::note(format!(
+        "error: there is no key {id} that could be revoked; `keys list` shows all"
+    ));
     Ok(Exit::Refused)
 }

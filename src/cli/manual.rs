@@ -38,7 +38,9 @@ impl Completions {
         if self.shell == Shell::Bash {
             // It writes a name with a hyphen in two ways, and completes nothing below a command (clap-rs/clap#6421).
             let (wrong, right) = (name.replace('-', "__subcmd__"), name.replace('-', "__"));
-            script = String::from_utf8(script)?.replace(&wrong, &right).into_bytes();
+            script = String::from_utf8(script)?
+                .replace(&wrong, &right)
+                .into_bytes();
         }
         output::bytes(&script)?;
         Ok(Exit::Done)
@@ -47,11 +49,15 @@ impl Completions {
 
 impl Man {
     pub(super) fn run(self) -> anyhow::Result<Exit> {
-        std::fs::create_dir_all(&self.folder).with_context(|| format!("{} cannot be made", self.folder.display()))?;
+        std::fs::create_dir_all(&self.folder)
+            .with_context(|| format!("{} cannot be made", self.folder.display()))?;
         let mut command = Arguments::command().disable_help_subcommand(true);
         command.build();
         let pages = write_pages(&command, &self.folder)?;
-        output::line(format!("{pages} pages written to {}", self.folder.display()))?;
+        output::line(format!(
+            "{pages} pages written to {}",
+            self.folder.display()
+        ))?;
         Ok(Exit::Done)
     }
 }
@@ -84,7 +90,9 @@ fn write_pages(command: &clap::Command, folder: &Path) -> anyhow::Result<usize> 
 fn as_it_stands(text: &str) -> Roff {
     let mut section = Roff::new();
     let (title, rest) = text.split_once(":\n").unwrap_or(("Examples", text));
-    section.control("SH", [title.to_uppercase().as_str()]).control("nf", []);
+    section
+        .control("SH", [title.to_uppercase().as_str()])
+        .control("nf", []);
     for line in rest.lines() {
         section.text([roman(line)]);
     }

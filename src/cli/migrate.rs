@@ -10,7 +10,9 @@ use crate::telemetry;
 
 /// Apply migrations and stop (`serve` does it by itself)
 #[derive(Args)]
-#[command(after_help = "Example:\n  stripe-reconciler migrate --database-url sqlite:///var/lib/stripe-reconciler/db")]
+#[command(
+    after_help = "Example:\n  stripe-reconciler migrate --database-url sqlite:///var/lib/stripe-reconciler/db"
+)]
 pub struct Migrate {
     /// Print the names of what was applied as JSON
     #[arg(long)]
@@ -29,7 +31,13 @@ impl Migrate {
         } else if applied.is_empty() {
             output::line("nothing to apply")?;
         } else {
-            output::line(applied.iter().map(|name| format!("applied {name}")).collect::<Vec<_>>().join("\n"))?;
+            output::line(
+                applied
+                    .iter()
+                    .map(|name| format!("applied {name}"))
+                    .collect::<Vec<_>>()
+                    .join("\n"),
+            )?;
         }
         Ok(Exit::Done)
     }

@@ -142,9 +142,17 @@ pub fn fail(error: &anyhow::Error) -> ExitCode {
         anstream::eprintln!("caused by: {cause}");
     }
     let is = |found: &(dyn std::error::Error + 'static)| {
-        found.is::<StoreError>() || found.is::<ReplayError>() || found.is::<InboxError>() || found.is::<ReconcileError>()
+        found.is::<StoreError>()
+            || found.is::<ReplayError>()
+            || found.is::<InboxError>()
+            || found.is::<ReconcileError>()
     };
-    let is_wrong_key = |found: &ReconcileError| matches!(found, ReconcileError::Stripe(StripeApiError::Unauthorized(_)));
+    let is_wrong_key = |found: &ReconcileError| {
+        matches!(
+            found,
+            ReconcileError::Stripe(StripeApiError::Unauthorized(_))
+        )
+    };
     match error {
         error if error.downcast_ref().is_some_and(is_wrong_key) => ExitCode::from(2),
         error if error.chain().any(|cause| cause.is::<Mistakes>()) => ExitCode::from(2),
@@ -190,7 +198,11 @@ async fn open(config: Config, access: Access) -> anyhow::Result<Store> {
 
 /// `90d`, `12h`, `30m`, `10s` in milliseconds.
 fn duration_ms(flag: &str, text: &str) -> Result<i64, Mistakes> {
-    let mistake = || Mistakes(vec![format!("{flag}: `{text}` is no duration such as 90d, 12h, 30m or 10s")]);
+    let mistake = || {
+        Mistakes(vec![format!(
+            "{flag}: `{text}` is no duration such as 90d, 12h, 30m or 10s"
+        )])
+    };
     let unit_ms = match text.chars().last() {
         Some('s') => 1_000,
         Some('m') => 60_000,
@@ -199,5 +211,8 @@ fn duration_ms(flag: &str, text: &str) -> Result<i64, Mistakes> {
         _ => return Err(mistake()),
     };
     let number: i64 = text[..text.len() - 1].parse().map_err(|_| mistake())?;
-    number.checked_mul(unit_ms).filter(|ms| *ms > 0).ok_or_else(mistake)
+    number
+        .checked_mul(unit_ms)
+        .filter(|ms| *ms > 0)
+        .ok_or_else(mistake)
 }

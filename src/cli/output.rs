@@ -31,18 +31,27 @@ pub fn note(text: impl Display) {
 
 /// `head` closed the pipe: it has what it wanted.
 pub fn is_closed_pipe(error: &anyhow::Error) -> bool {
-    error.chain().filter_map(|cause| cause.downcast_ref::<io::Error>()).any(|e| e.kind() == io::ErrorKind::BrokenPipe)
+    error
+        .chain()
+        .filter_map(|cause| cause.downcast_ref::<io::Error>())
+        .any(|e| e.kind() == io::ErrorKind::BrokenPipe)
 }
 
 /// Columns that line up, without borders. An empty head: rows only.
 pub fn table(head: &[&str], rows: Vec<Vec<String>>) -> String {
     let mut table = Table::new();
-    table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
+    table
+        .load_style(presets::NOTHING)
+        .set_content_arrangement(ContentArrangement::Disabled);
     if !head.is_empty() {
         table.set_header(head);
     }
     table.add_rows(rows);
-    table.lines().map(|line| line.trim().to_owned()).collect::<Vec<_>>().join("\n")
+    table
+        .lines()
+        .map(|line| line.trim().to_owned())
+        .collect::<Vec<_>>()
+        .join("\n")
 }
 
 /// Lines of so many letters at most, broken between words; a word that is longer stands alone.
@@ -52,7 +61,9 @@ pub fn wrap(text: &str, width: usize) -> Vec<String> {
         let line = lines.last_mut().expect("there is one from the start");
         match line.is_empty() {
             true => line.push_str(word),
-            false if line.chars().count() + 1 + word.chars().count() <= width => line.extend([" ", word]),
+            false if line.chars().count() + 1 + word.chars().count() <= width => {
+                line.extend([" ", word])
+            }
             false => lines.push(word.to_owned()),
         }
     }

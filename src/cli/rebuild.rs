@@ -25,7 +25,11 @@ pub struct Rebuild {
 
 impl Rebuild {
     pub(super) async fn run(self, settings: Settings) -> anyhow::Result<Exit> {
-        let (mode, access) = if self.dry_run { (Mode::DryRun, Access::Reads) } else { (Mode::Save, Access::Writes) };
+        let (mode, access) = if self.dry_run {
+            (Mode::DryRun, Access::Reads)
+        } else {
+            (Mode::Save, Access::Writes)
+        };
         let store = settings.store(access).await?;
         let bar = output::progress("events");
         let report = rebuild::run(&store, mode, |done| bar.set_position(done)).await?;
@@ -37,7 +41,11 @@ impl Rebuild {
             print_text(&report, &holders, mode)?;
         }
         store.close().await;
-        Ok(if report.differs() { Exit::Differs } else { Exit::Done })
+        Ok(if report.differs() {
+            Exit::Differs
+        } else {
+            Exit::Done
+        })
     }
 }
 
@@ -47,26 +55,47 @@ type Holders = BTreeMap<String, (String, String)>;
 async fn holders(store: &Store, report: &Report) -> anyhow::Result<Holders> {
     let ids: Vec<String> = report.differing.keys().cloned().collect();
     let holders = store.holders(&ids).await?;
-    Ok(holders.into_iter().map(|(tenant, uid, stripe)| (stripe, (tenant, uid))).collect())
+    Ok(holders
+        .into_iter()
+        .map(|(tenant, uid, stripe)| (stripe, (tenant, uid)))
+        .collect())
 }
 
 fn print_text(report: &Report, holders: &Holders, mode: Mode) -> anyhow::Result<()> {
     for (stripe_invoice_id, differences) in &report.differing {
-        output::line(match (stripe_invoice_id.as_str(), holders.get(stripe_invoice_id)) {
-            ("", _) => "no invoice named".to_owned(),
-            (id, Some((tenant, uid))) => format!("invoice {uid} of {tenant} ({id})"),
-            (id, None) => format!("{id}, which no stored invoice holds"),
-        })?;
-        for Difference { event_id, event_type, was, is } in differences {
-            output::line(format!("  {} {}", output::or_dash(event_id), output::or_dash(event_type)))?;
+        output::line(
+            match (stripe_invoice_id.as_str(), holders.get(stripe_invoice_id)) {
+                ("", _) => "no invoice named".to_owned(),
+                (id, Some((tenant, uid))) => format!("invoice {uid} of {tenant} ({id})"),
+                (id, None) => format!("{id}, which no stored invoice holds"),
+            },
+        )?;
+        for Difference {
+            event_id,
+            event_type,
+            was,
+            is,
+        } in differences
+        {
+            output::line(format!(
+                "  {} {}",
+                output::or_dash(event_id),
+                output::or_dash(event_type)
+            ))?;
             output::line(format!("    was {was}"))?;
             output::line(format!("    is  {is}"))?;
         }
     }
     let differing = report.differing.len();
     let (events, pruned) = (report.events, report.pruned);
-    let verb = if mode == Mode::DryRun { "would change" } else { "changed" };
-    output::line(format!("{events} events read again, {pruned} of them without bytes; {differing} invoices {verb}"))
+    let verb = if mode == Mode::DryRun {
+        "would change"
+    } else {
+        "changed"
+    };
+    output::line(format!(
+        "{events} events read again, {pruned} of them without bytes; {differing} invoices {verb}"
+    ))
 }
 
 fn print_json(report: &Report, holders: &Holders) -> anyhow::Result<()> {

@@ -10,7 +10,9 @@ use serde_json::{Value, json};
 use super::{Access, Exit, Settings, open, output};
 use crate::clock::Clock;
 use crate::config::{Config, Flags, Mistakes, Purpose};
-use crate::flows::reconcile::{self, Differing, Extent, Healed, Lease, Mode, Plan, ReconcileError, Report, Tools, UnknownHere};
+use crate::flows::reconcile::{
+    self, Differing, Extent, Healed, Lease, Mode, Plan, ReconcileError, Report, Tools, UnknownHere,
+};
 use crate::inbox::Inbox;
 use crate::store::{Run, Store};
 use crate::stripe_api::StripeApi;
@@ -63,8 +65,17 @@ pub(super) struct StripeFlags {
 
 impl StripeFlags {
     pub fn fill(self, flags: Flags) -> Flags {
-        let StripeFlags { stripe_api_key, stripe_api_base, stripe_api_rate } = self;
-        Flags { stripe_api_key, stripe_api_base, stripe_api_rate, ..flags }
+        let StripeFlags {
+            stripe_api_key,
+            stripe_api_base,
+            stripe_api_rate,
+        } = self;
+        Flags {
+            stripe_api_key,
+            stripe_api_base,
+            stripe_api_rate,
+            ..flags
+        }
     }
 }
 
@@ -74,23 +85,54 @@ impl Reconcile {
             return list(&settings.store(Access::Reads).await?, self.json).await;
         }
         let since_s = self.since.as_deref().map(parse_since).transpose()?;
-        let mut config = Config::load(&self.stripe.clone().fill(settings.flags()), Purpose::StripeApi)?;
-        let api = StripeApi::new(config.stripe_api.take().context("checked with the configuration")?);
-        let (mode, access) = if self.dry_run { (Mode::DryRun, Access::Reads) } else { (Mode::Save, Access::Writes) };
+        let mut config = Config::load(
+            &self.stripe.clone().fill(settings.flags()),
+            Purpose::StripeApi,
+        )?;
+        let api = StripeApi::new(
+            config
+                .stripe_api
+                .take()
+                .context("checked with the configuration")?,
+        );
+        let (mode, access) = if self.dry_run {
+            (Mode::DryRun, Access::Reads)
+        } else {
+            (Mode::Save, Access::Writes)
+        };
         let store = open(config, access).await?;
-        let report = reconcile(&store, api, Plan { extent: Extent::All, mode, since_s }).await?;
+        let report = reconcile(
+            &store,
+            api,
+            Plan {
+                extent: Extent::All,
+                mode,
+                since_s,
+            },
+        )
+        .await?;
         if self.json {
             output::line(serde_json::to_string_pretty(&report.to_json())?)?;
         } else {
             print(&report)?;
         }
-        Ok(if report.differs() { Exit::Differs } else { Exit::Done })
+        Ok(if report.differs() {
+            Exit::Differs
+        } else {
+            Exit::Done
+        })
     }
 }
 
 async fn reconcile(store: &Store, api: StripeApi, plan: Plan) -> anyhow::Result<Report> {
     let (inbox, writer) = Inbox::start(store.clone(), Arc::default());
-    let tools = Tools { store: store.clone(), inbox, api, clock: Clock::system(), metrics: Arc::default() };
+    let tools = Tools {
+        store: store.clone(),
+        inbox,
+        api,
+        clock: Clock::system(),
+        metrics: Arc::default(),
+    };
     let bar = output::progress("calls to Stripe");
     let counting = async {
         loop {
@@ -124,22 +166,39 @@ async fn under_lease(tools: &Tools, plan: Plan) -> Result<Report, ReconcileError
 }
 
 fn parse_since(text: &str) -> Result<i64, Mistakes> {
-    let unfit = || Mistakes(vec![format!("--since: `{text}` is no duration such as 30d, 12h or 90m")]);
-    let (number, unit) = text.split_at_checked(text.len().saturating_sub(1)).ok_or_else(unfit)?;
+    let unfit = || {
+        Mistakes(vec![format!(
+            "--since: `{text}` is no duration such as 30d, 12h or 90m"
+        )])
+    };
+    let (number, unit) = text
+        .split_at_checked(text.len().saturating_sub(1))
+        .ok_or_else(unfit)?;
     let unit_s = match unit {
         "d" => 24 * 3600,
         "h" => 3600,
         "m" => 60,
         _ => return Err(unfit()),
     };
-    let number: i64 = number.parse().ok().filter(|n| (1..=100_000).contains(n)).ok_or_else(unfit)?;
+    let number: i64 = number
+        .parse()
+        .ok()
+        .filter(|n| (1..=100_000).contains(n))
+        .ok_or_else(unfit)?;
     Ok(number * unit_s)
 }
 
 fn print(report: &Report) -> anyhow::Result<()> {
     let counts = [
         (report.agreeing.len(), "agree with Stripe"),
-        (report.healed.len(), if report.plan.mode == Mode::DryRun { "would be healed" } else { "healed" }),
+        (
+            report.healed.len(),
+            if report.plan.mode == Mode::DryRun {
+                "would be healed"
+            } else {
+                "healed"
+            },
+        ),
         (report.differing.len(), "differ from Stripe's"),
         (report.unknown_at_stripe.len(), "not found at Stripe"),
         (report.unknown_here.len(), "at Stripe, but not stored here"),
@@ -147,28 +206,59 @@ fn print(report: &Report) -> anyhow::Result<()> {
     for (count, what) in counts {
         output::line(format!("{count:>8} {what}"))?;
     }
-    let title = if report.plan.mode == Mode::DryRun { "Would be healed" } else { "Healed" };
+    let title = if report.plan.mode == Mode::DryRun {
+        "Would be healed"
+    } else {
+        "Healed"
+    };
     let advice = "Nothing to do. Each invoice now shows what Stripe says; no webhook had told it.";
     section(title, advice, &report.healed, healed)?;
-    let advice =
-        "Find out which side is wrong. Correct the stored invoice (PUT it again), or credit, void or replace it at Stripe.";
+    let advice = "Find out which side is wrong. Correct the stored invoice (PUT it again), or credit, void or replace it at Stripe.";
     section("Differing", advice, &report.differing, differing)?;
     let advice = "Stripe has no such invoice. Check status.stripeInvoiceId, and that the key is for the same account and mode.";
-    section("Not found at Stripe", advice, &report.unknown_at_stripe, |i| {
-        vec![format!("{}  invoice {} of {}", i.stripe_invoice_id, i.invoice_uid, i.tenant_uid)]
-    })?;
+    section(
+        "Not found at Stripe",
+        advice,
+        &report.unknown_at_stripe,
+        |i| {
+            vec![format!(
+                "{}  invoice {} of {}",
+                i.stripe_invoice_id, i.invoice_uid, i.tenant_uid
+            )]
+        },
+    )?;
     let advice = "Store those that are yours (`invoices import`): what is known about their payment shows at once.";
-    section("At Stripe, but not stored here", advice, &report.unknown_here, unknown_here)?;
+    section(
+        "At Stripe, but not stored here",
+        advice,
+        &report.unknown_here,
+        unknown_here,
+    )?;
     let advice = "Nothing to do. Stripe's own events say more than its API shows yet; they are looked at again.";
-    section("Stripe's API lags", advice, &report.stripe_lags, |i| vec![i.stripe_invoice_id.clone()])?;
+    section("Stripe's API lags", advice, &report.stripe_lags, |i| {
+        vec![i.stripe_invoice_id.clone()]
+    })?;
     let advice = "Look at the webhook endpoint in Stripe's Dashboard when these are many.";
     let events = "Events that no webhook brought";
-    section(events, advice, &report.api_only_events, |e| vec![format!("{}  {}  {}", e.created, e.event_id, e.event_type)])?;
-    section("Webhook endpoint", "", &report.endpoint_remarks, |remark| vec![remark.clone()])?;
-    output::line(if report.differs() { "" } else { "\nEverything that is stored here agrees with Stripe." })
+    section(events, advice, &report.api_only_events, |e| {
+        vec![format!("{}  {}  {}", e.created, e.event_id, e.event_type)]
+    })?;
+    section("Webhook endpoint", "", &report.endpoint_remarks, |remark| {
+        vec![remark.clone()]
+    })?;
+    output::line(if report.differs() {
+        ""
+    } else {
+        "\nEverything that is stored here agrees with Stripe."
+    })
 }
 
-fn section<T>(title: &str, advice: &str, items: &[T], lines: impl Fn(&T) -> Vec<String>) -> anyhow::Result<()> {
+fn section<T>(
+    title: &str,
+    advice: &str,
+    items: &[T],
+    lines: impl Fn(&T) -> Vec<String>,
+) -> anyhow::Result<()> {
     if items.is_empty() {
         return Ok(());
     }
@@ -182,7 +272,10 @@ fn section<T>(title: &str, advice: &str, items: &[T], lines: impl Fn(&T) -> Vec<
         }
     }
     if items.len() > SHOWN {
-        output::line(format!("  and {} more: --json has all", items.len() - SHOWN))?;
+        output::line(format!(
+            "  and {} more: --json has all",
+            items.len() - SHOWN
+        ))?;
     }
     Ok(())
 }
@@ -190,13 +283,23 @@ fn section<T>(title: &str, advice: &str, items: &[T], lines: impl Fn(&T) -> Vec<
 fn healed(healed: &Healed) -> Vec<String> {
     let invoice = &healed.invoice;
     let state = healed.state.map_or("no state", |state| state.as_str());
-    let mut lines =
-        vec![format!("invoice {} of {} ({}): {state}", invoice.invoice_uid, invoice.tenant_uid, invoice.stripe_invoice_id)];
+    let mut lines = vec![format!(
+        "invoice {} of {} ({}): {state}",
+        invoice.invoice_uid, invoice.tenant_uid, invoice.stripe_invoice_id
+    )];
     for (sign, changes) in [("-", &healed.removed), ("+", &healed.added)] {
         for change in changes {
             let message = change.payment_msg.as_deref().unwrap_or_default();
-            lines.push(format!("  {sign} {}  {}  {message}", change.timestamp, change.state.as_str()));
-            let proofs: Vec<String> = change.proofs.iter().map(|proof| format!("{} ({})", proof.id, proof.what)).collect();
+            lines.push(format!(
+                "  {sign} {}  {}  {message}",
+                change.timestamp,
+                change.state.as_str()
+            ));
+            let proofs: Vec<String> = change
+                .proofs
+                .iter()
+                .map(|proof| format!("{} ({})", proof.id, proof.what))
+                .collect();
             if sign == "+" && !proofs.is_empty() {
                 lines.push(format!("      proved by {}", proofs.join(", ")));
             }
@@ -206,7 +309,13 @@ fn healed(healed: &Healed) -> Vec<String> {
 }
 
 fn differing(differing: &Differing) -> Vec<String> {
-    let Differing { invoice, field, ours, stripes, since } = differing;
+    let Differing {
+        invoice,
+        field,
+        ours,
+        stripes,
+        since,
+    } = differing;
     let what = match *field {
         "livemode" => "mode",
         other => other,
@@ -218,8 +327,19 @@ fn differing(differing: &Differing) -> Vec<String> {
 }
 
 fn unknown_here(unknown: &UnknownHere) -> Vec<String> {
-    let UnknownHere { stripe_invoice_id, number, status, amount, created } = unknown;
-    let known = [number, status, amount].into_iter().flatten().cloned().collect::<Vec<_>>().join(", ");
+    let UnknownHere {
+        stripe_invoice_id,
+        number,
+        status,
+        amount,
+        created,
+    } = unknown;
+    let known = [number, status, amount]
+        .into_iter()
+        .flatten()
+        .cloned()
+        .collect::<Vec<_>>()
+        .join(", ");
     vec![format!("{stripe_invoice_id}  {known}, made {created}")]
 }
 
@@ -231,7 +351,17 @@ async fn list(store: &Store, json: bool) -> anyhow::Result<Exit> {
         return Ok(Exit::Done);
     }
     let rows = runs.iter().map(row).collect::<anyhow::Result<Vec<_>>>()?;
-    let head = ["STARTED", "SECONDS", "AGREE", "HEALED", "DIFFER", "NOT AT STRIPE", "NOT HERE", "EVENTS BY API ONLY", "CALLS"];
+    let head = [
+        "STARTED",
+        "SECONDS",
+        "AGREE",
+        "HEALED",
+        "DIFFER",
+        "NOT AT STRIPE",
+        "NOT HERE",
+        "EVENTS BY API ONLY",
+        "CALLS",
+    ];
     output::line(output::table(&head, rows))?;
     store.close().await;
     Ok(Exit::Done)
@@ -247,8 +377,21 @@ fn row(run: &Run) -> anyhow::Result<Vec<String>> {
     let report: Value = serde_json::from_str(run.report.get())?;
     let count = |name: &str| report["counts"][name].to_string();
     let seconds = (run.ended_ms - run.started_ms) as f64 / 1000.0;
-    let counts = ["agreeing", "healed", "differing", "unknownAtStripe", "unknownHere", "apiOnlyEvents", "calls"].map(count);
-    Ok([vec![output::time(Some(run.started_ms)), format!("{seconds:.1}")], counts.to_vec()].concat())
+    let counts = [
+        "agreeing",
+        "healed",
+        "differing",
+        "unknownAtStripe",
+        "unknownHere",
+        "apiOnlyEvents",
+        "calls",
+    ]
+    .map(count);
+    Ok([
+        vec![output::time(Some(run.started_ms)), format!("{seconds:.1}")],
+        counts.to_vec(),
+    ]
+    .concat())
 }
 
 #[cfg(test)]

@@ -44,13 +44,15 @@ impl Replay {
         match self.to.clone() {
             Some(url) => {
                 let target = Target::Url(Box::new(endpoint(url, &settings.flags(), &clock)?));
-                self.deliver(&target, &clock, &mut screen, &mut counts).await?;
+                self.deliver(&target, &clock, &mut screen, &mut counts)
+                    .await?;
             }
             None => {
                 let store = settings.store(Access::Writes).await?;
                 let (inbox, writer) = Inbox::start(store.clone(), Arc::default());
                 let target = Target::Store(inbox);
-                self.deliver(&target, &clock, &mut screen, &mut counts).await?;
+                self.deliver(&target, &clock, &mut screen, &mut counts)
+                    .await?;
                 drop(target);
                 writer.finish().await;
                 store.close().await;
@@ -60,7 +62,13 @@ impl Replay {
         self.report(counts)
     }
 
-    async fn deliver(&self, target: &Target, clock: &Clock, screen: &mut Screen, counts: &mut Counts) -> anyhow::Result<()> {
+    async fn deliver(
+        &self,
+        target: &Target,
+        clock: &Clock,
+        screen: &mut Screen,
+        counts: &mut Counts,
+    ) -> anyhow::Result<()> {
         for path in &self.paths {
             let files = match replay::walk(path) {
                 Ok(files) => files,
@@ -78,39 +86,73 @@ impl Replay {
     }
 
     fn report(&self, counts: Counts) -> anyhow::Result<Exit> {
-        let Counts { recorded, duplicate, no_payment_fact, unreadable, refused } = counts;
+        let Counts {
+            recorded,
+            duplicate,
+            no_payment_fact,
+            unreadable,
+            refused,
+        } = counts;
         if self.json {
-            output::line(json!({"recorded": recorded, "duplicate": duplicate, "no_payment_fact": no_payment_fact,
-                "unreadable": unreadable, "refused": refused}))?;
+            output::line(
+                json!({"recorded": recorded, "duplicate": duplicate, "no_payment_fact": no_payment_fact,
+                "unreadable": unreadable, "refused": refused}),
+            )?;
         } else {
             output::line(format!(
                 "{recorded} recorded, {duplicate} duplicate, {no_payment_fact} without a payment fact, {refused} refused"
             ))?;
         }
-        Ok(if refused > 0 { Exit::Refused } else { Exit::Done })
+        Ok(if refused > 0 {
+            Exit::Refused
+        } else {
+            Exit::Done
+        })
     }
 }
 
 fn endpoint(url: String, flags: &Flags, clock: &Clock) -> anyhow::Result<Endpoint> {
-    let uri = url.parse::<hyper::Uri>().ok().filter(|uri| uri.scheme().is_some() && uri.authority().is_some());
+    let uri = url
+        .parse::<hyper::Uri>()
+        .ok()
+        .filter(|uri| uri.scheme().is_some() && uri.authority().is_some());
     if uri.is_none() {
-        return Err(Mistakes(vec![format!("--to: `{url}` is no URL such as http://127.0.0.1:8080/webhooks/stripe")]).into());
+        return Err(Mistakes(vec![format!(
+            "--to: `{url}` is no URL such as http://127.0.0.1:8080/webhooks/stripe"
+        )])
+        .into());
     }
     let config = Config::load(flags, Purpose::Signatures)?;
     crate::telemetry::start(config.telemetry);
-    Ok(Endpoint::new(url, config.secrets.context("checked with the configuration")?, clock.clone()))
+    Ok(Endpoint::new(
+        url,
+        config.secrets.context("checked with the configuration")?,
+        clock.clone(),
+    ))
 }
 
 struct Screen(ProgressBar);
 
 impl Watcher for Screen {
     fn refused(&mut self, file: &Path, line: usize, reason: &str) {
-        let place = if line == 0 { file.display().to_string() } else { format!("{}:{line}", file.display()) };
-        self.0.suspend(|| output::note(format!("{place}: {reason}")));
+        let place = if line == 0 {
+            file.display().to_string()
+        } else {
+            format!("{}:{line}", file.display())
+        };
+        self.0
+            .suspend(|| output::note(format!("{place}: {reason}")));
     }
 
     fn progress(&mut self, counts: Counts) {
-        let Counts { recorded, duplicate, no_payment_fact, unreadable, refused } = counts;
-        self.0.set_position(recorded + duplicate + no_payment_fact + unreadable + refused);
+        let Counts {
+            recorded,
+            duplicate,
+            no_payment_fact,
+            unreadable,
+            refused,
+        } = counts;
+        self.0
+            .set_position(recorded + duplicate + no_payment_fact + unreadable + refused);
     }
 }

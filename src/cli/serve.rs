@@ -66,26 +66,58 @@ pub struct Serve {
 
 impl Serve {
     pub(super) async fn run(self, settings: Settings) -> anyhow::Result<Exit> {
-        let Serve { listen_addr, max_connections, metrics_addr, stripe_webhook_secret, ui, stripe } = self;
+        let Serve {
+            listen_addr,
+            max_connections,
+            metrics_addr,
+            stripe_webhook_secret,
+            ui,
+            stripe,
+        } = self;
         let ui = ui.then(|| "on".to_owned());
-        let flags =
-            Flags { listen_addr, max_connections, metrics_addr, stripe_webhook_secret, ui, ..stripe.fill(settings.flags()) };
+        let flags = Flags {
+            listen_addr,
+            max_connections,
+            metrics_addr,
+            stripe_webhook_secret,
+            ui,
+            ..stripe.fill(settings.flags())
+        };
         let mut config = Config::load(&flags, Purpose::Signatures)?;
-        let secrets = config.secrets.take().context("checked with the configuration")?;
+        let secrets = config
+            .secrets
+            .take()
+            .context("checked with the configuration")?;
         let api = config.stripe_api.take().map(StripeApi::new);
-        let (address, metrics_address, max_connections) = (config.listen_addr, config.metrics_addr, config.max_connections);
+        let (address, metrics_address, max_connections) = (
+            config.listen_addr,
+            config.metrics_addr,
+            config.max_connections,
+        );
         let ui = if config.ui { Ui::Shown } else { Ui::Absent };
-        let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+        let (mut terminate, mut interrupt) = (
+            signal(SignalKind::terminate())?,
+            signal(SignalKind::interrupt())?,
+        );
         let store = open(config, Access::Writes).await?;
         if store.keys().await?.is_empty() {
-            tracing::warn!("the database holds no API key: it is new, or not the one that it was (`stripe-reconciler doctor`)");
+            tracing::warn!(
+                "the database holds no API key: it is new, or not the one that it was (`stripe-reconciler doctor`)"
+            );
         }
         let connections = allowed_connections(max_connections);
         let listener = listen(address)?;
         let metrics = metrics_address.map(listen).transpose()?;
 
-        let metrics_at = metrics.as_ref().and_then(|listener| listener.local_addr().ok());
-        tracing::info!(?secrets, reconciles = api.is_some(), ?metrics_at, "starting");
+        let metrics_at = metrics
+            .as_ref()
+            .and_then(|listener| listener.local_addr().ok());
+        tracing::info!(
+            ?secrets,
+            reconciles = api.is_some(),
+            ?metrics_at,
+            "starting"
+        );
         output::line(format!("listening on http://{}", listener.local_addr()?))?;
         let stopping = CancellationToken::new();
         let stop = stopping.clone();
@@ -97,7 +129,19 @@ impl Serve {
             tracing::warn!("stopping at once");
             std::process::exit(130);
         });
-        serve(Service { listener, connections, metrics, store, secrets, api, ui }, stopping).await;
+        serve(
+            Service {
+                listener,
+                connections,
+                metrics,
+                store,
+                secrets,
+                api,
+                ui,
+            },
+            stopping,
+        )
+        .await;
         tracing::info!("stopped");
         Ok(Exit::Done)
     }
@@ -107,9 +151,20 @@ impl Serve {
 fn allowed_connections(wanted: usize) -> usize {
     let needed = (wanted + OTHER_FILES) as u64;
     let limit = getrlimit(Resource::Nofile);
-    let Some(current) = limit.current.filter(|current| *current < needed) else { return wanted };
-    let raised = limit.maximum.map_or(needed, |maximum| maximum.min(needed)).max(current);
-    let files = match setrlimit(Resource::Nofile, Rlimit { current: Some(raised), ..limit }) {
+    let Some(current) = limit.current.filter(|current| *current < needed) else {
+        return wanted;
+    };
+    let raised = limit
+        .maximum
+        .map_or(needed, |maximum| maximum.min(needed))
+        .max(current);
+    let files = match setrlimit(
+        Resource::Nofile,
+        Rlimit {
+            current: Some(raised),
+            ..limit
+        },
+    ) {
         Ok(()) => raised,
         Err(_) => current,
     };
@@ -117,12 +172,18 @@ fn allowed_connections(wanted: usize) -> usize {
         return wanted;
     }
     let connections = (files as usize).saturating_sub(OTHER_FILES).max(1);
-    tracing::warn!(files, wanted, connections, "fewer connections than configured: this process may not open more files");
+    tracing::warn!(
+        files,
+        wanted,
+        connections,
+        "fewer connections than configured: this process may not open more files"
+    );
     connections
 }
 
 fn listen(address: SocketAddr) -> Result<TcpListener, Mistakes> {
-    http::listen(address).map_err(|error| Mistakes(vec![format!("cannot listen on {address}: {error}")]))
+    http::listen(address)
+        .map_err(|error| Mistakes(vec![format!("cannot listen on {address}: {error}")]))
 }
 
 /// What a service is made of.
@@ -141,33 +202,67 @@ pub(super) struct Service {
 
 /// The whole service, until it is told to stop: then it drains, and closes the store.
 pub(super) async fn serve(service: Service, stopping: CancellationToken) {
-    let Service { listener, connections, metrics: metrics_listener, store, secrets, api, ui } = service;
+    let Service {
+        listener,
+        connections,
+        metrics: metrics_listener,
+        store,
+        secrets,
+        api,
+        ui,
+    } = service;
     let metrics: Arc<Metrics> = Arc::default();
     let (inbox, writer) = Inbox::start(store.clone(), metrics.clone());
     metrics.reconcile.enabled.set(i64::from(api.is_some()));
     let mut beside = JoinSet::new();
     if let Some(api) = api {
         let (inbox, metrics) = (inbox.clone(), metrics.clone());
-        let tools = Tools { store: store.clone(), inbox, api, clock: Clock::system(), metrics };
+        let tools = Tools {
+            store: store.clone(),
+            inbox,
+            api,
+            clock: Clock::system(),
+            metrics,
+        };
         beside.spawn(reconcile::work(tools, stopping.clone()));
     }
-    let state = AppState::new(store.clone(), inbox, secrets, Clock::system(), metrics, stopping.clone());
+    let state = AppState::new(
+        store.clone(),
+        inbox,
+        secrets,
+        Clock::system(),
+        metrics,
+        stopping.clone(),
+    );
     beside.spawn(state.signs.clone().keep_reading(stopping.clone()));
     let metrics_at = match metrics_listener {
         Some(listener) => {
-            beside.spawn(http::serve(listener, http::metrics_router(state.clone()), METRICS_CONNECTIONS, stopping.clone()));
+            beside.spawn(http::serve(
+                listener,
+                http::metrics_router(state.clone()),
+                METRICS_CONNECTIONS,
+                stopping.clone(),
+            ));
             MetricsAt::ListenerOfItsOwn
         }
         None => MetricsAt::MainListener,
     };
-    http::serve(listener, http::router(state, metrics_at, ui), connections, stopping).await;
+    http::serve(
+        listener,
+        http::router(state, metrics_at, ui),
+        connections,
+        stopping,
+    )
+    .await;
     while let Some(ended) = beside.join_next().await {
         if let Err(error) = ended {
             tracing::error!(%error, "a worker ended badly");
         }
     }
     if tokio::time::timeout(FINISH, writer.finish()).await.is_err() {
-        tracing::error!("the disk did not take the last deliveries in time; none of them was acknowledged");
+        tracing::error!(
+            "the disk did not take the last deliveries in time; none of them was acknowledged"
+        );
     }
     store.close().await;
 }

@@ -29,10 +29,19 @@ impl Why {
     pub(super) async fn run(self, settings: Settings) -> anyhow::Result<Exit> {
         let now_ms = Clock::system().now_ms();
         let mistaken = |reason: String| Mistakes(vec![format!("--as-of {reason}")]);
-        let as_of_ms = self.as_of.as_deref().map(|text| evidence::as_of(text, now_ms)).transpose().map_err(mistaken)?;
+        let as_of_ms = self
+            .as_of
+            .as_deref()
+            .map(|text| evidence::as_of(text, now_ms))
+            .transpose()
+            .map_err(mistaken)?;
         let store = settings.store(Access::Reads).await?;
-        let Some(evidence) = evidence::gather(&store, &self.tenant, &self.uid, as_of_ms).await? else {
-            output::note(format!("error: tenant {} has no invoice {}", self.tenant, self.uid));
+        let Some(evidence) = evidence::gather(&store, &self.tenant, &self.uid, as_of_ms).await?
+        else {
+            output::note(format!(
+                "error: tenant {} has no invoice {}",
+                self.tenant, self.uid
+            ));
             return Ok(Exit::Refused);
         };
         if self.json {
@@ -45,26 +54,52 @@ impl Why {
 }
 
 fn print(evidence: &Evidence) -> anyhow::Result<()> {
-    let Evidence { tenant_uid, invoice_uid, stripe_invoice_id, .. } = evidence;
-    output::line(format!("invoice {invoice_uid} of {tenant_uid}, at Stripe {}", output::or_dash(stripe_invoice_id)))?;
+    let Evidence {
+        tenant_uid,
+        invoice_uid,
+        stripe_invoice_id,
+        ..
+    } = evidence;
+    output::line(format!(
+        "invoice {invoice_uid} of {tenant_uid}, at Stripe {}",
+        output::or_dash(stripe_invoice_id)
+    ))?;
     if evidence.as_of_ms.is_some() {
-        output::line(format!("as it was known at {}", output::time(evidence.as_of_ms)))?;
+        output::line(format!(
+            "as it was known at {}",
+            output::time(evidence.as_of_ms)
+        ))?;
     }
     output::line(match evidence.last_event_ms {
-        Some(_) => format!("last event received {}", output::time(evidence.last_event_ms)),
+        Some(_) => format!(
+            "last event received {}",
+            output::time(evidence.last_event_ms)
+        ),
         None => "no event about it was received".to_owned(),
     })?;
     output::line(match (evidence.confirmed_ms, evidence.differs_since_ms) {
-        (_, Some(_)) => format!("Stripe's API says something else since {}", output::time(evidence.differs_since_ms)),
-        (Some(_), _) => format!("Stripe's API last agreed {}", output::time(evidence.confirmed_ms)),
-        (None, None) if evidence.as_of_ms.is_some() => "whether Stripe's API agreed by then is not known".to_owned(),
+        (_, Some(_)) => format!(
+            "Stripe's API says something else since {}",
+            output::time(evidence.differs_since_ms)
+        ),
+        (Some(_), _) => format!(
+            "Stripe's API last agreed {}",
+            output::time(evidence.confirmed_ms)
+        ),
+        (None, None) if evidence.as_of_ms.is_some() => {
+            "whether Stripe's API agreed by then is not known".to_owned()
+        }
         (None, None) => "not compared with Stripe's API".to_owned(),
     })?;
     if evidence.entries.is_empty() {
         output::line("nothing is known about its payment")?;
     }
     for missing in &evidence.missing {
-        let id = missing.event.as_ref().and_then(|event| event.id.as_deref()).map_or(String::new(), |id| format!(" ({id})"));
+        let id = missing
+            .event
+            .as_ref()
+            .and_then(|event| event.id.as_deref())
+            .map_or(String::new(), |id| format!(" ({id})"));
         output::line(format!("{}{id}", missing.message))?;
     }
     evidence.entries.iter().try_for_each(print_entry)
@@ -72,7 +107,11 @@ fn print(evidence: &Evidence) -> anyhow::Result<()> {
 
 fn print_entry(entry: &Proven) -> anyhow::Result<()> {
     let message = entry.message.as_deref().unwrap_or_default();
-    output::line(format!("\n{}  {}  {message}", output::time(Some(entry.timestamp_ms)), entry.state.as_str()))?;
+    output::line(format!(
+        "\n{}  {}  {message}",
+        output::time(Some(entry.timestamp_ms)),
+        entry.state.as_str()
+    ))?;
     if entry.is_imported {
         return output::line("  came with the stored invoice");
     }
@@ -80,13 +119,18 @@ fn print_entry(entry: &Proven) -> anyhow::Result<()> {
         vec![
             format!("  {}", output::or_dash(&event.id)),
             output::or_dash(&event.event_type),
-            format!("happened {}", output::time(event.created_s.map(|s| s * 1000))),
+            format!(
+                "happened {}",
+                output::time(event.created_s.map(|s| s * 1000))
+            ),
             format!("received {}", output::time(Some(event.received_ms))),
             came_by(event),
         ]
     };
     let table = output::table(&[], entry.proofs.iter().map(row).collect());
-    table.lines().try_for_each(|line| output::line(format!("  {line}")))
+    table
+        .lines()
+        .try_for_each(|line| output::line(format!("  {line}")))
 }
 
 fn came_by(event: &LoggedEvent) -> String {

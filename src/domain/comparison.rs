@@ -76,19 +76,35 @@ impl Status {
 }
 
 /// What differs between a stored document, with what is told about it, and Stripe's invoice.
-pub fn differences(document: &Value, known: &[Known], history: &[Entry], stripes: &Value) -> Vec<Difference> {
-    let found = [currency(document, stripes), amount(document, stripes), mode(known, stripes), state(history, stripes)];
+pub fn differences(
+    document: &Value,
+    known: &[Known],
+    history: &[Entry],
+    stripes: &Value,
+) -> Vec<Difference> {
+    let found = [
+        currency(document, stripes),
+        amount(document, stripes),
+        mode(known, stripes),
+        state(history, stripes),
+    ];
     found.into_iter().flatten().collect()
 }
 
 fn currency(document: &Value, stripes: &Value) -> Option<Difference> {
     let (ours, theirs) = (unit(document)?, text(stripes, "currency")?);
     let differs = !ours.eq_ignore_ascii_case(&theirs);
-    differs.then(|| Difference { field: Field::Currency, ours: ours.to_uppercase(), stripes: theirs.to_uppercase() })
+    differs.then(|| Difference {
+        field: Field::Currency,
+        ours: ours.to_uppercase(),
+        stripes: theirs.to_uppercase(),
+    })
 }
 
 fn unit(document: &Value) -> Option<String> {
-    document.get("spec").and_then(|spec| text(spec, "paymentUnit"))
+    document
+        .get("spec")
+        .and_then(|spec| text(spec, "paymentUnit"))
 }
 
 /// The stored amount may be what was billed or what was left to pay, with or without tax: where it is none of them, it is wrong.
@@ -107,33 +123,54 @@ fn amount(document: &Value, stripes: &Value) -> Option<Difference> {
     let differs = !named.into_iter().flatten().any(is_same);
     differs.then(|| Difference {
         field: Field::Amount,
-        ours: if ours_minor.abs() < 9e15 { money::amount(ours_minor as i64, Some(&currency)) } else { ours.to_string() },
+        ours: if ours_minor.abs() < 9e15 {
+            money::amount(ours_minor as i64, Some(&currency))
+        } else {
+            ours.to_string()
+        },
         stripes: money::amount(shown, Some(&currency)),
     })
 }
 
 fn mode(known: &[Known], stripes: &Value) -> Option<Difference> {
     let theirs = boolean(stripes, "livemode")?;
-    let told = |k: &&Known| !k.telling.fetched && k.telling.livemode.is_some_and(|ours| ours != theirs);
+    let told =
+        |k: &&Known| !k.telling.fetched && k.telling.livemode.is_some_and(|ours| ours != theirs);
     known.iter().find(told)?;
     let name = |live: bool| if live { "live mode" } else { "test mode" }.to_owned();
-    Some(Difference { field: Field::Mode, ours: name(!theirs), stripes: name(theirs) })
+    Some(Difference {
+        field: Field::Mode,
+        ours: name(!theirs),
+        stripes: name(theirs),
+    })
 }
 
 fn state(history: &[Entry], stripes: &Value) -> Option<Difference> {
-    let (ours, status) = (history.last().map(|entry| entry.state), Status::of(stripes)?);
+    let (ours, status) = (
+        history.last().map(|entry| entry.state),
+        Status::of(stripes)?,
+    );
     let agrees = match status {
         Status::Paid => ours == Some(State::Paid),
         Status::Void => ours.is_some() && ours != Some(State::Paid),
         Status::Draft | Status::Open | Status::Uncollectible => ours != Some(State::Paid),
     };
     let ours = ours.map_or("no state", State::as_str).to_owned();
-    (!agrees).then(|| Difference { field: Field::State, ours, stripes: status.as_str().to_owned() })
+    (!agrees).then(|| Difference {
+        field: Field::State,
+        ours,
+        stripes: status.as_str().to_owned(),
+    })
 }
 
 /// What makes two histories tell the same facts: states and times. How they are said may differ.
 pub fn same_facts(a: &[Entry], b: &[Entry]) -> bool {
-    let facts = |entries: &[Entry]| entries.iter().map(|e| (e.state, e.timestamp_ms)).collect::<Vec<_>>();
+    let facts = |entries: &[Entry]| {
+        entries
+            .iter()
+            .map(|e| (e.state, e.timestamp_ms))
+            .collect::<Vec<_>>()
+    };
     facts(a) == facts(b)
 }
 
@@ -159,20 +196,36 @@ mod tests {
     use super::*;
 
     fn entry(state: State) -> Entry {
-        Entry { state, timestamp_ms: 1, message: None, proofs: Vec::new() }
+        Entry {
+            state,
+            timestamp_ms: 1,
+            message: None,
+            proofs: Vec::new(),
+        }
     }
 
-    fn fields(document: Value, history: &[Entry], stripes: Value) -> Vec<(&'static str, String, String)> {
+    fn fields(
+        document: Value,
+        history: &[Entry],
+        stripes: Value,
+    ) -> Vec<(&'static str, String, String)> {
         let found = differences(&document, &[], history, &stripes);
-        found.into_iter().map(|d| (d.field.as_str(), d.ours, d.stripes)).collect()
+        found
+            .into_iter()
+            .map(|d| (d.field.as_str(), d.ours, d.stripes))
+            .collect()
     }
 
     #[test]
     fn money_is_compared_to_the_minor_unit_and_only_where_both_sides_say_it() {
         let document = |amount: f64| json!({"spec": {"paymentUnit": "usd"}, "status": {"billableAmount": amount}});
-        let stripes = json!({"currency": "usd", "amount_due": 123_450, "total": 133_450, "status": "open"});
+        let stripes =
+            json!({"currency": "usd", "amount_due": 123_450, "total": 133_450, "status": "open"});
         assert_eq!(fields(document(1234.5), &[], stripes.clone()), []);
-        assert_eq!(fields(document(1_234.500_000_000_1), &[], stripes.clone()), []);
+        assert_eq!(
+            fields(document(1_234.500_000_000_1), &[], stripes.clone()),
+            []
+        );
         assert_eq!(fields(document(1334.5), &[], stripes.clone()), []);
         assert_eq!(
             fields(document(1234.51), &[], stripes.clone()),
@@ -180,7 +233,10 @@ mod tests {
         );
         assert_eq!(fields(json!({}), &[], stripes), []);
         let euros = json!({"currency": "eur", "amount_due": 1});
-        assert_eq!(fields(document(1234.5), &[], euros), [("currency", "USD".to_owned(), "EUR".to_owned())]);
+        assert_eq!(
+            fields(document(1234.5), &[], euros),
+            [("currency", "USD".to_owned(), "EUR".to_owned())]
+        );
     }
 
     #[test]

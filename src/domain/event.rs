@@ -29,7 +29,11 @@ impl EventKey {
     /// The first and the last key that an event with this id may have.
     pub fn range(id: &str) -> (EventKey, EventKey) {
         let (mut first, mut last) = ([0; EventKey::LENGTH], [255; EventKey::LENGTH]);
-        let start = id.strip_prefix("evt_").unwrap_or(id).bytes().chain(std::iter::repeat(0));
+        let start = id
+            .strip_prefix("evt_")
+            .unwrap_or(id)
+            .bytes()
+            .chain(std::iter::repeat(0));
         for (at, byte) in start.take(EventKey::PREFIX).enumerate() {
             (first[at], last[at]) = (byte, byte);
         }
@@ -114,13 +118,20 @@ pub struct Mention {
 
 /// Reads any body that Stripe may deliver. Never fails: what is no event is `Unreadable`.
 pub fn read(body: &[u8]) -> Reading {
-    let unreadable = |reason: String| Reading::Unreadable { key: EventKey::new("", &[b"unreadable", body]), reason };
+    let unreadable = |reason: String| Reading::Unreadable {
+        key: EventKey::new("", &[b"unreadable", body]),
+        reason,
+    };
     let json = match json::parse(body) {
         Ok(json) => json,
         Err(error) => return unreadable(not_json(&error)),
     };
     let is_fetched = text(&json, "object").as_deref() == Some(FETCHED);
-    match if is_fetched { fetched(&json, body) } else { event(&json) } {
+    match if is_fetched {
+        fetched(&json, body)
+    } else {
+        event(&json)
+    } {
         Ok(event) => Reading::Event(Box::new(event)),
         Err(reason) => unreadable(reason.to_owned()),
     }
@@ -128,8 +139,16 @@ pub fn read(body: &[u8]) -> Reading {
 
 /// serde_json's own message may quote the payload; position and category do not.
 fn not_json(error: &serde_json::Error) -> String {
-    let what = if error.is_eof() { "ends in the middle" } else { "is not JSON" };
-    format!("the body {what} (line {}, column {})", error.line(), error.column())
+    let what = if error.is_eof() {
+        "ends in the middle"
+    } else {
+        "is not JSON"
+    };
+    format!(
+        "the body {what} (line {}, column {})",
+        error.line(),
+        error.column()
+    )
 }
 
 fn event(json: &Value) -> Result<Event, &'static str> {
@@ -139,9 +158,14 @@ fn event(json: &Value) -> Result<Event, &'static str> {
     let id = text(json, "id").ok_or("no event: `id` is not a string")?;
     let event_type = text(json, "type").ok_or("no event: `type` is not a string")?;
     let thin = text(json, "object").as_deref() == Some("v2.core.event");
-    let created = created(json).filter(|s| (0..=LAST_SECOND).contains(s)).ok_or("no event: `created` is no time")?;
-    let (object, kind) =
-        if thin { (json.get("related_object"), short(&event_type)) } else { (json.pointer("/data/object"), &*event_type) };
+    let created = created(json)
+        .filter(|s| (0..=LAST_SECOND).contains(s))
+        .ok_or("no event: `created` is no time")?;
+    let (object, kind) = if thin {
+        (json.get("related_object"), short(&event_type))
+    } else {
+        (json.pointer("/data/object"), &*event_type)
+    };
     if !thin && !object.is_some_and(Value::is_object) {
         return Err("no event: `data.object` is not an object");
     }
@@ -165,8 +189,25 @@ fn event(json: &Value) -> Result<Event, &'static str> {
     });
     let part = |s: &Option<String>| s.clone().unwrap_or_default();
     let (version, object) = (part(&api_version), part(&object_id));
-    let key = EventKey::new(&id, &[b"event", id.as_bytes(), event_type.as_bytes(), version.as_bytes(), object.as_bytes()]);
-    Ok(Event { key, id, event_type, api_version, object_id, created, telling })
+    let key = EventKey::new(
+        &id,
+        &[
+            b"event",
+            id.as_bytes(),
+            event_type.as_bytes(),
+            version.as_bytes(),
+            object.as_bytes(),
+        ],
+    );
+    Ok(Event {
+        key,
+        id,
+        event_type,
+        api_version,
+        object_id,
+        created,
+        telling,
+    })
 }
 
 /// What `object` says in the envelope of our own around an object that Stripe's API returned, and the type that it is listed by.
@@ -187,10 +228,14 @@ pub fn envelope(object: &Value, fetched_s: i64, account: Option<&str>) -> Value 
 
 /// Its key is the object as it stands, whenever it was fetched: an object that has not changed adds nothing.
 fn fetched(json: &Value, body: &[u8]) -> Result<Event, &'static str> {
-    let object = json.pointer("/data/object").filter(|o| o.is_object()).ok_or("fetched: `data.object` is not an object")?;
+    let object = json
+        .pointer("/data/object")
+        .filter(|o| o.is_object())
+        .ok_or("fetched: `data.object` is not an object")?;
     let id = text(object, "id").ok_or("fetched: `data.object.id` is not a string")?;
-    let created =
-        whole(json, "fetched_at").filter(|s| (0..=LAST_SECOND).contains(s)).ok_or("fetched: `fetched_at` is no time")?;
+    let created = whole(json, "fetched_at")
+        .filter(|s| (0..=LAST_SECOND).contains(s))
+        .ok_or("fetched: `fetched_at` is no time")?;
     let telling = Object::read("", object, None).map(|object| Telling {
         id: id.clone(),
         kind: String::new(),
@@ -204,9 +249,25 @@ fn fetched(json: &Value, body: &[u8]) -> Result<Event, &'static str> {
     });
     let account = id_of(json, "account").unwrap_or_default();
     let content = content(body).ok_or("fetched: `data.object` cannot be read")?;
-    let key = EventKey::new(&id, &[FETCHED.as_bytes(), account.as_bytes(), id.as_bytes(), content.get().as_bytes()]);
+    let key = EventKey::new(
+        &id,
+        &[
+            FETCHED.as_bytes(),
+            account.as_bytes(),
+            id.as_bytes(),
+            content.get().as_bytes(),
+        ],
+    );
     let object_id = Some(id.clone());
-    Ok(Event { key, id, event_type: FETCHED.to_owned(), api_version: None, object_id, created, telling })
+    Ok(Event {
+        key,
+        id,
+        event_type: FETCHED.to_owned(),
+        api_version: None,
+        object_id,
+        created,
+        telling,
+    })
 }
 
 /// The fetched object as it stands, with the fields that nothing here reads yet: the key stays when a later version reads more.
@@ -219,13 +280,18 @@ fn content(envelope: &[u8]) -> Option<Box<RawValue>> {
     struct Data {
         object: Box<RawValue>,
     }
-    serde_json::from_slice::<Envelope>(envelope).ok().map(|envelope| envelope.data.object)
+    serde_json::from_slice::<Envelope>(envelope)
+        .ok()
+        .map(|envelope| envelope.data.object)
 }
 
 /// Snapshot events carry Unix seconds, thin ones RFC 3339 with up to nanoseconds, cut to the second here.
 fn created(json: &Value) -> Option<i64> {
     match json.get("created")? {
-        Value::String(s) => s.parse::<jiff::Timestamp>().ok().map(|t| t.as_nanosecond().div_euclid(1_000_000_000) as i64),
+        Value::String(s) => s
+            .parse::<jiff::Timestamp>()
+            .ok()
+            .map(|t| t.as_nanosecond().div_euclid(1_000_000_000) as i64),
         _ => whole(json, "created"),
     }
 }
@@ -239,8 +305,17 @@ impl Telling {
     /// Every object that this telling names, itself included; no object twice.
     pub fn mentions(&self) -> Vec<Mention> {
         let mut named = HashSet::new();
-        let names = self.object.names().into_iter().filter(|(object_id, _)| named.insert(*object_id));
-        names.map(|(object_id, is_invoice)| Mention { object_id: object_id.to_owned(), is_invoice }).collect()
+        let names = self
+            .object
+            .names()
+            .into_iter()
+            .filter(|(object_id, _)| named.insert(*object_id));
+        names
+            .map(|(object_id, is_invoice)| Mention {
+                object_id: object_id.to_owned(),
+                is_invoice,
+            })
+            .collect()
     }
 }
 

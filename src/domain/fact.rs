@@ -21,8 +21,12 @@ pub enum InvoiceFact {
 }
 
 /// The facts that are told once, and of which snapshots are evidence.
-pub const SHOWN_BY_SNAPSHOTS: [InvoiceFact; 4] =
-    [InvoiceFact::Finalized, InvoiceFact::WrittenOff, InvoiceFact::Voided, InvoiceFact::Paid];
+pub const SHOWN_BY_SNAPSHOTS: [InvoiceFact; 4] = [
+    InvoiceFact::Finalized,
+    InvoiceFact::WrittenOff,
+    InvoiceFact::Voided,
+    InvoiceFact::Paid,
+];
 
 /// The types that tell facts by themselves: what a webhook endpoint should send.
 pub const TYPES_THAT_TELL: [&str; 32] = [
@@ -62,7 +66,10 @@ pub const TYPES_THAT_TELL: [&str; 32] = [
 
 /// Does this event tell anything about a payment: new or not, linked or not? Decides `recorded` against `no_payment_fact`.
 pub fn tells_a_fact(event: &Event) -> bool {
-    let kind = event.event_type.strip_prefix("v1.").unwrap_or(&event.event_type);
+    let kind = event
+        .event_type
+        .strip_prefix("v1.")
+        .unwrap_or(&event.event_type);
     is_about_returned_money(kind) || event.telling.as_ref().is_some_and(tells)
 }
 
@@ -70,18 +77,27 @@ pub fn tells_a_fact(event: &Event) -> bool {
 fn is_about_returned_money(kind: &str) -> bool {
     kind == "charge.refunded"
         || kind == "charge.refund.updated"
-        || ["refund.", "credit_note.", "charge.dispute."].iter().any(|prefix| kind.starts_with(prefix))
+        || ["refund.", "credit_note.", "charge.dispute."]
+            .iter()
+            .any(|prefix| kind.starts_with(prefix))
 }
 
 fn tells(telling: &Telling) -> bool {
     match (&telling.object, telling.kind.as_str()) {
         (Object::Invoice(invoice), _) => {
-            by_type(telling, invoice).is_some() || SHOWN_BY_SNAPSHOTS.into_iter().any(|fact| by_snapshot(telling, invoice, fact))
+            by_type(telling, invoice).is_some()
+                || SHOWN_BY_SNAPSHOTS
+                    .into_iter()
+                    .any(|fact| by_snapshot(telling, invoice, fact))
         }
-        (Object::PaymentIntent(intent), "payment_intent.partially_funded") => intent.funded().is_some(),
+        (Object::PaymentIntent(intent), "payment_intent.partially_funded") => {
+            intent.funded().is_some()
+        }
         (
             Object::PaymentIntent(_),
-            "payment_intent.requires_action" | "payment_intent.processing" | "payment_intent.payment_failed",
+            "payment_intent.requires_action"
+            | "payment_intent.processing"
+            | "payment_intent.payment_failed",
         ) => true,
         (Object::Charge(_), "charge.pending" | "charge.failed") => true,
         (Object::InvoicePayment(_), "invoice_payment.paid") => true,
@@ -94,10 +110,15 @@ fn tells(telling: &Telling) -> bool {
 pub fn by_type(telling: &Telling, invoice: &Invoice) -> Option<InvoiceFact> {
     let (fact, holds) = match telling.kind.as_str() {
         "invoice.finalized" => (InvoiceFact::Finalized, invoice.is_owed()),
-        "invoice.updated" => {
-            (InvoiceFact::Finalized, !telling.thin && invoice.previous_status.as_deref() == Some("draft") && invoice.is_open())
+        "invoice.updated" => (
+            InvoiceFact::Finalized,
+            !telling.thin
+                && invoice.previous_status.as_deref() == Some("draft")
+                && invoice.is_open(),
+        ),
+        "invoice.paid" | "invoice.payment_succeeded" | "invoice.overpaid" => {
+            (InvoiceFact::Paid, invoice.is_paid())
         }
-        "invoice.paid" | "invoice.payment_succeeded" | "invoice.overpaid" => (InvoiceFact::Paid, invoice.is_paid()),
         "invoice.payment_attempt_required" => (InvoiceFact::AttemptRequired, true),
         "invoice.payment_action_required" => (InvoiceFact::ActionRequired, true),
         "invoice.overdue" => (InvoiceFact::Overdue, true),
@@ -122,10 +143,14 @@ pub fn by_snapshot(telling: &Telling, invoice: &Invoice, fact: InvoiceFact) -> b
     match fact {
         InvoiceFact::Finalized => match status {
             "open" => invoice.is_open(),
-            "paid" | "void" | "uncollectible" => invoice.finalized_at.is_some() && invoice.amount_due.is_some_and(|due| due > 0),
+            "paid" | "void" | "uncollectible" => {
+                invoice.finalized_at.is_some() && invoice.amount_due.is_some_and(|due| due > 0)
+            }
             _ => false,
         },
-        InvoiceFact::WrittenOff => status == "uncollectible" || invoice.marked_uncollectible_at.is_some(),
+        InvoiceFact::WrittenOff => {
+            status == "uncollectible" || invoice.marked_uncollectible_at.is_some()
+        }
         InvoiceFact::Voided => status == "void",
         InvoiceFact::Paid => status == "paid",
         _ => false,
@@ -141,7 +166,9 @@ pub fn contradicts(telling: &Telling, invoice: &Invoice) -> bool {
         | "invoice.payment_attempt_required"
         | "invoice.overdue"
         | "invoice.finalization_failed"
-        | "invoice.marked_uncollectible" => invoice.is_paid() || invoice.status.as_deref() == Some("void"),
+        | "invoice.marked_uncollectible" => {
+            invoice.is_paid() || invoice.status.as_deref() == Some("void")
+        }
         "invoice.voided" => invoice.is_paid(),
         _ => false,
     }
@@ -149,7 +176,8 @@ pub fn contradicts(telling: &Telling, invoice: &Invoice) -> bool {
 
 impl Invoice {
     fn is_open(&self) -> bool {
-        self.status.as_deref() == Some("open") && self.amount_remaining.is_some_and(|remaining| remaining > 0)
+        self.status.as_deref() == Some("open")
+            && self.amount_remaining.is_some_and(|remaining| remaining > 0)
     }
 
     /// What `invoice.finalized` needs to see, in shapes with and without `status`.
@@ -172,6 +200,8 @@ impl super::object::PaymentIntent {
     /// How much of a bank transfer has arrived, in minor units.
     pub fn funded(&self) -> Option<i64> {
         let arrived = |remaining| self.amount.and_then(|amount| amount.checked_sub(remaining));
-        self.bank_transfer_remaining.and_then(arrived).or(self.amount_received)
+        self.bank_transfer_remaining
+            .and_then(arrived)
+            .or(self.amount_received)
     }
 }

@@ -20,7 +20,12 @@ pub enum State {
 }
 
 impl State {
-    pub const ALL: [State; 4] = [State::Paid, State::PaymentPending, State::PaymentInProgress, State::PaymentFailed];
+    pub const ALL: [State; 4] = [
+        State::Paid,
+        State::PaymentPending,
+        State::PaymentInProgress,
+        State::PaymentFailed,
+    ];
 
     pub fn as_str(self) -> &'static str {
         match self {
@@ -69,13 +74,23 @@ pub struct ValidInvoice {
 pub fn validate(mut document: Value) -> Result<ValidInvoice, Vec<Fault>> {
     let mut faults = Vec::new();
     shape::check_invoice(&mut document, &mut faults);
-    let states = document.get_mut("status").and_then(Value::as_object_mut).and_then(|status| status.shift_remove("states"));
+    let states = document
+        .get_mut("status")
+        .and_then(Value::as_object_mut)
+        .and_then(|status| status.shift_remove("states"));
     let imported_states = imported(states, &mut faults);
     if !faults.is_empty() {
         return Err(faults);
     }
-    let stripe_invoice_id = document.pointer("/status/stripeInvoiceId").and_then(Value::as_str).map(str::to_owned);
-    Ok(ValidInvoice { document, stripe_invoice_id, imported_states })
+    let stripe_invoice_id = document
+        .pointer("/status/stripeInvoiceId")
+        .and_then(Value::as_str)
+        .map(str::to_owned);
+    Ok(ValidInvoice {
+        document,
+        stripe_invoice_id,
+        imported_states,
+    })
 }
 
 /// An id of a tenant or an invoice, as it stands in a path.
@@ -116,20 +131,38 @@ fn render_state(entry: &Entry) -> Value {
 
 /// The states that are right in their form; what is wrong with the others has been noted.
 fn imported(states: Option<Value>, faults: &mut Vec<Fault>) -> Vec<ImportedState> {
-    let Some(Value::Array(states)) = states else { return Vec::new() };
+    let Some(Value::Array(states)) = states else {
+        return Vec::new();
+    };
     let mut imported: Vec<ImportedState> = Vec::new();
     for (index, state) in states.iter().enumerate() {
         let text = |name: &str| state.get(name).and_then(Value::as_str);
-        let (Some(known), Some(Ok(timestamp_ms))) = (text("state").and_then(State::parse), text("timestamp").map(parse_time))
-        else {
+        let (Some(known), Some(Ok(timestamp_ms))) = (
+            text("state").and_then(State::parse),
+            text("timestamp").map(parse_time),
+        ) else {
             continue;
         };
-        if imported.iter().any(|i| i.state == known && i.timestamp_ms == timestamp_ms) {
-            let reason = format!("repeats the state {} at {}", known.as_str(), timestamp(timestamp_ms));
-            faults.push(Fault { pointer: format!("/status/states/{index}"), reason });
+        if imported
+            .iter()
+            .any(|i| i.state == known && i.timestamp_ms == timestamp_ms)
+        {
+            let reason = format!(
+                "repeats the state {} at {}",
+                known.as_str(),
+                timestamp(timestamp_ms)
+            );
+            faults.push(Fault {
+                pointer: format!("/status/states/{index}"),
+                reason,
+            });
             continue;
         }
-        imported.push(ImportedState { state: known, timestamp_ms, message: text("paymentMsg").map(str::to_owned) });
+        imported.push(ImportedState {
+            state: known,
+            timestamp_ms,
+            message: text("paymentMsg").map(str::to_owned),
+        });
     }
     imported
 }
@@ -194,16 +227,31 @@ mod tests {
     fn states_of_the_same_kind_and_time_are_a_fault() {
         let state = |time: &str| json!({"state": "Paid", "timestamp": time});
         let document = |states| json!({"status": {"states": states}});
-        let twice = validate(document([state("2026-01-31T09:15:00.0001Z"), state("2026-01-31T10:15:00+01:00")])).unwrap_err();
+        let twice = validate(document([
+            state("2026-01-31T09:15:00.0001Z"),
+            state("2026-01-31T10:15:00+01:00"),
+        ]))
+        .unwrap_err();
         assert_eq!(twice[0].pointer, "/status/states/1");
-        let valid = validate(document([state("2026-01-31T09:15:01Z"), state("2026-01-31T09:15:00Z")])).unwrap();
-        assert_eq!(valid.imported_states[0].timestamp_ms - valid.imported_states[1].timestamp_ms, 1000);
+        let valid = validate(document([
+            state("2026-01-31T09:15:01Z"),
+            state("2026-01-31T09:15:00Z"),
+        ]))
+        .unwrap();
+        assert_eq!(
+            valid.imported_states[0].timestamp_ms - valid.imported_states[1].timestamp_ms,
+            1000
+        );
     }
 
     #[test]
     fn a_rendered_invoice_always_has_its_states() {
-        let entry =
-            Entry { state: State::Paid, timestamp_ms: 1_769_850_900_000, message: Some("Paid.".into()), proofs: Vec::new() };
+        let entry = Entry {
+            state: State::Paid,
+            timestamp_ms: 1_769_850_900_000,
+            message: Some("Paid.".into()),
+            proofs: Vec::new(),
+        };
         assert_eq!(render(&json!({}), &[]), json!({"status": {"states": []}}));
         assert_eq!(
             render(&json!({"status": {"billableAmount": 1}}), &[entry]),

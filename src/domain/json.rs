@@ -163,31 +163,58 @@ mod tests {
         let calls = code.lines().filter(|line| {
             let line = line.trim_start();
             !line.starts_with("//")
-                && (line.contains("(json") || line.contains(".get(") || line.contains("pointer(") || line.contains(", \""))
+                && (line.contains("(json")
+                    || line.contains(".get(")
+                    || line.contains("pointer(")
+                    || line.contains(", \""))
         });
-        let quoted = calls.flat_map(|line| line.split('"').skip(1).step_by(2)).flat_map(|text| text.split('/'));
-        quoted.filter(|name| !name.is_empty() && name.bytes().all(|b| b.is_ascii_lowercase() || b == b'_')).collect()
+        let quoted = calls
+            .flat_map(|line| line.split('"').skip(1).step_by(2))
+            .flat_map(|text| text.split('/'));
+        quoted
+            .filter(|name| {
+                !name.is_empty() && name.bytes().all(|b| b.is_ascii_lowercase() || b == b'_')
+            })
+            .collect()
     }
 
     #[test]
     fn every_field_that_is_read_is_kept() {
-        let names = [names_in(include_str!("event.rs")), names_in(include_str!("object.rs"))].concat();
+        let names = [
+            names_in(include_str!("event.rs")),
+            names_in(include_str!("object.rs")),
+        ]
+        .concat();
         assert!(names.len() > 60, "{names:?}");
         let not_fields = ["event", "unreadable", "revision"];
-        let forgotten: Vec<_> = names.into_iter().filter(|name| !is_read(name) && !not_fields.contains(name)).collect();
-        assert!(forgotten.is_empty(), "add these to `is_read`: {forgotten:?}");
+        let forgotten: Vec<_> = names
+            .into_iter()
+            .filter(|name| !is_read(name) && !not_fields.contains(name))
+            .collect();
+        assert!(
+            forgotten.is_empty(),
+            "add these to `is_read`: {forgotten:?}"
+        );
     }
 
     #[test]
     fn what_is_left_out_changes_nothing_else() {
         let body = br#"{"id": "x", "lines": {"data": [{"id": 1}]}, "data": {"object": {"metadata": {}, "paid": true, "amount": -1.5e3}}, "id": "y"}"#;
-        let expected = serde_json::json!({"id": "y", "data": {"object": {"paid": true, "amount": -1.5e3}}});
+        let expected =
+            serde_json::json!({"id": "y", "data": {"object": {"paid": true, "amount": -1.5e3}}});
         assert_eq!(parse(body).unwrap(), expected);
     }
 
     #[test]
     fn what_is_no_json_is_refused_wherever_it_stands() {
-        for body in [&b"{\"lines\": [1,}"[..], b"{\"lines\": \"\xff\"}", b"{\"lines\": 01}", b"{} x", b"", b"{\"id\": \"\n\"}"] {
+        for body in [
+            &b"{\"lines\": [1,}"[..],
+            b"{\"lines\": \"\xff\"}",
+            b"{\"lines\": 01}",
+            b"{} x",
+            b"",
+            b"{\"id\": \"\n\"}",
+        ] {
             assert!(parse(body).is_err(), "{:?}", String::from_utf8_lossy(body));
         }
     }

@@ -36,7 +36,12 @@ impl<'a> Links<'a> {
         for telling in tellings.clone() {
             join_parts(&telling.object, &mut groups, &mut documents);
         }
-        let mut links = Links { groups, owners: HashMap::new(), intents: HashMap::new(), documents };
+        let mut links = Links {
+            groups,
+            owners: HashMap::new(),
+            intents: HashMap::new(),
+            documents,
+        };
         links.find_owners(tellings.clone());
         for telling in tellings {
             if let Object::PaymentIntent(intent) = &telling.object {
@@ -52,7 +57,9 @@ impl<'a> Links<'a> {
     pub fn invoice_of(&self, object: &'a Object) -> Option<&'a str> {
         let part = match object {
             Object::Invoice(invoice) => return Some(&invoice.id),
-            Object::InvoicePayment(payment) => return self.documents.get(payment.id.as_str()).copied(),
+            Object::InvoicePayment(payment) => {
+                return self.documents.get(payment.id.as_str()).copied();
+            }
             Object::CreditNote(note) => return self.documents.get(note.id.as_str()).copied(),
             Object::PaymentIntent(part) => &part.id,
             Object::Charge(part) => &part.id,
@@ -83,13 +90,18 @@ impl<'a> Links<'a> {
         let mut best: HashMap<usize, (Ground, &'a str)> = HashMap::new();
         for telling in tellings {
             for (part, ground, invoice) in claims(&telling.object, &self.documents) {
-                let Some(group) = self.groups.find(part) else { continue };
+                let Some(group) = self.groups.find(part) else {
+                    continue;
+                };
                 let claim = (ground, invoice);
                 let known = best.entry(group).or_insert(claim);
                 *known = claim.min(*known);
             }
         }
-        self.owners = best.into_iter().map(|(group, (_, invoice))| (group, invoice)).collect();
+        self.owners = best
+            .into_iter()
+            .map(|(group, (_, invoice))| (group, invoice))
+            .collect();
     }
 }
 
@@ -102,46 +114,84 @@ fn named_intent(object: &Object) -> Option<&str> {
     }
 }
 
-fn join_parts<'a>(object: &'a Object, groups: &mut Groups<'a>, documents: &mut BTreeMap<&'a str, &'a str>) {
+fn join_parts<'a>(
+    object: &'a Object,
+    groups: &mut Groups<'a>,
+    documents: &mut BTreeMap<&'a str, &'a str>,
+) {
     let mut note = |id: &'a str, invoice: &'a str| {
         let lowest = documents.entry(id).or_insert(invoice);
         *lowest = invoice.min(*lowest);
     };
     match object {
-        Object::PaymentIntent(part) => groups.join(&part.id, [&part.latest_charge, &part.error_charge]),
+        Object::PaymentIntent(part) => {
+            groups.join(&part.id, [&part.latest_charge, &part.error_charge])
+        }
         Object::Charge(part) => groups.join(&part.id, [&part.payment_intent, &None]),
         Object::Refund(part) => groups.join(&part.id, [&part.charge, &part.payment_intent]),
         Object::Dispute(part) => groups.join(&part.id, [&part.charge, &part.payment_intent]),
         Object::Invoice(invoice) => {
             invoice.payments_named().for_each(|part| groups.add(part));
-            invoice.invoice_payments.iter().flatten().for_each(|id| note(id, &invoice.id));
+            invoice
+                .invoice_payments
+                .iter()
+                .flatten()
+                .for_each(|id| note(id, &invoice.id));
         }
         Object::InvoicePayment(payment) => {
-            payment.invoice.iter().for_each(|invoice| note(&payment.id, invoice));
-            payment.payment_intent.iter().chain(&payment.charge).for_each(|part| groups.add(part));
+            payment
+                .invoice
+                .iter()
+                .for_each(|invoice| note(&payment.id, invoice));
+            payment
+                .payment_intent
+                .iter()
+                .chain(&payment.charge)
+                .for_each(|part| groups.add(part));
         }
-        Object::CreditNote(credit) => credit.invoice.iter().for_each(|invoice| note(&credit.id, invoice)),
+        Object::CreditNote(credit) => credit
+            .invoice
+            .iter()
+            .for_each(|invoice| note(&credit.id, invoice)),
     }
 }
 
 /// Which invoices an object claims for which parts of a payment, and on what ground.
-fn claims<'a>(object: &'a Object, documents: &BTreeMap<&'a str, &'a str>) -> Vec<(&'a str, Ground, &'a str)> {
-    let own = |id: &'a str, invoice: &'a Option<String>| invoice.as_deref().map(|invoice| (id, Ground::OwnInvoice, invoice));
+fn claims<'a>(
+    object: &'a Object,
+    documents: &BTreeMap<&'a str, &'a str>,
+) -> Vec<(&'a str, Ground, &'a str)> {
+    let own = |id: &'a str, invoice: &'a Option<String>| {
+        invoice
+            .as_deref()
+            .map(|invoice| (id, Ground::OwnInvoice, invoice))
+    };
     match object {
         Object::PaymentIntent(part) => {
-            let reference = part.order_reference.as_deref().map(|invoice| (part.id.as_str(), Ground::OrderReference, invoice));
-            own(&part.id, &part.invoice).into_iter().chain(reference).collect()
+            let reference = part
+                .order_reference
+                .as_deref()
+                .map(|invoice| (part.id.as_str(), Ground::OrderReference, invoice));
+            own(&part.id, &part.invoice)
+                .into_iter()
+                .chain(reference)
+                .collect()
         }
         Object::Charge(part) => own(&part.id, &part.invoice).into_iter().collect(),
         Object::Refund(part) => own(&part.id, &part.invoice).into_iter().collect(),
         Object::Dispute(part) => own(&part.id, &part.invoice).into_iter().collect(),
-        Object::Invoice(invoice) => {
-            invoice.payments_named().map(|part| (part, Ground::NamedByInvoice, invoice.id.as_str())).collect()
-        }
+        Object::Invoice(invoice) => invoice
+            .payments_named()
+            .map(|part| (part, Ground::NamedByInvoice, invoice.id.as_str()))
+            .collect(),
         Object::InvoicePayment(payment) => {
-            let Some(&invoice) = documents.get(payment.id.as_str()) else { return Vec::new() };
+            let Some(&invoice) = documents.get(payment.id.as_str()) else {
+                return Vec::new();
+            };
             let parts = payment.payment_intent.iter().chain(&payment.charge);
-            parts.map(|part| (part.as_str(), Ground::NamedByInvoice, invoice)).collect()
+            parts
+                .map(|part| (part.as_str(), Ground::NamedByInvoice, invoice))
+                .collect()
         }
         Object::CreditNote(_) => Vec::new(),
     }

@@ -31,14 +31,23 @@ pub struct Facts<'a, 'k> {
 
 impl<'a, 'k> Facts<'a, 'k> {
     /// `own`: all that belongs to the invoice, earliest first.
-    pub fn gather(invoice_id: &'a str, own: &'k [&'a Known], links: &'k Links<'a>) -> Facts<'a, 'k> {
+    pub fn gather(
+        invoice_id: &'a str,
+        own: &'k [&'a Known],
+        links: &'k Links<'a>,
+    ) -> Facts<'a, 'k> {
         let snapshots: Vec<(&Known, &Invoice)> = own.iter().filter_map(|k| believed(k)).collect();
         let newest = || snapshots.iter().rev().map(|(_, i)| *i);
         let amount_due = newest().find_map(|i| i.amount_due);
         let is_paid = |k: &Known, i: &Invoice| {
-            by_snapshot(&k.telling, i, InvoiceFact::Paid) || by_type(&k.telling, i) == Some(InvoiceFact::Paid)
+            by_snapshot(&k.telling, i, InvoiceFact::Paid)
+                || by_type(&k.telling, i) == Some(InvoiceFact::Paid)
         };
-        let paid: Vec<&Invoice> = snapshots.iter().filter(|(k, i)| is_paid(k, i)).map(|(_, i)| *i).collect();
+        let paid: Vec<&Invoice> = snapshots
+            .iter()
+            .filter(|(k, i)| is_paid(k, i))
+            .map(|(_, i)| *i)
+            .collect();
         let amount_paid = collected(&paid).or(amount_due);
         Facts {
             invoice_id,
@@ -46,7 +55,9 @@ impl<'a, 'k> Facts<'a, 'k> {
             links,
             number: newest().find_map(|i| i.number.as_deref()),
             due_date: newest().find_map(|i| i.due_date),
-            revision: newest().find_map(|i| i.latest_revision.as_deref()).filter(|id| *id != invoice_id),
+            revision: newest()
+                .find_map(|i| i.latest_revision.as_deref())
+                .filter(|id| *id != invoice_id),
             is_test: own.iter().any(|k| k.telling.livemode == Some(false)),
             account: own.iter().find_map(|k| k.telling.account.as_deref()),
             amount_due,
@@ -57,7 +68,10 @@ impl<'a, 'k> Facts<'a, 'k> {
     /// How much an InvoicePayment paid: the event that says so comes first, then whatever else tells.
     pub fn amount_of_payment(&self, id: &str) -> Option<i64> {
         let told = |by_claim: bool| {
-            let told_by = self.own.iter().filter(move |k| (k.telling.kind == "invoice_payment.paid") == by_claim);
+            let told_by = self
+                .own
+                .iter()
+                .filter(move |k| (k.telling.kind == "invoice_payment.paid") == by_claim);
             told_by.filter_map(|k| match &k.telling.object {
                 Object::InvoicePayment(payment) if payment.id == id => payment.amount_paid,
                 _ => None,
@@ -68,10 +82,23 @@ impl<'a, 'k> Facts<'a, 'k> {
 
     /// The amount of the payment that these are about: as they tell it, else as any part of the same payment does.
     fn payment_amount(&self, told_by: &[&Known]) -> Option<i64> {
-        let payment = |k: &Known| k.telling.object.names().iter().find_map(|(id, _)| self.links.payment_of(id));
+        let payment = |k: &Known| {
+            k.telling
+                .object
+                .names()
+                .iter()
+                .find_map(|(id, _)| self.links.payment_of(id))
+        };
         let payments: Vec<usize> = told_by.iter().filter_map(|k| payment(k)).collect();
-        let siblings = || self.own.iter().filter(|k| payment(k).is_some_and(|payment| payments.contains(&payment)));
-        told_by.iter().find_map(|k| amount(k)).or_else(|| siblings().find_map(|k| amount(k)))
+        let siblings = || {
+            self.own
+                .iter()
+                .filter(|k| payment(k).is_some_and(|payment| payments.contains(&payment)))
+        };
+        told_by
+            .iter()
+            .find_map(|k| amount(k))
+            .or_else(|| siblings().find_map(|k| amount(k)))
     }
 
     fn invoice(&self) -> String {
@@ -92,7 +119,10 @@ impl<'a, 'k> Facts<'a, 'k> {
 
     /// `amount_due`, from the earliest that tells the fact, else from what else is known.
     fn due(&self, told_by: Tellers) -> Option<String> {
-        let told = told_by.iter().filter_map(|(k, _)| believed(k)).find_map(|(_, i)| i.amount_due);
+        let told = told_by
+            .iter()
+            .filter_map(|(k, _)| believed(k))
+            .find_map(|(_, i)| i.amount_due);
         self.money_of_invoice(told.or(self.amount_due), told_by)
     }
 
@@ -119,7 +149,9 @@ fn believed(known: &Known) -> Option<(&Known, &Invoice)> {
 
 /// What a paid invoice brought, by its paid snapshots: before basil, `amount_paid` is 0 for what was paid outside Stripe.
 fn collected(paid: &[&Invoice]) -> Option<i64> {
-    let amount = paid.iter().find_map(|i| i.amount_paid.filter(|amount| *amount != 0));
+    let amount = paid
+        .iter()
+        .find_map(|i| i.amount_paid.filter(|amount| *amount != 0));
     amount.or_else(|| paid.iter().find_map(|i| i.amount_due))
 }
 
@@ -145,7 +177,9 @@ fn currency(known: &Known) -> Option<&str> {
 }
 
 fn over(amount: Option<String>) -> String {
-    amount.map(|amount| format!(" over {amount}")).unwrap_or_default()
+    amount
+        .map(|amount| format!(" over {amount}"))
+        .unwrap_or_default()
 }
 
 fn due_on(facts: &Facts) -> Option<String> {
@@ -153,8 +187,13 @@ fn due_on(facts: &Facts) -> Option<String> {
 }
 
 pub fn finalized(facts: &Facts, told_by: Tellers) -> String {
-    let due = due_on(facts).map(|due| format!(", due {due}")).unwrap_or_default();
-    facts.close(format!("{} was finalized and waits for payment{due}.", capital(&facts.invoice(), &over(facts.due(told_by)))))
+    let due = due_on(facts)
+        .map(|due| format!(", due {due}"))
+        .unwrap_or_default();
+    facts.close(format!(
+        "{} was finalized and waits for payment{due}.",
+        capital(&facts.invoice(), &over(facts.due(told_by)))
+    ))
 }
 
 pub fn attempt_required(facts: &Facts, told_by: Tellers) -> String {
@@ -163,37 +202,66 @@ pub fn attempt_required(facts: &Facts, told_by: Tellers) -> String {
 }
 
 pub fn overdue(facts: &Facts, told_by: Tellers) -> String {
-    let due = due_on(facts).map(|due| format!("; it was due {due}")).unwrap_or_default();
-    facts.close(format!("{} is overdue{due}.", capital(&facts.invoice(), &over(facts.due(told_by)))))
+    let due = due_on(facts)
+        .map(|due| format!("; it was due {due}"))
+        .unwrap_or_default();
+    facts.close(format!(
+        "{} is overdue{due}.",
+        capital(&facts.invoice(), &over(facts.due(told_by)))
+    ))
 }
 
 pub fn written_off(facts: &Facts, told_by: Tellers) -> String {
-    facts.close(format!("{} was written off as uncollectible.", capital(&facts.invoice(), &over(facts.due(told_by)))))
+    facts.close(format!(
+        "{} was written off as uncollectible.",
+        capital(&facts.invoice(), &over(facts.due(told_by)))
+    ))
 }
 
 pub fn voided(facts: &Facts, told_by: Tellers) -> String {
-    let revision = facts.revision.map(|id| format!(" It was replaced by revision {}.", clean(id))).unwrap_or_default();
+    let revision = facts
+        .revision
+        .map(|id| format!(" It was replaced by revision {}.", clean(id)))
+        .unwrap_or_default();
     let invoice = capital(&facts.invoice(), &over(facts.due(told_by)));
-    facts.close(format!("{invoice} was voided, so nothing is owed.{revision}"))
+    facts.close(format!(
+        "{invoice} was voided, so nothing is owed.{revision}"
+    ))
 }
 
 pub fn paid(facts: &Facts, told_by: Tellers, was_written_off: bool) -> String {
-    let shown: Vec<&Invoice> = told_by.iter().filter_map(|(k, _)| believed(k)).map(|(_, i)| i).collect();
+    let shown: Vec<&Invoice> = told_by
+        .iter()
+        .filter_map(|(k, _)| believed(k))
+        .map(|(_, i)| i)
+        .collect();
     let amount = collected(&shown).or(facts.amount_paid);
     let money = facts.money_of_invoice(amount, told_by);
     let mut text = match (amount, money) {
-        (Some(0), Some(money)) => format!("{} is settled: nothing to collect ({money}).", capital(&facts.invoice(), "")),
+        (Some(0), Some(money)) => format!(
+            "{} is settled: nothing to collect ({money}).",
+            capital(&facts.invoice(), "")
+        ),
         (_, Some(money)) => format!("{money} paid for {}.", facts.invoice()),
         (_, None) => format!("{} is paid.", capital(&facts.invoice(), "")),
     };
-    if shown.iter().any(|i| i.paid_out_of_band == Some(true) || i.amount_paid_off_stripe.is_some_and(|amount| amount > 0)) {
+    if shown.iter().any(|i| {
+        i.paid_out_of_band == Some(true)
+            || i.amount_paid_off_stripe.is_some_and(|amount| amount > 0)
+    }) {
         text.push_str(" It was paid outside Stripe.");
-    } else if shown.iter().all(|i| i.paid_out_of_band.is_none() && i.amount_paid_off_stripe.is_none())
-        && shown.iter().any(|i| i.attempted == Some(false) && i.amount_paid.is_some_and(|amount| amount > 0))
+    } else if shown
+        .iter()
+        .all(|i| i.paid_out_of_band.is_none() && i.amount_paid_off_stripe.is_none())
+        && shown
+            .iter()
+            .any(|i| i.attempted == Some(false) && i.amount_paid.is_some_and(|amount| amount > 0))
     {
         text.push_str(" It was apparently paid outside Stripe.");
     }
-    let overpaid = shown.iter().find_map(|i| i.amount_overpaid.filter(|amount| *amount > 0));
+    let overpaid = shown
+        .iter()
+        .find_map(|i| i.amount_overpaid.filter(|amount| *amount > 0));
     if let Some(amount) = facts.money_of_invoice(overpaid, told_by) {
         text.push_str(&format!(" It was overpaid by {amount}."));
     }
@@ -204,17 +272,27 @@ pub fn paid(facts: &Facts, told_by: Tellers, was_written_off: bool) -> String {
 }
 
 pub fn finalization_failed(facts: &Facts, told_by: Tellers) -> String {
-    let reason = told_by.iter().filter_map(|(k, _)| believed(k)).find_map(|(_, i)| i.finalization_error.as_ref());
+    let reason = told_by
+        .iter()
+        .filter_map(|(k, _)| believed(k))
+        .find_map(|(_, i)| i.finalization_error.as_ref());
     let invoice = format!("{}{}", facts.invoice(), over(facts.due(told_by)));
-    facts.close(format!("Stripe could not finalize {invoice}{}", because(reason)))
+    facts.close(format!(
+        "Stripe could not finalize {invoice}{}",
+        because(reason)
+    ))
 }
 
 pub fn action_required(facts: &Facts, told_by: &[&Known]) -> String {
     let snapshots = || told_by.iter().filter_map(|k| believed(k)).map(|(_, i)| i);
     let remaining = snapshots().find_map(|i| i.amount_remaining);
     let due = || snapshots().find_map(|i| i.amount_due).or(facts.amount_due);
-    let amount = remaining.or_else(|| facts.payment_amount(told_by)).or_else(due);
-    let money = amount.map(|amount| format!(" of {}", facts.money(amount, told_by))).unwrap_or_default();
+    let amount = remaining
+        .or_else(|| facts.payment_amount(told_by))
+        .or_else(due);
+    let money = amount
+        .map(|amount| format!(" of {}", facts.money(amount, told_by)))
+        .unwrap_or_default();
     facts.close(format!(
         "Payment{money} for {} needs the customer to act, for example to authenticate (3D Secure).",
         facts.invoice()
@@ -223,41 +301,88 @@ pub fn action_required(facts: &Facts, told_by: &[&Known]) -> String {
 
 pub fn in_flight(facts: &Facts, told_by: &[&Known]) -> String {
     let amount = facts.payment_amount(told_by);
-    let money = amount.map(|amount| format!(" of {}", facts.money(amount, told_by))).unwrap_or_default();
-    facts.close(format!("Payment{money} for {} is in progress: submitted, and not yet confirmed by the bank.", facts.invoice()))
+    let money = amount
+        .map(|amount| format!(" of {}", facts.money(amount, told_by)))
+        .unwrap_or_default();
+    facts.close(format!(
+        "Payment{money} for {} is in progress: submitted, and not yet confirmed by the bank.",
+        facts.invoice()
+    ))
 }
 
 pub fn partly_funded(facts: &Facts, funded: i64, told_by: &[&Known]) -> String {
     let arrived = facts.money(funded, told_by);
-    let total = facts.payment_amount(told_by).map(|amount| format!(" of {}", facts.money(amount, told_by))).unwrap_or_default();
-    facts.close(format!("{arrived}{total} has arrived by bank transfer for {}; the rest is outstanding.", facts.invoice()))
+    let total = facts
+        .payment_amount(told_by)
+        .map(|amount| format!(" of {}", facts.money(amount, told_by)))
+        .unwrap_or_default();
+    facts.close(format!(
+        "{arrived}{total} has arrived by bank transfer for {}; the rest is outstanding.",
+        facts.invoice()
+    ))
 }
 
 pub fn part_paid(facts: &Facts, amount: Option<i64>, told_by: &[&Known]) -> String {
-    let money = amount.map(|amount| format!(" of {}", facts.money(amount, told_by))).unwrap_or_default();
-    facts.close(format!("Part payment{money} received for {}.", facts.invoice()))
+    let money = amount
+        .map(|amount| format!(" of {}", facts.money(amount, told_by)))
+        .unwrap_or_default();
+    facts.close(format!(
+        "Part payment{money} received for {}.",
+        facts.invoice()
+    ))
 }
 
 /// `own`: all tellings of the invoice, where siblings may know the reason.
 pub fn attempt_failed(facts: &Facts, attempt: &Attempt, own: &[&Known]) -> String {
-    let told: Vec<&Known> = attempt.told_by.iter().chain(attempt.tries.iter().flat_map(|t| &t.told_by)).copied().collect();
-    let charges: Vec<&str> = attempt.charges.iter().copied().chain(attempt.tries.iter().filter_map(|t| t.charge)).collect();
-    let payments: Vec<&Known> =
-        own.iter().copied().filter(|k| is_about(k, &charges) || told.iter().any(|t| t.key == k.key)).collect();
-    let snapshots = || attempt.told_by.iter().filter_map(|k| believed(k)).map(|(_, i)| i);
+    let told: Vec<&Known> = attempt
+        .told_by
+        .iter()
+        .chain(attempt.tries.iter().flat_map(|t| &t.told_by))
+        .copied()
+        .collect();
+    let charges: Vec<&str> = attempt
+        .charges
+        .iter()
+        .copied()
+        .chain(attempt.tries.iter().filter_map(|t| t.charge))
+        .collect();
+    let payments: Vec<&Known> = own
+        .iter()
+        .copied()
+        .filter(|k| is_about(k, &charges) || told.iter().any(|t| t.key == k.key))
+        .collect();
+    let snapshots = || {
+        attempt
+            .told_by
+            .iter()
+            .filter_map(|k| believed(k))
+            .map(|(_, i)| i)
+    };
     let remaining = snapshots().find_map(|i| i.amount_remaining);
     let due = || snapshots().find_map(|i| i.amount_due).or(facts.amount_due);
-    let amount = remaining.or_else(|| facts.payment_amount(&payments)).or_else(due);
-    let money = amount.map(|amount| format!(" of {}", facts.money(amount, &told))).unwrap_or_default();
-    let number = attempt.number.filter(|n| *n > 0).map(|n| format!(" (attempt {n})")).unwrap_or_default();
+    let amount = remaining
+        .or_else(|| facts.payment_amount(&payments))
+        .or_else(due);
+    let money = amount
+        .map(|amount| format!(" of {}", facts.money(amount, &told)))
+        .unwrap_or_default();
+    let number = attempt
+        .number
+        .filter(|n| *n > 0)
+        .map(|n| format!(" (attempt {n})"))
+        .unwrap_or_default();
     let reason = failure_reason(&payments);
     let next = snapshots().find_map(|i| match (i.next_payment_attempt, i.no_next_attempt) {
         (Some(next), _) => Some(format!(" Next attempt: {}.", moment(next))),
         (None, Some(true)) => Some(" No further attempt will be made.".to_owned()),
         (None, _) => None,
     });
-    let text =
-        format!("Payment{money} for {} failed{number}{}{}", facts.invoice(), because(reason.as_ref()), next.unwrap_or_default());
+    let text = format!(
+        "Payment{money} for {} failed{number}{}{}",
+        facts.invoice(),
+        because(reason.as_ref()),
+        next.unwrap_or_default()
+    );
     facts.close(text)
 }
 
@@ -265,7 +390,10 @@ pub fn attempt_failed(facts: &Facts, attempt: &Attempt, own: &[&Known]) -> Strin
 fn is_about(known: &Known, charges: &[&str]) -> bool {
     match &known.telling.object {
         Object::Charge(charge) => charges.contains(&charge.id.as_str()),
-        Object::PaymentIntent(intent) => intent.error_charge.as_deref().is_some_and(|id| charges.contains(&id)),
+        Object::PaymentIntent(intent) => intent
+            .error_charge
+            .as_deref()
+            .is_some_and(|id| charges.contains(&id)),
         _ => false,
     }
 }
@@ -284,15 +412,20 @@ fn failure_reason(payments: &[&Known]) -> Option<Reason> {
             _ => None,
         })
     };
-    let code = errors().find_map(|e| e.code.clone()).or_else(|| charges().find_map(|c| c.outcome_reason.clone()));
+    let code = errors()
+        .find_map(|e| e.code.clone())
+        .or_else(|| charges().find_map(|c| c.outcome_reason.clone()));
     let code = code.or_else(|| charges().find_map(|c| c.failure_code.clone()));
-    let message = errors().find_map(|e| e.message.clone()).or_else(|| charges().find_map(|c| c.failure_message.clone()));
+    let message = errors()
+        .find_map(|e| e.message.clone())
+        .or_else(|| charges().find_map(|c| c.failure_message.clone()));
     (code.is_some() || message.is_some()).then_some(Reason { code, message })
 }
 
 fn out_of(facts: &Facts, told_by: &[&Known]) -> String {
     let paid = facts.amount_paid.filter(|paid| *paid != 0);
-    paid.map(|paid| format!(" of {}", facts.money(paid, told_by))).unwrap_or_default()
+    paid.map(|paid| format!(" of {}", facts.money(paid, told_by)))
+        .unwrap_or_default()
 }
 
 /// The tellings, without what they show.
@@ -302,34 +435,70 @@ fn tellings<'a, T>(told: &[(&'a Known, &T)]) -> Vec<&'a Known> {
 
 pub fn refunded(facts: &Facts, told: &[(&Known, &Refund)]) -> String {
     let told_by = tellings(told);
-    let amount = told.iter().find_map(|(_, r)| r.amount).map(|amount| facts.money(amount, &told_by));
+    let amount = told
+        .iter()
+        .find_map(|(_, r)| r.amount)
+        .map(|amount| facts.money(amount, &told_by));
     facts.close(match amount {
-        Some(amount) => format!("Refunded {amount}{} for {}.", out_of(facts, &told_by), facts.invoice()),
+        Some(amount) => format!(
+            "Refunded {amount}{} for {}.",
+            out_of(facts, &told_by),
+            facts.invoice()
+        ),
         None => format!("A refund was made for {}.", facts.invoice()),
     })
 }
 
-pub fn refund_failed(facts: &Facts, told: &[(&Known, &Refund)], failed: &[(&Known, &Refund)]) -> String {
+pub fn refund_failed(
+    facts: &Facts,
+    told: &[(&Known, &Refund)],
+    failed: &[(&Known, &Refund)],
+) -> String {
     let told_by = tellings(told);
-    let amount = told.iter().find_map(|(_, r)| r.amount).map(|amount| facts.money(amount, &told_by));
-    let of_how_much = amount.map(|amount| format!(" of {amount}{}", out_of(facts, &told_by))).unwrap_or_default();
-    let canceled = failed.iter().all(|(k, r)| r.status.as_deref() == Some("canceled") && k.telling.kind != "refund.failed");
+    let amount = told
+        .iter()
+        .find_map(|(_, r)| r.amount)
+        .map(|amount| facts.money(amount, &told_by));
+    let of_how_much = amount
+        .map(|amount| format!(" of {amount}{}", out_of(facts, &told_by)))
+        .unwrap_or_default();
+    let canceled = failed
+        .iter()
+        .all(|(k, r)| r.status.as_deref() == Some("canceled") && k.telling.kind != "refund.failed");
     let what = if canceled { "was canceled" } else { "failed" };
     let code = told.iter().find_map(|(_, r)| r.failure_reason.clone());
-    let reason = code.map(|code| Reason { code: Some(code), message: None });
-    facts.close(format!("The refund{of_how_much} for {} {what}{}", facts.invoice(), because(reason.as_ref())))
+    let reason = code.map(|code| Reason {
+        code: Some(code),
+        message: None,
+    });
+    facts.close(format!(
+        "The refund{of_how_much} for {} {what}{}",
+        facts.invoice(),
+        because(reason.as_ref())
+    ))
 }
 
 pub fn charge_refunded(facts: &Facts, amount: i64, told: &[(&Known, &Charge)]) -> String {
     let told_by = tellings(told);
     let amount = facts.money(amount, &told_by);
-    facts.close(format!("Refunded {amount}{} for {}.", out_of(facts, &told_by), facts.invoice()))
+    facts.close(format!(
+        "Refunded {amount}{} for {}.",
+        out_of(facts, &told_by),
+        facts.invoice()
+    ))
 }
 
 fn note(facts: &Facts, told: &[(&Known, &CreditNote)]) -> String {
     let told_by = tellings(told);
-    let number = told.iter().find_map(|(_, n)| n.number.as_deref()).map(|n| format!(" {}", name(n))).unwrap_or_default();
-    let amount = told.iter().find_map(|(_, n)| n.amount).map(|amount| facts.money(amount, &told_by));
+    let number = told
+        .iter()
+        .find_map(|(_, n)| n.number.as_deref())
+        .map(|n| format!(" {}", name(n)))
+        .unwrap_or_default();
+    let amount = told
+        .iter()
+        .find_map(|(_, n)| n.amount)
+        .map(|amount| facts.money(amount, &told_by));
     format!("redit note{number}{} for {}", over(amount), facts.invoice())
 }
 
@@ -342,27 +511,69 @@ pub fn credit_note_voided(facts: &Facts, told: &[(&Known, &CreditNote)]) -> Stri
 }
 
 /// `told`: all that is known of the dispute; `of_kind`: what tells this step of it.
-pub fn dispute(facts: &Facts, step: Rank, told: &[(&Known, &Dispute)], of_kind: &[(&Known, &Dispute)]) -> String {
+pub fn dispute(
+    facts: &Facts,
+    step: Rank,
+    told: &[(&Known, &Dispute)],
+    of_kind: &[(&Known, &Dispute)],
+) -> String {
     let told_by = tellings(told);
-    let amount = of_kind.iter().chain(told).find_map(|(_, d)| d.amount).map(|amount| facts.money(amount, &told_by));
-    let of_how_much = amount.map(|amount| format!(" of {amount}")).unwrap_or_default();
+    let amount = of_kind
+        .iter()
+        .chain(told)
+        .find_map(|(_, d)| d.amount)
+        .map(|amount| facts.money(amount, &told_by));
+    let of_how_much = amount
+        .map(|amount| format!(" of {amount}"))
+        .unwrap_or_default();
     let invoice = facts.invoice();
-    let reason = || told.iter().find_map(|(_, d)| d.reason.as_deref()).map(|r| format!(": {}", clean(r))).unwrap_or_default();
-    let result = || of_kind.iter().find_map(|(_, d)| d.status.as_deref()).map(|s| format!(": {}", clean(s))).unwrap_or_default();
+    let reason = || {
+        told.iter()
+            .find_map(|(_, d)| d.reason.as_deref())
+            .map(|r| format!(": {}", clean(r)))
+            .unwrap_or_default()
+    };
+    let result = || {
+        of_kind
+            .iter()
+            .find_map(|(_, d)| d.status.as_deref())
+            .map(|s| format!(": {}", clean(s)))
+            .unwrap_or_default()
+    };
     facts.close(match step {
-        Rank::FundsWithdrawn => format!("Disputed: Stripe withdrew the disputed payment{of_how_much} for {invoice}."),
-        Rank::FundsReinstated => format!("Disputed: Stripe returned the disputed payment{of_how_much} for {invoice}."),
-        Rank::DisputeClosed => format!("The dispute over the payment{of_how_much} for {invoice} was closed{}.", result()),
-        _ => format!("The payment{of_how_much} for {invoice} is disputed{}.", reason()),
+        Rank::FundsWithdrawn => {
+            format!("Disputed: Stripe withdrew the disputed payment{of_how_much} for {invoice}.")
+        }
+        Rank::FundsReinstated => {
+            format!("Disputed: Stripe returned the disputed payment{of_how_much} for {invoice}.")
+        }
+        Rank::DisputeClosed => format!(
+            "The dispute over the payment{of_how_much} for {invoice} was closed{}.",
+            result()
+        ),
+        _ => format!(
+            "The payment{of_how_much} for {invoice} is disputed{}.",
+            reason()
+        ),
     })
 }
 
 /// `: code: text.`, or just the full stop.
 fn because(reason: Option<&Reason>) -> String {
-    let Some(reason) = reason else { return ".".to_owned() };
-    let parts: Vec<String> = [&reason.code, &reason.message].into_iter().flatten().map(|part| clean(part)).collect();
+    let Some(reason) = reason else {
+        return ".".to_owned();
+    };
+    let parts: Vec<String> = [&reason.code, &reason.message]
+        .into_iter()
+        .flatten()
+        .map(|part| clean(part))
+        .collect();
     let text = parts.join(": ");
-    let stop = if text.ends_with(['.', '!', '?']) { "" } else { "." };
+    let stop = if text.ends_with(['.', '!', '?']) {
+        ""
+    } else {
+        "."
+    };
     format!(": {text}{stop}")
 }
 

@@ -1,7 +1,9 @@
 //! Amounts as a person reads them, by Stripe's exponents, which are not ISO 4217's.
 
-const NO_DECIMALS: [&str; 15] =
-    ["BIF", "CLP", "DJF", "GNF", "JPY", "KMF", "KRW", "MGA", "PYG", "RWF", "VND", "VUV", "XAF", "XOF", "XPF"];
+const NO_DECIMALS: [&str; 15] = [
+    "BIF", "CLP", "DJF", "GNF", "JPY", "KMF", "KRW", "MGA", "PYG", "RWF", "VND", "VUV", "XAF",
+    "XOF", "XPF",
+];
 const THREE_DECIMALS: [&str; 5] = ["BHD", "JOD", "KWD", "OMR", "TND"];
 /// Two decimals on the wire, and never used.
 const UNUSED_DECIMALS: [&str; 2] = ["ISK", "UGX"];
@@ -20,16 +22,25 @@ pub fn unit_of(code: &str) -> (usize, u64) {
 /// `1234.50 EUR` from minor units and Stripe's currency code: no grouping, never through a float. What is not three ASCII
 /// letters is no currency: then the minor units are said as such.
 pub fn amount(minor_units: i64, currency: Option<&str>) -> String {
-    let Some(currency) = currency else { return format!("{minor_units} minor units") };
+    let Some(currency) = currency else {
+        return format!("{minor_units} minor units");
+    };
     let code = currency.to_ascii_uppercase();
     if code.len() != 3 || !code.bytes().all(|b| b.is_ascii_uppercase()) {
         return format!("{minor_units} minor units of {code}");
     }
     let (decimals, unit) = unit_of(&code);
     let sign = if minor_units < 0 { "-" } else { "" };
-    let (whole, part) = (minor_units.unsigned_abs() / unit, minor_units.unsigned_abs() % unit);
+    let (whole, part) = (
+        minor_units.unsigned_abs() / unit,
+        minor_units.unsigned_abs() % unit,
+    );
     let hides_decimals = decimals == 0 || (part == 0 && UNUSED_DECIMALS.contains(&code.as_str()));
-    if hides_decimals { format!("{sign}{whole} {code}") } else { format!("{sign}{whole}.{part:0decimals$} {code}") }
+    if hides_decimals {
+        format!("{sign}{whole} {code}")
+    } else {
+        format!("{sign}{whole}.{part:0decimals$} {code}")
+    }
 }
 
 #[cfg(test)]

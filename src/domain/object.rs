@@ -180,22 +180,49 @@ impl Object {
     pub fn named(kind: &str, related: &Value) -> Option<Object> {
         let id = id_at(related, "id")?;
         Some(match object_of(kind) {
-            "invoice" => Object::Invoice(Box::new(Invoice { id, ..Default::default() })),
-            "invoice_payment" => Object::InvoicePayment(InvoicePayment { id, ..Default::default() }),
-            "payment_intent" => Object::PaymentIntent(PaymentIntent { id, ..Default::default() }),
-            "charge" => Object::Charge(Charge { id, ..Default::default() }),
-            "refund" => Object::Refund(Refund { id, ..Default::default() }),
-            "credit_note" => Object::CreditNote(CreditNote { id, ..Default::default() }),
-            "dispute" => Object::Dispute(Dispute { id, ..Default::default() }),
+            "invoice" => Object::Invoice(Box::new(Invoice {
+                id,
+                ..Default::default()
+            })),
+            "invoice_payment" => Object::InvoicePayment(InvoicePayment {
+                id,
+                ..Default::default()
+            }),
+            "payment_intent" => Object::PaymentIntent(PaymentIntent {
+                id,
+                ..Default::default()
+            }),
+            "charge" => Object::Charge(Charge {
+                id,
+                ..Default::default()
+            }),
+            "refund" => Object::Refund(Refund {
+                id,
+                ..Default::default()
+            }),
+            "credit_note" => Object::CreditNote(CreditNote {
+                id,
+                ..Default::default()
+            }),
+            "dispute" => Object::Dispute(Dispute {
+                id,
+                ..Default::default()
+            }),
             _ => return None,
         })
     }
 
     /// Ids of the objects named, the object's own first; `true` for an invoice's.
     pub fn names(&self) -> Vec<(&str, bool)> {
-        fn all<'a>(objects: &[Option<&'a String>], invoices: &[Option<&'a String>]) -> Vec<(&'a str, bool)> {
+        fn all<'a>(
+            objects: &[Option<&'a String>],
+            invoices: &[Option<&'a String>],
+        ) -> Vec<(&'a str, bool)> {
             let named = |ids: &[Option<&'a String>], is_invoice| {
-                ids.iter().flatten().map(|id| (id.as_str(), is_invoice)).collect::<Vec<_>>()
+                ids.iter()
+                    .flatten()
+                    .map(|id| (id.as_str(), is_invoice))
+                    .collect::<Vec<_>>()
             };
             [named(objects, false), named(invoices, true)].concat()
         }
@@ -203,18 +230,36 @@ impl Object {
             Object::Invoice(o) => {
                 let mut names = vec![(o.id.as_str(), true)];
                 names.extend(
-                    o.payments_named().chain(o.invoice_payments.iter().flatten().map(String::as_str)).map(|id| (id, false)),
+                    o.payments_named()
+                        .chain(o.invoice_payments.iter().flatten().map(String::as_str))
+                        .map(|id| (id, false)),
                 );
                 names
             }
-            Object::InvoicePayment(o) => all(&[Some(&o.id), o.payment_intent.as_ref(), o.charge.as_ref()], &[o.invoice.as_ref()]),
+            Object::InvoicePayment(o) => all(
+                &[Some(&o.id), o.payment_intent.as_ref(), o.charge.as_ref()],
+                &[o.invoice.as_ref()],
+            ),
             Object::PaymentIntent(o) => all(
-                &[Some(&o.id), o.latest_charge.as_ref(), o.error_charge.as_ref()],
+                &[
+                    Some(&o.id),
+                    o.latest_charge.as_ref(),
+                    o.error_charge.as_ref(),
+                ],
                 &[o.invoice.as_ref(), o.order_reference.as_ref()],
             ),
-            Object::Charge(o) => all(&[Some(&o.id), o.payment_intent.as_ref()], &[o.invoice.as_ref()]),
-            Object::Refund(o) => all(&[Some(&o.id), o.charge.as_ref(), o.payment_intent.as_ref()], &[o.invoice.as_ref()]),
-            Object::Dispute(o) => all(&[Some(&o.id), o.charge.as_ref(), o.payment_intent.as_ref()], &[o.invoice.as_ref()]),
+            Object::Charge(o) => all(
+                &[Some(&o.id), o.payment_intent.as_ref()],
+                &[o.invoice.as_ref()],
+            ),
+            Object::Refund(o) => all(
+                &[Some(&o.id), o.charge.as_ref(), o.payment_intent.as_ref()],
+                &[o.invoice.as_ref()],
+            ),
+            Object::Dispute(o) => all(
+                &[Some(&o.id), o.charge.as_ref(), o.payment_intent.as_ref()],
+                &[o.invoice.as_ref()],
+            ),
             Object::CreditNote(o) => all(&[Some(&o.id)], &[o.invoice.as_ref()]),
         }
     }
@@ -223,7 +268,11 @@ impl Object {
 impl Invoice {
     /// PaymentIntents and charges that this invoice names as its own.
     pub fn payments_named(&self) -> impl Iterator<Item = &str> {
-        self.payment_intent.iter().chain(&self.charge).chain(self.payments.iter().flatten()).map(String::as_str)
+        self.payment_intent
+            .iter()
+            .chain(&self.charge)
+            .chain(self.payments.iter().flatten())
+            .map(String::as_str)
     }
 }
 
@@ -241,7 +290,9 @@ fn invoice(id: String, json: &Value, previous: Option<&Value>) -> Invoice {
     // Transition times stood on the invoice itself before 2019-03-14.
     let transitions = json.get("status_transitions").unwrap_or(&Value::Null);
     let transition = |name| time(transitions, name).or_else(|| time(json, name));
-    let revised = json.get("from_invoice").filter(|f| text(f, "action").as_deref() == Some("revision"));
+    let revised = json
+        .get("from_invoice")
+        .filter(|f| text(f, "action").as_deref() == Some("revision"));
     Invoice {
         id,
         number: text(json, "number"),
@@ -256,7 +307,10 @@ fn invoice(id: String, json: &Value, previous: Option<&Value>) -> Invoice {
         attempted: boolean(json, "attempted"),
         attempt_count: whole(json, "attempt_count"),
         next_payment_attempt: time(json, "next_payment_attempt"),
-        no_next_attempt: json.get("next_payment_attempt").filter(|v| v.is_null()).map(|_| true),
+        no_next_attempt: json
+            .get("next_payment_attempt")
+            .filter(|v| v.is_null())
+            .map(|_| true),
         collection_method: text(json, "collection_method").or_else(|| text(json, "billing")),
         currency: text(json, "currency"),
         created: time(json, "created").or_else(|| time(json, "date")),
@@ -278,14 +332,26 @@ fn invoice(id: String, json: &Value, previous: Option<&Value>) -> Invoice {
 }
 
 fn invoice_payments(json: &Value) -> Option<Vec<String>> {
-    let ids: Vec<String> = json.pointer("/payments/data")?.as_array()?.iter().filter_map(|p| id_at(p, "id")).collect();
+    let ids: Vec<String> = json
+        .pointer("/payments/data")?
+        .as_array()?
+        .iter()
+        .filter_map(|p| id_at(p, "id"))
+        .collect();
     (!ids.is_empty()).then_some(ids)
 }
 
 /// `payments` is a list of InvoicePayments, there only when expanded.
 fn payments(json: &Value) -> Option<Vec<String>> {
-    let named = json.pointer("/payments/data")?.as_array()?.iter().filter_map(|p| p.get("payment"));
-    let ids: Vec<String> = named.flat_map(|p| [id_of(p, "payment_intent"), id_of(p, "charge")]).flatten().collect();
+    let named = json
+        .pointer("/payments/data")?
+        .as_array()?
+        .iter()
+        .filter_map(|p| p.get("payment"));
+    let ids: Vec<String> = named
+        .flat_map(|p| [id_of(p, "payment_intent"), id_of(p, "charge")])
+        .flatten()
+        .collect();
     (!ids.is_empty()).then_some(ids)
 }
 
@@ -315,13 +381,18 @@ fn payment_intent(id: String, json: &Value) -> PaymentIntent {
         bank_transfer_remaining: json
             .pointer("/next_action/display_bank_transfer_instructions")
             .and_then(|b| whole(b, "amount_remaining")),
-        order_reference: json.get("payment_details").and_then(|d| id_at(d, "order_reference")).filter(|r| is_invoice_id(r)),
+        order_reference: json
+            .get("payment_details")
+            .and_then(|d| id_at(d, "order_reference"))
+            .filter(|r| is_invoice_id(r)),
     }
 }
 
 /// `^in_[A-Za-z0-9]+$`: merchants may set an order reference to anything.
 fn is_invoice_id(reference: &str) -> bool {
-    reference.strip_prefix("in_").is_some_and(|rest| !rest.is_empty() && rest.bytes().all(|b| b.is_ascii_alphanumeric()))
+    reference
+        .strip_prefix("in_")
+        .is_some_and(|rest| !rest.is_empty() && rest.bytes().all(|b| b.is_ascii_alphanumeric()))
 }
 
 fn charge(id: String, json: &Value) -> Charge {
@@ -387,7 +458,10 @@ fn reason(error: &Value) -> Option<Reason> {
 
 /// A non-empty string. One with a NUL counts as absent: no id or text of Stripe's has one, and PostgreSQL cannot store it.
 pub(super) fn text(json: &Value, name: &str) -> Option<String> {
-    json.get(name)?.as_str().filter(|s| !s.is_empty() && !s.contains('\0')).map(str::to_owned)
+    json.get(name)?
+        .as_str()
+        .filter(|s| !s.is_empty() && !s.contains('\0'))
+        .map(str::to_owned)
 }
 
 /// Bytes of an id at most. Stripe's have no more; a longer one counts as absent, and no index of PostgreSQL's would take it.
@@ -413,7 +487,9 @@ pub(super) fn boolean(json: &Value, name: &str) -> Option<bool> {
 pub(super) fn whole(json: &Value, name: &str) -> Option<i64> {
     let number = json.get(name)?.as_number()?;
     let exact = |f: f64| (f.fract() == 0.0 && f.abs() < 9e15).then_some(f as i64);
-    number.as_i64().or_else(|| number.as_f64().filter(|_| !number.is_u64()).and_then(exact))
+    number
+        .as_i64()
+        .or_else(|| number.as_f64().filter(|_| !number.is_u64()).and_then(exact))
 }
 
 /// A time within the years that can be shown.

@@ -17,20 +17,36 @@ pub fn clean(text: &str) -> String {
 const REMOVED: &str = "[removed]";
 
 fn on_one_line(text: &str) -> String {
-    let words = text.split(|c: char| c.is_whitespace() || c.is_control()).filter(|word| !word.is_empty());
+    let words = text
+        .split(|c: char| c.is_whitespace() || c.is_control())
+        .filter(|word| !word.is_empty());
     words.collect::<Vec<_>>().join(" ")
 }
 
 fn shown(line: &str) -> String {
-    let mut shown: Vec<&str> = line.split(' ').map(|word| if is_private(word) { REMOVED } else { word }).collect();
+    let mut shown: Vec<&str> = line
+        .split(' ')
+        .map(|word| if is_private(word) { REMOVED } else { word })
+        .collect();
     shown.dedup_by(|word, before| *word == REMOVED && *before == REMOVED);
     shown.join(" ").chars().take(MOST_CHARACTERS).collect()
 }
 
 /// Addresses, links, tokens of hosted pages, and secrets.
 fn is_private(word: &str) -> bool {
-    const MARKS: [&str; 11] =
-        ["@", "://", "_secret_", "stripe.com/", "/live_", "/test_", "sk_live_", "sk_test_", "rk_live_", "rk_test_", "whsec_"];
+    const MARKS: [&str; 11] = [
+        "@",
+        "://",
+        "_secret_",
+        "stripe.com/",
+        "/live_",
+        "/test_",
+        "sk_live_",
+        "sk_test_",
+        "rk_live_",
+        "rk_test_",
+        "whsec_",
+    ];
     MARKS.iter().any(|mark| word.contains(mark))
 }
 
@@ -44,7 +60,10 @@ fn without_card_numbers(text: &str) -> String {
     let mut at = 0;
     while at < characters.len() {
         let end = end_of_number(&characters, at);
-        let digits = characters[at..end].iter().filter(|c| c.is_ascii_digit()).count();
+        let digits = characters[at..end]
+            .iter()
+            .filter(|c| c.is_ascii_digit())
+            .count();
         if digits >= CARD_DIGITS {
             cleaned.push_str(REMOVED);
         } else {

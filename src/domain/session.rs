@@ -29,26 +29,42 @@ pub fn issue(secrets: &SigningSecrets, key_id: &str, key_sha256: &[u8], now_s: i
 impl<'c> Claim<'c> {
     pub fn read(cookie: &'c str) -> Option<Claim<'c>> {
         let mut parts = cookie.split('.');
-        let (Some(key_id), Some(until), Some(hex), None) = (parts.next(), parts.next(), parts.next(), parts.next()) else {
+        let (Some(key_id), Some(until), Some(hex), None) =
+            (parts.next(), parts.next(), parts.next(), parts.next())
+        else {
             return None;
         };
         let mut tag = [0; 32];
         hex::decode_to_slice(hex, &mut tag).ok()?;
-        Some(Claim { key_id, until_s: until.parse().ok()?, tag })
+        Some(Claim {
+            key_id,
+            until_s: until.parse().ok()?,
+            tag,
+        })
     }
 
     /// Made by one of our secrets for the key with this hash, and not over.
     pub fn holds(&self, secrets: &SigningSecrets, key_sha256: &[u8], now_s: i64) -> bool {
         let tags = secrets.tags(&message(self.key_id, key_sha256, self.until_s));
-        let is_ours = tags.iter().fold(Choice::from(0), |any, tag| any | tag.ct_eq(&self.tag));
+        let is_ours = tags
+            .iter()
+            .fold(Choice::from(0), |any, tag| any | tag.ct_eq(&self.tag));
         // One that ends later than any was made for was made by a clock that is ahead.
-        bool::from(is_ours) && (now_s..=now_s.saturating_add(2 * LIFE_S)).contains(&self.until_s) && now_s != self.until_s
+        bool::from(is_ours)
+            && (now_s..=now_s.saturating_add(2 * LIFE_S)).contains(&self.until_s)
+            && now_s != self.until_s
     }
 }
 
 /// It begins with no number: what Stripe signs does.
 fn message(key_id: &str, key_sha256: &[u8], until_s: i64) -> Vec<u8> {
-    [b"session of a browser\n", &until_s.to_be_bytes()[..], key_sha256, key_id.as_bytes()].concat()
+    [
+        b"session of a browser\n",
+        &until_s.to_be_bytes()[..],
+        key_sha256,
+        key_id.as_bytes(),
+    ]
+    .concat()
 }
 
 #[cfg(test)]
@@ -70,8 +86,14 @@ mod tests {
         assert!(claim.holds(&ours, &hash, NOW) && claim.holds(&ours, &hash, NOW + LIFE_S - 1));
         assert!(!claim.holds(&ours, &hash, NOW + LIFE_S), "it is over");
         assert!(!claim.holds(&ours, &[8; 32], NOW), "it is of another key");
-        assert!(!claim.holds(&secrets("whsec_b"), &hash, NOW), "the database alone makes none");
-        assert!(claim.holds(&secrets("whsec_b,whsec_a"), &hash, NOW), "a rotated secret still counts");
+        assert!(
+            !claim.holds(&secrets("whsec_b"), &hash, NOW),
+            "the database alone makes none"
+        );
+        assert!(
+            claim.holds(&secrets("whsec_b,whsec_a"), &hash, NOW),
+            "a rotated secret still counts"
+        );
         let longer = cookie.replace(&(NOW + LIFE_S).to_string(), &(NOW + LIFE_S + 1).to_string());
         assert!(!Claim::read(&longer).unwrap().holds(&ours, &hash, NOW));
         let other = cookie.replace("key_1", "key_2");
@@ -82,7 +104,16 @@ mod tests {
     fn what_is_no_session_claims_nothing() {
         let cookie = issue(&secrets("whsec_a"), "key_1", &[7; 32], NOW);
         let shorter = &cookie[..cookie.len() - 2];
-        for wrong in ["", "key_1", "key_1.5", "key_1.x.00", shorter, &format!("{cookie}00"), &format!("{cookie}."), "é.1.é"] {
+        for wrong in [
+            "",
+            "key_1",
+            "key_1.5",
+            "key_1.x.00",
+            shorter,
+            &format!("{cookie}00"),
+            &format!("{cookie}."),
+            "é.1.é",
+        ] {
             assert_eq!(Claim::read(wrong), None, "{wrong}");
         }
     }

@@ -22,7 +22,10 @@ fn check_names(value: &Value, pointer: &str, faults: &mut Vec<Fault>) {
                 let here = child(pointer, name);
                 check_names(field, &here, faults);
                 if name == NAME_OF_A_DOCUMENT {
-                    faults.push(Fault { pointer: here, reason: "has a name that cannot be stored".to_owned() });
+                    faults.push(Fault {
+                        pointer: here,
+                        reason: "has a name that cannot be stored".to_owned(),
+                    });
                 }
             }
         }
@@ -56,14 +59,20 @@ struct Shape {
 }
 
 const fn shape(fields: &'static [(&'static str, Kind)]) -> Shape {
-    Shape { fields, required: &[] }
+    Shape {
+        fields,
+        required: &[],
+    }
 }
 
 const INT64: Kind = Kind::Whole(i64::MIN, i64::MAX);
 const INT8: Kind = Kind::Whole(-128, 127);
 
-static INVOICE: Shape =
-    shape(&[("metadata", Kind::Object(&METADATA)), ("spec", Kind::Object(&SPEC)), ("status", Kind::Object(&STATUS))]);
+static INVOICE: Shape = shape(&[
+    ("metadata", Kind::Object(&METADATA)),
+    ("spec", Kind::Object(&SPEC)),
+    ("status", Kind::Object(&STATUS)),
+]);
 
 static METADATA: Shape = shape(&[
     ("annotations", Kind::TextMap),
@@ -100,11 +109,17 @@ static CREDITS: Shape = shape(&[("alloyFreeCredits", INT64), ("pureFreeCredits",
 
 static PLAN: Shape = shape(&[
     ("freeCredits", Kind::List(&Kind::Object(&PLAN_CREDIT_USE))),
-    ("plantype", Kind::OneOf(&["Trial", "MonthlyOnDemand", "AnnualSubscription"])),
+    (
+        "plantype",
+        Kind::OneOf(&["Trial", "MonthlyOnDemand", "AnnualSubscription"]),
+    ),
     ("slaCredits", Kind::List(&Kind::Object(&PLAN_CREDIT_USE))),
 ]);
 
-static PLAN_CREDIT_USE: Shape = shape(&[("planCredit", Kind::Object(&PLAN_CREDIT)), ("totalCpuCoreHours", INT64)]);
+static PLAN_CREDIT_USE: Shape = shape(&[
+    ("planCredit", Kind::Object(&PLAN_CREDIT)),
+    ("totalCpuCoreHours", INT64),
+]);
 
 static PLAN_CREDIT: Shape = Shape {
     fields: &[
@@ -126,7 +141,10 @@ static STATUS: Shape = shape(&[
     ("stripeInvoiceId", Kind::Id),
 ]);
 
-static PRODUCTS: Shape = shape(&[("alloy", Kind::Object(&PRODUCT)), ("pure", Kind::Object(&PRODUCT))]);
+static PRODUCTS: Shape = shape(&[
+    ("alloy", Kind::Object(&PRODUCT)),
+    ("pure", Kind::Object(&PRODUCT)),
+]);
 
 static PRODUCT: Shape = shape(&[
     ("allocatedCredits", INT64),
@@ -149,14 +167,29 @@ static PROJECT: Shape = shape(&[
     ("usage", Kind::Object(&PROJECT_USAGE)),
 ]);
 
-static PROJECT_USAGE: Shape = shape(&[("alloy", Kind::Object(&USAGE)), ("pure", Kind::Object(&USAGE))]);
+static PROJECT_USAGE: Shape = shape(&[
+    ("alloy", Kind::Object(&USAGE)),
+    ("pure", Kind::Object(&USAGE)),
+]);
 
-static USAGE: Shape = shape(&[("amount", Kind::Number), ("tierPrice", Kind::Number), ("usedCredits", Kind::Number)]);
+static USAGE: Shape = shape(&[
+    ("amount", Kind::Number),
+    ("tierPrice", Kind::Number),
+    ("usedCredits", Kind::Number),
+]);
 
 static STATE: Shape = Shape {
     fields: &[
         ("paymentMsg", Kind::Text),
-        ("state", Kind::OneOf(&["Paid", "PaymentPending", "PaymentInProgress", "PaymentFailed"])),
+        (
+            "state",
+            Kind::OneOf(&[
+                "Paid",
+                "PaymentPending",
+                "PaymentInProgress",
+                "PaymentFailed",
+            ]),
+        ),
         ("timestamp", Kind::Time),
     ],
     required: &["state", "timestamp"],
@@ -181,7 +214,10 @@ fn check(value: &mut Value, kind: &Kind, pointer: &str, faults: &mut Vec<Fault>)
         Kind::TextMap => match value {
             Value::Object(fields) => {
                 for (name, _) in fields.iter().filter(|(_, value)| !value.is_string()) {
-                    faults.push(Fault { pointer: child(pointer, name), reason: "must be a string".to_owned() });
+                    faults.push(Fault {
+                        pointer: child(pointer, name),
+                        reason: "must be a string".to_owned(),
+                    });
                 }
                 return;
             }
@@ -208,10 +244,18 @@ fn check(value: &mut Value, kind: &Kind, pointer: &str, faults: &mut Vec<Fault>)
             None => "must be a string".to_owned(),
         },
     };
-    faults.push(Fault { pointer: pointer.to_owned(), reason });
+    faults.push(Fault {
+        pointer: pointer.to_owned(),
+        reason,
+    });
 }
 
-fn check_fields(fields: &mut Map<String, Value>, shape: &Shape, pointer: &str, faults: &mut Vec<Fault>) {
+fn check_fields(
+    fields: &mut Map<String, Value>,
+    shape: &Shape,
+    pointer: &str,
+    faults: &mut Vec<Fault>,
+) {
     for (name, kind) in shape.fields {
         match fields.get_mut(*name) {
             // Strict clients know no null: an absent field says the same.
@@ -220,8 +264,15 @@ fn check_fields(fields: &mut Map<String, Value>, shape: &Shape, pointer: &str, f
             None => {}
         }
     }
-    for name in shape.required.iter().filter(|name| !fields.contains_key(**name)) {
-        faults.push(Fault { pointer: child(pointer, name), reason: "is required".to_owned() });
+    for name in shape
+        .required
+        .iter()
+        .filter(|name| !fields.contains_key(**name))
+    {
+        faults.push(Fault {
+            pointer: child(pointer, name),
+            reason: "is required".to_owned(),
+        });
     }
 }
 
@@ -232,5 +283,7 @@ fn child(pointer: &str, name: &str) -> String {
 /// `2500` and `2500.0`.
 fn whole(value: &Value) -> Option<i64> {
     let exact = |f: f64| (f.fract() == 0.0 && f.abs() < 9.2e18).then_some(f as i64);
-    value.as_i64().or_else(|| value.as_f64().filter(|_| value.is_f64()).and_then(exact))
+    value
+        .as_i64()
+        .or_else(|| value.as_f64().filter(|_| value.is_f64()).and_then(exact))
 }

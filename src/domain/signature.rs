@@ -53,10 +53,18 @@ impl Refusal {
         match self {
             Refusal::Missing => "it has no Stripe-Signature header, so it is not Stripe's",
             Refusal::Several => "it has several Stripe-Signature headers, so it is not Stripe's",
-            Refusal::Malformed => "its Stripe-Signature header cannot be read, so it is not Stripe's",
-            Refusal::Mismatch => "no secret in STRIPE_WEBHOOK_SECRET signs it: the secret was rolled, or it is not Stripe's",
-            Refusal::Stale => "it is authentic and too old: this machine's clock is ahead, or somebody repeats it",
-            Refusal::Future => "it is authentic and from the future: this machine's clock is behind",
+            Refusal::Malformed => {
+                "its Stripe-Signature header cannot be read, so it is not Stripe's"
+            }
+            Refusal::Mismatch => {
+                "no secret in STRIPE_WEBHOOK_SECRET signs it: the secret was rolled, or it is not Stripe's"
+            }
+            Refusal::Stale => {
+                "it is authentic and too old: this machine's clock is ahead, or somebody repeats it"
+            }
+            Refusal::Future => {
+                "it is authentic and from the future: this machine's clock is behind"
+            }
         }
     }
 
@@ -82,7 +90,9 @@ impl SigningSecrets {
         let mut secrets: Vec<SigningSecret> = Vec::new();
         let mut keys: Vec<&str> = Vec::new();
         let mut mistakes = Vec::new();
-        let parts = text.split(|c: char| c == ',' || c.is_whitespace()).filter(|part| !part.is_empty());
+        let parts = text
+            .split(|c: char| c == ',' || c.is_whitespace())
+            .filter(|part| !part.is_empty());
         for (index, part) in parts.enumerate() {
             let place = index + 1;
             let (label, key) = match part.split_once('=') {
@@ -92,7 +102,9 @@ impl SigningSecrets {
             if key.is_empty() {
                 mistakes.push(format!("the signing secret labelled `{label}` is empty"));
             } else if !key.bytes().all(|b| b.is_ascii_graphic()) {
-                mistakes.push(format!("the signing secret `{label}` has characters that are not printable ASCII"));
+                mistakes.push(format!(
+                    "the signing secret `{label}` has characters that are not printable ASCII"
+                ));
             } else if keys.contains(&key) {
                 mistakes.push(format!("the signing secret `{label}` is given twice"));
             } else if secrets.iter().any(|s| s.label == label) {
@@ -105,7 +117,11 @@ impl SigningSecrets {
         if secrets.is_empty() && mistakes.is_empty() {
             mistakes.push("no signing secret is given".to_owned());
         }
-        if mistakes.is_empty() { Ok(SigningSecrets(secrets)) } else { Err(mistakes) }
+        if mistakes.is_empty() {
+            Ok(SigningSecrets(secrets))
+        } else {
+            Err(mistakes)
+        }
     }
 
     /// The one that replayed deliveries are signed with.
@@ -115,18 +131,46 @@ impl SigningSecrets {
 
     pub fn names(&self) -> Vec<SecretName> {
         let mark = |tag: [u8; 32]| hex::encode(&tag[..4]);
-        let marks = self.tags(b"which secret goes by its label").into_iter().map(mark);
-        self.0.iter().zip(marks).map(|(secret, mark)| SecretName { label: secret.label.clone(), mark }).collect()
+        let marks = self
+            .tags(b"which secret goes by its label")
+            .into_iter()
+            .map(mark);
+        self.0
+            .iter()
+            .zip(marks)
+            .map(|(secret, mark)| SecretName {
+                label: secret.label.clone(),
+                mark,
+            })
+            .collect()
     }
 
     /// What each secret makes of a message that is not a delivery: it must not begin with a number, as what Stripe signs does.
     pub fn tags(&self, message: &[u8]) -> Vec<[u8; 32]> {
-        self.0.iter().map(|secret| secret.mac.clone().chain_update(message).finalize().into_bytes().into()).collect()
+        self.0
+            .iter()
+            .map(|secret| {
+                secret
+                    .mac
+                    .clone()
+                    .chain_update(message)
+                    .finalize()
+                    .into_bytes()
+                    .into()
+            })
+            .collect()
     }
 
     /// Begins to verify a body, which may come in parts.
     pub fn verifier<'s, 'h>(&'s self, header: &'h SignatureHeader) -> Verifier<'s, 'h> {
-        Verifier { header, signers: self.0.iter().map(|secret| (secret, secret.begin(header.timestamp))).collect() }
+        Verifier {
+            header,
+            signers: self
+                .0
+                .iter()
+                .map(|secret| (secret, secret.begin(header.timestamp)))
+                .collect(),
+        }
     }
 }
 
@@ -139,7 +183,9 @@ pub struct Verifier<'s, 'h> {
 impl<'s> Verifier<'s, '_> {
     /// The next part of the body.
     pub fn update(&mut self, part: &[u8]) {
-        self.signers.iter_mut().for_each(|(_, mac)| mac.update(part));
+        self.signers
+            .iter_mut()
+            .for_each(|(_, mac)| mac.update(part));
     }
 
     /// The label of the secret that signed this body.
@@ -153,7 +199,13 @@ impl<'s> Verifier<'s, '_> {
         let mut signer = None;
         for (secret, mac) in self.signers {
             let expected: [u8; 32] = mac.finalize().into_bytes().into();
-            let matched = self.header.signatures.iter().fold(Choice::from(0), |any, signature| any | signature.ct_eq(&expected));
+            let matched = self
+                .header
+                .signatures
+                .iter()
+                .fold(Choice::from(0), |any, signature| {
+                    any | signature.ct_eq(&expected)
+                });
             if bool::from(matched) && signer.is_none() {
                 signer = Some(secret.label.as_str());
             }
@@ -170,7 +222,11 @@ impl<'s> Verifier<'s, '_> {
 /// A secret that has a `=` in it is none: labels are shown.
 fn is_label(text: &str) -> bool {
     let is_secret = text.starts_with("whsec_");
-    !is_secret && (1..=64).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
+    !is_secret
+        && (1..=64).contains(&text.len())
+        && text
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
 }
 
 impl SigningSecret {
@@ -226,7 +282,9 @@ impl<'h> SignatureHeader<'h> {
         let mut signatures = Vec::new();
         for element in header.split(|b| *b == b',') {
             let element = element.trim_ascii();
-            let Some(equals) = element.iter().position(|b| *b == b'=') else { continue };
+            let Some(equals) = element.iter().position(|b| *b == b'=') else {
+                continue;
+            };
             let value = &element[equals + 1..];
             match &element[..equals] {
                 b"t" if timestamp.is_some() => return None,
@@ -240,9 +298,14 @@ impl<'h> SignatureHeader<'h> {
                 _ => {}
             }
         }
-        let timestamp = timestamp.filter(|t| (1..=12).contains(&t.len()) && t.iter().all(u8::is_ascii_digit))?;
+        let timestamp = timestamp
+            .filter(|t| (1..=12).contains(&t.len()) && t.iter().all(u8::is_ascii_digit))?;
         let timestamp_s = std::str::from_utf8(timestamp).ok()?.parse().ok()?;
-        (!signatures.is_empty()).then_some(SignatureHeader { timestamp, timestamp_s, signatures })
+        (!signatures.is_empty()).then_some(SignatureHeader {
+            timestamp,
+            timestamp_s,
+            signatures,
+        })
     }
 }
 
@@ -279,7 +342,12 @@ mod tests {
     fn known_vectors_verify() {
         let vectors: [(i64, &str, &[u8], &str); 3] = [
             (NOW, "whsec_test_secret", BODY, TAG),
-            (1_700_000_000, "test_secret", b"{}", "c561c5814cba8a0cd366ee43292d205cf59c9635ad120894be1ef80c0af72b76"),
+            (
+                1_700_000_000,
+                "test_secret",
+                b"{}",
+                "c561c5814cba8a0cd366ee43292d205cf59c9635ad120894be1ef80c0af72b76",
+            ),
             (
                 1_614_556_800,
                 "whsec_test_secret",
@@ -290,7 +358,11 @@ mod tests {
         for (time, secret, body, tag) in vectors {
             let secrets = SigningSecrets::parse(secret).unwrap();
             let header = format!("t={time},v1={tag}");
-            assert_eq!(secrets.verify_line(&header, body, time), Ok("secret-1"), "{secret}");
+            assert_eq!(
+                secrets.verify_line(&header, body, time),
+                Ok("secret-1"),
+                "{secret}"
+            );
             assert_eq!(sign(secrets.first(), time, body), header);
         }
     }
@@ -310,7 +382,12 @@ mod tests {
             format!("{}t={NOW},v1={TAG}", "x,".repeat(100_000)),
         ];
         for header in accepted {
-            assert_eq!(verify(&header).as_deref(), Ok("secret-1"), "{}", &header[..header.len().min(200)]);
+            assert_eq!(
+                verify(&header).as_deref(),
+                Ok("secret-1"),
+                "{}",
+                &header[..header.len().min(200)]
+            );
         }
     }
 
@@ -341,7 +418,10 @@ mod tests {
         let header = format!("t={NOW},v1={TAG}");
         let refusal = |lines: &[&[u8]]| SignatureHeader::read(lines).err();
         assert_eq!(refusal(&[]), Some(Refusal::Missing));
-        assert_eq!(refusal(&[header.as_bytes(), header.as_bytes()]), Some(Refusal::Several));
+        assert_eq!(
+            refusal(&[header.as_bytes(), header.as_bytes()]),
+            Some(Refusal::Several)
+        );
         assert_eq!(refusal(&[header.as_bytes()]), None);
     }
 
@@ -350,10 +430,23 @@ mod tests {
         let secrets = SigningSecrets::parse("whsec_test_secret").unwrap();
         let other = SigningSecrets::parse("test_secret").unwrap();
         let header = format!("t={NOW},v1={TAG}");
-        assert_eq!(other.verify_line(&header, BODY, NOW), Err(Refusal::Mismatch));
-        assert_eq!(secrets.verify_line(&header, b"{}", NOW), Err(Refusal::Mismatch));
-        assert_eq!(verify(&format!("t={},v1={TAG}", NOW + 1)), Err(Refusal::Mismatch));
-        assert_eq!(verify(&format!("t=0{NOW},v1={TAG}")), Err(Refusal::Mismatch), "t is hashed as it stands");
+        assert_eq!(
+            other.verify_line(&header, BODY, NOW),
+            Err(Refusal::Mismatch)
+        );
+        assert_eq!(
+            secrets.verify_line(&header, b"{}", NOW),
+            Err(Refusal::Mismatch)
+        );
+        assert_eq!(
+            verify(&format!("t={},v1={TAG}", NOW + 1)),
+            Err(Refusal::Mismatch)
+        );
+        assert_eq!(
+            verify(&format!("t=0{NOW},v1={TAG}")),
+            Err(Refusal::Mismatch),
+            "t is hashed as it stands"
+        );
     }
 
     #[test]
@@ -365,7 +458,10 @@ mod tests {
         assert_eq!(at(NOW - 300), Ok("secret-1"));
         assert_eq!(at(NOW - 301), Err(Refusal::Future));
         let forged = format!("t={},v1={TAG}", NOW - 1000);
-        assert_eq!(secrets.verify_line(&forged, BODY, NOW), Err(Refusal::Mismatch));
+        assert_eq!(
+            secrets.verify_line(&forged, BODY, NOW),
+            Err(Refusal::Mismatch)
+        );
     }
 
     #[test]
@@ -374,17 +470,24 @@ mod tests {
         let old = SigningSecrets::parse("old=whsec_old").unwrap();
         let new = SigningSecrets::parse("new=whsec_new").unwrap();
         let tag = |secrets: &SigningSecrets| hex::encode(secrets.first().tag(b"100", BODY));
-        for header in [format!("t=100,v1={},v1={}", tag(&old), tag(&new)), format!("t=100,v1={},v1={}", tag(&new), tag(&old))] {
+        for header in [
+            format!("t=100,v1={},v1={}", tag(&old), tag(&new)),
+            format!("t=100,v1={},v1={}", tag(&new), tag(&old)),
+        ] {
             assert_eq!(old.verify_line(&header, BODY, 100), Ok("old"));
             assert_eq!(new.verify_line(&header, BODY, 100), Ok("new"));
             assert_eq!(both.verify_line(&header, BODY, 100), Ok("new"));
         }
-        assert_eq!(both.verify_line(&format!("t=100,v1={}", tag(&old)), BODY, 100), Ok("old"));
+        assert_eq!(
+            both.verify_line(&format!("t=100,v1={}", tag(&old)), BODY, 100),
+            Ok("old")
+        );
     }
 
     #[test]
     fn mistakes_in_the_secrets_are_all_named_and_none_is_shown() {
-        let mistakes = SigningSecrets::parse("a=whsec_1,a=whsec_2 b=whsec_1,c=,d=whséc").unwrap_err();
+        let mistakes =
+            SigningSecrets::parse("a=whsec_1,a=whsec_2 b=whsec_1,c=,d=whséc").unwrap_err();
         assert_eq!(
             mistakes,
             [
@@ -394,7 +497,10 @@ mod tests {
                 "the signing secret `d` has characters that are not printable ASCII",
             ]
         );
-        assert_eq!(SigningSecrets::parse(" , ").unwrap_err(), ["no signing secret is given"]);
+        assert_eq!(
+            SigningSecrets::parse(" , ").unwrap_err(),
+            ["no signing secret is given"]
+        );
     }
 
     #[test]

@@ -43,7 +43,11 @@ pub fn judge(hours: &BTreeSet<i64>, last_ms: i64, now_ms: i64) -> Option<Unusual
         return (missed >= MISSED).then_some(Unusual::Missed(missed));
     }
     let known: Vec<i64> = hours.iter().copied().collect();
-    let longest = known.windows(2).map(|pair| pair[1] - pair[0] - 1).max().unwrap_or_default();
+    let longest = known
+        .windows(2)
+        .map(|pair| pair[1] - pair[0] - 1)
+        .max()
+        .unwrap_or_default();
     let length = silent.end - silent.start;
     (length >= SHORTEST && length > 2 * longest).then_some(Unusual::Longest(longest))
 }
@@ -78,7 +82,10 @@ mod tests {
         let few = hours(28, |day, hour| (day * 7 + 3) % 24 == hour);
         assert_eq!(judged(&few, MONDAY + 12), None);
         let day = hours(10, |_, _| false);
-        assert_eq!(judge(&day, MONDAY * HOUR_MS, (MONDAY + 100) * HOUR_MS), None);
+        assert_eq!(
+            judge(&day, MONDAY * HOUR_MS, (MONDAY + 100) * HOUR_MS),
+            None
+        );
     }
 
     #[test]

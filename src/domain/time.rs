@@ -25,19 +25,28 @@ pub fn parse_time(text: &str) -> Result<i64, String> {
     let bad = || "must be a date-time such as 2026-01-31T09:15:00Z (RFC 3339)".to_owned();
     let bytes = text.as_bytes();
     let (digits, rest) = bytes.split_at_checked(19).ok_or_else(bad)?;
-    let fits = digits.iter().zip(b"0000-00-00t00:00:00").all(|(byte, shape)| match shape {
-        b'0' => byte.is_ascii_digit(),
-        separator => byte.to_ascii_lowercase() == *separator,
-    });
+    let fits = digits
+        .iter()
+        .zip(b"0000-00-00t00:00:00")
+        .all(|(byte, shape)| match shape {
+            b'0' => byte.is_ascii_digit(),
+            separator => byte.to_ascii_lowercase() == *separator,
+        });
     let fraction = match rest.strip_prefix(b".") {
         Some(fraction) => fraction.iter().take_while(|b| b.is_ascii_digit()).count(),
         None => 0,
     };
-    let zone = &rest[if rest.first() == Some(&b'.') { fraction + 1 } else { 0 }..];
+    let zone = &rest[if rest.first() == Some(&b'.') {
+        fraction + 1
+    } else {
+        0
+    }..];
     let zone_fits = match zone {
         [b'Z' | b'z'] => true,
         [b'+' | b'-', h1, h2, b':', m1, m2] => {
-            [h1, h2, m1, m2].iter().all(|b| b.is_ascii_digit()) && [*h1, *h2].as_slice() < b"24".as_slice() && *m1 < b'6'
+            [h1, h2, m1, m2].iter().all(|b| b.is_ascii_digit())
+                && [*h1, *h2].as_slice() < b"24".as_slice()
+                && *m1 < b'6'
         }
         _ => false,
     };
@@ -46,11 +55,19 @@ pub fn parse_time(text: &str) -> Result<i64, String> {
         return Err(bad());
     }
     // Nanoseconds are the finest that jiff reads, and milliseconds the finest that are kept.
-    let exact =
-        format!("{}.{:0<3}{}", &text[..19], &text[20.min(text.len())..][..fraction.min(3)], &text[text.len() - zone.len()..]);
+    let exact = format!(
+        "{}.{:0<3}{}",
+        &text[..19],
+        &text[20.min(text.len())..][..fraction.min(3)],
+        &text[text.len() - zone.len()..]
+    );
     let time: jiff::Timestamp = exact.parse().map_err(|_| bad())?;
     let ms = time.as_millisecond();
-    if (FIRST_MS..=LAST_MS).contains(&ms) { Ok(ms) } else { Err("must lie in the years 0001 to 9999".to_owned()) }
+    if (FIRST_MS..=LAST_MS).contains(&ms) {
+        Ok(ms)
+    } else {
+        Err("must lie in the years 0001 to 9999".to_owned())
+    }
 }
 
 #[cfg(test)]
@@ -62,12 +79,19 @@ mod tests {
         let good = [
             ("2026-01-31T09:15:00Z", "2026-01-31T09:15:00.000Z"),
             ("2026-01-31t09:15:00.5z", "2026-01-31T09:15:00.500Z"),
-            ("2026-01-31T09:15:00.123456789012-00:30", "2026-01-31T09:45:00.123Z"),
+            (
+                "2026-01-31T09:15:00.123456789012-00:30",
+                "2026-01-31T09:45:00.123Z",
+            ),
             ("0001-01-01T00:00:00Z", "0001-01-01T00:00:00.000Z"),
             ("1969-12-31T23:59:59.9999Z", "1969-12-31T23:59:59.999Z"),
         ];
         for (text, normal) in good {
-            assert_eq!(parse_time(text).map(timestamp).as_deref(), Ok(normal), "{text}");
+            assert_eq!(
+                parse_time(text).map(timestamp).as_deref(),
+                Ok(normal),
+                "{text}"
+            );
         }
         let bad = [
             "",

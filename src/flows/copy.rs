@@ -5,7 +5,9 @@
 //! that were forgotten, readings that were rebuilt, keys that were revoked.
 
 use super::invoices::render;
-use crate::store::{Cell, CopyTarget, InvoiceCursor, Page, Row, Store, StoreError, StoredInvoice, Table};
+use crate::store::{
+    Cell, CopyTarget, InvoiceCursor, Page, Row, Store, StoreError, StoredInvoice, Table,
+};
 
 /// Invoices whose histories are read at a time.
 const INVOICES: u32 = 100;
@@ -19,7 +21,9 @@ pub enum CopyError {
     /// Nothing was written.
     #[error("{0}")]
     Refused(String),
-    #[error("another copy into this database has begun, or a command that writes to it: this one stops")]
+    #[error(
+        "another copy into this database has begun, or a command that writes to it: this one stops"
+    )]
     Overtaken,
 }
 
@@ -75,11 +79,21 @@ impl<'s> Copying<'s> {
     pub async fn begin(source: &'s Store, target: &'s Store) -> Result<Copying<'s>, CopyError> {
         let refused = |reason: &str| Err(CopyError::Refused(reason.to_owned()));
         if !source.holds_rows().await? {
-            return refused("DATABASE_URL names a database that holds nothing: is it the one to copy from?");
+            return refused(
+                "DATABASE_URL names a database that holds nothing: is it the one to copy from?",
+            );
         }
-        let (id, run) = (source.copy_id(rand::random_range(1..i64::MAX)).await?, rand::random_range(1..i64::MAX));
+        let (id, run) = (
+            source.copy_id(rand::random_range(1..i64::MAX)).await?,
+            rand::random_range(1..i64::MAX),
+        );
         match target.begin_copy(id, run).await? {
-            CopyTarget::Ready => Ok(Copying { source, target, run, report: Report::default() }),
+            CopyTarget::Ready => Ok(Copying {
+                source,
+                target,
+                run,
+                report: Report::default(),
+            }),
             CopyTarget::InUse => refused(
                 "the database to copy to is in use: a command other than copy has written to it, and what it wrote would be lost. \
                  Copy to an empty database",
@@ -99,7 +113,10 @@ impl<'s> Copying<'s> {
     ///
     /// # Errors
     /// A database cannot be reached, or another process writes to the target: what was carried stays, and the next run goes on.
-    pub async fn carry(&mut self, mut progress: impl FnMut(&'static str, u64)) -> Result<(), CopyError> {
+    pub async fn carry(
+        &mut self,
+        mut progress: impl FnMut(&'static str, u64),
+    ) -> Result<(), CopyError> {
         for table in Table::ALL {
             let mut carried = Carried::default();
             let mut after: Option<Vec<Cell>> = None;
@@ -108,8 +125,11 @@ impl<'s> Copying<'s> {
                     self.source.rows_after(table, after.as_deref()),
                     self.target.rows_after(table, after.as_deref())
                 )?;
-                let (pairs, next) =
-                    side_by_side((here.rows, here.is_last), (there.rows, there.is_last), |row| row.key().to_vec());
+                let (pairs, next) = side_by_side(
+                    (here.rows, here.is_last),
+                    (there.rows, there.is_last),
+                    |row| row.key().to_vec(),
+                );
                 self.carry_page(table, pairs, &mut carried).await?;
                 progress(table.name, carried.rows);
                 if next.is_none() {
@@ -122,7 +142,12 @@ impl<'s> Copying<'s> {
         Ok(())
     }
 
-    async fn carry_page(&self, table: Table, pairs: Vec<Pair<Row>>, carried: &mut Carried) -> Result<(), CopyError> {
+    async fn carry_page(
+        &self,
+        table: Table,
+        pairs: Vec<Pair<Row>>,
+        carried: &mut Carried,
+    ) -> Result<(), CopyError> {
         // Rows that follow one another are read and written together.
         let (mut stretches, mut gone) = (vec![Vec::new()], Vec::new());
         for pair in pairs {
@@ -130,8 +155,15 @@ impl<'s> Copying<'s> {
             match pair {
                 (Some(here), Some(there)) if here == there => stretches.push(Vec::new()),
                 (Some(here), there) => {
-                    *(if there.is_some() { &mut carried.changed } else { &mut carried.new }) += 1;
-                    stretches.last_mut().expect("there is one from the start").push(here);
+                    *(if there.is_some() {
+                        &mut carried.changed
+                    } else {
+                        &mut carried.new
+                    }) += 1;
+                    stretches
+                        .last_mut()
+                        .expect("there is one from the start")
+                        .push(here);
                 }
                 (None, Some(there)) => gone.push(there),
                 (None, None) => {}
@@ -143,7 +175,11 @@ impl<'s> Copying<'s> {
         }
         if !table.has_payload() {
             let changed = stretches.concat();
-            return if changed.is_empty() { Ok(()) } else { self.write(table, &changed, &[]).await };
+            return if changed.is_empty() {
+                Ok(())
+            } else {
+                self.write(table, &changed, &[]).await
+            };
         }
         for stretch in stretches {
             self.carry_whole(table, &stretch).await?;
@@ -155,9 +191,14 @@ impl<'s> Copying<'s> {
     async fn carry_whole(&self, table: Table, stretch: &[Row]) -> Result<(), CopyError> {
         let mut left = stretch;
         while let [first, .., last] | [first @ last] = left {
-            let Page { rows, is_last } = self.source.rows_between(table, first.key(), last.key()).await?;
+            let Page { rows, is_last } = self
+                .source
+                .rows_between(table, first.key(), last.key())
+                .await?;
             // Where nothing is left of them, they went away meanwhile.
-            let Some(end) = rows.last().map(|row| row.key().to_vec()) else { break };
+            let Some(end) = rows.last().map(|row| row.key().to_vec()) else {
+                break;
+            };
             self.write(table, &rows, &[]).await?;
             if is_last {
                 break;
@@ -182,11 +223,22 @@ impl<'s> Copying<'s> {
         let mut after: Option<InvoiceCursor> = None;
         loop {
             let (here, there) = tokio::try_join!(
-                self.source.invoices_page(None, None, after.as_ref(), INVOICES),
-                self.target.invoices_page(None, None, after.as_ref(), INVOICES)
+                self.source
+                    .invoices_page(None, None, after.as_ref(), INVOICES),
+                self.target
+                    .invoices_page(None, None, after.as_ref(), INVOICES)
             )?;
-            let (here_ends, there_ends) = (here.len() < INVOICES as usize, there.len() < INVOICES as usize);
-            let newest_first = |i: &StoredInvoice| (std::cmp::Reverse(i.stored_ms), i.tenant_uid.clone(), i.invoice_uid.clone());
+            let (here_ends, there_ends) = (
+                here.len() < INVOICES as usize,
+                there.len() < INVOICES as usize,
+            );
+            let newest_first = |i: &StoredInvoice| {
+                (
+                    std::cmp::Reverse(i.stored_ms),
+                    i.tenant_uid.clone(),
+                    i.invoice_uid.clone(),
+                )
+            };
             let (pairs, next) = side_by_side((here, here_ends), (there, there_ends), newest_first);
             for pair in pairs {
                 self.report.compared += 1;
@@ -197,16 +249,32 @@ impl<'s> Copying<'s> {
                 }
             }
             progress(self.report.compared);
-            let Some((std::cmp::Reverse(stored_ms), tenant_uid, invoice_uid)) = next else { return Ok(self.report) };
-            after = Some(InvoiceCursor { stored_ms, tenant_uid, invoice_uid });
+            let Some((std::cmp::Reverse(stored_ms), tenant_uid, invoice_uid)) = next else {
+                return Ok(self.report);
+            };
+            after = Some(InvoiceCursor {
+                stored_ms,
+                tenant_uid,
+                invoice_uid,
+            });
         }
     }
 }
 
 fn difference(pair: Pair<StoredInvoice>) -> Option<Differing> {
     let differs = |of: StoredInvoice, how| {
-        let StoredInvoice { tenant_uid, invoice_uid, stripe_invoice_id, .. } = of;
-        Some(Differing { tenant_uid, invoice_uid, stripe_invoice_id, how })
+        let StoredInvoice {
+            tenant_uid,
+            invoice_uid,
+            stripe_invoice_id,
+            ..
+        } = of;
+        Some(Differing {
+            tenant_uid,
+            invoice_uid,
+            stripe_invoice_id,
+            how,
+        })
     };
     match pair {
         (Some(here), Some(there)) if answer(&here) == answer(&there) => None,
@@ -219,7 +287,9 @@ fn difference(pair: Pair<StoredInvoice>) -> Option<Differing> {
 
 /// As HTTP gives it. What is damaged is as damaged in the copy.
 fn answer(invoice: &StoredInvoice) -> Result<String, String> {
-    render(invoice).map(|document| document.to_string()).map_err(|error| error.to_string())
+    render(invoice)
+        .map(|document| document.to_string())
+        .map_err(|error| error.to_string())
 }
 
 /// What stands on either side under one key.
@@ -227,14 +297,30 @@ type Pair<T> = (Option<T>, Option<T>);
 
 /// Two pages in the same order, side by side, as far as both reach (true: nothing follows on that side); and the key after which to
 /// go on. None: that was all.
-fn side_by_side<T, K: Ord>(here: (Vec<T>, bool), there: (Vec<T>, bool), key: impl Fn(&T) -> K) -> (Vec<Pair<T>>, Option<K>) {
-    let reach = |(rows, is_last): &(Vec<T>, bool)| if *is_last { None } else { rows.last().map(&key) };
+fn side_by_side<T, K: Ord>(
+    here: (Vec<T>, bool),
+    there: (Vec<T>, bool),
+    key: impl Fn(&T) -> K,
+) -> (Vec<Pair<T>>, Option<K>) {
+    let reach = |(rows, is_last): &(Vec<T>, bool)| {
+        if *is_last {
+            None
+        } else {
+            rows.last().map(&key)
+        }
+    };
     let end = [reach(&here), reach(&there)].into_iter().flatten().min();
     let is_within = |row: &T| end.as_ref().is_none_or(|end| key(row) <= *end);
-    let (mut here, mut there) = (here.0.into_iter().peekable(), there.0.into_iter().peekable());
+    let (mut here, mut there) = (
+        here.0.into_iter().peekable(),
+        there.0.into_iter().peekable(),
+    );
     let mut pairs = Vec::new();
     loop {
-        let (left, right) = (here.peek().filter(|row| is_within(row)), there.peek().filter(|row| is_within(row)));
+        let (left, right) = (
+            here.peek().filter(|row| is_within(row)),
+            there.peek().filter(|row| is_within(row)),
+        );
         let order = match (left, right) {
             (None, None) => return (pairs, end),
             (Some(_), None) => std::cmp::Ordering::Less,
@@ -256,12 +342,30 @@ mod tests {
     #[test]
     fn pages_are_laid_side_by_side_as_far_as_both_reach() {
         let lay = |here: (&[i32], bool), there: (&[i32], bool)| {
-            side_by_side((here.0.to_vec(), here.1), (there.0.to_vec(), there.1), |n| *n)
+            side_by_side(
+                (here.0.to_vec(), here.1),
+                (there.0.to_vec(), there.1),
+                |n| *n,
+            )
         };
         let (pairs, next) = lay((&[1, 2, 4], false), (&[2, 3, 5], true));
-        assert_eq!((pairs, next), (vec![(Some(1), None), (Some(2), Some(2)), (None, Some(3)), (Some(4), None)], Some(4)));
+        assert_eq!(
+            (pairs, next),
+            (
+                vec![
+                    (Some(1), None),
+                    (Some(2), Some(2)),
+                    (None, Some(3)),
+                    (Some(4), None)
+                ],
+                Some(4)
+            )
+        );
         let (pairs, next) = lay((&[1, 2], false), (&[1, 3, 4], false));
-        assert_eq!((pairs, next), (vec![(Some(1), Some(1)), (Some(2), None)], Some(2)));
+        assert_eq!(
+            (pairs, next),
+            (vec![(Some(1), Some(1)), (Some(2), None)], Some(2))
+        );
         let (pairs, next) = lay((&[7], true), (&[], true));
         assert_eq!((pairs, next), (vec![(Some(7), None)], None));
         assert_eq!(lay((&[], true), (&[], true)), (vec![], None));

@@ -74,9 +74,14 @@ fn read(mut reader: impl BufRead, each: Each) -> io::Result<()> {
             let mut second = Vec::new();
             reader.read_until(b'\n', &mut second)?;
             if second.first() == Some(&b'{') && is_whole(&second) {
-                report(line, &head, each).map_or(Ok(()), |()| read_lines(line + 1, second, reader, each))
+                report(line, &head, each)
+                    .map_or(Ok(()), |()| read_lines(line + 1, second, reader, each))
             } else {
-                read_one(line, io::Cursor::new([head, second].concat()).chain(reader), each)
+                read_one(
+                    line,
+                    io::Cursor::new([head, second].concat()).chain(reader),
+                    each,
+                )
             }
         }
     }
@@ -86,7 +91,12 @@ fn is_whole(text: &[u8]) -> bool {
     serde_json::from_slice::<&RawValue>(text).is_ok()
 }
 
-fn read_lines(mut line: usize, mut text: Vec<u8>, mut reader: impl BufRead, each: Each) -> io::Result<()> {
+fn read_lines(
+    mut line: usize,
+    mut text: Vec<u8>,
+    mut reader: impl BufRead,
+    each: Each,
+) -> io::Result<()> {
     loop {
         if !text.trim_ascii().is_empty() && report(line, &text, each).is_none() {
             return Ok(());
@@ -117,7 +127,12 @@ fn report(line: usize, text: &[u8], each: Each) -> Option<()> {
     if let Ok(list) = serde_json::from_slice::<List>(text)
         && list.object == "list"
     {
-        return list.data.iter().try_for_each(|item| goes_on(each(Document { line, text: Ok(item.get().to_owned()) })));
+        return list.data.iter().try_for_each(|item| {
+            goes_on(each(Document {
+                line,
+                text: Ok(item.get().to_owned()),
+            }))
+        });
     }
     let text = match serde_json::from_slice::<&RawValue>(text) {
         Ok(raw) => Ok(raw.get().to_owned()),
@@ -131,20 +146,38 @@ fn goes_on(flow: ControlFlow<()>) -> Option<()> {
 }
 
 fn not_json(error: &serde_json::Error, first_line: usize) -> String {
-    let what = if error.is_eof() { "ends in the middle of a document" } else { "is not JSON" };
-    format!("{what} (line {}, column {})", first_line + error.line().max(1) - 1, error.column())
+    let what = if error.is_eof() {
+        "ends in the middle of a document"
+    } else {
+        "is not JSON"
+    };
+    format!(
+        "{what} (line {}, column {})",
+        first_line + error.line().max(1) - 1,
+        error.column()
+    )
 }
 
 fn read_array(line: usize, reader: impl BufRead, each: Each) -> io::Result<()> {
     let lines = Rc::new(Cell::new(line));
-    let counting = CountingLines { inner: reader, lines: lines.clone() };
+    let counting = CountingLines {
+        inner: reader,
+        lines: lines.clone(),
+    };
     let mut json = serde_json::Deserializer::from_reader(counting);
-    let read =
-        json.deserialize_seq(Items { lines: &lines, each: &mut *each }).and_then(|done| if done { json.end() } else { Ok(()) });
+    let read = json
+        .deserialize_seq(Items {
+            lines: &lines,
+            each: &mut *each,
+        })
+        .and_then(|done| if done { json.end() } else { Ok(()) });
     match read {
         Err(error) if error.is_io() => Err(error.into()),
         Err(error) => {
-            let _ = each(Document { line: lines.get(), text: Err(not_json(&error, line)) });
+            let _ = each(Document {
+                line: lines.get(),
+                text: Err(not_json(&error, line)),
+            });
             Ok(())
         }
         Ok(()) => Ok(()),
@@ -168,7 +201,12 @@ impl<'de> Visitor<'de> for Items<'_, '_> {
         while let Some(item) = items.next_element::<Box<RawValue>>()? {
             let text = item.get().to_owned();
             let line = self.lines.get() - text.matches('\n').count();
-            if (self.each)(Document { line, text: Ok(text) }).is_break() {
+            if (self.each)(Document {
+                line,
+                text: Ok(text),
+            })
+            .is_break()
+            {
                 // The rest is passed over unread: serde wants the sequence at its end.
                 while items.next_element::<serde::de::IgnoredAny>()?.is_some() {}
                 return Ok(false);
@@ -215,10 +253,19 @@ mod tests {
 
     #[test]
     fn one_document_an_array_a_list_and_lines_are_told_apart() {
-        assert_eq!(documents("\n{\n \"a\": 1.50\n}\n"), [ok(2, "{\n \"a\": 1.50\n}")]);
-        assert_eq!(documents("[\n {\"a\":1},\n {\"a\":\n2}]"), [ok(2, "{\"a\":1}"), ok(3, "{\"a\":\n2}")]);
+        assert_eq!(
+            documents("\n{\n \"a\": 1.50\n}\n"),
+            [ok(2, "{\n \"a\": 1.50\n}")]
+        );
+        assert_eq!(
+            documents("[\n {\"a\":1},\n {\"a\":\n2}]"),
+            [ok(2, "{\"a\":1}"), ok(3, "{\"a\":\n2}")]
+        );
         assert_eq!(documents("[{\"a\":1}]"), [ok(1, "{\"a\":1}")]);
-        assert_eq!(documents("{\"object\":\"list\",\"data\":[{\"a\":1},{\"a\":2}]}"), [ok(1, "{\"a\":1}"), ok(1, "{\"a\":2}")]);
+        assert_eq!(
+            documents("{\"object\":\"list\",\"data\":[{\"a\":1},{\"a\":2}]}"),
+            [ok(1, "{\"a\":1}"), ok(1, "{\"a\":2}")]
+        );
         assert_eq!(
             documents("{\"a\":1}\n\n {\"a\":2} \r\n{\"a\":3}"),
             [ok(1, "{\"a\":1}"), ok(3, "{\"a\":2}"), ok(4, "{\"a\":3}")]
@@ -231,8 +278,17 @@ mod tests {
     fn a_broken_line_is_reported_and_the_next_one_is_read() {
         let found = documents("{\"a\":1}\n{\"a\":\nxyz\n{\"a\":2}");
         assert_eq!(found[0], ok(1, "{\"a\":1}"));
-        assert_eq!(found[1], (2, Err("ends in the middle of a document (line 3, column 0)".to_owned())));
-        assert_eq!(found[2], (3, Err("is not JSON (line 3, column 1)".to_owned())));
+        assert_eq!(
+            found[1],
+            (
+                2,
+                Err("ends in the middle of a document (line 3, column 0)".to_owned())
+            )
+        );
+        assert_eq!(
+            found[2],
+            (3, Err("is not JSON (line 3, column 1)".to_owned()))
+        );
         assert_eq!(found[3], ok(4, "{\"a\":2}"));
         assert_eq!(documents("{\"a\":\n{\"a\":2}\n")[1], ok(2, "{\"a\":2}"));
     }

@@ -69,7 +69,10 @@ impl Cursor {
     pub fn parse(text: &str) -> Option<Cursor> {
         let bytes = hex::decode(text).ok()?;
         let (received_ms, key) = bytes.split_first_chunk()?;
-        Some(Cursor(i64::from_be_bytes(*received_ms), EventKey(key.try_into().ok()?)))
+        Some(Cursor(
+            i64::from_be_bytes(*received_ms),
+            EventKey(key.try_into().ok()?),
+        ))
     }
 
     fn at(event: &LoggedEvent) -> Cursor {
@@ -88,12 +91,22 @@ pub async fn page(store: &Store, request: &PageRequest) -> Result<Page, StoreErr
             OutcomeFilter::Any | OutcomeFilter::Unmatched => None,
         },
     };
-    let read = if request.outcome == OutcomeFilter::Unmatched { READ } else { request.limit as u32 + 1 };
+    let read = if request.outcome == OutcomeFilter::Unmatched {
+        READ
+    } else {
+        request.limit as u32 + 1
+    };
     let mut found = Vec::new();
     let mut scanned = 0;
     let mut after = request.after;
     loop {
-        let batch = store.told_page(&filter, after.map(|Cursor(received_ms, key)| (received_ms, key)), read).await?;
+        let batch = store
+            .told_page(
+                &filter,
+                after.map(|Cursor(received_ms, key)| (received_ms, key)),
+                read,
+            )
+            .await?;
         let is_last = batch.len() < read as usize;
         scanned += batch.len();
         let shown = match request.outcome {
@@ -102,7 +115,10 @@ pub async fn page(store: &Store, request: &PageRequest) -> Result<Page, StoreErr
         };
         for ((event, _), is_shown) in batch.into_iter().zip(shown) {
             if found.len() == request.limit {
-                return Ok(Page { events: found, next: after });
+                return Ok(Page {
+                    events: found,
+                    next: after,
+                });
             }
             after = Some(Cursor::at(&event));
             if is_shown {
@@ -110,24 +126,48 @@ pub async fn page(store: &Store, request: &PageRequest) -> Result<Page, StoreErr
             }
         }
         if is_last || scanned >= SCANNED {
-            return Ok(Page { events: found, next: after.filter(|_| !is_last) });
+            return Ok(Page {
+                events: found,
+                next: after.filter(|_| !is_last),
+            });
         }
     }
 }
 
 /// Which of these events name an invoice, but none that is stored.
-async fn unmatched(store: &Store, batch: &[(LoggedEvent, Option<String>)]) -> Result<Vec<bool>, StoreError> {
-    let named: Vec<Vec<String>> = batch.iter().map(|(_, telling)| invoices_named(telling.as_deref())).collect();
+async fn unmatched(
+    store: &Store,
+    batch: &[(LoggedEvent, Option<String>)],
+) -> Result<Vec<bool>, StoreError> {
+    let named: Vec<Vec<String>> = batch
+        .iter()
+        .map(|(_, telling)| invoices_named(telling.as_deref()))
+        .collect();
     let ids: HashSet<&String> = named.iter().flatten().collect();
     let ids: Vec<String> = ids.into_iter().cloned().collect();
-    let held: HashSet<String> = store.holders(&ids).await?.into_iter().map(|(_, _, id)| id).collect();
-    Ok(named.iter().map(|ids| !ids.is_empty() && !ids.iter().any(|id| held.contains(id))).collect())
+    let held: HashSet<String> = store
+        .holders(&ids)
+        .await?
+        .into_iter()
+        .map(|(_, _, id)| id)
+        .collect();
+    Ok(named
+        .iter()
+        .map(|ids| !ids.is_empty() && !ids.iter().any(|id| held.contains(id)))
+        .collect())
 }
 
 fn invoices_named(telling: Option<&str>) -> Vec<String> {
     // One that another version wrote names none until `rebuild`.
-    let Some(telling) = telling.and_then(|text| serde_json::from_str::<Telling>(text).ok()) else { return Vec::new() };
-    telling.mentions().into_iter().filter(|mention| mention.is_invoice).map(|mention| mention.object_id).collect()
+    let Some(telling) = telling.and_then(|text| serde_json::from_str::<Telling>(text).ok()) else {
+        return Vec::new();
+    };
+    telling
+        .mentions()
+        .into_iter()
+        .filter(|mention| mention.is_invoice)
+        .map(|mention| mention.object_id)
+        .collect()
 }
 
 pub struct Renderings {
@@ -138,28 +178,49 @@ pub struct Renderings {
 
 /// All renderings of an event, oldest receipt first, by its id; or the one that has this key, in hexadecimal digits: by it what
 /// is unreadable and has no id can be looked at. More than [`RENDERINGS`] or [`BYTES`] come in pages.
-pub async fn renderings(store: &Store, id: &str, after: Option<Cursor>) -> Result<Renderings, StoreError> {
+pub async fn renderings(
+    store: &Store,
+    id: &str,
+    after: Option<Cursor>,
+) -> Result<Renderings, StoreError> {
     let after_row = after.map(|Cursor(received_ms, key)| (received_ms, key));
-    let listed = store.events_by_id(id, after_row, RENDERINGS as u32 + 1).await?;
+    let listed = store
+        .events_by_id(id, after_row, RENDERINGS as u32 + 1)
+        .await?;
     if listed.is_empty() && after.is_none() {
-        return Ok(Renderings { renderings: by_key(store, id).await?.into_iter().collect(), next: None });
+        return Ok(Renderings {
+            renderings: by_key(store, id).await?.into_iter().collect(),
+            next: None,
+        });
     }
     let (mut renderings, mut bytes, mut last) = (Vec::new(), 0, None);
     for event in &listed {
         if renderings.len() == RENDERINGS || bytes >= BYTES {
-            return Ok(Renderings { renderings, next: last });
+            return Ok(Renderings {
+                renderings,
+                next: last,
+            });
         }
         last = Some(Cursor::at(event));
         // One at a time: each may have a mebibyte. One that `rebuild` has just replaced comes back under its new key.
         let stored = store.event_by_key(&event.key).await?;
-        bytes += stored.as_ref().and_then(|stored| stored.body.as_ref()).map_or(0, Vec::len);
+        bytes += stored
+            .as_ref()
+            .and_then(|stored| stored.body.as_ref())
+            .map_or(0, Vec::len);
         renderings.extend(stored);
     }
-    Ok(Renderings { renderings, next: None })
+    Ok(Renderings {
+        renderings,
+        next: None,
+    })
 }
 
 async fn by_key(store: &Store, text: &str) -> Result<Option<StoredBody>, StoreError> {
-    match hex::decode(text).ok().and_then(|bytes| bytes.try_into().ok()) {
+    match hex::decode(text)
+        .ok()
+        .and_then(|bytes| bytes.try_into().ok())
+    {
         Some(key) => store.event_by_key(&EventKey(key)).await,
         None => Ok(None),
     }
@@ -230,7 +291,11 @@ pub fn show(stored: StoredBody) -> Shown {
             Err(_) => ("text", Body::Text(text)),
         },
     };
-    Shown { event, body_form, body }
+    Shown {
+        event,
+        body_form,
+        body,
+    }
 }
 
 #[cfg(test)]
@@ -242,7 +307,14 @@ mod tests {
         let cursor = Cursor(1_769_850_900_123, EventKey([7; EventKey::LENGTH]));
         assert_eq!(Cursor::parse(&cursor.to_text()), Some(cursor));
         let text = cursor.to_text();
-        for wrong in ["", "x", &text[2..], &text[..text.len() - 2], &format!("{text}00"), &format!("{text}é")] {
+        for wrong in [
+            "",
+            "x",
+            &text[2..],
+            &text[..text.len() - 2],
+            &format!("{text}00"),
+            &format!("{text}é"),
+        ] {
             assert_eq!(Cursor::parse(wrong), None, "{wrong}");
         }
     }

@@ -98,32 +98,67 @@ pub async fn gather(
 }
 
 /// The same, of an invoice that was read.
-pub async fn of(store: &Store, invoice: StoredInvoice, as_of_ms: Option<i64>) -> Result<Evidence, StoreError> {
-    let comparison = store.comparison(&invoice.tenant_uid, &invoice.invoice_uid).await?.unwrap_or_default();
+pub async fn of(
+    store: &Store,
+    invoice: StoredInvoice,
+    as_of_ms: Option<i64>,
+) -> Result<Evidence, StoreError> {
+    let comparison = store
+        .comparison(&invoice.tenant_uid, &invoice.invoice_uid)
+        .await?
+        .unwrap_or_default();
     let until_ms = as_of_ms.unwrap_or(i64::MAX);
     let told = read_tellings(&invoice.tellings)?;
     let keys: Vec<EventKey> = told.iter().map(|known| known.key).collect();
-    let events: HashMap<EventKey, LoggedEvent> =
-        store.events_by_keys(&keys).await?.into_iter().map(|event| (event.key, event)).collect();
-    let is_known = |known: &&Known| events.get(&known.key).is_some_and(|event| event.received_ms <= until_ms);
+    let events: HashMap<EventKey, LoggedEvent> = store
+        .events_by_keys(&keys)
+        .await?
+        .into_iter()
+        .map(|event| (event.key, event))
+        .collect();
+    let is_known = |known: &&Known| {
+        events
+            .get(&known.key)
+            .is_some_and(|event| event.received_ms <= until_ms)
+    };
     let known: Vec<Known> = told.iter().filter(is_known).cloned().collect();
 
-    let imported = if invoice.stored_ms <= until_ms { imported_states(&invoice)? } else { Vec::new() };
+    let imported = if invoice.stored_ms <= until_ms {
+        imported_states(&invoice)?
+    } else {
+        Vec::new()
+    };
     let stripe_invoice_id = invoice.stripe_invoice_id.as_deref();
-    let entries = fold(stripe_invoice_id, &imported, &known).into_iter().map(|entry| Proven {
-        state: entry.state,
-        timestamp_ms: entry.timestamp_ms,
-        message: entry.message,
-        is_imported: entry.proofs.is_empty(),
-        proofs: entry.proofs.iter().filter_map(|key| events.get(key)).cloned().collect(),
-    });
+    let entries = fold(stripe_invoice_id, &imported, &known)
+        .into_iter()
+        .map(|entry| Proven {
+            state: entry.state,
+            timestamp_ms: entry.timestamp_ms,
+            message: entry.message,
+            is_imported: entry.proofs.is_empty(),
+            proofs: entry
+                .proofs
+                .iter()
+                .filter_map(|key| events.get(key))
+                .cloned()
+                .collect(),
+        });
     let entries = entries.collect();
 
     let links = Links::read(known.iter().map(|known| &known.telling));
-    let is_own = |known: &&Known| stripe_invoice_id.is_some() && links.invoice_of(&known.telling.object) == stripe_invoice_id;
+    let is_own = |known: &&Known| {
+        stripe_invoice_id.is_some() && links.invoice_of(&known.telling.object) == stripe_invoice_id
+    };
     let own: Vec<&Known> = known.iter().filter(is_own).collect();
-    let received = own.iter().filter(|known| !known.telling.fetched).filter_map(|known| events.get(&known.key));
-    let thin: Vec<EventKey> = own.iter().filter(|known| known.telling.thin).map(|known| known.key).collect();
+    let received = own
+        .iter()
+        .filter(|known| !known.telling.fetched)
+        .filter_map(|known| events.get(&known.key));
+    let thin: Vec<EventKey> = own
+        .iter()
+        .filter(|known| known.telling.thin)
+        .map(|known| known.key)
+        .collect();
     let asked = store.asked_about(&thin).await?;
     let mut missing = unfetched(&own, &told, &events, &asked, until_ms);
     missing.extend(stripe_invoice_id.and_then(|id| unexplained(id, &known, &comparison)));
@@ -172,40 +207,82 @@ fn unfetched(
     asked: &[AskedAbout],
     until_ms: i64,
 ) -> Vec<Missing> {
-    let snapshots: HashSet<&str> =
-        own.iter().filter(|known| !known.telling.thin).map(|known| known.telling.id.as_str()).collect();
-    let has_twin = |known: &Known| known.telling.snapshot_event.as_deref().is_some_and(|id| snapshots.contains(id));
+    let snapshots: HashSet<&str> = own
+        .iter()
+        .filter(|known| !known.telling.thin)
+        .map(|known| known.telling.id.as_str())
+        .collect();
+    let has_twin = |known: &Known| {
+        known
+            .telling
+            .snapshot_event
+            .as_deref()
+            .is_some_and(|id| snapshots.contains(id))
+    };
     let mut missing = Vec::new();
-    for known in own.iter().filter(|known| known.telling.thin && !has_twin(known)) {
-        let (Some(asked), Some(event)) = (asked.iter().find(|asked| asked.key == known.key), events.get(&known.key)) else {
+    for known in own
+        .iter()
+        .filter(|known| known.telling.thin && !has_twin(known))
+    {
+        let (Some(asked), Some(event)) = (
+            asked.iter().find(|asked| asked.key == known.key),
+            events.get(&known.key),
+        ) else {
             continue;
         };
-        let is_its_object = |other: &&Known| other.telling.fetched && event.object_id.as_deref() == Some(&other.telling.id);
-        let fetched_ms: Vec<i64> =
-            told.iter().filter(is_its_object).filter_map(|other| Some(events.get(&other.key)?.received_ms)).collect();
+        let is_its_object = |other: &&Known| {
+            other.telling.fetched && event.object_id.as_deref() == Some(&other.telling.id)
+        };
+        let fetched_ms: Vec<i64> = told
+            .iter()
+            .filter(is_its_object)
+            .filter_map(|other| Some(events.get(&other.key)?.received_ms))
+            .collect();
         let what = name_of(&known.telling.object);
-        let announced = format!("Stripe announced {} without its details", known.telling.kind);
+        let announced = format!(
+            "Stripe announced {} without its details",
+            known.telling.kind
+        );
         let message = match asked.due_ms {
-            _ if fetched_ms.iter().any(|ms| (event.received_ms..=until_ms).contains(ms)) && asked.due_ms.is_none() => continue,
+            _ if fetched_ms
+                .iter()
+                .any(|ms| (event.received_ms..=until_ms).contains(ms))
+                && asked.due_ms.is_none() =>
+            {
+                continue;
+            }
             Some(_) => format!("{announced}: {what} is still to be fetched from Stripe's API"),
             None if fetched_ms.iter().any(|ms| *ms > until_ms) => {
                 format!("{announced}: {what} was fetched from Stripe's API later")
             }
             None if fetched_ms.is_empty() && asked.attempts > 0 => {
-                format!("{announced}: Stripe's API was asked for {what} {} times and does not show it", asked.attempts)
+                format!(
+                    "{announced}: Stripe's API was asked for {what} {} times and does not show it",
+                    asked.attempts
+                )
             }
             None => continue,
         };
-        missing.push(Missing { event: Some(event.clone()), message });
+        missing.push(Missing {
+            event: Some(event.clone()),
+            message,
+        });
     }
     missing
 }
 
 /// The reason of the latest failure, where no event told it and Stripe's API will be asked.
-fn unexplained(stripe_invoice_id: &str, known: &[Known], comparison: &Comparison) -> Option<Missing> {
+fn unexplained(
+    stripe_invoice_id: &str,
+    known: &[Known],
+    comparison: &Comparison,
+) -> Option<Missing> {
     let is_missing = comparison.check_due_ms.is_some() && lacks_reason(stripe_invoice_id, known);
     let message = "No event told why the latest attempt failed: the reason is still to be fetched from Stripe's API".to_owned();
-    is_missing.then_some(Missing { event: None, message })
+    is_missing.then_some(Missing {
+        event: None,
+        message,
+    })
 }
 
 fn name_of(object: &Object) -> &'static str {

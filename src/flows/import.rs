@@ -53,7 +53,14 @@ pub async fn file(
     let mut batch: Vec<(usize, NewInvoice)> = Vec::with_capacity(BATCH);
     let refuse = |line: usize, faults: Vec<Fault>, watcher: &mut _, counts: &mut Counts| {
         counts.refused += 1;
-        Watcher::refused(watcher, Refused { file: path.to_owned(), line, faults });
+        Watcher::refused(
+            watcher,
+            Refused {
+                file: path.to_owned(),
+                line,
+                faults,
+            },
+        );
     };
     loop {
         let document = documents.recv().await;
@@ -63,21 +70,35 @@ pub async fn file(
                 Ok(invoice) => batch.push((document.line, invoice)),
                 Err(faults) => refuse(document.line, faults, watcher, counts),
             },
-            Some(Err(error)) => refuse(0, whole(format!("cannot be read: {error}")), watcher, counts),
+            Some(Err(error)) => refuse(
+                0,
+                whole(format!("cannot be read: {error}")),
+                watcher,
+                counts,
+            ),
             None => {}
         }
         if batch.len() == BATCH || (ended && !batch.is_empty()) {
             let (lines, invoices): (Vec<usize>, Vec<NewInvoice>) = batch.drain(..).unzip();
-            for (line, put) in lines.into_iter().zip(store.put_invoices(&invoices, clock.now_ms()).await?) {
+            for (line, put) in lines
+                .into_iter()
+                .zip(store.put_invoices(&invoices, clock.now_ms()).await?)
+            {
                 match put {
                     Put::Created => counts.created += 1,
                     Put::Replaced => counts.replaced += 1,
-                    Put::StripeInvoiceTaken | Put::PreconditionFailed => {
-                        refuse(line, stripe_invoice("is held by another invoice"), watcher, counts)
-                    }
-                    Put::StripeInvoiceFixed => {
-                        refuse(line, stripe_invoice("differs from the one that this invoice holds"), watcher, counts)
-                    }
+                    Put::StripeInvoiceTaken | Put::PreconditionFailed => refuse(
+                        line,
+                        stripe_invoice("is held by another invoice"),
+                        watcher,
+                        counts,
+                    ),
+                    Put::StripeInvoiceFixed => refuse(
+                        line,
+                        stripe_invoice("differs from the one that this invoice holds"),
+                        watcher,
+                        counts,
+                    ),
                 }
             }
             watcher.progress(*counts);
@@ -89,14 +110,21 @@ pub async fn file(
 }
 
 fn parse(tenant_uid: &str, text: Result<String, String>) -> Result<NewInvoice, Vec<Fault>> {
-    let document: Value = serde_json::from_str(&text.map_err(whole)?).map_err(|e| whole(format!("is not JSON: {e}")))?;
+    let document: Value = serde_json::from_str(&text.map_err(whole)?)
+        .map_err(|e| whole(format!("is not JSON: {e}")))?;
     new_invoice(tenant_uid, None, document)
 }
 
 fn whole(reason: String) -> Vec<Fault> {
-    vec![Fault { pointer: String::new(), reason }]
+    vec![Fault {
+        pointer: String::new(),
+        reason,
+    }]
 }
 
 fn stripe_invoice(reason: &str) -> Vec<Fault> {
-    vec![Fault { pointer: "/status/stripeInvoiceId".to_owned(), reason: reason.to_owned() }]
+    vec![Fault {
+        pointer: "/status/stripeInvoiceId".to_owned(),
+        reason: reason.to_owned(),
+    }]
 }

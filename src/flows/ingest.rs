@@ -43,7 +43,12 @@ impl Outcome {
 /// Everything that costs time (parse, hash, compress) happens here, before the queue.
 pub fn prepare(delivery: Delivery) -> NewEvent {
     let body = PackedBody::pack(&delivery.body);
-    let Delivery { source, secret_label, received_ms, .. } = delivery;
+    let Delivery {
+        source,
+        secret_label,
+        received_ms,
+        ..
+    } = delivery;
     match event::read(&delivery.body) {
         Reading::Unreadable { key, reason } => NewEvent {
             key,
@@ -63,12 +68,19 @@ pub fn prepare(delivery: Delivery) -> NewEvent {
         },
         Reading::Event(event) => NewEvent {
             key: event.key,
-            outcome: if fact::tells_a_fact(&event) { store::Outcome::Recorded } else { store::Outcome::NoPaymentFact },
-            mentions: event.telling.as_ref().map(|t| t.mentions()).unwrap_or_default(),
-            telling: event
+            outcome: if fact::tells_a_fact(&event) {
+                store::Outcome::Recorded
+            } else {
+                store::Outcome::NoPaymentFact
+            },
+            mentions: event
                 .telling
                 .as_ref()
-                .map(|t| serde_json::to_string(t).expect("strings, numbers and booleans always serialise")),
+                .map(|t| t.mentions())
+                .unwrap_or_default(),
+            telling: event.telling.as_ref().map(|t| {
+                serde_json::to_string(t).expect("strings, numbers and booleans always serialise")
+            }),
             id: Some(event.id),
             event_type: Some(event.event_type),
             api_version: event.api_version,
@@ -88,7 +100,8 @@ pub fn prepare(delivery: Delivery) -> NewEvent {
 /// # Errors
 /// The queue is full or closed, or the store cannot be reached: nothing is promised, Stripe delivers again.
 pub async fn ingest(inbox: &Inbox, delivery: Delivery) -> Result<Outcome, InboxError> {
-    let event = tracing::debug_span!("read", bytes = delivery.body.len()).in_scope(|| prepare(delivery));
+    let event =
+        tracing::debug_span!("read", bytes = delivery.body.len()).in_scope(|| prepare(delivery));
     keep(inbox, event).await
 }
 

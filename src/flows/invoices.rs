@@ -16,14 +16,25 @@ const READ: u32 = 250;
 ///
 /// # Errors
 /// Every fault, with its place.
-pub fn new_invoice(tenant_uid: &str, uid: Option<&str>, document: Value) -> Result<NewInvoice, Vec<Fault>> {
+pub fn new_invoice(
+    tenant_uid: &str,
+    uid: Option<&str>,
+    document: Value,
+) -> Result<NewInvoice, Vec<Fault>> {
     let named = invoice_uid(uid, &document);
     let validated = invoice::validate(document);
     let (invoice_uid, valid) = match (named, validated) {
         (Ok(invoice_uid), Ok(valid)) => (invoice_uid, valid),
-        (named, validated) => return Err([validated.err().unwrap_or_default(), named.err().into_iter().collect()].concat()),
+        (named, validated) => {
+            return Err([
+                validated.err().unwrap_or_default(),
+                named.err().into_iter().collect(),
+            ]
+            .concat());
+        }
     };
-    let imported_states = serde_json::to_string(&valid.imported_states).expect("states always serialise");
+    let imported_states =
+        serde_json::to_string(&valid.imported_states).expect("states always serialise");
     Ok(NewInvoice {
         tenant_uid: tenant_uid.to_owned(),
         invoice_uid,
@@ -35,13 +46,20 @@ pub fn new_invoice(tenant_uid: &str, uid: Option<&str>, document: Value) -> Resu
 
 /// The name of the invoice. Empty where the document has not the form to say it: validation refuses that.
 fn invoice_uid(uid: Option<&str>, document: &Value) -> Result<String, Fault> {
-    let own = document.pointer("/metadata/uid").filter(|own| !own.is_null());
-    let fault = |reason: String| Fault { pointer: "/metadata/uid".to_owned(), reason };
+    let own = document
+        .pointer("/metadata/uid")
+        .filter(|own| !own.is_null());
+    let fault = |reason: String| Fault {
+        pointer: "/metadata/uid".to_owned(),
+        reason,
+    };
     let uid = match (uid, own.map(Value::as_str)) {
         (_, Some(None)) => return Ok(String::new()),
         (None, None) if !document.is_object() => return Ok(String::new()),
         (None, None) => return Err(fault("is required: it names the invoice".to_owned())),
-        (Some(uid), Some(Some(own))) if uid != own => return Err(fault("is not the uid in the path".to_owned())),
+        (Some(uid), Some(Some(own))) if uid != own => {
+            return Err(fault("is not the uid in the path".to_owned()));
+        }
         (Some(uid), _) | (None, Some(Some(uid))) => uid,
     };
     invoice::validate_uid(uid).map_err(fault)?;
@@ -53,7 +71,11 @@ fn invoice_uid(uid: Option<&str>, document: &Value) -> Result<String, Fault> {
 /// # Errors
 /// [`StoreError::Refused`] when the stored text is damaged.
 pub fn history(stored: &StoredInvoice) -> Result<Vec<Entry>, StoreError> {
-    Ok(fold(stored.stripe_invoice_id.as_deref(), &imported_states(stored)?, &known(stored)?))
+    Ok(fold(
+        stored.stripe_invoice_id.as_deref(),
+        &imported_states(stored)?,
+        &known(stored)?,
+    ))
 }
 
 /// All that is told about a stored invoice.
@@ -70,10 +92,14 @@ pub fn known(stored: &StoredInvoice) -> Result<Vec<Known>, StoreError> {
 /// [`StoreError::Refused`] when the stored text is damaged.
 pub fn read_tellings(stored: &[StoredTelling]) -> Result<Vec<Known>, StoreError> {
     let read = |told: &StoredTelling| match serde_json::from_str(&told.json) {
-        Ok(telling) => Ok(Known { key: told.key, telling }),
-        Err(e) => {
-            Err(StoreError::Refused(format!("what event {} tells cannot be read, run `rebuild`: {e}", hex::encode(told.key.0))))
-        }
+        Ok(telling) => Ok(Known {
+            key: told.key,
+            telling,
+        }),
+        Err(e) => Err(StoreError::Refused(format!(
+            "what event {} tells cannot be read, run `rebuild`: {e}",
+            hex::encode(told.key.0)
+        ))),
     };
     stored.iter().map(read).collect()
 }
@@ -96,7 +122,10 @@ pub fn render(stored: &StoredInvoice) -> Result<Value, StoreError> {
 }
 
 fn damaged(stored: &StoredInvoice, error: serde_json::Error) -> StoreError {
-    StoreError::Refused(format!("invoice {} of {} is damaged: {error}", stored.invoice_uid, stored.tenant_uid))
+    StoreError::Refused(format!(
+        "invoice {} of {} is damaged: {error}",
+        stored.invoice_uid, stored.tenant_uid
+    ))
 }
 
 /// Which invoices a list shows, by the state they are in.
@@ -117,7 +146,10 @@ impl StateFilter {
         match (text, State::parse(text)) {
             ("none", _) => Ok(StateFilter::WithoutEntry),
             (_, Some(state)) => Ok(StateFilter::In(state)),
-            _ => Err(format!("state must be none or one of {}", State::ALL.map(State::as_str).join(", "))),
+            _ => Err(format!(
+                "state must be none or one of {}",
+                State::ALL.map(State::as_str).join(", ")
+            )),
         }
     }
 
@@ -138,15 +170,31 @@ pub struct Found {
 }
 
 /// The invoices that a person means: by Stripe's id, or by the uid or the beginning of it; of one tenant or of all.
-pub async fn find(store: &Store, tenant_uid: Option<&str>, sought: &str, limit: usize) -> Result<Found, StoreError> {
+pub async fn find(
+    store: &Store,
+    tenant_uid: Option<&str>,
+    sought: &str,
+    limit: usize,
+) -> Result<Found, StoreError> {
     if invoice::validate_uid(sought).is_err() {
-        return Ok(Found { invoices: Vec::new(), has_more: false });
+        return Ok(Found {
+            invoices: Vec::new(),
+            has_more: false,
+        });
     }
-    let mut invoices = store.invoices_page(tenant_uid, Some(sought), None, 1).await?;
-    let by_uid = store.invoices_by_uid(tenant_uid, sought, limit as u32 + 1).await?;
+    let mut invoices = store
+        .invoices_page(tenant_uid, Some(sought), None, 1)
+        .await?;
+    let by_uid = store
+        .invoices_by_uid(tenant_uid, sought, limit as u32 + 1)
+        .await?;
     let names = |invoice: &StoredInvoice| (invoice.tenant_uid.clone(), invoice.invoice_uid.clone());
     let by_stripe = invoices.first().map(names);
-    invoices.extend(by_uid.into_iter().filter(|invoice| Some(names(invoice)) != by_stripe));
+    invoices.extend(
+        by_uid
+            .into_iter()
+            .filter(|invoice| Some(names(invoice)) != by_stripe),
+    );
     let has_more = invoices.len() > limit;
     invoices.truncate(limit);
     Ok(Found { invoices, has_more })
@@ -172,15 +220,29 @@ pub struct Cursor(InvoiceCursor);
 
 impl Cursor {
     pub fn to_text(&self) -> String {
-        let InvoiceCursor { stored_ms, tenant_uid, invoice_uid } = &self.0;
-        hex::encode(serde_json::to_vec(&(stored_ms, tenant_uid, invoice_uid)).expect("numbers and strings always serialise"))
+        let InvoiceCursor {
+            stored_ms,
+            tenant_uid,
+            invoice_uid,
+        } = &self.0;
+        hex::encode(
+            serde_json::to_vec(&(stored_ms, tenant_uid, invoice_uid))
+                .expect("numbers and strings always serialise"),
+        )
     }
 
     pub fn parse(text: &str) -> Option<Cursor> {
         let (stored_ms, tenant_uid, invoice_uid): (i64, String, String) =
             serde_json::from_slice(&hex::decode(text).ok()?).ok()?;
-        [&tenant_uid, &invoice_uid].into_iter().all(|uid| invoice::validate_uid(uid).is_ok()).then_some(())?;
-        Some(Cursor(InvoiceCursor { stored_ms, tenant_uid, invoice_uid }))
+        [&tenant_uid, &invoice_uid]
+            .into_iter()
+            .all(|uid| invoice::validate_uid(uid).is_ok())
+            .then_some(())?;
+        Some(Cursor(InvoiceCursor {
+            stored_ms,
+            tenant_uid,
+            invoice_uid,
+        }))
     }
 
     /// When the last invoice of the page was stored.
@@ -203,17 +265,29 @@ pub async fn page(store: &Store, request: &PageRequest) -> Result<Page, StoreErr
     let mut found = Vec::new();
     let mut scanned = 0;
     let mut after = request.after.as_ref().map(|cursor| cursor.0.clone());
-    let read = if request.state == StateFilter::Any { request.limit as u32 + 1 } else { READ };
+    let read = if request.state == StateFilter::Any {
+        request.limit as u32 + 1
+    } else {
+        READ
+    };
     loop {
         let batch = store
-            .invoices_page(request.tenant_uid.as_deref(), request.stripe_invoice_id.as_deref(), after.as_ref(), read)
+            .invoices_page(
+                request.tenant_uid.as_deref(),
+                request.stripe_invoice_id.as_deref(),
+                after.as_ref(),
+                read,
+            )
             .await?;
         let is_last = batch.len() < read as usize;
         scanned += batch.len();
         for invoice in batch {
             if found.len() == request.limit {
                 let next = after.map(Cursor);
-                return Ok(Page { invoices: found, next });
+                return Ok(Page {
+                    invoices: found,
+                    next,
+                });
             }
             after = Some(Cursor::at(&invoice).0);
             if request.state == StateFilter::Any || request.state.shows(&history(&invoice)?) {
@@ -222,7 +296,10 @@ pub async fn page(store: &Store, request: &PageRequest) -> Result<Page, StoreErr
         }
         if is_last || scanned >= SCANNED {
             let next = if is_last { None } else { after.map(Cursor) };
-            return Ok(Page { invoices: found, next });
+            return Ok(Page {
+                invoices: found,
+                next,
+            });
         }
     }
 }

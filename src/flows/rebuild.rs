@@ -50,12 +50,18 @@ pub enum Mode {
 ///
 /// # Errors
 /// The store cannot be reached; what was put right before stays right, and the next run goes on.
-pub async fn run(store: &Store, mode: Mode, mut progress: impl FnMut(u64)) -> Result<Report, StoreError> {
+pub async fn run(
+    store: &Store,
+    mode: Mode,
+    mut progress: impl FnMut(u64),
+) -> Result<Report, StoreError> {
     let mut report = Report::default();
     let mut after = None;
     loop {
         let page = store.stored_bodies(after, PAGE).await?;
-        let Some(last) = page.last() else { return Ok(report) };
+        let Some(last) = page.last() else {
+            return Ok(report);
+        };
         after = Some((last.logged.received_ms, last.logged.key));
         let events = page.len();
         let read = |stored: StoredBody| read_again(&stored).map(|event| (stored, event));
@@ -83,24 +89,50 @@ fn read_again(stored: &StoredBody) -> Option<NewEvent> {
     let logged = &stored.logged;
     let body = Bytes::from(stored.body.clone()?);
     let (source, secret_label) = (logged.source, logged.secret_label.clone());
-    Some(prepare(Delivery { body, source, secret_label, received_ms: logged.received_ms }))
+    Some(prepare(Delivery {
+        body,
+        source,
+        secret_label,
+        received_ms: logged.received_ms,
+    }))
 }
 
 fn is_same(stored: &StoredBody, event: &NewEvent) -> bool {
-    stored.logged.key == event.key && stored.telling == event.telling && stored.logged.outcome == event.outcome
+    stored.logged.key == event.key
+        && stored.telling == event.telling
+        && stored.logged.outcome == event.outcome
 }
 
 /// Where nothing was read otherwise, the event was not found by all that it mentions.
 fn note(report: &mut Report, stored: &StoredBody, event: &NewEvent) {
     let difference = Difference {
         event_id: event.id.clone().or_else(|| stored.logged.id.clone()),
-        event_type: event.event_type.clone().or_else(|| stored.logged.event_type.clone()),
-        was: describe(stored.logged.outcome.as_str(), &stored.telling) + if is_same(stored, event) { NOT_FOUND } else { "" },
+        event_type: event
+            .event_type
+            .clone()
+            .or_else(|| stored.logged.event_type.clone()),
+        was: describe(stored.logged.outcome.as_str(), &stored.telling)
+            + if is_same(stored, event) {
+                NOT_FOUND
+            } else {
+                ""
+            },
         is: describe(event.outcome.as_str(), &event.telling),
     };
-    let invoices: BTreeSet<String> = [&stored.telling, &event.telling].into_iter().flat_map(invoices_named).collect();
-    for invoice in if invoices.is_empty() { BTreeSet::from([String::new()]) } else { invoices } {
-        report.differing.entry(invoice).or_default().push(difference.clone());
+    let invoices: BTreeSet<String> = [&stored.telling, &event.telling]
+        .into_iter()
+        .flat_map(invoices_named)
+        .collect();
+    for invoice in if invoices.is_empty() {
+        BTreeSet::from([String::new()])
+    } else {
+        invoices
+    } {
+        report
+            .differing
+            .entry(invoice)
+            .or_default()
+            .push(difference.clone());
     }
 }
 
@@ -112,10 +144,19 @@ fn describe(outcome: &str, telling: &Option<String>) -> String {
 }
 
 fn invoices_named(telling: &Option<String>) -> Vec<String> {
-    let telling = telling.as_deref().and_then(|text| serde_json::from_str::<Telling>(text).ok());
-    let Some(telling) = telling else { return Vec::new() };
+    let telling = telling
+        .as_deref()
+        .and_then(|text| serde_json::from_str::<Telling>(text).ok());
+    let Some(telling) = telling else {
+        return Vec::new();
+    };
     match &telling.object {
         Object::Invoice(invoice) => vec![invoice.id.clone()],
-        _ => telling.mentions().into_iter().filter(|m| m.is_invoice).map(|m| m.object_id).collect(),
+        _ => telling
+            .mentions()
+            .into_iter()
+            .filter(|m| m.is_invoice)
+            .map(|m| m.object_id)
+            .collect(),
     }
 }

@@ -51,10 +51,17 @@ mod tests {
         metrics.rejected(Rejection::Unavailable);
         let new = BTreeMap::from([("unavailable", (1, 2))]);
         assert_eq!(refusals.look(&metrics, 2), new);
-        assert_eq!(refusals.look(&metrics, 3_600_000), new, "it could not be noted");
+        assert_eq!(
+            refusals.look(&metrics, 3_600_000),
+            new,
+            "it could not be noted"
+        );
         refusals.noted(&new);
         assert!(refusals.look(&metrics, 3_600_001).is_empty());
         metrics.rejected(Rejection::Unavailable);
-        assert_eq!(refusals.look(&metrics, 3_600_002), BTreeMap::from([("unavailable", (2, 3_600_002))]));
+        assert_eq!(
+            refusals.look(&metrics, 3_600_002),
+            BTreeMap::from([("unavailable", (2, 3_600_002))])
+        );
     }
 }

@@ -115,10 +115,16 @@ pub fn walk(path: &Path) -> std::io::Result<Vec<PathBuf>> {
     if !path.is_dir() {
         return Ok(vec![path.to_owned()]);
     }
-    let mut entries = std::fs::read_dir(path)?.map(|entry| entry.map(|e| e.path())).collect::<Result<Vec<_>, _>>()?;
+    let mut entries = std::fs::read_dir(path)?
+        .map(|entry| entry.map(|e| e.path()))
+        .collect::<Result<Vec<_>, _>>()?;
     entries.sort();
-    let is_recorded =
-        |path: &PathBuf| path.is_dir() || path.extension().is_some_and(|e| e == "json" || e == "jsonl" || e == "ndjson");
+    let is_recorded = |path: &PathBuf| {
+        path.is_dir()
+            || path
+                .extension()
+                .is_some_and(|e| e == "json" || e == "jsonl" || e == "ndjson")
+    };
     let mut files = Vec::new();
     for entry in entries.into_iter().filter(is_recorded) {
         files.extend(walk(&entry)?);
@@ -142,8 +148,16 @@ fn recorded_event(text: String) -> Result<Bytes, String> {
 async fn deliver(target: &Target, body: Bytes, line: usize, now_ms: i64) -> (usize, Delivered) {
     let delivered = match target {
         Target::Store(inbox) => {
-            let delivery = Delivery { body, source: Source::Replay, secret_label: None, received_ms: now_ms };
-            ingest(inbox, delivery).await.map(Ok).map_err(ReplayError::from)
+            let delivery = Delivery {
+                body,
+                source: Source::Replay,
+                secret_label: None,
+                received_ms: now_ms,
+            };
+            ingest(inbox, delivery)
+                .await
+                .map(Ok)
+                .map_err(ReplayError::from)
         }
         Target::Url(endpoint) => endpoint.post(body).await,
     };
@@ -160,7 +174,12 @@ pub struct Endpoint {
 
 impl Endpoint {
     pub fn new(url: String, secrets: SigningSecrets, clock: Clock) -> Endpoint {
-        Endpoint { url, secrets, clock, transport: Transport::new(ANSWER_TIMEOUT, ANSWER_LIMIT) }
+        Endpoint {
+            url,
+            secrets,
+            clock,
+            transport: Transport::new(ANSWER_TIMEOUT, ANSWER_LIMIT),
+        }
     }
 
     /// Signs the body and delivers it, again while the endpoint is busy.
@@ -179,12 +198,19 @@ impl Endpoint {
     }
 
     async fn post_once(&self, body: Bytes) -> Result<Response<Bytes>, ReplayError> {
-        let unreachable =
-            |reason: &dyn std::fmt::Display| ReplayError::Unreachable { url: self.url.clone(), reason: reason.to_string() };
+        let unreachable = |reason: &dyn std::fmt::Display| ReplayError::Unreachable {
+            url: self.url.clone(),
+            reason: reason.to_string(),
+        };
         let signature = sign(self.secrets.first(), self.clock.now_s(), &body);
-        let request = Request::post(&self.url).header("content-type", "application/json").header("stripe-signature", signature);
+        let request = Request::post(&self.url)
+            .header("content-type", "application/json")
+            .header("stripe-signature", signature);
         let request = request.body(Full::new(body)).map_err(|e| unreachable(&e))?;
-        self.transport.send(request).await.map_err(|e| unreachable(&e))
+        self.transport
+            .send(request)
+            .await
+            .map_err(|e| unreachable(&e))
     }
 }
 

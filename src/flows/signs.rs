@@ -22,7 +22,8 @@ use crate::domain::signature::SecretName;
 use crate::domain::silence;
 use crate::metrics::Metrics;
 use crate::store::{
-    Backlog, CLOCKS_DIFFER_MS, COUNTED, Counted, EventFilter, LogLine, News, PackedBody, Run, Source, Space, Store, StoreError,
+    Backlog, CLOCKS_DIFFER_MS, COUNTED, Counted, EventFilter, LogLine, News, PackedBody, Run,
+    Source, Space, Store, StoreError,
 };
 
 /// Names of moments. What follows is a label.
@@ -101,7 +102,10 @@ impl Vitals {
             backlog: store.backlog(now_ms).await?,
             passes: runs.iter().map(Pass::of).collect(),
             space: store.space().await?,
-            read_until_ms: progress.into_iter().find(|(name, _)| name == READ_UNTIL).map(|(_, until_ms)| until_ms),
+            read_until_ms: progress
+                .into_iter()
+                .find(|(name, _)| name == READ_UNTIL)
+                .map(|(_, until_ms)| until_ms),
         })
     }
 
@@ -122,7 +126,11 @@ impl Vitals {
 impl Pass {
     fn of(run: &Run) -> Pass {
         let report = serde_json::from_str(run.report.get()).unwrap_or_default();
-        Pass { started_ms: run.started_ms, ended_ms: run.ended_ms, report }
+        Pass {
+            started_ms: run.started_ms,
+            ended_ms: run.ended_ms,
+            report,
+        }
     }
 
     /// How many items a list of its report has.
@@ -132,8 +140,14 @@ impl Pass {
 
     /// What it found about the webhook endpoint.
     pub fn endpoint_remarks(&self) -> Vec<String> {
-        let remarks = self.report["endpointRemarks"].as_array().into_iter().flatten();
-        remarks.filter_map(Value::as_str).map(str::to_owned).collect()
+        let remarks = self.report["endpointRemarks"]
+            .as_array()
+            .into_iter()
+            .flatten();
+        remarks
+            .filter_map(Value::as_str)
+            .map(str::to_owned)
+            .collect()
     }
 }
 
@@ -160,15 +174,23 @@ pub struct Step {
 /// The database cannot be reached.
 pub async fn read_step(store: &Store, now_ms: i64) -> Result<Step, StoreError> {
     let progress = store.progress(READ_UNTIL).await?;
-    let known_ms = progress.into_iter().find(|(name, _)| name == READ_UNTIL).map(|(_, until_ms)| until_ms);
+    let known_ms = progress
+        .into_iter()
+        .find(|(name, _)| name == READ_UNTIL)
+        .map(|(_, until_ms)| until_ms);
     // What is noted for later than now, a clock noted that was ahead.
-    let from_ms = known_ms.unwrap_or_default().clamp(now_ms - DAYS_30_MS, now_ms - SETTLING_MS);
+    let from_ms = known_ms
+        .unwrap_or_default()
+        .clamp(now_ms - DAYS_30_MS, now_ms - SETTLING_MS);
     let (mut news, mut last, mut rows) = (News::default(), None, 0);
     let is_more = loop {
         let page = store.log_lines(from_ms, last, now_ms, PAGE).await?;
         page.iter().for_each(|line| note(line, &mut news));
         rows += page.len();
-        last = page.last().map(|line| (line.received_ms, line.key)).or(last);
+        last = page
+            .last()
+            .map(|line| (line.received_ms, line.key))
+            .or(last);
         match page.len() < PAGE as usize {
             true => break false,
             false if rows >= STEP => break true,
@@ -178,23 +200,44 @@ pub async fn read_step(store: &Store, now_ms: i64) -> Result<Step, StoreError> {
     if is_more {
         // Whoever is far behind knows what came last all the same.
         let newest = store.told_page(&EventFilter::default(), None, PAGE).await?;
-        for (event, telling) in newest.iter().filter(|(event, _)| event.source == Source::Webhook) {
-            let livemode = telling.as_deref().and_then(|telling| livemode(telling.as_bytes()));
-            note_webhook(&mut news, event.received_ms, livemode, event.secret_label.as_deref());
+        for (event, telling) in newest
+            .iter()
+            .filter(|(event, _)| event.source == Source::Webhook)
+        {
+            let livemode = telling
+                .as_deref()
+                .and_then(|telling| livemode(telling.as_bytes()));
+            note_webhook(
+                &mut news,
+                event.received_ms,
+                livemode,
+                event.secret_label.as_deref(),
+            );
         }
     }
     let until_ms = last.map(|(last_ms, _)| {
         // There may be more of the last millisecond.
-        let done_ms = if is_more { (last_ms - 1).max(from_ms + 1) } else { last_ms };
+        let done_ms = if is_more {
+            (last_ms - 1).max(from_ms + 1)
+        } else {
+            last_ms
+        };
         done_ms.min(now_ms - SETTLING_MS)
     });
-    Ok(Step { news, is_more, known_ms, until_ms })
+    Ok(Step {
+        news,
+        is_more,
+        known_ms,
+        until_ms,
+    })
 }
 
 /// # Errors
 /// The database cannot be reached, or takes nothing.
 pub async fn keep_step(store: &Store, step: &Step, now_ms: i64) -> Result<(), StoreError> {
-    let Some(until_ms) = step.until_ms else { return Ok(()) };
+    let Some(until_ms) = step.until_ms else {
+        return Ok(());
+    };
     keep(store, &step.news, now_ms).await?;
     if step.known_ms != Some(until_ms) {
         store.set_progress(READ_UNTIL, until_ms).await?;
@@ -204,30 +247,65 @@ pub async fn keep_step(store: &Store, step: &Step, now_ms: i64) -> Result<(), St
 
 /// Hours are forgotten as others are added: while nothing comes they stay, or after some weeks there would be no silence to see.
 async fn keep(store: &Store, news: &News, now_ms: i64) -> Result<(), StoreError> {
-    let first_hour = news.moments.get(DELIVERED).map_or(i64::MIN, |delivered_ms| silence::first_hour(*delivered_ms));
-    store.keep_news(news, now_ms, first_hour, now_ms - DAYS_30_MS).await
+    let first_hour = news
+        .moments
+        .get(DELIVERED)
+        .map_or(i64::MIN, |delivered_ms| silence::first_hour(*delivered_ms));
+    store
+        .keep_news(news, now_ms, first_hour, now_ms - DAYS_30_MS)
+        .await
 }
 
 fn note(line: &LogLine, news: &mut News) {
-    let telling = line.telling.as_deref().and_then(|text| serde_json::from_str::<Telling>(text).ok());
-    let named = telling.iter().flat_map(Telling::mentions).filter(|mention| mention.is_invoice);
+    let telling = line
+        .telling
+        .as_deref()
+        .and_then(|text| serde_json::from_str::<Telling>(text).ok());
+    let named = telling
+        .iter()
+        .flat_map(Telling::mentions)
+        .filter(|mention| mention.is_invoice);
     for mention in named {
-        let first_ms = news.named.entry(mention.object_id).or_insert(line.received_ms);
+        let first_ms = news
+            .named
+            .entry(mention.object_id)
+            .or_insert(line.received_ms);
         *first_ms = line.received_ms.min(*first_ms);
     }
     if line.source != Source::Webhook {
         return;
     }
-    let of_body = || line.body.as_ref().and_then(PackedBody::unpack).and_then(|body| livemode(&body));
-    let livemode = telling.and_then(|telling| telling.livemode).or_else(of_body);
-    note_webhook(news, line.received_ms, livemode, line.secret_label.as_deref());
+    let of_body = || {
+        line.body
+            .as_ref()
+            .and_then(PackedBody::unpack)
+            .and_then(|body| livemode(&body))
+    };
+    let livemode = telling
+        .and_then(|telling| telling.livemode)
+        .or_else(of_body);
+    note_webhook(
+        news,
+        line.received_ms,
+        livemode,
+        line.secret_label.as_deref(),
+    );
 }
 
-fn note_webhook(news: &mut News, received_ms: i64, livemode: Option<bool>, secret_label: Option<&str>) {
+fn note_webhook(
+    news: &mut News,
+    received_ms: i64,
+    livemode: Option<bool>,
+    secret_label: Option<&str>,
+) {
     news.hours.insert(received_ms.div_euclid(HOUR_MS));
-    let mode = livemode.map(|live| format!("{DELIVERED_IN_MODE}{}", if live { "live" } else { "test" }));
+    let mode =
+        livemode.map(|live| format!("{DELIVERED_IN_MODE}{}", if live { "live" } else { "test" }));
     let secret = secret_label.map(|label| format!("{SECRET}{label}"));
-    for name in [Some(DELIVERED.to_owned()), mode, secret].into_iter().flatten() {
+    for name in [Some(DELIVERED.to_owned()), mode, secret]
+        .into_iter()
+        .flatten()
+    {
         let at_ms = news.moments.entry(name).or_insert(received_ms);
         *at_ms = received_ms.max(*at_ms);
     }
@@ -257,19 +335,43 @@ pub struct Signs {
 }
 
 impl Signs {
-    pub fn new(store: Store, metrics: Arc<Metrics>, clock: Clock, secrets: Vec<SecretName>) -> Signs {
+    pub fn new(
+        store: Store,
+        metrics: Arc<Metrics>,
+        clock: Clock,
+        secrets: Vec<SecretName>,
+    ) -> Signs {
         for SecretName { label, .. } in &secrets {
-            metrics.log.secret_last_used_timestamp_seconds.with_label_values(&[label]).set(0.0);
+            metrics
+                .log
+                .secret_last_used_timestamp_seconds
+                .with_label_values(&[label])
+                .set(0.0);
         }
         let started_ms = clock.now_ms();
         let (are_secrets_noted, fresh_until, repeated, refusals) = Default::default();
-        Signs { store, metrics, clock, secrets, are_secrets_noted, started_ms, fresh_until, repeated, refusals }
+        Signs {
+            store,
+            metrics,
+            clock,
+            secrets,
+            are_secrets_noted,
+            started_ms,
+            fresh_until,
+            repeated,
+            refusals,
+        }
     }
 
     /// A webhook that brings what is known is not in the log: it does not say that it came.
     pub fn note_repeated(&self, body: &[u8], received_ms: i64, secret_label: &str) {
         let livemode = livemode(body);
-        note_webhook(&mut self.repeated(), received_ms, livemode, Some(secret_label));
+        note_webhook(
+            &mut self.repeated(),
+            received_ms,
+            livemode,
+            Some(secret_label),
+        );
     }
 
     /// Brings the metrics up to date with the database. Never fails: where the database is away, the metrics say that, and keep the
@@ -279,7 +381,8 @@ impl Signs {
         let mut fresh_until = self.fresh_until.lock().await;
         let started = Instant::now();
         let pinged = tokio::time::timeout(PING_PATIENCE, self.store.ping()).await;
-        let pinged = pinged.unwrap_or_else(|_| Err(StoreError::Unavailable("it does not answer".to_owned())));
+        let pinged = pinged
+            .unwrap_or_else(|_| Err(StoreError::Unavailable("it does not answer".to_owned())));
         let (was_up, reached) = (self.metrics.database.up.get() == 1, pinged.is_ok());
         self.metrics.database.up.set(i64::from(reached));
         match pinged {
@@ -293,8 +396,12 @@ impl Signs {
         }
         match tokio::time::timeout(PATIENCE, self.see()).await {
             Ok(Ok(vitals)) => self.show(&vitals),
-            Ok(Err(error)) => tracing::warn!(%error, "what metrics say of the database is old: it could not be looked at"),
-            Err(_) => tracing::warn!("what metrics say of the database is old: it took too long to look at"),
+            Ok(Err(error)) => {
+                tracing::warn!(%error, "what metrics say of the database is old: it could not be looked at")
+            }
+            Err(_) => tracing::warn!(
+                "what metrics say of the database is old: it took too long to look at"
+            ),
         }
         *fresh_until = Some(Instant::now() + FRESH.max(SHARE * started.elapsed()));
     }
@@ -328,13 +435,19 @@ impl Signs {
         let refused = self.refusals().look(&self.metrics, now_ms);
         self.note_secrets().await?;
         let mut news = self.repeated().clone();
-        news.moments.extend(refused.iter().map(|(reason, (_, at_ms))| (format!("{REFUSED}{reason}"), *at_ms)));
+        news.moments.extend(
+            refused
+                .iter()
+                .map(|(reason, (_, at_ms))| (format!("{REFUSED}{reason}"), *at_ms)),
+        );
         if news != News::default() {
             keep(&self.store, &news, now_ms).await?;
             self.refusals().noted(&refused);
             // Only now, and only what was kept: more may have come meanwhile.
             let mut repeated = self.repeated();
-            repeated.moments.retain(|name, at_ms| news.moments.get(name) != Some(at_ms));
+            repeated
+                .moments
+                .retain(|name, at_ms| news.moments.get(name) != Some(at_ms));
             repeated.hours.retain(|hour| !news.hours.contains(hour));
         }
         read_on(&self.store, now_ms).await.map(drop)
@@ -361,37 +474,70 @@ impl Signs {
     fn show(&self, vitals: &Vitals) {
         let now_ms = self.clock.now_ms();
         let seconds = |ms: Option<i64>| ms.unwrap_or_default() as f64 / 1000.0;
-        let age = |since_ms: Option<i64>| since_ms.map_or(0.0, |since_ms| seconds(Some((now_ms - since_ms).max(0))));
-        let Metrics { database, log, reconcile, .. } = &*self.metrics;
+        let age = |since_ms: Option<i64>| {
+            since_ms.map_or(0.0, |since_ms| seconds(Some((now_ms - since_ms).max(0))))
+        };
+        let Metrics {
+            database,
+            log,
+            reconcile,
+            ..
+        } = &*self.metrics;
         database.looked_timestamp_seconds.set(seconds(Some(now_ms)));
         database.size_bytes.set(vitals.space.database as f64);
-        database.wal_bytes.set(vitals.space.log.unwrap_or_default() as f64);
-        database.disk_free_bytes.set(vitals.space.disk.map_or(0, |disk| disk.free) as f64);
-        database.disk_size_bytes.set(vitals.space.disk.map_or(0, |disk| disk.size) as f64);
-        log.events_without_invoice.set(vitals.events_without_invoice);
-        log.oldest_without_invoice_age_seconds.set(age(vitals.oldest_without_invoice_ms));
+        database
+            .wal_bytes
+            .set(vitals.space.log.unwrap_or_default() as f64);
+        database
+            .disk_free_bytes
+            .set(vitals.space.disk.map_or(0, |disk| disk.free) as f64);
+        database
+            .disk_size_bytes
+            .set(vitals.space.disk.map_or(0, |disk| disk.size) as f64);
+        log.events_without_invoice
+            .set(vitals.events_without_invoice);
+        log.oldest_without_invoice_age_seconds
+            .set(age(vitals.oldest_without_invoice_ms));
         log.unreadable_events.set(vitals.unreadable.count);
         for mode in ["live", "test"] {
             let delivered = seconds(vitals.moment(DELIVERED_IN_MODE, mode));
-            log.last_delivery_timestamp_seconds.with_label_values(&[mode]).set(delivered);
+            log.last_delivery_timestamp_seconds
+                .with_label_values(&[mode])
+                .set(delivered);
         }
         for secret in &self.secrets {
             let used = seconds(last_used(vitals, secret));
-            log.secret_last_used_timestamp_seconds.with_label_values(&[&secret.label]).set(used);
+            log.secret_last_used_timestamp_seconds
+                .with_label_values(&[&secret.label])
+                .set(used);
         }
         reconcile.differing.set(vitals.differing.count);
-        let Backlog { objects, links, checks } = vitals.backlog;
+        let Backlog {
+            objects,
+            links,
+            checks,
+        } = vitals.backlog;
         for (kind, count) in [("objects", objects), ("links", links), ("checks", checks)] {
             reconcile.backlog.with_label_values(&[kind]).set(count);
         }
         let ended_ms = vitals.passes.first().map(|pass| pass.ended_ms);
-        reconcile.last_success_timestamp_seconds.set(seconds(ended_ms));
-        reconcile.last_success_age_seconds.set(age(ended_ms.or(Some(self.started_ms))));
+        reconcile
+            .last_success_timestamp_seconds
+            .set(seconds(ended_ms));
+        reconcile
+            .last_success_age_seconds
+            .set(age(ended_ms.or(Some(self.started_ms))));
         if let Some(pass) = vitals.passes.first() {
-            reconcile.last_duration_seconds.set(seconds(Some(pass.ended_ms - pass.started_ms)));
-            reconcile.unknown_at_stripe.set(pass.count("unknownAtStripe"));
+            reconcile
+                .last_duration_seconds
+                .set(seconds(Some(pass.ended_ms - pass.started_ms)));
+            reconcile
+                .unknown_at_stripe
+                .set(pass.count("unknownAtStripe"));
             reconcile.unknown_here.set(pass.count("unknownHere"));
-            reconcile.endpoint_remarks.set(pass.count("endpointRemarks"));
+            reconcile
+                .endpoint_remarks
+                .set(pass.count("endpointRemarks"));
         }
     }
 }

@@ -35,30 +35,50 @@ fn answer(evidence: &Evidence) -> String {
     let answer = state_in_words(evidence);
     // Whoever reads no further must not take play money for money.
     let is_test = evidence.at_stripe.livemode == Some(false) && !evidence.entries.is_empty();
-    if is_test { format!("{answer} In test mode: no real money.") } else { answer }
+    if is_test {
+        format!("{answer} In test mode: no real money.")
+    } else {
+        answer
+    }
 }
 
 fn state_in_words(evidence: &Evidence) -> String {
     let Some(last) = evidence.entries.last() else {
         return match (&evidence.stripe_invoice_id, evidence.as_of_ms) {
-            (None, _) => "Nothing is known about its payment: the stored invoice names no invoice at Stripe.".to_owned(),
-            (Some(_), None) => "Nothing is known about its payment: Stripe has told nothing about it yet.".to_owned(),
+            (None, _) => {
+                "Nothing is known about its payment: the stored invoice names no invoice at Stripe."
+                    .to_owned()
+            }
+            (Some(_), None) => {
+                "Nothing is known about its payment: Stripe has told nothing about it yet."
+                    .to_owned()
+            }
             (Some(_), Some(_)) => "Nothing was known about its payment at that time.".to_owned(),
         };
     };
     let (_, before) = evidence.entries.split_last().expect("there is a last");
     let since = readable(last.timestamp_ms);
     // What happens to money after it was paid is told by further entries, maybe within the same second.
-    match (last.state, before.iter().find(|entry| entry.state == State::Paid)) {
+    match (
+        last.state,
+        before.iter().find(|entry| entry.state == State::Paid),
+    ) {
         (State::Paid, Some(first)) => {
-            format!("Paid on {}. Money was returned, contested or added since, last on {since}.", readable(first.timestamp_ms))
+            format!(
+                "Paid on {}. Money was returned, contested or added since, last on {since}.",
+                readable(first.timestamp_ms)
+            )
         }
         (State::Paid, _) => format!("Paid on {since}."),
         (State::PaymentPending, _) => format!("Not paid: it waits for payment since {since}."),
         (State::PaymentInProgress, _) => {
-            format!("Not paid in full: a payment is under way, or a part has arrived, since {since}.")
+            format!(
+                "Not paid in full: a payment is under way, or a part has arrived, since {since}."
+            )
         }
-        (State::PaymentFailed, _) => format!("Not paid: collecting it failed or was given up on {since}."),
+        (State::PaymentFailed, _) => {
+            format!("Not paid: collecting it failed or was given up on {since}.")
+        }
     }
 }
 
@@ -69,7 +89,10 @@ fn grounds(evidence: &Evidence) -> String {
     let is_past = evidence.as_of_ms.is_some();
     // What Stripe's API showed in the comparison itself is kept a moment after it began.
     let is_newer = |confirmed_ms: i64| {
-        !proofs.is_empty() && proofs.iter().all(|event| event.source != Source::Api && event.received_ms > confirmed_ms)
+        !proofs.is_empty()
+            && proofs
+                .iter()
+                .all(|event| event.source != Source::Api && event.received_ms > confirmed_ms)
     };
     let proved = match proofs.len() {
         1 => "Proved by one event from Stripe".to_owned(),
@@ -77,19 +100,32 @@ fn grounds(evidence: &Evidence) -> String {
     };
     match (evidence.differs_since_ms, evidence.confirmed_ms) {
         (Some(since_ms), _) => {
-            format!("Do not rely on it: Stripe's API says something else since {}.", readable(since_ms))
+            format!(
+                "Do not rely on it: Stripe's API says something else since {}.",
+                readable(since_ms)
+            )
         }
         (None, Some(confirmed_ms)) if is_newer(confirmed_ms) => {
-            format!("{proved}; last compared with Stripe's API before that, at {}.", readable(confirmed_ms))
+            format!(
+                "{proved}; last compared with Stripe's API before that, at {}.",
+                readable(confirmed_ms)
+            )
         }
-        (None, Some(confirmed_ms)) => format!("Confirmed with Stripe at {}.", readable(confirmed_ms)),
+        (None, Some(confirmed_ms)) => {
+            format!("Confirmed with Stripe at {}.", readable(confirmed_ms))
+        }
         (None, None) if evidence.entries.is_empty() => String::new(),
         // Only the last agreement is kept: before it there may have been others.
         (None, None) if imported && is_past => {
-            "It came with the stored invoice; whether Stripe's API agreed by then is not known.".to_owned()
+            "It came with the stored invoice; whether Stripe's API agreed by then is not known."
+                .to_owned()
         }
-        (None, None) if is_past => format!("{proved}; whether Stripe's API agreed by then is not known."),
-        (None, None) if imported => "It came with the stored invoice, and was not compared with Stripe.".to_owned(),
+        (None, None) if is_past => {
+            format!("{proved}; whether Stripe's API agreed by then is not known.")
+        }
+        (None, None) if imported => {
+            "It came with the stored invoice, and was not compared with Stripe.".to_owned()
+        }
         (None, None) => format!("{proved}; not compared with Stripe's API."),
     }
 }
@@ -138,7 +174,10 @@ mod tests {
     #[test]
     fn the_answer_says_whether_it_is_paid_and_since_when() {
         let cases: [(&[(State, i64)], &str); 7] = [
-            (&[(State::PaymentPending, 0), (State::Paid, 1)], "Paid on 2026-01-31 09:00:01 UTC."),
+            (
+                &[(State::PaymentPending, 0), (State::Paid, 1)],
+                "Paid on 2026-01-31 09:00:01 UTC.",
+            ),
             (
                 &[(State::Paid, 1), (State::Paid, 9)],
                 "Paid on 2026-01-31 09:00:01 UTC. Money was returned, contested or added since, last on 2026-01-31 09:00:09 UTC.",
@@ -147,13 +186,22 @@ mod tests {
                 &[(State::Paid, 1), (State::Paid, 1)],
                 "Paid on 2026-01-31 09:00:01 UTC. Money was returned, contested or added since, last on 2026-01-31 09:00:01 UTC.",
             ),
-            (&[(State::PaymentPending, 0)], "Not paid: it waits for payment since 2026-01-31 09:00:00 UTC."),
+            (
+                &[(State::PaymentPending, 0)],
+                "Not paid: it waits for payment since 2026-01-31 09:00:00 UTC.",
+            ),
             (
                 &[(State::PaymentInProgress, 0)],
                 "Not paid in full: a payment is under way, or a part has arrived, since 2026-01-31 09:00:00 UTC.",
             ),
-            (&[(State::PaymentFailed, 0)], "Not paid: collecting it failed or was given up on 2026-01-31 09:00:00 UTC."),
-            (&[], "Nothing is known about its payment: Stripe has told nothing about it yet."),
+            (
+                &[(State::PaymentFailed, 0)],
+                "Not paid: collecting it failed or was given up on 2026-01-31 09:00:00 UTC.",
+            ),
+            (
+                &[],
+                "Nothing is known about its payment: Stripe has told nothing about it yet.",
+            ),
         ];
         for (states, answer) in cases {
             assert_eq!(verdict(&evidence(states)).answer, answer);
@@ -166,7 +214,10 @@ mod tests {
         paid.at_stripe.livemode = Some(true);
         assert_eq!(verdict(&paid).answer, "Paid on 2026-01-31 09:00:01 UTC.");
         paid.at_stripe.livemode = Some(false);
-        assert_eq!(verdict(&paid).answer, "Paid on 2026-01-31 09:00:01 UTC. In test mode: no real money.");
+        assert_eq!(
+            verdict(&paid).answer,
+            "Paid on 2026-01-31 09:00:01 UTC. In test mode: no real money."
+        );
     }
 
     #[test]
@@ -190,7 +241,13 @@ mod tests {
         for (proofs, grounds) in [
             (vec![proof(Source::Webhook, after)], newer),
             (vec![proof(Source::Webhook, before)], confirmed),
-            (vec![proof(Source::Webhook, before), proof(Source::Webhook, after)], confirmed),
+            (
+                vec![
+                    proof(Source::Webhook, before),
+                    proof(Source::Webhook, after),
+                ],
+                confirmed,
+            ),
             (vec![proof(Source::Api, after)], confirmed),
         ] {
             let mut paid = evidence(&[(State::PaymentPending, 0), (State::Paid, 1)]);
@@ -205,20 +262,34 @@ mod tests {
         let told = verdict(&paid);
         assert_eq!(
             (&*told.grounds, &*told.waits),
-            ("Confirmed with Stripe at 2026-01-31 09:00:05 UTC.", "Nothing waits to be fetched.")
+            (
+                "Confirmed with Stripe at 2026-01-31 09:00:05 UTC.",
+                "Nothing waits to be fetched."
+            )
         );
         paid.confirmed_ms = None;
-        paid.missing = vec![Missing { event: None, message: String::new() }];
+        paid.missing = vec![Missing {
+            event: None,
+            message: String::new(),
+        }];
         let told = verdict(&paid);
-        assert_eq!(told.waits, "One thing is still to be fetched from Stripe; it stands below.");
+        assert_eq!(
+            told.waits,
+            "One thing is still to be fetched from Stripe; it stands below."
+        );
         assert!(told.grounds.ends_with("not compared with Stripe's API.") && !told.is_doubtful);
         paid.as_of_ms = Some(NINE);
-        assert!(verdict(&paid).grounds.ends_with("; whether Stripe's API agreed by then is not known."));
+        assert!(
+            verdict(&paid)
+                .grounds
+                .ends_with("; whether Stripe's API agreed by then is not known.")
+        );
         paid.differs_since_ms = Some(NINE);
         let told = verdict(&paid);
         assert!(
             told.is_doubtful
-                && told.grounds == "Do not rely on it: Stripe's API says something else since 2026-01-31 09:00:00 UTC."
+                && told.grounds
+                    == "Do not rely on it: Stripe's API says something else since 2026-01-31 09:00:00 UTC."
         );
     }
 }

@@ -20,16 +20,26 @@ use crate::telemetry;
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(15);
 static REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
-pub async fn request(State(metrics): State<Arc<Metrics>>, request: Request, next: Next) -> Response {
+pub async fn request(
+    State(metrics): State<Arc<Metrics>>,
+    request: Request,
+    next: Next,
+) -> Response {
     let started = Instant::now();
     // Ours, whatever the client sends: it is what support is asked about.
     let id = Uuid::now_v7().to_string();
     let method = request.method().clone();
     // The pattern: a path may hold what does not belong into a log.
-    let route = request.extensions().get::<MatchedPath>().map_or("none", MatchedPath::as_str).to_owned();
+    let route = request
+        .extensions()
+        .get::<MatchedPath>()
+        .map_or("none", MatchedPath::as_str)
+        .to_owned();
     let place = request.extensions().get::<Arc<Place>>().cloned();
     let span = span(&id, &method, &route, request.headers());
-    let answered = tokio::time::timeout(REQUEST_TIMEOUT, next.run(request)).instrument(span.clone()).await;
+    let answered = tokio::time::timeout(REQUEST_TIMEOUT, next.run(request))
+        .instrument(span.clone())
+        .await;
     let mut response = answered.unwrap_or_else(|_| too_long(place.as_deref()).into_response());
 
     if let Some(Given(status)) = response.extensions_mut().remove() {
@@ -60,7 +70,9 @@ pub async fn request(State(metrics): State<Arc<Metrics>>, request: Request, next
     }
     let _entered = span.enter();
     match error.as_ref().and_then(ApiError::reason) {
-        Some(reason) => tracing::error!(%method, route, status, duration_ms, reason, "request failed"),
+        Some(reason) => {
+            tracing::error!(%method, route, status, duration_ms, reason, "request failed")
+        }
         // A line for each of thousands of deliveries a second would cost more than they do.
         None => tracing::debug!(%method, route, status, duration_ms, "request"),
     }
@@ -116,7 +128,10 @@ fn weaken_etag(response: &mut Response) {
     if !headers.contains_key(header::CONTENT_ENCODING) {
         return;
     }
-    let strong = headers.get(header::ETAG).and_then(|tag| tag.to_str().ok()).filter(|tag| !tag.starts_with("W/"));
+    let strong = headers
+        .get(header::ETAG)
+        .and_then(|tag| tag.to_str().ok())
+        .filter(|tag| !tag.starts_with("W/"));
     if let Some(weak) = strong.and_then(|tag| HeaderValue::from_str(&format!("W/{tag}")).ok()) {
         headers.insert(header::ETAG, weak);
     }

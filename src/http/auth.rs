@@ -34,7 +34,10 @@ pub async fn authenticate_operator(state: &AppState, headers: &HeaderMap) -> Res
 
 /// The hashes of what the request carries as a key, by either header.
 pub fn key_hashes(headers: &HeaderMap) -> [Option<[u8; 32]>; 2] {
-    let keys = [the_only(headers, &API_KEY), the_only(headers, &header::AUTHORIZATION).map(without_scheme)];
+    let keys = [
+        the_only(headers, &API_KEY),
+        the_only(headers, &header::AUTHORIZATION).map(without_scheme),
+    ];
     keys.map(|key| key.map(api_key::hash))
 }
 
@@ -44,8 +47,14 @@ pub fn key_hashes(headers: &HeaderMap) -> [Option<[u8; 32]>; 2] {
 /// `Unauthorized`: none is.
 pub fn scope(state: &AppState, found: Vec<ApiKey>) -> Result<Scope, ApiError> {
     let now_ms = state.clock.now_ms();
-    let is_valid = |key: &ApiKey| key.revoked_ms.is_none() && key.expires_ms.is_none_or(|expires_ms| now_ms < expires_ms);
-    found.into_iter().find(is_valid).map(|key| key.scope).ok_or(ApiError::Unauthorized)
+    let is_valid = |key: &ApiKey| {
+        key.revoked_ms.is_none() && key.expires_ms.is_none_or(|expires_ms| now_ms < expires_ms)
+    };
+    found
+        .into_iter()
+        .find(is_valid)
+        .map(|key| key.scope)
+        .ok_or(ApiError::Unauthorized)
 }
 
 /// A header that is repeated is no key: nobody knows which one another party looked at.

@@ -65,21 +65,32 @@ impl ApiError {
             ApiError::Unauthorized => ("Unauthorized", "a valid API key is needed"),
             ApiError::Forbidden => ("Forbidden", "this needs an operator's key"),
             ApiError::NotFound => ("ResourceNotFound", "there is no such resource"),
-            ApiError::MethodNotAllowed => ("MethodNotAllowed", "this resource does not take this method"),
+            ApiError::MethodNotAllowed => (
+                "MethodNotAllowed",
+                "this resource does not take this method",
+            ),
             ApiError::InvalidPath(reason) => ("InvalidPath", reason),
             ApiError::InvalidQuery(reason) => ("InvalidQuery", reason),
-            ApiError::InvalidInvoice(_) => {
-                ("InvalidInvoice", "the body is no valid v1Invoice; details.faults says what is wrong and where")
-            }
+            ApiError::InvalidInvoice(_) => (
+                "InvalidInvoice",
+                "the body is no valid v1Invoice; details.faults says what is wrong and where",
+            ),
             ApiError::InvalidSignature => ("InvalidSignature", "the delivery was not accepted"),
             ApiError::BadBody => ("InvalidBody", "the body could not be read to its end"),
             ApiError::TooLarge => ("PayloadTooLarge", "the body is larger than 1 MiB"),
             ApiError::TooSlow => ("RequestTimeout", "the body took too long to arrive"),
-            ApiError::StripeInvoiceTaken => ("StripeInvoiceTaken", "another invoice holds this stripeInvoiceId"),
-            ApiError::StripeInvoiceFixed => {
-                ("StripeInvoiceFixed", "this invoice holds another stripeInvoiceId, which never changes")
-            }
-            ApiError::PreconditionFailed => ("PreconditionFailed", "the invoice is not what the condition says"),
+            ApiError::StripeInvoiceTaken => (
+                "StripeInvoiceTaken",
+                "another invoice holds this stripeInvoiceId",
+            ),
+            ApiError::StripeInvoiceFixed => (
+                "StripeInvoiceFixed",
+                "this invoice holds another stripeInvoiceId, which never changes",
+            ),
+            ApiError::PreconditionFailed => (
+                "PreconditionFailed",
+                "the invoice is not what the condition says",
+            ),
             ApiError::Unavailable(_) => ("Unavailable", "try again later"),
             ApiError::Internal(_) => ("InternalError", "something went wrong here"),
         }
@@ -103,10 +114,14 @@ impl ApiError {
     /// Fills an answer that has the status of this error with its body.
     pub fn fill(&self, response: &mut Response, request_id: &str) {
         let (code, message) = self.code_and_message();
-        let body = json!({"code": code, "message": message, "details": self.details(), "ref": request_id});
+        let body =
+            json!({"code": code, "message": message, "details": self.details(), "ref": request_id});
         let headers = response.headers_mut();
         headers.remove(header::CONTENT_LENGTH);
-        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        headers.insert(
+            header::CONTENT_TYPE,
+            HeaderValue::from_static("application/json"),
+        );
         if matches!(self, ApiError::Unavailable(_)) {
             headers.insert(header::RETRY_AFTER, HeaderValue::from_static("2"));
         }
@@ -159,6 +174,9 @@ pub fn of_status(status: StatusCode) -> Option<ApiError> {
 
 /// A panic in a handler is a bug, and takes one request with it.
 pub fn panicked(cause: Box<dyn Any + Send>) -> Response {
-    let text = cause.downcast_ref::<&str>().map(|s| s.to_string()).or_else(|| cause.downcast_ref::<String>().cloned());
+    let text = cause
+        .downcast_ref::<&str>()
+        .map(|s| s.to_string())
+        .or_else(|| cause.downcast_ref::<String>().cloned());
     ApiError::Internal(format!("panicked: {}", text.unwrap_or_default())).into_response()
 }

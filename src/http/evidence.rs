@@ -31,9 +31,18 @@ pub async fn read(
     }
     let Query(query) = query?;
     let as_of = |text: String| evidence::as_of(&plus(&text), state.clock.now_ms());
-    let as_of_ms = query.as_of.map(as_of).transpose().map_err(|reason| ApiError::InvalidQuery(format!("asOf {reason}")))?;
-    let evidence = evidence::gather(&state.store, &tenant_uid, &invoice_uid, as_of_ms).await?.ok_or(ApiError::NotFound)?;
-    let headers = [(header::CONTENT_TYPE, "application/json"), (header::CACHE_CONTROL, "private, no-cache")];
+    let as_of_ms = query
+        .as_of
+        .map(as_of)
+        .transpose()
+        .map_err(|reason| ApiError::InvalidQuery(format!("asOf {reason}")))?;
+    let evidence = evidence::gather(&state.store, &tenant_uid, &invoice_uid, as_of_ms)
+        .await?
+        .ok_or(ApiError::NotFound)?;
+    let headers = [
+        (header::CONTENT_TYPE, "application/json"),
+        (header::CACHE_CONTROL, "private, no-cache"),
+    ];
     Ok((headers, evidence.to_json().to_string()).into_response())
 }
 

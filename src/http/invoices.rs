@@ -20,22 +20,34 @@ use crate::store::{Put, Scope, StoredInvoice};
 pub type TenantAndInvoice = Result<Path<(String, String)>, PathRejection>;
 
 /// `GET /v1/tenants/{tenantUid}/invoices/{invoiceUid}`
-pub async fn read(State(state): State<AppState>, headers: HeaderMap, path: TenantAndInvoice) -> Result<Response, ApiError> {
+pub async fn read(
+    State(state): State<AppState>,
+    headers: HeaderMap,
+    path: TenantAndInvoice,
+) -> Result<Response, ApiError> {
     let (tenant_uid, invoice_uid) = match valid(path) {
         Ok(ids) => ids,
         // Who has no key does not learn what a path may be.
         Err(error) => return authenticate(&state, &headers).await.and(Err(error)),
     };
-    let (invoice, keys) = state.store.invoice_and_keys(&tenant_uid, &invoice_uid, key_hashes(&headers)).await?;
+    let (invoice, keys) = state
+        .store
+        .invoice_and_keys(&tenant_uid, &invoice_uid, key_hashes(&headers))
+        .await?;
     if !scope(&state, keys)?.reads(&tenant_uid) {
         return Err(ApiError::NotFound);
     }
     let invoice = invoice.ok_or(ApiError::NotFound)?;
     let tag = etag(&invoice);
     if matches(&headers, &header::IF_NONE_MATCH, Some(&tag)) == Some(true) {
-        return Ok(
-            (StatusCode::NOT_MODIFIED, [(header::ETAG, tag), (header::VARY, "accept-encoding".to_owned())]).into_response()
-        );
+        return Ok((
+            StatusCode::NOT_MODIFIED,
+            [
+                (header::ETAG, tag),
+                (header::VARY, "accept-encoding".to_owned()),
+            ],
+        )
+            .into_response());
     }
     answer(StatusCode::OK, &invoice, tag)
 }
@@ -55,20 +67,29 @@ pub async fn put(
         _ => return Err(ApiError::NotFound),
     }
     let document = parse(&body?)?;
-    let new = flow::new_invoice(&tenant_uid, Some(&invoice_uid), document).map_err(ApiError::InvalidInvoice)?;
+    let new = flow::new_invoice(&tenant_uid, Some(&invoice_uid), document)
+        .map_err(ApiError::InvalidInvoice)?;
     let precondition = |stored: Option<&StoredInvoice>| {
         let tag = stored.map(etag);
         matches(&headers, &header::IF_MATCH, tag.as_deref()) != Some(false)
             && matches(&headers, &header::IF_NONE_MATCH, tag.as_deref()) != Some(true)
     };
-    let status = match state.store.put_invoice(&new, state.clock.now_ms(), &precondition).await? {
+    let status = match state
+        .store
+        .put_invoice(&new, state.clock.now_ms(), &precondition)
+        .await?
+    {
         Put::Created => StatusCode::CREATED,
         Put::Replaced => StatusCode::OK,
         Put::StripeInvoiceTaken => return Err(ApiError::StripeInvoiceTaken),
         Put::StripeInvoiceFixed => return Err(ApiError::StripeInvoiceFixed),
         Put::PreconditionFailed => return Err(ApiError::PreconditionFailed),
     };
-    let invoice = state.store.invoice(&tenant_uid, &invoice_uid).await?.ok_or(ApiError::NotFound)?;
+    let invoice = state
+        .store
+        .invoice(&tenant_uid, &invoice_uid)
+        .await?
+        .ok_or(ApiError::NotFound)?;
     let tag = etag(&invoice);
     answer(status, &invoice, tag)
 }
@@ -98,12 +119,21 @@ pub async fn list(
     let Query(query) = query?;
     let request = query.into_request(tenant_uid)?;
     let Page { invoices, next } = flow::page(&state.store, &request).await?;
-    let items = invoices.iter().map(flow::render).collect::<Result<Vec<Value>, _>>()?;
+    let items = invoices
+        .iter()
+        .map(flow::render)
+        .collect::<Result<Vec<Value>, _>>()?;
     let mut body = json!({ "items": items });
     if let Some(next) = next {
         body["nextCursor"] = next.to_text().into();
     }
-    Ok(([(header::CONTENT_TYPE, "application/json"), (header::CACHE_CONTROL, "private, no-cache")], body.to_string())
+    Ok((
+        [
+            (header::CONTENT_TYPE, "application/json"),
+            (header::CACHE_CONTROL, "private, no-cache"),
+        ],
+        body.to_string(),
+    )
         .into_response())
 }
 
@@ -124,7 +154,13 @@ impl ListQuery {
         let stripe_invoice_id = query::sought("stripeInvoiceId", self.stripe_invoice_id)?;
         let limit = query::limit(self.limit.as_deref())?;
         let after = query::cursor(self.cursor.as_deref(), flow::Cursor::parse)?;
-        Ok(PageRequest { tenant_uid: Some(tenant_uid), stripe_invoice_id, state, limit, after })
+        Ok(PageRequest {
+            tenant_uid: Some(tenant_uid),
+            stripe_invoice_id,
+            state,
+            limit,
+            after,
+        })
     }
 }
 
@@ -160,8 +196,15 @@ fn not_utf8() -> ApiError {
 /// serde_json's own message may quote the body; its position does not.
 fn parse(body: &[u8]) -> Result<Value, ApiError> {
     serde_json::from_slice(body).map_err(|error| {
-        let reason = format!("is not JSON (line {}, column {})", error.line(), error.column());
-        ApiError::InvalidInvoice(vec![Fault { pointer: String::new(), reason }])
+        let reason = format!(
+            "is not JSON (line {}, column {})",
+            error.line(),
+            error.column()
+        );
+        ApiError::InvalidInvoice(vec![Fault {
+            pointer: String::new(),
+            reason,
+        }])
     })
 }
 
@@ -193,7 +236,10 @@ fn matches(headers: &HeaderMap, name: &HeaderName, tag: Option<&str>) -> Option<
     let mut values = headers.get_all(name).iter().peekable();
     values.peek()?;
     let named = |value: &str| {
-        value.split(',').map(str::trim).any(|one| one == "*" || one.strip_prefix("W/").unwrap_or(one) == tag.unwrap_or("*"))
+        value
+            .split(',')
+            .map(str::trim)
+            .any(|one| one == "*" || one.strip_prefix("W/").unwrap_or(one) == tag.unwrap_or("*"))
     };
     Some(tag.is_some() && values.any(|value| value.to_str().is_ok_and(named)))
 }

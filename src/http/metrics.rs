@@ -35,22 +35,36 @@ impl Scrapers {
         let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         known.retain(|scraper| scraper.hash != *hash);
         if let Some(key) = key.filter(|key| key.scope == Scope::Operator) {
-            known.insert(0, Scraper { hash: *hash, key: key.clone() });
+            known.insert(
+                0,
+                Scraper {
+                    hash: *hash,
+                    key: key.clone(),
+                },
+            );
             known.truncate(SCRAPERS);
         }
     }
 
     fn known(&self, hash: &[u8; 32]) -> Option<ApiKey> {
         let known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        known.iter().find(|scraper| bool::from(scraper.hash.ct_eq(hash))).map(|scraper| scraper.key.clone())
+        known
+            .iter()
+            .find(|scraper| bool::from(scraper.hash.ct_eq(hash)))
+            .map(|scraper| scraper.key.clone())
     }
 }
 
-pub async fn with_key(State(state): State<AppState>, headers: HeaderMap) -> Result<Response, ApiError> {
+pub async fn with_key(
+    State(state): State<AppState>,
+    headers: HeaderMap,
+) -> Result<Response, ApiError> {
     let mut found = Vec::new();
     for hash in key_hashes(&headers).iter().flatten() {
         let asked = tokio::time::timeout(KEY_TIMEOUT, state.store.key_by_hash(hash)).await;
-        match asked.unwrap_or_else(|_| Err(StoreError::Unavailable("it does not answer".to_owned()))) {
+        match asked
+            .unwrap_or_else(|_| Err(StoreError::Unavailable("it does not answer".to_owned())))
+        {
             Ok(key) => {
                 state.scrapers.remember(hash, key.as_ref());
                 found.extend(key);
@@ -72,7 +86,17 @@ async fn text(state: &AppState) -> Response {
     let (depth, capacity) = state.inbox.depth();
     state.metrics.queue_depth.set(depth as i64);
     state.metrics.queue_capacity.set(capacity as i64);
-    state.metrics.spans_dropped.set(telemetry::dropped_spans() as i64);
+    state
+        .metrics
+        .spans_dropped
+        .set(telemetry::dropped_spans() as i64);
     state.signs.look().await;
-    ([(header::CONTENT_TYPE, TEXT), (header::CACHE_CONTROL, "no-store")], state.metrics.text()).into_response()
+    (
+        [
+            (header::CONTENT_TYPE, TEXT),
+            (header::CACHE_CONTROL, "no-store"),
+        ],
+        state.metrics.text(),
+    )
+        .into_response()
 }

@@ -68,9 +68,23 @@ impl AppState {
         metrics: Arc<Metrics>,
         stopping: CancellationToken,
     ) -> AppState {
-        let signs = Arc::new(Signs::new(store.clone(), metrics.clone(), clock.clone(), secrets.names()));
+        let signs = Arc::new(Signs::new(
+            store.clone(),
+            metrics.clone(),
+            clock.clone(),
+            secrets.names(),
+        ));
         let (secrets, scrapers) = (Arc::new(secrets), Scrapers::default());
-        AppState { store, inbox, secrets, clock, metrics, signs, scrapers, stopping }
+        AppState {
+            store,
+            inbox,
+            secrets,
+            clock,
+            metrics,
+            signs,
+            scrapers,
+            stopping,
+        }
     }
 }
 
@@ -95,9 +109,15 @@ pub fn router(state: AppState, metrics_at: MetricsAt, ui: Ui) -> Router {
     let routes = Router::new()
         .route("/webhooks/stripe", post(webhook::receive))
         .route("/v1/tenants/{tenantUid}/invoices/{invoiceUid}", invoice)
-        .route("/v1/tenants/{tenantUid}/invoices/{invoiceUid}/evidence", get(evidence::read))
+        .route(
+            "/v1/tenants/{tenantUid}/invoices/{invoiceUid}/evidence",
+            get(evidence::read),
+        )
         .route("/v1/tenants/{tenantUid}/invoices", get(invoices::list))
-        .route("/v1/tenants/{tenantUid}/invoices/", get(invoices::without_uid).put(invoices::without_uid))
+        .route(
+            "/v1/tenants/{tenantUid}/invoices/",
+            get(invoices::without_uid).put(invoices::without_uid),
+        )
         .route("/v1/events", get(events::list))
         .route("/v1/events/", get(events::without_id))
         .route("/v1/events/{id}", get(events::show))
@@ -117,7 +137,10 @@ pub fn router(state: AppState, metrics_at: MetricsAt, ui: Ui) -> Router {
 
 /// For a listener of its own, which nobody but Prometheus should reach.
 pub fn metrics_router(state: AppState) -> Router {
-    finish(Router::new().route("/metrics", get(metrics::without_key)), state)
+    finish(
+        Router::new().route("/metrics", get(metrics::without_key)),
+        state,
+    )
 }
 
 /// What every route goes through.
@@ -131,5 +154,8 @@ fn finish(routes: Router<AppState>, state: AppState) -> Router {
         .layer(CatchPanicLayer::custom(error::panicked))
         .layer(axum::middleware::from_fn(around::note_status))
         .layer(CompressionLayer::new())
-        .layer(axum::middleware::from_fn_with_state(metrics, around::request))
+        .layer(axum::middleware::from_fn_with_state(
+            metrics,
+            around::request,
+        ))
 }

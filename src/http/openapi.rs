@@ -10,11 +10,22 @@ use axum::http::{HeaderName, header};
 use serde_json::{Map, Value, json};
 
 static DOCUMENT: LazyLock<String> = LazyLock::new(|| {
-    let mut document: Value = serde_json::from_str(include_str!("openapi.json")).expect("a test reads it");
+    let mut document: Value =
+        serde_json::from_str(include_str!("openapi.json")).expect("a test reads it");
     document["info"]["version"] = env!("CARGO_PKG_VERSION").into();
-    let answered = document["components"]["schemas"].as_object().cloned().unwrap_or_default();
-    let stored = answered.iter().filter_map(|(name, schema)| Some((input_name(name)?, input(schema))));
-    document["components"]["schemas"] = answered.clone().into_iter().chain(stored).collect::<Map<String, Value>>().into();
+    let answered = document["components"]["schemas"]
+        .as_object()
+        .cloned()
+        .unwrap_or_default();
+    let stored = answered
+        .iter()
+        .filter_map(|(name, schema)| Some((input_name(name)?, input(schema))));
+    document["components"]["schemas"] = answered
+        .clone()
+        .into_iter()
+        .chain(stored)
+        .collect::<Map<String, Value>>()
+        .into();
     serde_json::to_string_pretty(&document).expect("it was JSON before")
 });
 
@@ -29,31 +40,52 @@ pub fn document() -> &'static str {
 
 /// `GET /openapi.json`
 pub async fn read() -> ([(HeaderName, &'static str); 2], &'static str) {
-    ([(header::CONTENT_TYPE, "application/json"), (header::CACHE_CONTROL, "no-cache")], document())
+    (
+        [
+            (header::CONTENT_TYPE, "application/json"),
+            (header::CACHE_CONTROL, "no-cache"),
+        ],
+        document(),
+    )
 }
 
 /// What a part of an invoice is called where it is to be stored; None: it is no such part.
 fn input_name(answered: &str) -> Option<String> {
-    answered.strip_prefix("v1").map(|part| format!("{part}Input"))
+    answered
+        .strip_prefix("v1")
+        .map(|part| format!("{part}Input"))
 }
 
 fn input(answered: &Value) -> Value {
     if answered["format"] == "date-time" {
         return json!({"type": "string", "format": "date-time", "pattern": TIME, "examples": ["2026-01-31T09:15:00Z"]});
     }
-    if let Some(name) = answered["$ref"].as_str().and_then(|path| input_name(path.rsplit('/').next()?)) {
+    if let Some(name) = answered["$ref"]
+        .as_str()
+        .and_then(|path| input_name(path.rsplit('/').next()?))
+    {
         return json!({"$ref": format!("#/components/schemas/{name}")});
     }
     let mut schema = answered.clone();
-    let Some(fields) = schema.as_object_mut() else { return schema };
+    let Some(fields) = schema.as_object_mut() else {
+        return schema;
+    };
     if let Some(items) = fields.get_mut("items") {
         *items = input(items);
     }
-    let mut required = fields.get("required").and_then(Value::as_array).cloned().unwrap_or_default();
+    let mut required = fields
+        .get("required")
+        .and_then(Value::as_array)
+        .cloned()
+        .unwrap_or_default();
     required.retain(|name| !ALWAYS_ANSWERED.iter().any(|always| name == always));
     if let Some(properties) = fields.get_mut("properties").and_then(Value::as_object_mut) {
         for (name, property) in properties.iter_mut() {
-            *property = if required.iter().any(|required| required == name) { input(property) } else { or_null(property) };
+            *property = if required.iter().any(|required| required == name) {
+                input(property)
+            } else {
+                or_null(property)
+            };
         }
     }
     fields.remove("required");
@@ -69,7 +101,9 @@ fn or_null(answered: &Value) -> Value {
     for name in ["description", "readOnly"] {
         if let Some(value) = answered.get(name) {
             schema[name] = value.clone();
-            schema["anyOf"][0].as_object_mut().map(|inner| inner.remove(name));
+            schema["anyOf"][0]
+                .as_object_mut()
+                .map(|inner| inner.remove(name));
         }
     }
     schema

@@ -95,7 +95,11 @@ impl Place {
     /// The request is done with, its body too; the answer goes out.
     pub fn answers(&self) {
         self.forget_body();
-        self.enter(if self.is_reading_body() { Phase::Leaving } else { Phase::Idle });
+        self.enter(if self.is_reading_body() {
+            Phase::Leaving
+        } else {
+            Phase::Idle
+        });
     }
 
     /// The peer does not take what it is sent.
@@ -146,7 +150,9 @@ impl Place {
         match self.phase() {
             Phase::Working => false,
             Phase::Stalled => true,
-            Phase::Idle | Phase::Head | Phase::Body | Phase::Leaving => self.hears_nothing.load(Ordering::Relaxed),
+            Phase::Idle | Phase::Head | Phase::Body | Phase::Leaving => {
+                self.hears_nothing.load(Ordering::Relaxed)
+            }
         }
     }
 
@@ -155,7 +161,8 @@ impl Place {
     }
 
     fn enter(&self, phase: Phase) {
-        self.since_and_phase.store(self.shared.now_ms() << 3 | phase as u64, Ordering::Relaxed);
+        self.since_and_phase
+            .store(self.shared.now_ms() << 3 | phase as u64, Ordering::Relaxed);
     }
 
     pub fn since_ms(&self) -> u64 {
@@ -183,6 +190,7 @@ impl Place {
 
     #[cfg(test)]
     pub fn make_older(&self, by_s: u64) {
-        self.since_and_phase.fetch_sub((by_s * 1000) << 3, Ordering::Relaxed);
+        self.since_and_phase
+            .fetch_sub((by_s * 1000) << 3, Ordering::Relaxed);
     }
 }

@@ -65,7 +65,14 @@ impl Places {
 
     fn with(limit: usize, bodies_limit: usize) -> Places {
         let (bodies, taken, freed) = (AtomicUsize::new(0), Mutex::default(), Notify::new());
-        Places(Arc::new(Shared { started: Instant::now(), limit, bodies, bodies_limit, taken, freed }))
+        Places(Arc::new(Shared {
+            started: Instant::now(),
+            limit,
+            bodies,
+            bodies_limit,
+            taken,
+            freed,
+        }))
     }
 
     /// A place for a newcomer. When all are taken, one is made free, or this waits until one is.
@@ -90,14 +97,23 @@ impl Places {
         let number = taken.next;
         taken.next += 1;
         taken.places.insert(number, place.clone());
-        Some(Held { number, place, shared: self.0.clone() })
+        Some(Held {
+            number,
+            place,
+            shared: self.0.clone(),
+        })
     }
 
     /// Asks the connection to end that has waited longest for its peer.
     pub fn free_one(&self) {
         let taken = self.0.taken();
-        let waiting = taken.places.values().filter(|place| place.phase() != Phase::Working && !place.is_asked());
-        if let Some(place) = waiting.min_by_key(|place| (place.phase() != Phase::Idle, place.since_ms())) {
+        let waiting = taken
+            .places
+            .values()
+            .filter(|place| place.phase() != Phase::Working && !place.is_asked());
+        if let Some(place) =
+            waiting.min_by_key(|place| (place.phase() != Phase::Idle, place.since_ms()))
+        {
             place.ask(Asked::ToEnd);
         }
     }
@@ -114,14 +130,24 @@ impl Places {
             Phase::Body | Phase::Working => None,
         };
         let taken = self.0.taken();
-        let is_overdue =
-            |place: &Place| limit_ms(place.phase()).is_some_and(|limit_ms| now_ms.saturating_sub(place.since_ms()) > limit_ms);
-        taken.places.values().filter(|place| is_overdue(place) && !place.is_asked()).for_each(|place| place.ask(Asked::ToEnd));
+        let is_overdue = |place: &Place| {
+            limit_ms(place.phase())
+                .is_some_and(|limit_ms| now_ms.saturating_sub(place.since_ms()) > limit_ms)
+        };
+        taken
+            .places
+            .values()
+            .filter(|place| is_overdue(place) && !place.is_asked())
+            .for_each(|place| place.ask(Asked::ToEnd));
     }
 
     /// Wakes every connection, to look about.
     pub fn wake_all(&self) {
-        self.0.taken().places.values().for_each(|place| place.wake());
+        self.0
+            .taken()
+            .places
+            .values()
+            .for_each(|place| place.wake());
     }
 }
 
@@ -152,7 +178,10 @@ impl Shared {
     fn free_a_body(&self) {
         let share = self.bodies_limit / self.limit;
         let taken = self.taken();
-        let reading = taken.places.values().filter(|place| place.phase() == Phase::Body && place.asked() != Asked::ToGo);
+        let reading = taken
+            .places
+            .values()
+            .filter(|place| place.phase() == Phase::Body && place.asked() != Asked::ToGo);
         let larger = reading.filter(|place| place.body_bytes() > share);
         if let Some(place) = larger.min_by_key(|place| place.since_ms()) {
             place.forget_body();
@@ -204,7 +233,11 @@ mod tests {
         let mut order = Vec::new();
         for _ in 0..6 {
             places.free_one();
-            order.extend((0..5).filter(|n| held[*n].place.asked() == Asked::ToGo && !order.contains(n)).collect::<Vec<_>>());
+            order.extend(
+                (0..5)
+                    .filter(|n| held[*n].place.asked() == Asked::ToGo && !order.contains(n))
+                    .collect::<Vec<_>>(),
+            );
         }
         assert_eq!(order, [4, 2, 1, 3]);
         assert_eq!(works.place.asked(), Asked::Nothing);
@@ -216,7 +249,11 @@ mod tests {
         let [held] = taken(&places);
         places.free_one();
         held.place.heard();
-        assert_eq!(held.place.asked(), Asked::ToEnd, "its bytes are there: it is not the peer who is slow");
+        assert_eq!(
+            held.place.asked(),
+            Asked::ToEnd,
+            "its bytes are there: it is not the peer who is slow"
+        );
         held.place.works();
         held.place.hears_nothing();
         assert_eq!(held.place.asked(), Asked::ToEnd);
@@ -230,7 +267,8 @@ mod tests {
     fn when_bodies_are_too_many_the_longest_read_goes_but_none_within_its_share() {
         let places = Places::with(4, 100);
         let [works, small, first, second] = taken(&places);
-        let gone = || [&works, &small, &first, &second].map(|held| held.place.asked() == Asked::ToGo);
+        let gone =
+            || [&works, &small, &first, &second].map(|held| held.place.asked() == Asked::ToGo);
         for held in [&works, &small, &first, &second] {
             held.place.reads_body();
             held.place.heard();
@@ -243,11 +281,19 @@ mod tests {
         assert_eq!(gone(), [false; 4]);
         second.place.holds(30);
         assert_eq!(gone(), [false, false, true, false]);
-        assert_eq!(places.0.bodies.load(Ordering::Relaxed), 85, "what is to go counts no more");
+        assert_eq!(
+            places.0.bodies.load(Ordering::Relaxed),
+            85,
+            "what is to go counts no more"
+        );
         second.place.holds(20);
         assert_eq!(gone(), [false, false, true, true]);
         works.place.holds(100);
-        assert_eq!(gone(), [false, false, true, true], "there is nobody else to ask");
+        assert_eq!(
+            gone(),
+            [false, false, true, true],
+            "there is nobody else to ask"
+        );
         drop((works, small, first, second));
         assert_eq!(places.0.bodies.load(Ordering::Relaxed), 0);
     }

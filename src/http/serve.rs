@@ -45,7 +45,11 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(20);
 /// # Errors
 /// The address is taken, or not one of this machine's.
 pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
-    let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    let socket = if address.is_ipv4() {
+        TcpSocket::new_v4()?
+    } else {
+        TcpSocket::new_v6()?
+    };
     // After a restart, connections of the last process may still be ending.
     socket.set_reuseaddr(true)?;
     socket.bind(address)?;
@@ -53,7 +57,12 @@ pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
 }
 
 /// Serves up to so many connections at a time until `stop`, then lets the requests under way finish.
-pub async fn serve(listener: TcpListener, router: Router, connections: usize, stop: CancellationToken) {
+pub async fn serve(
+    listener: TcpListener,
+    router: Router,
+    connections: usize,
+    stop: CancellationToken,
+) {
     let mut http = http1::Builder::new();
     http.max_buf_size(HEAD_LIMIT);
     let places = Places::new(connections);
@@ -71,7 +80,14 @@ pub async fn serve(listener: TcpListener, router: Router, connections: usize, st
         let socket = match accepted {
             Ok((socket, _)) => socket,
             // It was gone before we looked.
-            Err(error) if matches!(error.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset) => continue,
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset
+                ) =>
+            {
+                continue;
+            }
             Err(error) => {
                 // Out of file descriptors, most likely.
                 tracing::warn!(%error, "a connection could not be accepted: another has to give way");
@@ -87,7 +103,11 @@ pub async fn serve(listener: TcpListener, router: Router, connections: usize, st
             held = places.take() => held,
             () = stop.cancelled() => break,
         };
-        let io = TokioIo::new(WatchedSocket { socket, place: held.place.clone(), unread: 0 });
+        let io = TokioIo::new(WatchedSocket {
+            socket,
+            place: held.place.clone(),
+            unread: 0,
+        });
         let connection = http.serve_connection(io, service(router.clone(), held.place.clone()));
         tasks.spawn(attend(connection, held, stop.clone()));
     }
@@ -153,13 +173,18 @@ fn service(
             place.reads_body()
         }
         request.extensions_mut().insert(place.clone());
-        let answer = router.call(request.map(|body| WatchedBody { body, place: place.clone() }));
+        let answer = router.call(request.map(|body| WatchedBody {
+            body,
+            place: place.clone(),
+        }));
         async move {
             let mut answer = answer.await;
             place.answers();
             if let (true, Ok(answer)) = (place.is_leaving(), &mut answer) {
                 // Where the next request would begin, this one's body still comes.
-                answer.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+                answer
+                    .headers_mut()
+                    .insert(header::CONNECTION, HeaderValue::from_static("close"));
             }
             answer
         }
@@ -175,9 +200,15 @@ impl Body for WatchedBody {
     type Data = Bytes;
     type Error = hyper::Error;
 
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
         let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
-        if let Some(data) = frame.as_ref().and_then(|frame| frame.as_ref().ok()?.data_ref()) {
+        if let Some(data) = frame
+            .as_ref()
+            .and_then(|frame| frame.as_ref().ok()?.data_ref())
+        {
             self.place.holds(data.len());
         }
         if frame.is_none() || self.body.is_end_stream() {
@@ -212,7 +243,11 @@ impl WatchedSocket {
 }
 
 impl AsyncRead for WatchedSocket {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         let before = buffer.filled().len();
         let read = Pin::new(&mut self.socket).poll_read(cx, buffer);
         if read.is_pending() {
@@ -225,7 +260,11 @@ impl AsyncRead for WatchedSocket {
 }
 
 impl AsyncWrite for WatchedSocket {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.socket).poll_write(cx, bytes);
         self.noting_stalls(written)
     }

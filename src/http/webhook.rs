@@ -27,8 +27,14 @@ const DEADLINE: Duration = Duration::from_secs(10);
 /// Bytes of a body that are hashed before others have their turn: large forgeries shall not hold small deliveries up.
 const TURN: usize = 64 * 1024;
 
-pub async fn receive(State(state): State<AppState>, request: Request) -> Result<Json<Value>, ApiError> {
-    let mut counting = Counting { metrics: state.metrics.clone(), ended: Err(Rejection::Abandoned) };
+pub async fn receive(
+    State(state): State<AppState>,
+    request: Request,
+) -> Result<Json<Value>, ApiError> {
+    let mut counting = Counting {
+        metrics: state.metrics.clone(),
+        ended: Err(Rejection::Abandoned),
+    };
     match take(&state, request).await {
         Ok((outcome, took)) => {
             counting.ended = Ok((outcome, took));
@@ -42,11 +48,19 @@ pub async fn receive(State(state): State<AppState>, request: Request) -> Result<
 }
 
 /// What a delivery came to, and how long that took once all of it was there.
-async fn take(state: &AppState, request: Request) -> Result<(Outcome, Duration), (Rejection, ApiError)> {
+async fn take(
+    state: &AppState,
+    request: Request,
+) -> Result<(Outcome, Duration), (Rejection, ApiError)> {
     if request.body().size_hint().lower() > BODY_LIMIT as u64 {
         return Err((Rejection::TooLarge, ApiError::TooLarge));
     }
-    let lines: Vec<HeaderValue> = request.headers().get_all("stripe-signature").iter().cloned().collect();
+    let lines: Vec<HeaderValue> = request
+        .headers()
+        .get_all("stripe-signature")
+        .iter()
+        .cloned()
+        .collect();
     let lines: Vec<&[u8]> = lines.iter().map(HeaderValue::as_bytes).collect();
     let signature = SignatureHeader::read(&lines).map_err(refused)?;
     let body = Bytes::from_request(request, state).await.map_err(unread)?;
@@ -59,17 +73,36 @@ async fn take(state: &AppState, request: Request) -> Result<(Outcome, Duration),
             tokio::task::yield_now().await;
         }
     }
-    let label = verifier.finish(received_ms.div_euclid(1000)).map_err(refused)?;
+    let label = verifier
+        .finish(received_ms.div_euclid(1000))
+        .map_err(refused)?;
     if state.stopping.is_cancelled() {
-        return Err((Rejection::ShuttingDown, ApiError::Unavailable("shutting down".to_owned())));
+        return Err((
+            Rejection::ShuttingDown,
+            ApiError::Unavailable("shutting down".to_owned()),
+        ));
     }
     let (source, secret_label) = (Source::Webhook, Some(label.to_owned()));
-    let delivery = Delivery { body: body.clone(), source, secret_label, received_ms };
+    let delivery = Delivery {
+        body: body.clone(),
+        source,
+        secret_label,
+        received_ms,
+    };
     let kept = tokio::time::timeout(DEADLINE, ingest::ingest(&state.inbox, delivery)).await;
-    let too_slow = |_| (Rejection::TimedOut, ApiError::Unavailable("the delivery waited too long for the disk".to_owned()));
-    let outcome = kept.map_err(too_slow)?.map_err(|error| (reason(&error), error.into()))?;
+    let too_slow = |_| {
+        (
+            Rejection::TimedOut,
+            ApiError::Unavailable("the delivery waited too long for the disk".to_owned()),
+        )
+    };
+    let outcome = kept
+        .map_err(too_slow)?
+        .map_err(|error| (reason(&error), error.into()))?;
     if outcome == Outcome::Unreadable {
-        tracing::warn!("a delivery is kept that this version cannot read: see `events list --outcome unreadable`");
+        tracing::warn!(
+            "a delivery is kept that this version cannot read: see `events list --outcome unreadable`"
+        );
     }
     if outcome == Outcome::Duplicate {
         state.signs.note_repeated(&body, received_ms, label);
@@ -108,14 +141,20 @@ impl Drop for Counting {
 }
 
 fn refused(refusal: Refusal) -> (Rejection, ApiError) {
-    tracing::warn!(reason = refusal.as_str(), meaning = refusal.meaning(), "a delivery was refused");
+    tracing::warn!(
+        reason = refusal.as_str(),
+        meaning = refusal.meaning(),
+        "a delivery was refused"
+    );
     (Rejection::Signature(refusal), ApiError::InvalidSignature)
 }
 
 impl From<BytesRejection> for ApiError {
     fn from(rejection: BytesRejection) -> ApiError {
         match rejection {
-            BytesRejection::FailedToBufferBody(failed) if failed.status() == 413 => ApiError::TooLarge,
+            BytesRejection::FailedToBufferBody(failed) if failed.status() == 413 => {
+                ApiError::TooLarge
+            }
             _ => ApiError::BadBody,
         }
     }

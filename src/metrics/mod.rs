@@ -9,14 +9,19 @@ mod registering;
 
 use std::time::Duration;
 
-use prometheus::{Gauge, GaugeVec, Histogram, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry, TextEncoder};
+use prometheus::{
+    Gauge, GaugeVec, Histogram, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry,
+    TextEncoder,
+};
 
 use crate::domain::signature::Refusal;
 use process::Process;
 use registering::Registering;
 
 /// Seconds: from half a millisecond to ten seconds.
-const SECONDS: [f64; 14] = [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
+const SECONDS: [f64; 14] = [
+    0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
+];
 const ROWS: [f64; 9] = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0];
 /// What a 2xx says happened.
 const OUTCOMES: [&str; 4] = ["recorded", "duplicate", "no_payment_fact", "unreadable"];
@@ -139,21 +144,58 @@ impl Default for Metrics {
         let registry = Registry::new();
         let r = Registering(&registry);
         let reasons = Rejection::ALL.map(Rejection::as_str);
-        r.gauges("build_info", "The version that runs", "version", &[env!("CARGO_PKG_VERSION")])
-            .with_label_values(&[env!("CARGO_PKG_VERSION")])
-            .set(1);
+        r.gauges(
+            "build_info",
+            "The version that runs",
+            "version",
+            &[env!("CARGO_PKG_VERSION")],
+        )
+        .with_label_values(&[env!("CARGO_PKG_VERSION")])
+        .set(1);
         Metrics {
-            deliveries: r.counters("deliveries_total", "Deliveries acknowledged, by what they came to", "outcome", &OUTCOMES),
-            rejected: r.counters("rejected_total", "Deliveries not acknowledged, by the reason", "reason", &reasons),
-            ack_seconds: r.histogram("ack_seconds", "From the whole body of a delivery to its 2xx", &SECONDS),
-            commit_seconds: r.histogram("commit_seconds", "How long a batch of deliveries took to become durable", &SECONDS),
-            commit_failures: r.counter("commit_failures_total", "Batches of deliveries that the database did not take"),
+            deliveries: r.counters(
+                "deliveries_total",
+                "Deliveries acknowledged, by what they came to",
+                "outcome",
+                &OUTCOMES,
+            ),
+            rejected: r.counters(
+                "rejected_total",
+                "Deliveries not acknowledged, by the reason",
+                "reason",
+                &reasons,
+            ),
+            ack_seconds: r.histogram(
+                "ack_seconds",
+                "From the whole body of a delivery to its 2xx",
+                &SECONDS,
+            ),
+            commit_seconds: r.histogram(
+                "commit_seconds",
+                "How long a batch of deliveries took to become durable",
+                &SECONDS,
+            ),
+            commit_failures: r.counter(
+                "commit_failures_total",
+                "Batches of deliveries that the database did not take",
+            ),
             batch_size: r.histogram("batch_size", "Deliveries that shared a commit", &ROWS),
-            reads: r.counter_family("reads_total", "GET requests below /v1, by route and status", &["route", "status"]),
-            read_seconds: r.histogram("read_seconds", "How long GET requests below /v1 took", &SECONDS),
+            reads: r.counter_family(
+                "reads_total",
+                "GET requests below /v1, by route and status",
+                &["route", "status"],
+            ),
+            read_seconds: r.histogram(
+                "read_seconds",
+                "How long GET requests below /v1 took",
+                &SECONDS,
+            ),
             queue_depth: r.gauge("queue_depth", "Deliveries that wait for the disk"),
             queue_capacity: r.gauge("queue_capacity", "Deliveries that may wait for the disk"),
-            spans_dropped: r.gauge("spans_dropped", "Spans that no collector has got, since the start"),
+            spans_dropped: r.gauge(
+                "spans_dropped",
+                "Spans that no collector has got, since the start",
+            ),
             database: Database::register(&r),
             log: Log::register(&r),
             reconcile: Reconcile::register(&r),
@@ -166,21 +208,31 @@ impl Default for Metrics {
 impl Database {
     fn register(r: &Registering) -> Database {
         Database {
-            up: r.gauge("database_up", "1: the database can be reached and is migrated"),
+            up: r.gauge(
+                "database_up",
+                "1: the database can be reached and is migrated",
+            ),
             size_bytes: r.float("database_size_bytes", "Size of the database"),
             wal_bytes: r.float("database_wal_bytes", "SQLite: size of its write-ahead log"),
             disk_free_bytes: r.float("disk_free_bytes", "SQLite: room left where the database is"),
-            disk_size_bytes: r.float("disk_size_bytes", "SQLite: size of the file system where the database is"),
-            looked_timestamp_seconds: r
-                .float("database_looked_timestamp_seconds", "When the database was last asked for all this"),
+            disk_size_bytes: r.float(
+                "disk_size_bytes",
+                "SQLite: size of the file system where the database is",
+            ),
+            looked_timestamp_seconds: r.float(
+                "database_looked_timestamp_seconds",
+                "When the database was last asked for all this",
+            ),
         }
     }
 }
 
 impl Log {
     fn register(r: &Registering) -> Log {
-        let (delivered, used) =
-            ("When the last webhook of a mode came; 0: none is known", "When a configured secret last matched; 0: never");
+        let (delivered, used) = (
+            "When the last webhook of a mode came; 0: none is known",
+            "When a configured secret last matched; 0: never",
+        );
         Log {
             events_without_invoice: r.gauge(
                 "events_without_invoice",
@@ -201,27 +253,59 @@ impl Log {
 impl Reconcile {
     fn register(r: &Registering) -> Reconcile {
         Reconcile {
-            enabled: r.gauge("reconcile_enabled", "1: this process reconciles with Stripe's API"),
-            runs: r.counters("reconcile_runs_total", "Passes that this process made, by how they ended", "result", &RESULTS),
+            enabled: r.gauge(
+                "reconcile_enabled",
+                "1: this process reconciles with Stripe's API",
+            ),
+            runs: r.counters(
+                "reconcile_runs_total",
+                "Passes that this process made, by how they ended",
+                "result",
+                &RESULTS,
+            ),
             healed: r.counter("reconcile_healed_total", "Histories that passes changed"),
-            api_only_events: r
-                .counter("reconcile_api_only_events_total", "Events that a pass found and a webhook should have brought"),
-            api_calls: r.counter("reconcile_api_calls_total", "Calls to Stripe's API, retries among them"),
+            api_only_events: r.counter(
+                "reconcile_api_only_events_total",
+                "Events that a pass found and a webhook should have brought",
+            ),
+            api_calls: r.counter(
+                "reconcile_api_calls_total",
+                "Calls to Stripe's API, retries among them",
+            ),
             backlog: r.gauges(
                 "reconcile_backlog",
                 "What waits to be asked at Stripe; each counted up to 10000",
                 "kind",
                 &BACKLOGS,
             ),
-            differing: r.gauge("reconcile_differing", "Invoices that differ from Stripe's; counted up to 10000"),
-            unknown_at_stripe: r.gauge("reconcile_unknown_at_stripe", "Invoices of the last pass that Stripe does not know"),
-            unknown_here: r.gauge("reconcile_unknown_here", "Stripe's invoices of the last pass that nobody stored"),
-            endpoint_remarks: r.gauge("reconcile_endpoint_remarks", "What the last pass found wrong with the webhook endpoint"),
-            last_success_timestamp_seconds: r
-                .float("reconcile_last_success_timestamp_seconds", "When the last pass ended; 0: never"),
-            last_success_age_seconds: r
-                .float("reconcile_last_success_age_seconds", "How long ago the last pass ended, or this process started"),
-            last_duration_seconds: r.float("reconcile_last_duration_seconds", "How long the last pass took"),
+            differing: r.gauge(
+                "reconcile_differing",
+                "Invoices that differ from Stripe's; counted up to 10000",
+            ),
+            unknown_at_stripe: r.gauge(
+                "reconcile_unknown_at_stripe",
+                "Invoices of the last pass that Stripe does not know",
+            ),
+            unknown_here: r.gauge(
+                "reconcile_unknown_here",
+                "Stripe's invoices of the last pass that nobody stored",
+            ),
+            endpoint_remarks: r.gauge(
+                "reconcile_endpoint_remarks",
+                "What the last pass found wrong with the webhook endpoint",
+            ),
+            last_success_timestamp_seconds: r.float(
+                "reconcile_last_success_timestamp_seconds",
+                "When the last pass ended; 0: never",
+            ),
+            last_success_age_seconds: r.float(
+                "reconcile_last_success_age_seconds",
+                "How long ago the last pass ended, or this process started",
+            ),
+            last_duration_seconds: r.float(
+                "reconcile_last_duration_seconds",
+                "How long the last pass took",
+            ),
         }
     }
 }
@@ -261,6 +345,8 @@ impl Metrics {
     pub fn text(&self) -> String {
         self.process.look();
         // It fails on a family without a name only.
-        TextEncoder::new().encode_to_string(&self.registry.gather()).unwrap_or_default()
+        TextEncoder::new()
+            .encode_to_string(&self.registry.gather())
+            .unwrap_or_default()
     }
 }

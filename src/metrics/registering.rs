@@ -1,7 +1,10 @@
 //! How a metric comes into the registry: with our prefix, and with a value for every label value that is known.
 
 use prometheus::core::Collector;
-use prometheus::{Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry};
+use prometheus::{
+    Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
+    Opts, Registry,
+};
 
 pub(super) struct Registering<'r>(pub &'r Registry);
 
@@ -22,7 +25,9 @@ impl Registering<'_> {
     /// One for each of these values.
     pub fn counters(&self, name: &str, help: &str, label: &str, values: &[&str]) -> IntCounterVec {
         let family = self.counter_family(name, help, &[label]);
-        values.iter().for_each(|value| drop(family.with_label_values(&[*value])));
+        values
+            .iter()
+            .for_each(|value| drop(family.with_label_values(&[*value])));
         family
     }
 
@@ -36,7 +41,9 @@ impl Registering<'_> {
 
     pub fn gauges(&self, name: &str, help: &str, label: &str, values: &[&str]) -> IntGaugeVec {
         let family = self.keep(IntGaugeVec::new(options(name, help), &[label]));
-        values.iter().for_each(|value| drop(family.with_label_values(&[*value])));
+        values
+            .iter()
+            .for_each(|value| drop(family.with_label_values(&[*value])));
         family
     }
 
@@ -46,12 +53,17 @@ impl Registering<'_> {
 
     pub fn floats(&self, name: &str, help: &str, label: &str, values: &[&str]) -> GaugeVec {
         let family = self.keep(GaugeVec::new(options(name, help), &[label]));
-        values.iter().for_each(|value| drop(family.with_label_values(&[*value])));
+        values
+            .iter()
+            .for_each(|value| drop(family.with_label_values(&[*value])));
         family
     }
 
     pub fn histogram(&self, name: &str, help: &str, buckets: &[f64]) -> Histogram {
-        let options = HistogramOpts { common_opts: options(name, help), buckets: buckets.to_vec() };
+        let options = HistogramOpts {
+            common_opts: options(name, help),
+            buckets: buckets.to_vec(),
+        };
         self.keep(Histogram::with_opts(options))
     }
 }

@@ -61,20 +61,33 @@ impl Cell {
     }
 
     fn text(&self) -> Option<&str> {
-        if let Cell::Text(text) = self { text.as_deref() } else { None }
+        if let Cell::Text(text) = self {
+            text.as_deref()
+        } else {
+            None
+        }
     }
 
     fn number(&self) -> Option<i64> {
-        if let Cell::Number(number) = self { *number } else { None }
+        if let Cell::Number(number) = self {
+            *number
+        } else {
+            None
+        }
     }
 
     fn blob(&self) -> Option<&[u8]> {
-        if let Cell::Bytes(bytes) = self { bytes.as_deref() } else { None }
+        if let Cell::Bytes(bytes) = self {
+            bytes.as_deref()
+        } else {
+            None
+        }
     }
 }
 
 const COPY_ID: &str = "select value from progress where name = 'copy id'";
-const SET_COPY_ID: &str = "insert into progress (name, value) values ('copy id', $1) on conflict (name) do nothing";
+const SET_COPY_ID: &str =
+    "insert into progress (name, value) values ('copy id', $1) on conflict (name) do nothing";
 const COPY_NOTES: &str = "select name, value from progress where name in ('copy of', 'copy over')";
 const BEGIN_COPY: &str = "
     insert into progress (name, value) values ('copy of', $1), ('copy run', $2)
@@ -83,7 +96,8 @@ const BEGIN_COPY: &str = "
 const IS_STILL_MINE: &str = "
     update progress set value = $1 where name = 'copy run' and value = $1
                                      and not exists (select 1 from progress as noted where noted.name = 'copy over')";
-const END_COPYING: &str = "insert into progress (name, value) values ('copy over', $1) on conflict (name) do nothing";
+const END_COPYING: &str =
+    "insert into progress (name, value) values ('copy over', $1) on conflict (name) do nothing";
 /// Waits for the page that a run is writing, and is what the next page waits for: that one no longer finds its run.
 const END_RUN: &str = "update progress set value = 0 where name = 'copy run'";
 
@@ -102,7 +116,12 @@ impl Store {
     pub async fn begin_copy(&self, of: i64, run: i64) -> Result<CopyTarget, StoreError> {
         let mut session = self.transaction().await?;
         let notes = rows!(session, fetch_all, (String, i64), COPY_NOTES)?;
-        let note = |name: &str| notes.iter().find(|(noted, _)| noted == name).map(|(_, value)| *value);
+        let note = |name: &str| {
+            notes
+                .iter()
+                .find(|(noted, _)| noted == name)
+                .map(|(_, value)| *value)
+        };
         let held = self.first_that_holds_rows(&mut session).await?;
         let target = match (note("copy over"), note("copy of"), held) {
             (Some(_), ..) => CopyTarget::InUse,
@@ -134,9 +153,19 @@ impl Store {
         Ok(held.is_some())
     }
 
-    async fn first_that_holds_rows(&self, session: &mut Session) -> Result<Option<&'static str>, StoreError> {
+    async fn first_that_holds_rows(
+        &self,
+        session: &mut Session,
+    ) -> Result<Option<&'static str>, StoreError> {
         for table in Table::ALL {
-            let found = read(session, table.any(), &[], &table.columns[..table.key], table.key).await?;
+            let found = read(
+                session,
+                table.any(),
+                &[],
+                &table.columns[..table.key],
+                table.key,
+            )
+            .await?;
             if !found.rows.is_empty() {
                 return Ok(Some(table.name));
             }
@@ -145,8 +174,16 @@ impl Store {
     }
 
     /// The rows after this key, as they are compared: of a payload, its length.
-    pub async fn rows_after(&self, table: Table, after: Option<&[Cell]>) -> Result<Page, StoreError> {
-        let sql = if after.is_some() { table.next_page() } else { table.first_page() };
+    pub async fn rows_after(
+        &self,
+        table: Table,
+        after: Option<&[Cell]>,
+    ) -> Result<Page, StoreError> {
+        let sql = if after.is_some() {
+            table.next_page()
+        } else {
+            table.first_page()
+        };
         let compared = read_as(table, Kind::Number);
         let mut session = self.session().await?;
         let binds = [after.unwrap_or_default(), &[Cell::Number(Some(table.page))]].concat();
@@ -157,16 +194,34 @@ impl Store {
     }
 
     /// The rows from this key to that, whole; some of them, when they are too large to be read at once.
-    pub async fn rows_between(&self, table: Table, from: &[Cell], to: &[Cell]) -> Result<Page, StoreError> {
+    pub async fn rows_between(
+        &self,
+        table: Table,
+        from: &[Cell],
+        to: &[Cell],
+    ) -> Result<Page, StoreError> {
         let mut session = self.session().await?;
-        let page = read(&mut session, table.between(), &[from, to].concat(), &read_as(table, Kind::Bytes), table.key).await?;
+        let page = read(
+            &mut session,
+            table.between(),
+            &[from, to].concat(),
+            &read_as(table, Kind::Bytes),
+            table.key,
+        )
+        .await?;
         session.done().await?;
         Ok(page)
     }
 
     /// Writes rows, whole, over what stands there, and removes others, in one transaction. False: nothing was done, because
     /// this run may no longer write here.
-    pub async fn carry(&self, run: i64, table: Table, rows: &[Row], gone: &[Row]) -> Result<bool, StoreError> {
+    pub async fn carry(
+        &self,
+        run: i64,
+        table: Table,
+        rows: &[Row],
+        gone: &[Row],
+    ) -> Result<bool, StoreError> {
         let mut session = self.writing().await?;
         if execute!(session, IS_STILL_MINE, run)? != 1 {
             session.commit().await?;
@@ -185,7 +240,20 @@ impl Store {
 
 /// The columns of a table, where a payload is read as this.
 fn read_as(table: Table, payload: Kind) -> Vec<Column> {
-    table.columns.iter().map(|(name, kind)| (*name, if *kind == Kind::Payload { payload } else { *kind })).collect()
+    table
+        .columns
+        .iter()
+        .map(|(name, kind)| {
+            (
+                *name,
+                if *kind == Kind::Payload {
+                    payload
+                } else {
+                    *kind
+                },
+            )
+        })
+        .collect()
 }
 
 macro_rules! bound {
@@ -203,7 +271,13 @@ macro_rules! bound {
 }
 
 /// Reads rows until they are enough bytes: however large the rows are, one page fits into memory.
-async fn read(session: &mut Session, sql: String, binds: &[Cell], columns: &[Column], key: usize) -> Result<Page, StoreError> {
+async fn read(
+    session: &mut Session,
+    sql: String,
+    binds: &[Cell],
+    columns: &[Column],
+    key: usize,
+) -> Result<Page, StoreError> {
     let sql = AssertSqlSafe(sql);
     match &mut session.connection {
         Connection::Sqlite(connection) => {
@@ -213,7 +287,9 @@ async fn read(session: &mut Session, sql: String, binds: &[Cell], columns: &[Col
         Connection::Postgres(connection) => {
             let (inner, named, gate) = connection.start();
             let query = bound!(sqlx::query(sql).persistent(named), binds);
-            let ended = gate.limited(page_of(query.fetch(inner), columns, key)).await;
+            let ended = gate
+                .limited(page_of(query.fetch(inner), columns, key))
+                .await;
             connection.end(ended)
         }
     }
@@ -238,21 +314,33 @@ where
             Kind::Number => row.try_get(n).map(Cell::Number),
             Kind::Bytes | Kind::Payload => row.try_get(n).map(Cell::Bytes),
         };
-        let cells = columns.iter().enumerate().map(cell).collect::<Result<Vec<Cell>, _>>()?;
+        let cells = columns
+            .iter()
+            .enumerate()
+            .map(cell)
+            .collect::<Result<Vec<Cell>, _>>()?;
         bytes += cells.iter().map(Cell::bytes).sum::<usize>();
         rows.push(Row { cells, key });
         if bytes >= PAGE_BYTES {
-            return Ok(Page { rows, is_last: false });
+            return Ok(Page {
+                rows,
+                is_last: false,
+            });
         }
     }
-    Ok(Page { rows, is_last: true })
+    Ok(Page {
+        rows,
+        is_last: true,
+    })
 }
 
 async fn change(session: &mut Session, sql: String, binds: &[Cell]) -> Result<(), StoreError> {
     let sql = AssertSqlSafe(sql);
     match &mut session.connection {
         Connection::Sqlite(connection) => {
-            bound!(sqlx::query(sql), binds).execute(&mut **connection).await?;
+            bound!(sqlx::query(sql), binds)
+                .execute(&mut **connection)
+                .await?;
             Ok(())
         }
         Connection::Postgres(connection) => {
@@ -274,7 +362,9 @@ async fn write(session: &mut Session, table: Table, rows: &[Row]) -> Result<(), 
             query = match kind {
                 Kind::Text => query.bind(cells.map(Cell::text).collect::<Vec<_>>()),
                 Kind::Number => query.bind(cells.map(Cell::number).collect::<Vec<_>>()),
-                Kind::Bytes | Kind::Payload => query.bind(cells.map(Cell::blob).collect::<Vec<_>>()),
+                Kind::Bytes | Kind::Payload => {
+                    query.bind(cells.map(Cell::blob).collect::<Vec<_>>())
+                }
             };
         }
         let ended = gate.limited(query.execute(inner)).await;

@@ -54,8 +54,12 @@ impl From<sqlx::Error> for StoreError {
     fn from(error: sqlx::Error) -> StoreError {
         use sqlx::Error::*;
         match &error {
-            Io(_) | Tls(_) | Protocol(_) | PoolClosed | WorkerCrashed => StoreError::Away(error.to_string()),
-            PoolTimedOut => StoreError::Unavailable("no connection is free: another statement takes too long".to_owned()),
+            Io(_) | Tls(_) | Protocol(_) | PoolClosed | WorkerCrashed => {
+                StoreError::Away(error.to_string())
+            }
+            PoolTimedOut => StoreError::Unavailable(
+                "no connection is free: another statement takes too long".to_owned(),
+            ),
             Database(database) => of_database(&**database),
             _ => StoreError::Refused(error.to_string()),
         }
@@ -75,7 +79,9 @@ fn of_database(error: &dyn DatabaseError) -> StoreError {
         return match &*code {
             "40001" | "40P01" => StoreError::Contended(message),
             // Its disk is full, it has no connection more, or it is read-only: what is there can still be read.
-            code if code == "53100" || code == "53300" || READ_ONLY.contains(&code) => StoreError::Unavailable(message),
+            code if code == "53100" || code == "53300" || READ_ONLY.contains(&code) => {
+                StoreError::Unavailable(message)
+            }
             code if SERVER.contains(&&code[..2]) => StoreError::Away(message),
             _ => StoreError::Refused(message),
         };

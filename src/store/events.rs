@@ -33,7 +33,9 @@ impl Source {
 
     pub(super) fn parse(text: &str) -> Result<Source, StoreError> {
         let all = [Source::Webhook, Source::Replay, Source::Api];
-        all.into_iter().find(|s| s.as_str() == text).ok_or_else(|| StoreError::Refused(format!("an event came by `{text}`")))
+        all.into_iter()
+            .find(|s| s.as_str() == text)
+            .ok_or_else(|| StoreError::Refused(format!("an event came by `{text}`")))
     }
 }
 
@@ -48,7 +50,13 @@ impl Outcome {
 
     /// From its name, as flags and queries give it.
     pub fn parse(text: &str) -> Option<Outcome> {
-        [Outcome::Recorded, Outcome::NoPaymentFact, Outcome::Unreadable].into_iter().find(|o| o.as_str() == text)
+        [
+            Outcome::Recorded,
+            Outcome::NoPaymentFact,
+            Outcome::Unreadable,
+        ]
+        .into_iter()
+        .find(|o| o.as_str() == text)
     }
 }
 
@@ -102,7 +110,12 @@ pub struct NewEvent {
 impl NewEvent {
     /// The objects mentioned that are no invoices, as a JSON array: from them the gathering of a history goes on.
     pub(super) fn linked(&self) -> Option<String> {
-        let ids: Vec<&str> = self.mentions.iter().filter(|m| !m.is_invoice).map(|m| m.object_id.as_str()).collect();
+        let ids: Vec<&str> = self
+            .mentions
+            .iter()
+            .filter(|m| !m.is_invoice)
+            .map(|m| m.object_id.as_str())
+            .collect();
         (!ids.is_empty()).then(|| serde_json::to_string(&ids).expect("strings always serialise"))
     }
 }
@@ -158,9 +171,48 @@ macro_rules! logged_columns {
     };
 }
 type Text = Option<String>;
-type LoggedRow = (Vec<u8>, Text, Text, Text, Text, Option<i64>, i64, String, Text, String, Text);
-type ToldRow = (Vec<u8>, Text, Text, Text, Text, Option<i64>, i64, String, Text, String, Text, Text);
-type BodyRow = (Vec<u8>, Text, Text, Text, Text, Option<i64>, i64, String, Text, String, Text, Text, Option<Vec<u8>>);
+type LoggedRow = (
+    Vec<u8>,
+    Text,
+    Text,
+    Text,
+    Text,
+    Option<i64>,
+    i64,
+    String,
+    Text,
+    String,
+    Text,
+);
+type ToldRow = (
+    Vec<u8>,
+    Text,
+    Text,
+    Text,
+    Text,
+    Option<i64>,
+    i64,
+    String,
+    Text,
+    String,
+    Text,
+    Text,
+);
+type BodyRow = (
+    Vec<u8>,
+    Text,
+    Text,
+    Text,
+    Text,
+    Option<i64>,
+    i64,
+    String,
+    Text,
+    String,
+    Text,
+    Text,
+    Option<Vec<u8>>,
+);
 
 const PAGE: &str = concat!(
     "select ",
@@ -194,10 +246,17 @@ const BY_ID: &str = concat!(
       where key in (select key from found where (received_ms, key) > ($4, $5) order by received_ms, key limit $6)
       order by received_ms, key"
 );
-const BODY_BY_KEY: &str = concat!("select ", logged_columns!(), ", telling, body from events where key = $1");
+const BODY_BY_KEY: &str = concat!(
+    "select ",
+    logged_columns!(),
+    ", telling, body from events where key = $1"
+);
 /// Those of a JSON array of keys in hexadecimal digits.
-const BY_KEYS_IN_SQLITE: &str =
-    concat!("select ", logged_columns!(), " from events where events.key in (select unhex(value) from json_each($1))");
+const BY_KEYS_IN_SQLITE: &str = concat!(
+    "select ",
+    logged_columns!(),
+    " from events where events.key in (select unhex(value) from json_each($1))"
+);
 const BY_KEYS_IN_POSTGRES: &str = concat!(
     "select ",
     logged_columns!(),
@@ -230,7 +289,8 @@ const UNMENTIONED_IN_POSTGRES: &str = r#"
                        where object_id = (wanted.value->>0) collate "C" and event_key = decode(wanted.value->>1, 'hex') offset 0) as found
         on true
     where is_there is null"#;
-const INSERT_MENTION: &str = "insert into mentions (object_id, event_key) values ($1, $2) on conflict do nothing";
+const INSERT_MENTION: &str =
+    "insert into mentions (object_id, event_key) values ($1, $2) on conflict do nothing";
 
 impl Store {
     /// A page of the log, newest receipt first, after the receipt time (ms) and key of the last row of the page before.
@@ -240,7 +300,12 @@ impl Store {
         after: Option<(i64, EventKey)>,
         limit: u32,
     ) -> Result<Vec<LoggedEvent>, StoreError> {
-        Ok(self.told_page(filter, after, limit).await?.into_iter().map(|(logged, _)| logged).collect())
+        Ok(self
+            .told_page(filter, after, limit)
+            .await?
+            .into_iter()
+            .map(|(logged, _)| logged)
+            .collect())
     }
 
     /// The same, with what was read in each: a `Telling` as JSON.
@@ -251,18 +316,52 @@ impl Store {
         limit: u32,
     ) -> Result<Vec<(LoggedEvent, Option<String>)>, StoreError> {
         let (received_ms, key) = after.unwrap_or(LAST);
-        let EventFilter { event_type, stripe_invoice_id, outcome } = filter;
+        let EventFilter {
+            event_type,
+            stripe_invoice_id,
+            outcome,
+        } = filter;
         let is_unreadable = *outcome == Some(Outcome::Unreadable);
         let (key, outcome, limit) = (&key.0[..], outcome.map(Outcome::as_str), i64::from(limit));
         let mut session = self.session().await?;
         let rows = match stripe_invoice_id {
             Some(id) => {
-                rows!(session, fetch_all, ToldRow, PAGE_OF_INVOICE, received_ms, key, event_type, outcome, limit, id)
+                rows!(
+                    session,
+                    fetch_all,
+                    ToldRow,
+                    PAGE_OF_INVOICE,
+                    received_ms,
+                    key,
+                    event_type,
+                    outcome,
+                    limit,
+                    id
+                )
             }
             None if is_unreadable => {
-                rows!(session, fetch_all, ToldRow, PAGE_OF_UNREADABLE, received_ms, key, event_type, limit)
+                rows!(
+                    session,
+                    fetch_all,
+                    ToldRow,
+                    PAGE_OF_UNREADABLE,
+                    received_ms,
+                    key,
+                    event_type,
+                    limit
+                )
             }
-            None => rows!(session, fetch_all, ToldRow, PAGE, received_ms, key, event_type, outcome, limit),
+            None => rows!(
+                session,
+                fetch_all,
+                ToldRow,
+                PAGE,
+                received_ms,
+                key,
+                event_type,
+                outcome,
+                limit
+            ),
         }?;
         session.done().await?;
         rows.into_iter().map(told).collect()
@@ -279,7 +378,18 @@ impl Store {
         let (received_ms, key) = after.unwrap_or(FIRST);
         let (first, last, key, limit) = (&first.0[..], &last.0[..], &key.0[..], i64::from(limit));
         let mut session = self.session().await?;
-        let rows = rows!(session, fetch_all, LoggedRow, BY_ID, first, last, id, received_ms, key, limit)?;
+        let rows = rows!(
+            session,
+            fetch_all,
+            LoggedRow,
+            BY_ID,
+            first,
+            last,
+            id,
+            received_ms,
+            key,
+            limit
+        )?;
         session.done().await?;
         rows.into_iter().map(logged).collect()
     }
@@ -307,10 +417,22 @@ impl Store {
     }
 
     /// A page of the log with bodies, oldest receipt first.
-    pub async fn stored_bodies(&self, after: Option<(i64, EventKey)>, limit: u32) -> Result<Vec<StoredBody>, StoreError> {
+    pub async fn stored_bodies(
+        &self,
+        after: Option<(i64, EventKey)>,
+        limit: u32,
+    ) -> Result<Vec<StoredBody>, StoreError> {
         let (received_ms, key) = after.unwrap_or(FIRST);
         let mut session = self.session().await?;
-        let rows = rows!(session, fetch_all, BodyRow, BODIES, received_ms, &key.0[..], i64::from(limit))?;
+        let rows = rows!(
+            session,
+            fetch_all,
+            BodyRow,
+            BODIES,
+            received_ms,
+            &key.0[..],
+            i64::from(limit)
+        )?;
         session.done().await?;
         rows.into_iter().map(stored_body).collect()
     }
@@ -323,7 +445,11 @@ impl Store {
         };
         let wanted = |event: &&NewEvent| -> Vec<(String, String)> {
             let key = hex::encode(event.key.0);
-            event.mentions.iter().map(|mention| (mention.object_id.clone(), key.clone())).collect()
+            event
+                .mentions
+                .iter()
+                .map(|mention| (mention.object_id.clone(), key.clone()))
+                .collect()
         };
         let wanted: Vec<(String, String)> = events.iter().flat_map(wanted).collect();
         let wanted = serde_json::to_string(&wanted).expect("strings always serialise");
@@ -344,13 +470,28 @@ impl Store {
     ) -> Result<(u64, Option<(i64, EventKey)>), StoreError> {
         let (received_ms, key) = after.unwrap_or(FIRST);
         let mut session = self.transaction().await?;
-        let found =
-            rows!(session, fetch_all, (i64, Vec<u8>), RECEIVED_BEFORE, received_ms, &key.0[..], before_ms, i64::from(limit))?;
+        let found = rows!(
+            session,
+            fetch_all,
+            (i64, Vec<u8>),
+            RECEIVED_BEFORE,
+            received_ms,
+            &key.0[..],
+            before_ms,
+            i64::from(limit)
+        )?;
         let Some((last_ms, last_key)) = found.last() else {
             session.commit().await?;
             return Ok((0, None));
         };
-        let forgotten = execute!(session, FORGET, received_ms, &key.0[..], *last_ms, &last_key[..])?;
+        let forgotten = execute!(
+            session,
+            FORGET,
+            received_ms,
+            &key.0[..],
+            *last_ms,
+            &last_key[..]
+        )?;
         session.commit().await?;
         Ok((forgotten, Some((*last_ms, event_key(last_key.clone())?))))
     }
@@ -371,14 +512,29 @@ impl Store {
 /// an index, and batches of several replicas take their locks in one order.
 pub(super) fn firsts(batch: &[NewEvent]) -> Vec<&NewEvent> {
     let mut keys = HashSet::with_capacity(batch.len());
-    let mut firsts: Vec<&NewEvent> = batch.iter().filter(|event| keys.insert(event.key)).collect();
+    let mut firsts: Vec<&NewEvent> = batch
+        .iter()
+        .filter(|event| keys.insert(event.key))
+        .collect();
     firsts.sort_unstable_by_key(|event| event.key);
     firsts
 }
 
 /// What to answer for each of a batch. `is_new` is asked in its order: the second of two that are equal is no longer new.
-pub(super) fn answers(batch: &[NewEvent], mut is_new: impl FnMut(&EventKey) -> bool) -> Vec<Appended> {
-    batch.iter().map(|event| if is_new(&event.key) { Appended::New } else { Appended::Duplicate }).collect()
+pub(super) fn answers(
+    batch: &[NewEvent],
+    mut is_new: impl FnMut(&EventKey) -> bool,
+) -> Vec<Appended> {
+    batch
+        .iter()
+        .map(|event| {
+            if is_new(&event.key) {
+                Appended::New
+            } else {
+                Appended::Duplicate
+            }
+        })
+        .collect()
 }
 
 async fn insert(session: &mut Session, event: &NewEvent) -> Result<(), StoreError> {
@@ -408,13 +564,26 @@ async fn insert(session: &mut Session, event: &NewEvent) -> Result<(), StoreErro
 }
 
 pub(super) fn event_key(bytes: Vec<u8>) -> Result<EventKey, StoreError> {
-    let key = bytes.try_into().map_err(|_| StoreError::Refused("the key of an event is damaged".to_owned()))?;
+    let key = bytes
+        .try_into()
+        .map_err(|_| StoreError::Refused("the key of an event is damaged".to_owned()))?;
     Ok(EventKey(key))
 }
 
 fn logged(row: LoggedRow) -> Result<LoggedEvent, StoreError> {
-    let (key, id, event_type, api_version, object_id, created_s, received_ms, source, secret_label, outcome, unreadable_reason) =
-        row;
+    let (
+        key,
+        id,
+        event_type,
+        api_version,
+        object_id,
+        created_s,
+        received_ms,
+        source,
+        secret_label,
+        outcome,
+        unreadable_reason,
+    ) = row;
     let unknown = || StoreError::Refused(format!("the outcome of an event is `{outcome}`"));
     Ok(LoggedEvent {
         key: event_key(key)?,
@@ -439,7 +608,18 @@ fn told(row: ToldRow) -> Result<(LoggedEvent, Option<String>), StoreError> {
 fn stored_body(row: BodyRow) -> Result<StoredBody, StoreError> {
     let (a, b, c, d, e, f, g, h, i, j, k, telling, packed) = row;
     let logged = logged((a, b, c, d, e, f, g, h, i, j, k))?;
-    let damaged = || StoreError::Refused(format!("the body of event {} is damaged", hex::encode(logged.key.0)));
-    let body = packed.map(|packed| PackedBody(packed).unpack().ok_or_else(damaged)).transpose()?;
-    Ok(StoredBody { logged, telling, body })
+    let damaged = || {
+        StoreError::Refused(format!(
+            "the body of event {} is damaged",
+            hex::encode(logged.key.0)
+        ))
+    };
+    let body = packed
+        .map(|packed| PackedBody(packed).unpack().ok_or_else(damaged))
+        .transpose()?;
+    Ok(StoredBody {
+        logged,
+        telling,
+        body,
+    })
 }

@@ -42,7 +42,15 @@ macro_rules! invoice_and_tellings {
     };
 }
 /// API keys; document, Stripe invoice, imported states, stored, revision, tellings.
-type Row = (Option<String>, Option<String>, Option<String>, Option<String>, Option<i64>, Option<i64>, Option<String>);
+type Row = (
+    Option<String>,
+    Option<String>,
+    Option<String>,
+    Option<String>,
+    Option<i64>,
+    Option<i64>,
+    Option<String>,
+);
 /// Whether it is the second that was asked for, and the key.
 type AskedKey = (bool, KeyRow);
 
@@ -158,7 +166,11 @@ impl Words {
 
 impl Store {
     /// The invoice and what is told about it.
-    pub async fn invoice(&self, tenant_uid: &str, invoice_uid: &str) -> Result<Option<StoredInvoice>, StoreError> {
+    pub async fn invoice(
+        &self,
+        tenant_uid: &str,
+        invoice_uid: &str,
+    ) -> Result<Option<StoredInvoice>, StoreError> {
         let mut session = self.session().await?;
         let (invoice, _) = read(&mut session, tenant_uid, invoice_uid, Reader::Us).await?;
         session.done().await?;
@@ -174,7 +186,13 @@ impl Store {
         secrets_sha256: [Option<[u8; 32]>; 2],
     ) -> Result<(Option<StoredInvoice>, Vec<ApiKey>), StoreError> {
         let mut session = self.session().await?;
-        let found = read(&mut session, tenant_uid, invoice_uid, Reader::With(secrets_sha256)).await?;
+        let found = read(
+            &mut session,
+            tenant_uid,
+            invoice_uid,
+            Reader::With(secrets_sha256),
+        )
+        .await?;
         session.done().await?;
         Ok(found)
     }
@@ -208,10 +226,20 @@ pub(super) async fn read(
         Reader::With(hashes) => (false, hashes),
     };
     let [first, second] = hashes.map(|hash| hash.map(|hash| hash.to_vec()));
-    let (keys, document, stripe_invoice_id, imported_states, stored_ms, revision, lines) =
-        rows!(session, fetch_one, Row, sql, tenant_uid, invoice_uid, first, second, is_us)?;
+    let (keys, document, stripe_invoice_id, imported_states, stored_ms, revision, lines) = rows!(
+        session,
+        fetch_one,
+        Row,
+        sql,
+        tenant_uid,
+        invoice_uid,
+        first,
+        second,
+        is_us
+    )?;
     let damaged = || StoreError::Refused("an invoice is damaged".to_owned());
-    let mut keys: Vec<AskedKey> = serde_json::from_str(keys.as_deref().unwrap_or("[]")).map_err(|_| damaged())?;
+    let mut keys: Vec<AskedKey> =
+        serde_json::from_str(keys.as_deref().unwrap_or("[]")).map_err(|_| damaged())?;
     keys.sort_by_key(|(is_second, _)| *is_second);
     let keys = keys.into_iter().map(|(_, key)| api_key(key)).collect();
     let (Some(document), Some(imported_states), Some(stored_ms), Some(revision)) =
@@ -220,14 +248,31 @@ pub(super) async fn read(
         return Ok((None, keys));
     };
     let (tenant_uid, invoice_uid) = (tenant_uid.to_owned(), invoice_uid.to_owned());
-    let row: InvoiceRow = (tenant_uid, invoice_uid, stripe_invoice_id, document, imported_states, stored_ms, revision);
+    let row: InvoiceRow = (
+        tenant_uid,
+        invoice_uid,
+        stripe_invoice_id,
+        document,
+        imported_states,
+        stored_ms,
+        revision,
+    );
     let tellings = read_lines(lines.as_deref().unwrap_or_default())?;
-    Ok((Some(StoredInvoice { tellings, ..stored_invoice(row) }), keys))
+    Ok((
+        Some(StoredInvoice {
+            tellings,
+            ..stored_invoice(row)
+        }),
+        keys,
+    ))
 }
 
 fn read_lines(lines: &str) -> Result<Vec<StoredTelling>, StoreError> {
     let damaged = || StoreError::Refused("what is told of an invoice is damaged".to_owned());
-    lines.lines().map(|line| telling(line).ok_or_else(damaged)).collect()
+    lines
+        .lines()
+        .map(|line| telling(line).ok_or_else(damaged))
+        .collect()
 }
 
 /// A key in hex, and what it tells.
@@ -235,15 +280,28 @@ fn telling(line: &str) -> Option<StoredTelling> {
     let mut key = EventKey([0; EventKey::LENGTH]);
     let (hex, json) = line.split_at_checked(2 * EventKey::LENGTH)?;
     hex::decode_to_slice(hex, &mut key.0).ok()?;
-    Some(StoredTelling { key, json: json.to_owned() })
+    Some(StoredTelling {
+        key,
+        json: json.to_owned(),
+    })
 }
 
 /// Adds what is told about each of these invoices.
-pub(super) async fn tell(session: &mut Session, invoices: &mut [StoredInvoice]) -> Result<(), StoreError> {
-    let ids: Vec<&String> = invoices.iter().filter_map(|invoice| invoice.stripe_invoice_id.as_ref()).collect();
+pub(super) async fn tell(
+    session: &mut Session,
+    invoices: &mut [StoredInvoice],
+) -> Result<(), StoreError> {
+    let ids: Vec<&String> = invoices
+        .iter()
+        .filter_map(|invoice| invoice.stripe_invoice_id.as_ref())
+        .collect();
     let mut told = tellings(session, Words::of(session).tellings_of_each, &ids).await?;
     for invoice in invoices {
-        invoice.tellings = invoice.stripe_invoice_id.as_ref().and_then(|id| told.remove(id)).unwrap_or_default();
+        invoice.tellings = invoice
+            .stripe_invoice_id
+            .as_ref()
+            .and_then(|id| told.remove(id))
+            .unwrap_or_default();
     }
     Ok(())
 }
@@ -256,7 +314,10 @@ async fn tellings(
 ) -> Result<HashMap<String, Vec<StoredTelling>>, StoreError> {
     let ids = serde_json::to_string(ids).expect("strings always serialise");
     let found = rows!(session, fetch_all, (String, String), sql, ids)?;
-    found.into_iter().map(|(root, lines)| Ok((root, read_lines(&lines)?))).collect()
+    found
+        .into_iter()
+        .map(|(root, lines)| Ok((root, read_lines(&lines)?)))
+        .collect()
 }
 
 #[cfg(test)]
@@ -268,15 +329,26 @@ mod tests {
     #[tokio::test]
     async fn sqlite_gathers_a_history_by_index_however_long_the_log() {
         let folder = tempfile::tempdir().unwrap();
-        let store = Store::connect(&format!("sqlite://{}/test.db", folder.path().display())).await.unwrap();
+        let store = Store::connect(&format!("sqlite://{}/test.db", folder.path().display()))
+            .await
+            .unwrap();
         store.migrate().await.unwrap();
         let mut session = store.session().await.unwrap();
-        for sql in [SQLITE.invoice_and_tellings, SQLITE.tellings_of_each, SQLITE.tellings_of_all] {
+        for sql in [
+            SQLITE.invoice_and_tellings,
+            SQLITE.tellings_of_each,
+            SQLITE.tellings_of_all,
+        ] {
             let explained = || AssertSqlSafe(format!("explain query plan {sql}"));
             let plan = rows!(session, fetch_all, (i64, i64, i64, String), explained()).unwrap();
-            let read_whole: Vec<_> =
-                plan.iter().filter(|(.., step)| ["SCAN events", "SCAN mentions"].contains(&&**step)).collect();
-            assert!(read_whole.is_empty() && plan.iter().any(|(.., step)| step.contains("events")), "{plan:#?}");
+            let read_whole: Vec<_> = plan
+                .iter()
+                .filter(|(.., step)| ["SCAN events", "SCAN mentions"].contains(&&**step))
+                .collect();
+            assert!(
+                read_whole.is_empty() && plan.iter().any(|(.., step)| step.contains("events")),
+                "{plan:#?}"
+            );
         }
     }
 }

@@ -86,7 +86,8 @@ const PAGE: &str = page!("order by stored_ms desc, tenant_uid, invoice_uid");
 const PAGE_OF_TENANT: &str = page!("and tenant_uid = $5 order by stored_ms desc, invoice_uid");
 /// One at most: in statements of their own, or engines may not see that they need not read all.
 const PAGE_OF_STRIPE_INVOICE: &str = page!("and stripe_invoice_id = $5");
-const PAGE_OF_TENANT_AND_STRIPE_INVOICE: &str = page!("and tenant_uid = $5 and stripe_invoice_id = $6");
+const PAGE_OF_TENANT_AND_STRIPE_INVOICE: &str =
+    page!("and tenant_uid = $5 and stripe_invoice_id = $6");
 /// Whose uid begins so. What a uid may hold ends before `$2`.
 const BY_UID: &str = "
     select tenant_uid, invoice_uid, stripe_invoice_id, document, imported_states, stored_ms, revision from invoices
@@ -102,7 +103,8 @@ const HOLDERS_IN_SQLITE: &str = "
 const HOLDERS_IN_POSTGRES: &str = r#"
     select tenant_uid, invoice_uid, stripe_invoice_id from jsonb_array_elements_text($1::jsonb) as ids
     cross join lateral (select * from invoices where stripe_invoice_id = ids.value collate "C" offset 0) as holder"#;
-const HOLDER: &str = "select tenant_uid, invoice_uid, stripe_invoice_id from invoices where stripe_invoice_id = $1";
+const HOLDER: &str =
+    "select tenant_uid, invoice_uid, stripe_invoice_id from invoices where stripe_invoice_id = $1";
 const INSERT: &str = "
     insert into invoices (tenant_uid, invoice_uid, stripe_invoice_id, document, imported_states, stored_ms, revision)
     values ($1, $2, $3, $4, $5, $6, 1)";
@@ -114,13 +116,24 @@ const UPDATE: &str = "
 impl Store {
     /// Stores or replaces an invoice, if `precondition` holds for what is stored now. A replacement keeps the Stripe invoice
     /// and the states that came with the first storing.
-    pub async fn put_invoice(&self, new: &NewInvoice, now_ms: i64, precondition: &Precondition<'_>) -> Result<Put, StoreError> {
-        let answers = self.put_uncontended(std::slice::from_ref(new), now_ms, precondition).await?;
+    pub async fn put_invoice(
+        &self,
+        new: &NewInvoice,
+        now_ms: i64,
+        precondition: &Precondition<'_>,
+    ) -> Result<Put, StoreError> {
+        let answers = self
+            .put_uncontended(std::slice::from_ref(new), now_ms, precondition)
+            .await?;
         Ok(answers[0])
     }
 
     /// Stores many invoices in one transaction; answers in their order. One that is refused does not hinder the others.
-    pub async fn put_invoices(&self, batch: &[NewInvoice], now_ms: i64) -> Result<Vec<Put>, StoreError> {
+    pub async fn put_invoices(
+        &self,
+        batch: &[NewInvoice],
+        now_ms: i64,
+    ) -> Result<Vec<Put>, StoreError> {
         self.put_uncontended(batch, now_ms, &|_| true).await
     }
 
@@ -136,7 +149,8 @@ impl Store {
             match self.put_once(batch, now_ms, precondition).await {
                 Err(StoreError::Contended(_)) if attempt < ATTEMPTS => {
                     // Those who collided must not meet again.
-                    tokio::time::sleep(Duration::from_millis(rand::random_range(0..10 << attempt))).await;
+                    tokio::time::sleep(Duration::from_millis(rand::random_range(0..10 << attempt)))
+                        .await;
                     attempt += 1;
                 }
                 ended => return ended,
@@ -144,11 +158,18 @@ impl Store {
         }
     }
 
-    async fn put_once(&self, batch: &[NewInvoice], now_ms: i64, precondition: &Precondition<'_>) -> Result<Vec<Put>, StoreError> {
+    async fn put_once(
+        &self,
+        batch: &[NewInvoice],
+        now_ms: i64,
+        precondition: &Precondition<'_>,
+    ) -> Result<Vec<Put>, StoreError> {
         let mut session = self.transaction().await?;
         let mut answers = Vec::with_capacity(batch.len());
         for new in batch {
-            let (stored, _) = histories::read(&mut session, &new.tenant_uid, &new.invoice_uid, Reader::Us).await?;
+            let (stored, _) =
+                histories::read(&mut session, &new.tenant_uid, &new.invoice_uid, Reader::Us)
+                    .await?;
             answers.push(match precondition(stored.as_ref()) {
                 true => write(&mut session, new, stored, now_ms).await?,
                 false => Put::PreconditionFailed,
@@ -166,21 +187,69 @@ impl Store {
         after: Option<&InvoiceCursor>,
         limit: u32,
     ) -> Result<Vec<StoredInvoice>, StoreError> {
-        let start = InvoiceCursor { stored_ms: i64::MAX, tenant_uid: String::new(), invoice_uid: String::new() };
-        let InvoiceCursor { stored_ms, tenant_uid: last_tenant, invoice_uid: last_uid } = after.unwrap_or(&start);
+        let start = InvoiceCursor {
+            stored_ms: i64::MAX,
+            tenant_uid: String::new(),
+            invoice_uid: String::new(),
+        };
+        let InvoiceCursor {
+            stored_ms,
+            tenant_uid: last_tenant,
+            invoice_uid: last_uid,
+        } = after.unwrap_or(&start);
         let limit = i64::from(limit);
         let mut session = self.session().await?;
         let found = match (tenant_uid, stripe_invoice_id) {
-            (None, None) => rows!(session, fetch_all, InvoiceRow, PAGE, stored_ms, last_tenant, last_uid, limit),
+            (None, None) => rows!(
+                session,
+                fetch_all,
+                InvoiceRow,
+                PAGE,
+                stored_ms,
+                last_tenant,
+                last_uid,
+                limit
+            ),
             (Some(tenant), None) => {
-                rows!(session, fetch_all, InvoiceRow, PAGE_OF_TENANT, stored_ms, last_tenant, last_uid, limit, tenant)
+                rows!(
+                    session,
+                    fetch_all,
+                    InvoiceRow,
+                    PAGE_OF_TENANT,
+                    stored_ms,
+                    last_tenant,
+                    last_uid,
+                    limit,
+                    tenant
+                )
             }
             (None, Some(id)) => {
-                rows!(session, fetch_all, InvoiceRow, PAGE_OF_STRIPE_INVOICE, stored_ms, last_tenant, last_uid, limit, id)
+                rows!(
+                    session,
+                    fetch_all,
+                    InvoiceRow,
+                    PAGE_OF_STRIPE_INVOICE,
+                    stored_ms,
+                    last_tenant,
+                    last_uid,
+                    limit,
+                    id
+                )
             }
             (Some(tenant), Some(id)) => {
                 let sql = PAGE_OF_TENANT_AND_STRIPE_INVOICE;
-                rows!(session, fetch_all, InvoiceRow, sql, stored_ms, last_tenant, last_uid, limit, tenant, id)
+                rows!(
+                    session,
+                    fetch_all,
+                    InvoiceRow,
+                    sql,
+                    stored_ms,
+                    last_tenant,
+                    last_uid,
+                    limit,
+                    tenant,
+                    id
+                )
             }
         }?;
         let mut invoices: Vec<StoredInvoice> = found.into_iter().map(stored_invoice).collect();
@@ -199,7 +268,16 @@ impl Store {
         let (end, limit) = (format!("{start}{}", char::MAX), i64::from(limit));
         let mut session = self.session().await?;
         let found = match tenant_uid {
-            Some(tenant) => rows!(session, fetch_all, InvoiceRow, BY_UID_OF_TENANT, start, end, limit, tenant),
+            Some(tenant) => rows!(
+                session,
+                fetch_all,
+                InvoiceRow,
+                BY_UID_OF_TENANT,
+                start,
+                end,
+                limit,
+                tenant
+            ),
             None => rows!(session, fetch_all, InvoiceRow, BY_UID, start, end, limit),
         }?;
         let mut invoices: Vec<StoredInvoice> = found.into_iter().map(stored_invoice).collect();
@@ -209,7 +287,10 @@ impl Store {
     }
 
     /// Who holds these Stripe invoices, each named once: tenant, invoice, Stripe invoice.
-    pub async fn holders(&self, stripe_invoice_ids: &[String]) -> Result<Vec<(String, String, String)>, StoreError> {
+    pub async fn holders(
+        &self,
+        stripe_invoice_ids: &[String],
+    ) -> Result<Vec<(String, String, String)>, StoreError> {
         let sql = match &self.0 {
             Engine::Sqlite(_) => HOLDERS_IN_SQLITE,
             Engine::Postgres(_) => HOLDERS_IN_POSTGRES,
@@ -223,26 +304,69 @@ impl Store {
 }
 
 pub(super) fn stored_invoice(row: InvoiceRow) -> StoredInvoice {
-    let (tenant_uid, invoice_uid, stripe_invoice_id, document, imported_states, stored_ms, revision) = row;
+    let (
+        tenant_uid,
+        invoice_uid,
+        stripe_invoice_id,
+        document,
+        imported_states,
+        stored_ms,
+        revision,
+    ) = row;
     let tellings = Vec::new();
-    StoredInvoice { tenant_uid, invoice_uid, stripe_invoice_id, document, imported_states, stored_ms, revision, tellings }
+    StoredInvoice {
+        tenant_uid,
+        invoice_uid,
+        stripe_invoice_id,
+        document,
+        imported_states,
+        stored_ms,
+        revision,
+        tellings,
+    }
 }
 
-async fn write(session: &mut Session, new: &NewInvoice, stored: Option<StoredInvoice>, now_ms: i64) -> Result<Put, StoreError> {
-    let NewInvoice { tenant_uid, invoice_uid, stripe_invoice_id, document, imported_states } = new;
+async fn write(
+    session: &mut Session,
+    new: &NewInvoice,
+    stored: Option<StoredInvoice>,
+    now_ms: i64,
+) -> Result<Put, StoreError> {
+    let NewInvoice {
+        tenant_uid,
+        invoice_uid,
+        stripe_invoice_id,
+        document,
+        imported_states,
+    } = new;
     if let Some(id) = stripe_invoice_id {
         let kept = stored.as_ref().and_then(|s| s.stripe_invoice_id.as_ref());
         if kept.is_some_and(|kept| kept != id) {
             return Ok(Put::StripeInvoiceFixed);
         }
-        let holder = rows!(session, fetch_optional, (String, String, String), HOLDER, id)?;
+        let holder = rows!(
+            session,
+            fetch_optional,
+            (String, String, String),
+            HOLDER,
+            id
+        )?;
         if holder.is_some_and(|(tenant, uid, _)| (&tenant, &uid) != (tenant_uid, invoice_uid)) {
             return Ok(Put::StripeInvoiceTaken);
         }
         execute!(session, NO_LONGER_AWAITED, id)?;
     }
     let Some(stored) = stored else {
-        execute!(session, INSERT, tenant_uid, invoice_uid, stripe_invoice_id, document, imported_states, now_ms)?;
+        execute!(
+            session,
+            INSERT,
+            tenant_uid,
+            invoice_uid,
+            stripe_invoice_id,
+            document,
+            imported_states,
+            now_ms
+        )?;
         return Ok(Put::Created);
     };
     let document = match (stripe_invoice_id, &stored.stripe_invoice_id) {
@@ -251,17 +375,33 @@ async fn write(session: &mut Session, new: &NewInvoice, stored: Option<StoredInv
     };
     let is_other = document != stored.document;
     if is_other || stripe_invoice_id.is_some() {
-        execute!(session, UPDATE, tenant_uid, invoice_uid, document, stripe_invoice_id, i64::from(is_other))?;
+        execute!(
+            session,
+            UPDATE,
+            tenant_uid,
+            invoice_uid,
+            document,
+            stripe_invoice_id,
+            i64::from(is_other)
+        )?;
     }
     Ok(Put::Replaced)
 }
 
 /// A document that leaves its Stripe invoice out keeps the one it has.
 fn with_stripe_invoice(document: &str, id: &str) -> Result<String, StoreError> {
-    let unfit = |e: &dyn std::fmt::Display| StoreError::Refused(format!("the document of an invoice cannot be read: {e}"));
+    let unfit = |e: &dyn std::fmt::Display| {
+        StoreError::Refused(format!("the document of an invoice cannot be read: {e}"))
+    };
     let mut document: Value = serde_json::from_str(document).map_err(|e| unfit(&e))?;
-    let fields = document.as_object_mut().ok_or_else(|| unfit(&"it is no object"))?;
-    match fields.entry("status").or_insert_with(|| json!({})).as_object_mut() {
+    let fields = document
+        .as_object_mut()
+        .ok_or_else(|| unfit(&"it is no object"))?;
+    match fields
+        .entry("status")
+        .or_insert_with(|| json!({}))
+        .as_object_mut()
+    {
         Some(status) => status.insert("stripeInvoiceId".to_owned(), id.into()),
         None => return Err(unfit(&"its status is no object")),
     };
@@ -277,21 +417,32 @@ mod tests {
     #[tokio::test]
     async fn sqlite_finds_an_invoice_and_pages_of_them_by_index_however_many_there_are() {
         let folder = tempfile::tempdir().unwrap();
-        let store = Store::connect(&format!("sqlite://{}/test.db", folder.path().display())).await.unwrap();
+        let store = Store::connect(&format!("sqlite://{}/test.db", folder.path().display()))
+            .await
+            .unwrap();
         store.migrate().await.unwrap();
         let mut session = store.session().await.unwrap();
         let by_stripe_id = "stripe_invoice_id=?";
         for (sql, sought) in [
             (PAGE, "invoices_by_storing (stored_ms<?)"),
-            (PAGE_OF_TENANT, "invoices_of_tenant_by_storing (tenant_uid=? AND stored_ms<?)"),
+            (
+                PAGE_OF_TENANT,
+                "invoices_of_tenant_by_storing (tenant_uid=? AND stored_ms<?)",
+            ),
             (PAGE_OF_STRIPE_INVOICE, by_stripe_id),
             (PAGE_OF_TENANT_AND_STRIPE_INVOICE, by_stripe_id),
             (BY_UID, "invoice_uid>? AND invoice_uid<?"),
-            (BY_UID_OF_TENANT, "tenant_uid=? AND invoice_uid>? AND invoice_uid<?"),
+            (
+                BY_UID_OF_TENANT,
+                "tenant_uid=? AND invoice_uid>? AND invoice_uid<?",
+            ),
         ] {
             let explained = AssertSqlSafe(format!("explain query plan {sql}"));
             let plan = rows!(session, fetch_all, (i64, i64, i64, String), explained).unwrap();
-            assert!(matches!(&plan[..], [(.., step)] if step.contains(sought)), "{sql}: {plan:#?}");
+            assert!(
+                matches!(&plan[..], [(.., step)] if step.contains(sought)),
+                "{sql}: {plan:#?}"
+            );
         }
     }
 }

@@ -35,7 +35,8 @@ pub struct ApiKey {
 /// Id, tenant, created, expires, revoked.
 pub(super) type KeyRow = (String, Option<String>, i64, Option<i64>, Option<i64>);
 
-const INSERT: &str = "insert into api_keys (id, secret_sha256, tenant_uid, created_ms, expires_ms, revoked_ms)
+const INSERT: &str =
+    "insert into api_keys (id, secret_sha256, tenant_uid, created_ms, expires_ms, revoked_ms)
                       values ($1, $2, $3, $4, $5, $6)";
 const BY_HASH: &str = "select id, tenant_uid, created_ms, expires_ms, revoked_ms from api_keys where secret_sha256 = $1";
 const BY_ID: &str = "
@@ -44,19 +45,41 @@ const ALL: &str = "select id, tenant_uid, created_ms, expires_ms, revoked_ms fro
 const REVOKE: &str = "update api_keys set revoked_ms = $2 where id = $1 and revoked_ms is null";
 
 impl Store {
-    pub async fn insert_key(&self, key: &ApiKey, secret_sha256: &[u8; 32]) -> Result<(), StoreError> {
-        let ApiKey { id, scope, created_ms, expires_ms, revoked_ms } = key;
+    pub async fn insert_key(
+        &self,
+        key: &ApiKey,
+        secret_sha256: &[u8; 32],
+    ) -> Result<(), StoreError> {
+        let ApiKey {
+            id,
+            scope,
+            created_ms,
+            expires_ms,
+            revoked_ms,
+        } = key;
         let tenant_uid = match scope {
             Scope::Tenant(tenant_uid) => Some(tenant_uid),
             Scope::Operator => None,
         };
         let mut session = self.writing().await?;
-        execute!(session, INSERT, id, &secret_sha256[..], tenant_uid, created_ms, expires_ms, revoked_ms)?;
+        execute!(
+            session,
+            INSERT,
+            id,
+            &secret_sha256[..],
+            tenant_uid,
+            created_ms,
+            expires_ms,
+            revoked_ms
+        )?;
         session.commit().await
     }
 
     /// The key with this hash, expired and revoked ones too.
-    pub async fn key_by_hash(&self, secret_sha256: &[u8; 32]) -> Result<Option<ApiKey>, StoreError> {
+    pub async fn key_by_hash(
+        &self,
+        secret_sha256: &[u8; 32],
+    ) -> Result<Option<ApiKey>, StoreError> {
         let mut session = self.session().await?;
         let row = rows!(session, fetch_optional, KeyRow, BY_HASH, &secret_sha256[..])?;
         session.done().await?;
@@ -65,7 +88,14 @@ impl Store {
 
     /// The key with this id, expired and revoked ones too, and the hash that is kept of it.
     pub async fn key_by_id(&self, id: &str) -> Result<Option<(ApiKey, Vec<u8>)>, StoreError> {
-        type Row = (String, Option<String>, i64, Option<i64>, Option<i64>, Vec<u8>);
+        type Row = (
+            String,
+            Option<String>,
+            i64,
+            Option<i64>,
+            Option<i64>,
+            Vec<u8>,
+        );
         let mut session = self.session().await?;
         let row = rows!(session, fetch_optional, Row, BY_ID, id)?;
         session.done().await?;
@@ -90,5 +120,11 @@ impl Store {
 }
 
 pub(super) fn api_key((id, tenant_uid, created_ms, expires_ms, revoked_ms): KeyRow) -> ApiKey {
-    ApiKey { id, scope: tenant_uid.map_or(Scope::Operator, Scope::Tenant), created_ms, expires_ms, revoked_ms }
+    ApiKey {
+        id,
+        scope: tenant_uid.map_or(Scope::Operator, Scope::Tenant),
+        created_ms,
+        expires_ms,
+        revoked_ms,
+    }
 }

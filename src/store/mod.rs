@@ -26,10 +26,14 @@ use sqlx::{Connection, SqlSafeStr};
 
 pub use copying::{Cell, CopyTarget, Page, Row};
 pub use error::StoreError;
-pub use events::{Appended, EventFilter, LoggedEvent, NewEvent, Outcome, PackedBody, Source, StoredBody};
+pub use events::{
+    Appended, EventFilter, LoggedEvent, NewEvent, Outcome, PackedBody, Source, StoredBody,
+};
 pub use invoices::{InvoiceCursor, NewInvoice, Put, StoredInvoice, StoredTelling};
 pub use keys::{ApiKey, Scope};
-pub use reconciling::{Asked, AskedAbout, Backlog, CLOCKS_DIFFER_MS, Checked, Comparison, Run, ToAsk, ToCheck};
+pub use reconciling::{
+    Asked, AskedAbout, Backlog, CLOCKS_DIFFER_MS, Checked, Comparison, Run, ToAsk, ToCheck,
+};
 pub use signs::{Awaited, COUNTED, Counted, Disk, LogLine, News, Space};
 pub use tables::Table;
 
@@ -42,7 +46,10 @@ const MIGRATIONS: [(i64, &str, [&str; 2]); 4] = [
     (
         1,
         "start",
-        [include_str!("../../migrations/sqlite/0001_start.sql"), include_str!("../../migrations/postgres/0001_start.sql")],
+        [
+            include_str!("../../migrations/sqlite/0001_start.sql"),
+            include_str!("../../migrations/postgres/0001_start.sql"),
+        ],
     ),
     (
         2,
@@ -55,13 +62,24 @@ const MIGRATIONS: [(i64, &str, [&str; 2]); 4] = [
     (
         3,
         "signs",
-        [include_str!("../../migrations/sqlite/0003_signs.sql"), include_str!("../../migrations/postgres/0003_signs.sql")],
+        [
+            include_str!("../../migrations/sqlite/0003_signs.sql"),
+            include_str!("../../migrations/postgres/0003_signs.sql"),
+        ],
     ),
-    (4, "find", [include_str!("../../migrations/sqlite/0004_find.sql"), include_str!("../../migrations/postgres/0004_find.sql")]),
+    (
+        4,
+        "find",
+        [
+            include_str!("../../migrations/sqlite/0004_find.sql"),
+            include_str!("../../migrations/postgres/0004_find.sql"),
+        ],
+    ),
 ];
 const MIGRATIONS_TABLE: &str = "_sqlx_migrations";
 /// Who migrates holds this lock of PostgreSQL's. Any number, as long as it stays. That a table is there already is no news.
-const MIGRATION_LOCK: &str = "set local client_min_messages = warning; select pg_advisory_xact_lock(7305821964)";
+const MIGRATION_LOCK: &str =
+    "set local client_min_messages = warning; select pg_advisory_xact_lock(7305821964)";
 
 /// One database; cheap to clone.
 #[derive(Clone, Debug)]
@@ -92,10 +110,16 @@ impl Store {
     /// [`StoreError::Away`] when there is no such database.
     pub async fn connect_to_existing(url: &str) -> Result<Store, StoreError> {
         Store::check_url(url).map_err(StoreError::Refused)?;
-        if let Some(file) = url.strip_prefix("sqlite://").map(sqlite::file).transpose()?
+        if let Some(file) = url
+            .strip_prefix("sqlite://")
+            .map(sqlite::file)
+            .transpose()?
             && !file.exists()
         {
-            return Err(StoreError::Away(format!("there is no file {}", file.display())));
+            return Err(StoreError::Away(format!(
+                "there is no file {}",
+                file.display()
+            )));
         }
         Store::connect(url).await
     }
@@ -106,15 +130,22 @@ impl Store {
     /// In words that do not show a password, why not.
     pub fn check_url(url: &str) -> Result<(), String> {
         if url.starts_with("postgres://") || url.starts_with("postgresql://") {
-            return url.parse::<sqlx::postgres::PgConnectOptions>().map(drop).map_err(|e| format!("it cannot be read: {e}"));
+            return url
+                .parse::<sqlx::postgres::PgConnectOptions>()
+                .map(drop)
+                .map_err(|e| format!("it cannot be read: {e}"));
         }
         match url.strip_prefix("sqlite://") {
             Some("") => Err("it names no file: write sqlite://PATH".to_owned()),
             Some(path) if path.starts_with(":memory:") || path.contains("mode=memory") => {
                 Err("a database in memory keeps nothing: write sqlite://PATH".to_owned())
             }
-            Some(path) => sqlite::file(path).map(drop).map_err(|e| format!("it cannot be read: {e}")),
-            None => Err("it must be sqlite://PATH or postgres://USER:PASSWORD@HOST/DATABASE".to_owned()),
+            Some(path) => sqlite::file(path)
+                .map(drop)
+                .map_err(|e| format!("it cannot be read: {e}")),
+            None => {
+                Err("it must be sqlite://PATH or postgres://USER:PASSWORD@HOST/DATABASE".to_owned())
+            }
         }
     }
 
@@ -139,7 +170,9 @@ impl Store {
             Engine::Postgres(store) => {
                 let mut connection = store.connect_apart().await?;
                 let mut transaction = connection.begin().await?;
-                sqlx::raw_sql(MIGRATION_LOCK).execute(&mut *transaction).await?;
+                sqlx::raw_sql(MIGRATION_LOCK)
+                    .execute(&mut *transaction)
+                    .await?;
                 store.forget_names(&mut transaction).await?;
                 let applied = migrate_on(&mut *transaction, 1).await?;
                 transaction.commit().await?;
@@ -162,10 +195,14 @@ impl Store {
         Err(StoreError::Unavailable(match latest.cmp(&needed) {
             Ordering::Equal => return Ok(()),
             Ordering::Less => {
-                format!("it is at migration {latest}, and this version needs {needed}: run `stripe-reconciler migrate`")
+                format!(
+                    "it is at migration {latest}, and this version needs {needed}: run `stripe-reconciler migrate`"
+                )
             }
             Ordering::Greater => {
-                format!("it was migrated by a newer version of this program (to {latest}; this version knows {needed})")
+                format!(
+                    "it was migrated by a newer version of this program (to {latest}; this version knows {needed})"
+                )
             }
         }))
     }
@@ -212,9 +249,18 @@ impl Store {
     }
 }
 
-async fn migrate_on(connection: &mut impl Migrate, engine: usize) -> Result<Vec<&'static str>, StoreError> {
+async fn migrate_on(
+    connection: &mut impl Migrate,
+    engine: usize,
+) -> Result<Vec<&'static str>, StoreError> {
     let migrations = MIGRATIONS.map(|(version, name, sql)| {
-        Migration::new(version, name.into(), MigrationType::Simple, sql[engine].into_sql_str(), false)
+        Migration::new(
+            version,
+            name.into(),
+            MigrationType::Simple,
+            sql[engine].into_sql_str(),
+            false,
+        )
     });
     let mut migrator = Migrator::with_migrations(migrations.into());
     // Its lock belongs to a session; ours, to the transaction, is held already.
@@ -223,5 +269,9 @@ async fn migrate_on(connection: &mut impl Migrate, engine: usize) -> Result<Vec<
     let before = connection.list_applied_migrations(MIGRATIONS_TABLE).await?;
     migrator.run_direct(None, connection, false).await?;
     let is_new = |version: i64| before.iter().all(|applied| applied.version != version);
-    Ok(MIGRATIONS.iter().filter(|(version, ..)| is_new(*version)).map(|(_, name, _)| *name).collect())
+    Ok(MIGRATIONS
+        .iter()
+        .filter(|(version, ..)| is_new(*version))
+        .map(|(_, name, _)| *name)
+        .collect())
 }

@@ -41,22 +41,45 @@ pub(super) struct Pooled<DB: Database> {
 
 impl<DB: Database> Pool<DB> {
     pub(super) fn new(source: sqlx::Pool<DB>) -> Arc<Pool<DB>> {
-        let places = Arc::new(Semaphore::new(source.options().get_max_connections() as usize));
-        Arc::new(Pool { source, places, ready: Mutex::default() })
+        let places = Arc::new(Semaphore::new(
+            source.options().get_max_connections() as usize
+        ));
+        Arc::new(Pool {
+            source,
+            places,
+            ready: Mutex::default(),
+        })
     }
 
     /// `not_before`, asked when it is handed out: what was opened earlier leads nowhere, and is closed.
     ///
     /// # Errors
     /// As sqlx's pool.
-    pub(super) async fn acquire(self: &Arc<Self>, not_before: impl Fn() -> Option<Instant>) -> Result<Pooled<DB>, sqlx::Error> {
+    pub(super) async fn acquire(
+        self: &Arc<Self>,
+        not_before: impl Fn() -> Option<Instant>,
+    ) -> Result<Pooled<DB>, sqlx::Error> {
         let acquired = async {
-            let place = self.places.clone().acquire_owned().await.map_err(|_| sqlx::Error::PoolClosed)?;
+            let place = self
+                .places
+                .clone()
+                .acquire_owned()
+                .await
+                .map_err(|_| sqlx::Error::PoolClosed)?;
             let taken = match self.take_ready(not_before()) {
                 Some(taken) => taken,
-                None => Taken { at: Instant::now(), connection: self.source.acquire().await?, used: Instant::now() },
+                None => Taken {
+                    at: Instant::now(),
+                    connection: self.source.acquire().await?,
+                    used: Instant::now(),
+                },
             };
-            Ok(Pooled { taken: Some(taken), is_ready: false, pool: self.clone(), _place: place })
+            Ok(Pooled {
+                taken: Some(taken),
+                is_ready: false,
+                pool: self.clone(),
+                _place: place,
+            })
         };
         let in_time = timeout(self.source.options().get_acquire_timeout(), acquired).await;
         in_time.map_err(|_| sqlx::Error::PoolTimedOut)?
@@ -67,7 +90,9 @@ impl<DB: Database> Pool<DB> {
             let mut ready = self.ready();
             self.places.close();
             // To be asked whether they live, they would hold their place as long as a server is silent.
-            ready.iter_mut().for_each(|taken| taken.connection.close_on_drop());
+            ready
+                .iter_mut()
+                .for_each(|taken| taken.connection.close_on_drop());
             ready.clear();
         }
         self.source.close().await;
@@ -79,7 +104,10 @@ impl<DB: Database> Pool<DB> {
 
     /// The one that was used last: the server has most of what it needs at hand.
     fn take_ready(&self, not_before: Option<Instant>) -> Option<Taken<DB>> {
-        let (life, rest) = (self.source.options().get_max_lifetime(), self.source.options().get_idle_timeout());
+        let (life, rest) = (
+            self.source.options().get_max_lifetime(),
+            self.source.options().get_idle_timeout(),
+        );
         let is_good = |taken: &Taken<DB>| {
             not_before.is_none_or(|not_before| taken.at >= not_before)
                 && life.is_none_or(|life| taken.at.elapsed() < life)
@@ -118,7 +146,10 @@ impl<DB: Database> Drop for Pooled<DB> {
         }
         let mut ready = self.pool.ready();
         if !self.pool.places.is_closed() {
-            ready.extend(self.taken.take().map(|taken| Taken { used: Instant::now(), ..taken }));
+            ready.extend(self.taken.take().map(|taken| Taken {
+                used: Instant::now(),
+                ..taken
+            }));
         }
     }
 }
@@ -136,13 +167,21 @@ impl<DB: Database> Deref for Pooled<DB> {
     type Target = DB::Connection;
 
     fn deref(&self) -> &DB::Connection {
-        &self.taken.as_ref().expect("it is taken out only in the drop").connection
+        &self
+            .taken
+            .as_ref()
+            .expect("it is taken out only in the drop")
+            .connection
     }
 }
 
 impl<DB: Database> DerefMut for Pooled<DB> {
     fn deref_mut(&mut self) -> &mut DB::Connection {
-        &mut self.taken.as_mut().expect("it is taken out only in the drop").connection
+        &mut self
+            .taken
+            .as_mut()
+            .expect("it is taken out only in the drop")
+            .connection
     }
 }
 
@@ -162,17 +201,25 @@ mod tests {
     }
 
     fn pool_with(limits: SqlitePoolOptions, folder: &TempDir) -> Arc<Pool<Sqlite>> {
-        let options = SqliteConnectOptions::new().filename(folder.path().join("test.db")).create_if_missing(true);
+        let options = SqliteConnectOptions::new()
+            .filename(folder.path().join("test.db"))
+            .create_if_missing(true);
         Pool::new(limits.max_connections(1).connect_lazy_with(options))
     }
 
     /// What only the same connection knows.
     async fn mark(connection: &mut Pooled<Sqlite>) {
-        sqlx::raw_sql("create temp table marked (x)").execute(&mut **connection).await.unwrap();
+        sqlx::raw_sql("create temp table marked (x)")
+            .execute(&mut **connection)
+            .await
+            .unwrap();
     }
 
     async fn is_marked(connection: &mut Pooled<Sqlite>) -> bool {
-        sqlx::raw_sql("select 1 from marked").execute(&mut **connection).await.is_ok()
+        sqlx::raw_sql("select 1 from marked")
+            .execute(&mut **connection)
+            .await
+            .is_ok()
     }
 
     #[tokio::test]
@@ -182,7 +229,10 @@ mod tests {
         let mut first = pool.acquire(|| None).await.unwrap();
         mark(&mut first).await;
         first.set_ready();
-        let (mut second, ()) = tokio::join!(async { pool.acquire(|| None).await.unwrap() }, async { drop(first) });
+        let (mut second, ()) =
+            tokio::join!(async { pool.acquire(|| None).await.unwrap() }, async {
+                drop(first)
+            });
         assert!(is_marked(&mut second).await && pool.ready().is_empty());
         second.set_ready();
         drop(second);
@@ -217,8 +267,10 @@ mod tests {
 
     #[tokio::test]
     async fn one_that_has_lived_or_rested_too_long_is_closed_however_ready_it_is() {
-        let limits =
-            [SqlitePoolOptions::new().max_lifetime(Duration::ZERO), SqlitePoolOptions::new().idle_timeout(Duration::ZERO)];
+        let limits = [
+            SqlitePoolOptions::new().max_lifetime(Duration::ZERO),
+            SqlitePoolOptions::new().idle_timeout(Duration::ZERO),
+        ];
         for limits in limits {
             let folder = tempfile::tempdir().unwrap();
             let pool = pool_with(limits, &folder);
@@ -254,6 +306,9 @@ mod tests {
         used.set_ready();
         tokio::join!(closing, async { drop(used) });
         assert!(pool.ready().is_empty());
-        assert!(matches!(pool.acquire(|| None).await, Err(sqlx::Error::PoolClosed)));
+        assert!(matches!(
+            pool.acquire(|| None).await,
+            Err(sqlx::Error::PoolClosed)
+        ));
     }
 }

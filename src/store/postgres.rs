@@ -89,16 +89,28 @@ impl PostgresStore {
     /// # Errors
     /// [`StoreError::Refused`] when the server acknowledges commits that are not on its disk.
     pub async fn open(url: &str) -> Result<PostgresStore, StoreError> {
-        let options = PgConnectOptions::from_str(url).map_err(|e| StoreError::Refused(e.to_string()))?;
+        let options =
+            PgConnectOptions::from_str(url).map_err(|e| StoreError::Refused(e.to_string()))?;
         for name in unknown_parameters(url) {
-            tracing::warn!(name, "this parameter of DATABASE_URL is not known: it does nothing");
+            tracing::warn!(
+                name,
+                "this parameter of DATABASE_URL is not known: it does nothing"
+            );
         }
         // A parameter that poolers do not know; nothing here is a float.
-        let options = options.extra_float_digits(None).application_name("stripe-reconciler").disable_statement_logging();
+        let options = options
+            .extra_float_digits(None)
+            .application_name("stripe-reconciler")
+            .disable_statement_logging();
         let looked_at = timeout(STATEMENT_TIMEOUT, look_at(url, &options)).await;
-        let is_pooled = looked_at.map_err(|_| StoreError::Unavailable("the server does not answer".to_owned()))??;
+        let is_pooled = looked_at
+            .map_err(|_| StoreError::Unavailable("the server does not answer".to_owned()))??;
         // Poolers do not know these parameters.
-        let options = if is_pooled { options } else { options.options(SESSION) };
+        let options = if is_pooled {
+            options
+        } else {
+            options.options(SESSION)
+        };
         let state = GateState {
             options: options.clone(),
             is_closed: watch::Sender::new(false),
@@ -119,7 +131,12 @@ impl PostgresStore {
                 });
             Pool::new(pool.connect_lazy_with(options.clone()))
         };
-        Ok(PostgresStore { pool: pool(CONNECTIONS), appending: pool(1), is_pooled, gate })
+        Ok(PostgresStore {
+            pool: pool(CONNECTIONS),
+            appending: pool(1),
+            is_pooled,
+            gate,
+        })
     }
 
     /// A connection for statements that each stand alone.
@@ -153,9 +170,18 @@ impl PostgresStore {
     async fn acquire(&self, pool: &Arc<Pool<Postgres>>) -> Result<Session, StoreError> {
         self.gate.pass()?;
         let not_before = || Some(*self.gate.opened());
-        let acquired = self.gate.judge(self.gate.doubted(ACQUIRE_DOUBT_AFTER, pool.acquire(not_before)).await)?;
+        let acquired = self.gate.judge(
+            self.gate
+                .doubted(ACQUIRE_DOUBT_AFTER, pool.acquire(not_before))
+                .await,
+        )?;
         let (named, gate) = (!self.is_pooled, self.gate.clone());
-        Ok(Session::new(Connection::Postgres(PostgresConnection { inner: acquired, named, gate, is_unsure: false })))
+        Ok(Session::new(Connection::Postgres(PostgresConnection {
+            inner: acquired,
+            named,
+            gate,
+            is_unsure: false,
+        })))
     }
 
     /// A connection of its own, for migrations: they may take long, and change what others have prepared.
@@ -176,9 +202,16 @@ impl PostgresStore {
     pub async fn append(&self, batch: &[NewEvent]) -> Result<Vec<Appended>, StoreError> {
         let firsts = super::events::firsts(batch);
         let column = |pick: fn(&NewEvent) -> Option<&str>| -> Vec<Option<String>> {
-            firsts.iter().map(|event| pick(event).map(str::to_owned)).collect()
+            firsts
+                .iter()
+                .map(|event| pick(event).map(str::to_owned))
+                .collect()
         };
-        let mentions = || firsts.iter().flat_map(|event| event.mentions.iter().map(move |mention| (event, mention)));
+        let mentions = || {
+            firsts
+                .iter()
+                .flat_map(|event| event.mentions.iter().map(move |mention| (event, mention)))
+        };
         let mut session = self.session_of(&self.appending).await?;
         let Connection::Postgres(connection) = &mut session.connection else {
             unreachable!("the sessions of this store are PostgreSQL's")
@@ -202,8 +235,12 @@ impl PostgresStore {
             column(|e| e.telling.as_deref()),
             firsts.iter().map(|e| e.linked()).collect::<Vec<_>>(),
             firsts.iter().map(|e| e.body.as_bytes()).collect::<Vec<_>>(),
-            mentions().map(|(_, m)| m.object_id.as_str()).collect::<Vec<_>>(),
-            mentions().map(|(e, _)| e.key.0.to_vec()).collect::<Vec<_>>()
+            mentions()
+                .map(|(_, m)| m.object_id.as_str())
+                .collect::<Vec<_>>(),
+            mentions()
+                .map(|(e, _)| e.key.0.to_vec())
+                .collect::<Vec<_>>()
         )?;
         session.done().await?;
         let mut new: HashSet<Vec<u8>> = new.into_iter().map(|(key,)| key).collect();
@@ -240,9 +277,14 @@ const PARAMETERS: [&str; 18] = [
 
 /// Names only: sqlx itself would say their values as well, and one may be a password whose name is misspelt.
 fn unknown_parameters(url: &str) -> impl Iterator<Item = &str> {
-    let names =
-        url.split_once('?').map_or("", |(_, query)| query).split('&').map(|part| part.split('=').next().unwrap_or_default());
-    names.filter(|name| !name.is_empty() && !PARAMETERS.contains(name) && !name.starts_with("options["))
+    let names = url
+        .split_once('?')
+        .map_or("", |(_, query)| query)
+        .split('&')
+        .map(|part| part.split('=').next().unwrap_or_default());
+    names.filter(|name| {
+        !name.is_empty() && !PARAMETERS.contains(name) && !name.starts_with("options[")
+    })
 }
 
 /// What a connection is told when it is made, a pooler is told with every transaction.
@@ -304,7 +346,11 @@ impl Gate {
     }
 
     /// The same; after so long, the server is asked whether it is there.
-    async fn doubted<T>(&self, after: Duration, waiting: impl Future<Output = T>) -> Result<T, GivenUp> {
+    async fn doubted<T>(
+        &self,
+        after: Duration,
+        waiting: impl Future<Output = T>,
+    ) -> Result<T, GivenUp> {
         let mut waiting = pin!(waiting);
         if let Ok(ended) = timeout(after, &mut waiting).await {
             return Ok(ended);
@@ -319,12 +365,19 @@ impl Gate {
 
     /// Takes a result, and closes when it says that the server is away. Where it does not say so, but somebody waited in vain,
     /// others may be in the way: then the server is asked first.
-    pub fn judge<T>(&self, ended: Result<Result<T, sqlx::Error>, GivenUp>) -> Result<T, StoreError> {
+    pub fn judge<T>(
+        &self,
+        ended: Result<Result<T, sqlx::Error>, GivenUp>,
+    ) -> Result<T, StoreError> {
         let in_vain = match ended {
             Ok(Ok(value)) => return Ok(value),
             Ok(Err(sqlx::Error::PoolTimedOut)) => "no connection is free",
             Ok(Err(error)) => {
-                if error.as_database_error().and_then(|error| error.code()).is_some_and(|code| READ_ONLY.contains(&&*code)) {
+                if error
+                    .as_database_error()
+                    .and_then(|error| error.code())
+                    .is_some_and(|code| READ_ONLY.contains(&&*code))
+                {
                     self.doubt(Doubt::ReadOnly);
                 }
                 let error = StoreError::from(error);
@@ -358,7 +411,9 @@ impl Gate {
                 Ok(Found::Standby) => gate.close("it is a standby"),
                 // What was opened before leads to what was the primary.
                 Ok(Found::Primary) if why == Doubt::ReadOnly => *gate.opened() = Instant::now(),
-                Err(StoreError::Away(_)) if answers() == before => gate.close("the server does not answer"),
+                Err(StoreError::Away(_)) if answers() == before => {
+                    gate.close("the server does not answer")
+                }
                 _ => {}
             }
             gate.0.is_doubted.store(false, Ordering::Release);
@@ -367,7 +422,10 @@ impl Gate {
 
     fn close(&self, reason: &str) {
         if !self.0.is_closed.send_replace(true) {
-            tracing::warn!(reason, "the database is away: everything is refused until it is back");
+            tracing::warn!(
+                reason,
+                "the database is away: everything is refused until it is back"
+            );
             tokio::spawn(self.clone().knock());
         }
     }
@@ -386,14 +444,17 @@ impl Gate {
     }
 
     async fn ask(&self) -> Result<Found, StoreError> {
-        const ABOUT: &str = "select pg_is_in_recovery(), current_setting('transaction_read_only') = 'on'";
+        const ABOUT: &str =
+            "select pg_is_in_recovery(), current_setting('transaction_read_only') = 'on'";
         let asked = async {
             let mut connection = self.0.options.connect().await?;
             let row = sqlx::Executor::fetch_one(&mut connection, sqlx::raw_sql(ABOUT)).await?;
             connection.close().await?;
             Ok::<(bool, bool), sqlx::Error>((row.try_get(0)?, row.try_get(1)?))
         };
-        let asked = timeout(ACQUIRE_TIMEOUT, asked).await.map_err(|_| StoreError::Away("it does not answer".to_owned()))?;
+        let asked = timeout(ACQUIRE_TIMEOUT, asked)
+            .await
+            .map_err(|_| StoreError::Away("it does not answer".to_owned()))?;
         Ok(match asked? {
             (true, _) => Found::Standby,
             (false, true) => Found::ReadOnly,

@@ -116,7 +116,9 @@ macro_rules! to_ask {
 const TO_FETCH: [[&str; 2]; 1] = [to_ask!("event_type >= 'v1.' and event_type < 'v1/'")];
 const TO_LINK: [[&str; 2]; 3] = [
     to_ask!("event_type >= 'charge.' and event_type < 'charge/' and outcome = 'recorded'"),
-    to_ask!("event_type >= 'payment_intent.' and event_type < 'payment_intent/' and outcome = 'recorded'"),
+    to_ask!(
+        "event_type >= 'payment_intent.' and event_type < 'payment_intent/' and outcome = 'recorded'"
+    ),
     to_ask!("event_type >= 'refund.' and event_type < 'refund/' and outcome = 'recorded'"),
 ];
 type ToAskRow = (Vec<u8>, Option<String>, Option<Vec<u8>>, i64);
@@ -141,8 +143,7 @@ const SAMPLE: &str = "
     where check_due_ms is null and stripe_invoice_id is not null and checked_ms <= $1 order by checked_ms limit $2";
 const ONE: &str = "
     select tenant_uid, invoice_uid, stripe_invoice_id, differs_since_ms from invoices where stripe_invoice_id = $1";
-const COMPARISON: &str =
-    "select check_due_ms, confirmed_ms, differs_since_ms from invoices where tenant_uid = $1 and invoice_uid = $2";
+const COMPARISON: &str = "select check_due_ms, confirmed_ms, differs_since_ms from invoices where tenant_uid = $1 and invoice_uid = $2";
 type ComparisonRow = (Option<i64>, Option<i64>, Option<i64>);
 type ToCheckRow = (String, String, String, Option<i64>);
 const CHECKED: &str = "
@@ -153,15 +154,19 @@ const CHECKED: &str = "
 /// Most events name no account: the text tells that sooner than the JSON does.
 macro_rules! accounts_since {
     ($account:literal) => {
-        concat!("select distinct ", $account, " from events where received_ms >= $1 and telling like '%\"account\":\"acct_%'")
+        concat!(
+            "select distinct ",
+            $account,
+            " from events where received_ms >= $1 and telling like '%\"account\":\"acct_%'"
+        )
     };
 }
 const ACCOUNTS_IN_SQLITE: &str = accounts_since!("telling->>'$.account'");
 const ACCOUNTS_IN_POSTGRES: &str = accounts_since!("telling::jsonb->>'account'");
 
-const PROGRESS: &str = "select name, value from progress where name >= $1 and name < $2 order by name limit 10000";
-const SET_PROGRESS: &str =
-    "insert into progress (name, value) values ($1, $2) on conflict (name) do update set value = excluded.value";
+const PROGRESS: &str =
+    "select name, value from progress where name >= $1 and name < $2 order by name limit 10000";
+const SET_PROGRESS: &str = "insert into progress (name, value) values ($1, $2) on conflict (name) do update set value = excluded.value";
 
 /// How much the clocks of processes on the same database may differ.
 pub const CLOCKS_DIFFER_MS: i64 = 60_000;
@@ -173,14 +178,20 @@ const TAKE_LEASE: &str = "
 const LEASE: &str = "select holder, expires_ms from leases where name = $1";
 const RELEASE: &str = "delete from leases where name = $1 and holder = $2";
 
-const KEEP_RUN: &str = "insert into runs (id, started_ms, ended_ms, report) values ($1, $2, $3, $4)";
-const FORGET_RUNS: &str = "delete from runs where id not in (select id from runs order by started_ms desc, id limit $1)";
-const LAST_RUNS: &str =
-    "select id, started_ms, ended_ms, report from runs where started_ms <= $2 order by started_ms desc, id limit $1";
+const KEEP_RUN: &str =
+    "insert into runs (id, started_ms, ended_ms, report) values ($1, $2, $3, $4)";
+const FORGET_RUNS: &str =
+    "delete from runs where id not in (select id from runs order by started_ms desc, id limit $1)";
+const LAST_RUNS: &str = "select id, started_ms, ended_ms, report from runs where started_ms <= $2 order by started_ms desc, id limit $1";
 
 impl Store {
     /// Events whose time to be asked about has come, the longest due first.
-    pub async fn to_ask(&self, asked: Asked, now_ms: i64, limit: u32) -> Result<Vec<ToAsk>, StoreError> {
+    pub async fn to_ask(
+        &self,
+        asked: Asked,
+        now_ms: i64,
+        limit: u32,
+    ) -> Result<Vec<ToAsk>, StoreError> {
         let mut session = self.session().await?;
         let mut found = Vec::new();
         let statements: &[[&'static str; 2]] = match asked {
@@ -188,7 +199,14 @@ impl Store {
             Asked::Invoice => &TO_LINK,
         };
         for &[statement, _] in statements {
-            found.extend(rows!(session, fetch_all, ToAskRow, statement, now_ms, i64::from(limit))?);
+            found.extend(rows!(
+                session,
+                fetch_all,
+                ToAskRow,
+                statement,
+                now_ms,
+                i64::from(limit)
+            )?);
         }
         session.done().await?;
         found.into_iter().map(to_ask).collect()
@@ -198,17 +216,38 @@ impl Store {
     pub async fn backlog(&self, now_ms: i64) -> Result<Backlog, StoreError> {
         let mut session = self.session().await?;
         let mut counts = Vec::new();
-        for statement in TO_FETCH.iter().chain(&TO_LINK).map(|[_, count]| *count).chain([COUNT_DUE]) {
-            let (count,) = rows!(session, fetch_one, (i64,), statement, now_ms, i64::from(COUNTED))?;
+        for statement in TO_FETCH
+            .iter()
+            .chain(&TO_LINK)
+            .map(|[_, count]| *count)
+            .chain([COUNT_DUE])
+        {
+            let (count,) = rows!(
+                session,
+                fetch_one,
+                (i64,),
+                statement,
+                now_ms,
+                i64::from(COUNTED)
+            )?;
             counts.push(count);
         }
         session.done().await?;
-        let [objects, charges, intents, refunds, checks] = counts[..] else { unreachable!("as many as there are statements") };
-        Ok(Backlog { objects, links: charges + intents + refunds, checks })
+        let [objects, charges, intents, refunds, checks] = counts[..] else {
+            unreachable!("as many as there are statements")
+        };
+        Ok(Backlog {
+            objects,
+            links: charges + intents + refunds,
+            checks,
+        })
     }
 
     /// Notes when to ask about these events again (None: never), and how often it was tried.
-    pub async fn note_asked(&self, asked: &[(EventKey, Option<i64>, i64)]) -> Result<(), StoreError> {
+    pub async fn note_asked(
+        &self,
+        asked: &[(EventKey, Option<i64>, i64)],
+    ) -> Result<(), StoreError> {
         let mut session = self.writing().await?;
         for (key, due_ms, attempts) in asked {
             execute!(session, ASKED, &key.0[..], due_ms, attempts)?;
@@ -221,10 +260,25 @@ impl Store {
         let mut found = Vec::with_capacity(keys.len());
         let mut session = self.session().await?;
         for key in keys {
-            found.extend(rows!(session, fetch_optional, (Vec<u8>, Option<i64>, i64), ASKED_ABOUT, &key.0[..])?);
+            found.extend(rows!(
+                session,
+                fetch_optional,
+                (Vec<u8>, Option<i64>, i64),
+                ASKED_ABOUT,
+                &key.0[..]
+            )?);
         }
         session.done().await?;
-        found.into_iter().map(|(key, due_ms, attempts)| Ok(AskedAbout { key: event_key(key)?, due_ms, attempts })).collect()
+        found
+            .into_iter()
+            .map(|(key, due_ms, attempts)| {
+                Ok(AskedAbout {
+                    key: event_key(key)?,
+                    due_ms,
+                    attempts,
+                })
+            })
+            .collect()
     }
 
     /// Which of these events are in the log, in this rendering.
@@ -232,7 +286,13 @@ impl Store {
         let mut found = Vec::new();
         let mut session = self.session().await?;
         for key in keys {
-            found.extend(rows!(session, fetch_optional, (Vec<u8>,), "select key from events where key = $1", &key.0[..])?);
+            found.extend(rows!(
+                session,
+                fetch_optional,
+                (Vec<u8>,),
+                "select key from events where key = $1",
+                &key.0[..]
+            )?);
         }
         session.done().await?;
         found.into_iter().map(|(key,)| event_key(key)).collect()
@@ -244,7 +304,15 @@ impl Store {
         let mut session = self.session().await?;
         for &id in ids {
             let (first, last) = EventKey::range(id);
-            found.extend(rows!(session, fetch_optional, (String,), ID, &first.0[..], &last.0[..], id)?);
+            found.extend(rows!(
+                session,
+                fetch_optional,
+                (String,),
+                ID,
+                &first.0[..],
+                &last.0[..],
+                id
+            )?);
         }
         session.done().await?;
         Ok(found.into_iter().map(|(id,)| id).collect())
@@ -253,24 +321,55 @@ impl Store {
     /// A page of the invoices that name a Stripe invoice, by its id, after this one.
     pub async fn all_to_check(&self, after: &str, limit: u32) -> Result<Vec<ToCheck>, StoreError> {
         let mut session = self.session().await?;
-        let found = rows!(session, fetch_all, ToCheckRow, WITH_STRIPE_INVOICE, after, i64::from(limit))?;
+        let found = rows!(
+            session,
+            fetch_all,
+            ToCheckRow,
+            WITH_STRIPE_INVOICE,
+            after,
+            i64::from(limit)
+        )?;
         session.done().await?;
         Ok(found.into_iter().map(to_check).collect())
     }
 
     /// Invoices that are not settled, whose time to be compared has come, the longest due first; none that was stored later than
     /// `stored_before_ms`.
-    pub async fn due_to_check(&self, now_ms: i64, stored_before_ms: i64, limit: u32) -> Result<Vec<ToCheck>, StoreError> {
+    pub async fn due_to_check(
+        &self,
+        now_ms: i64,
+        stored_before_ms: i64,
+        limit: u32,
+    ) -> Result<Vec<ToCheck>, StoreError> {
         let mut session = self.session().await?;
-        let found = rows!(session, fetch_all, ToCheckRow, DUE, now_ms, i64::from(limit), stored_before_ms)?;
+        let found = rows!(
+            session,
+            fetch_all,
+            ToCheckRow,
+            DUE,
+            now_ms,
+            i64::from(limit),
+            stored_before_ms
+        )?;
         session.done().await?;
         Ok(found.into_iter().map(to_check).collect())
     }
 
     /// Settled invoices that were compared last before this time, the longest ago first.
-    pub async fn sample_to_check(&self, before_ms: i64, limit: u32) -> Result<Vec<ToCheck>, StoreError> {
+    pub async fn sample_to_check(
+        &self,
+        before_ms: i64,
+        limit: u32,
+    ) -> Result<Vec<ToCheck>, StoreError> {
         let mut session = self.session().await?;
-        let found = rows!(session, fetch_all, ToCheckRow, SAMPLE, before_ms, i64::from(limit))?;
+        let found = rows!(
+            session,
+            fetch_all,
+            ToCheckRow,
+            SAMPLE,
+            before_ms,
+            i64::from(limit)
+        )?;
         session.done().await?;
         Ok(found.into_iter().map(to_check).collect())
     }
@@ -287,21 +386,49 @@ impl Store {
     }
 
     /// How an invoice stands to Stripe's; None: there is no such invoice.
-    pub async fn comparison(&self, tenant_uid: &str, invoice_uid: &str) -> Result<Option<Comparison>, StoreError> {
+    pub async fn comparison(
+        &self,
+        tenant_uid: &str,
+        invoice_uid: &str,
+    ) -> Result<Option<Comparison>, StoreError> {
         let mut session = self.session().await?;
-        let found = rows!(session, fetch_optional, ComparisonRow, COMPARISON, tenant_uid, invoice_uid)?;
+        let found = rows!(
+            session,
+            fetch_optional,
+            ComparisonRow,
+            COMPARISON,
+            tenant_uid,
+            invoice_uid
+        )?;
         session.done().await?;
-        Ok(found.map(|(check_due_ms, confirmed_ms, differs_since_ms)| Comparison {
-            check_due_ms,
-            confirmed_ms,
-            differs_since_ms,
-        }))
+        Ok(found.map(
+            |(check_due_ms, confirmed_ms, differs_since_ms)| Comparison {
+                check_due_ms,
+                confirmed_ms,
+                differs_since_ms,
+            },
+        ))
     }
 
     pub async fn note_checked(&self, checked: &[Checked]) -> Result<(), StoreError> {
         let mut session = self.writing().await?;
-        for Checked { stripe_invoice_id, checked_ms, check_due_ms, differs_since_ms, agrees } in checked {
-            execute!(session, CHECKED, stripe_invoice_id, checked_ms, check_due_ms, differs_since_ms, agrees)?;
+        for Checked {
+            stripe_invoice_id,
+            checked_ms,
+            check_due_ms,
+            differs_since_ms,
+            agrees,
+        } in checked
+        {
+            execute!(
+                session,
+                CHECKED,
+                stripe_invoice_id,
+                checked_ms,
+                check_due_ms,
+                differs_since_ms,
+                agrees
+            )?;
         }
         session.commit().await
     }
@@ -335,10 +462,24 @@ impl Store {
 
     /// Takes or keeps a lease until `expires_ms`. False: another holds it. One that lasts much longer than this one would was taken
     /// by a clock that was ahead, and is none.
-    pub async fn take_lease(&self, name: &str, holder: &str, now_ms: i64, expires_ms: i64) -> Result<bool, StoreError> {
+    pub async fn take_lease(
+        &self,
+        name: &str,
+        holder: &str,
+        now_ms: i64,
+        expires_ms: i64,
+    ) -> Result<bool, StoreError> {
         let mut session = self.writing().await?;
         let too_late_ms = expires_ms + CLOCKS_DIFFER_MS;
-        let taken = execute!(session, TAKE_LEASE, name, holder, expires_ms, now_ms, too_late_ms)?;
+        let taken = execute!(
+            session,
+            TAKE_LEASE,
+            name,
+            holder,
+            expires_ms,
+            now_ms,
+            too_late_ms
+        )?;
         session.commit().await?;
         Ok(taken == 1)
     }
@@ -360,7 +501,14 @@ impl Store {
     /// Keeps the report of a pass; of the oldest passes it forgets theirs.
     pub async fn keep_run(&self, run: &Run) -> Result<(), StoreError> {
         let mut session = self.writing().await?;
-        execute!(session, KEEP_RUN, &run.id, run.started_ms, run.ended_ms, run.report.get())?;
+        execute!(
+            session,
+            KEEP_RUN,
+            &run.id,
+            run.started_ms,
+            run.ended_ms,
+            run.report.get()
+        )?;
         execute!(session, FORGET_RUNS, RUNS)?;
         session.commit().await
     }
@@ -368,7 +516,14 @@ impl Store {
     /// The last passes that began no later than then, the latest first.
     pub async fn last_runs(&self, limit: u32, until_ms: i64) -> Result<Vec<Run>, StoreError> {
         let mut session = self.session().await?;
-        let found = rows!(session, fetch_all, (String, i64, i64, String), LAST_RUNS, i64::from(limit), until_ms)?;
+        let found = rows!(
+            session,
+            fetch_all,
+            (String, i64, i64, String),
+            LAST_RUNS,
+            i64::from(limit),
+            until_ms
+        )?;
         session.done().await?;
         found.into_iter().map(run).collect()
     }
@@ -376,17 +531,41 @@ impl Store {
 
 fn to_ask((key, telling, packed, attempts): ToAskRow) -> Result<ToAsk, StoreError> {
     let key = event_key(key)?;
-    let damaged = || StoreError::Refused(format!("the body of event {} is damaged", hex::encode(key.0)));
-    let body = packed.map(|packed| PackedBody::packed(packed).unpack().ok_or_else(damaged)).transpose()?;
-    Ok(ToAsk { key, telling, body, attempts })
+    let damaged = || {
+        StoreError::Refused(format!(
+            "the body of event {} is damaged",
+            hex::encode(key.0)
+        ))
+    };
+    let body = packed
+        .map(|packed| PackedBody::packed(packed).unpack().ok_or_else(damaged))
+        .transpose()?;
+    Ok(ToAsk {
+        key,
+        telling,
+        body,
+        attempts,
+    })
 }
 
 fn to_check((tenant_uid, invoice_uid, stripe_invoice_id, differs_since_ms): ToCheckRow) -> ToCheck {
-    ToCheck { tenant_uid, invoice_uid, stripe_invoice_id, differs_since_ms }
+    ToCheck {
+        tenant_uid,
+        invoice_uid,
+        stripe_invoice_id,
+        differs_since_ms,
+    }
 }
 
 fn run((id, started_ms, ended_ms, report): (String, i64, i64, String)) -> Result<Run, StoreError> {
-    let damaged = |e: serde_json::Error| StoreError::Refused(format!("the report of pass {id} is damaged: {e}"));
+    let damaged = |e: serde_json::Error| {
+        StoreError::Refused(format!("the report of pass {id} is damaged: {e}"))
+    };
     let report = RawValue::from_string(report).map_err(damaged)?;
-    Ok(Run { id, started_ms, ended_ms, report })
+    Ok(Run {
+        id,
+        started_ms,
+        ended_ms,
+        report,
+    })
 }

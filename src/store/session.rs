@@ -80,7 +80,10 @@ impl PostgresConnection {
         (&mut self.inner, self.named, &self.gate)
     }
 
-    pub(super) fn end<T>(&mut self, ended: Result<Result<T, sqlx::Error>, GivenUp>) -> Result<T, StoreError> {
+    pub(super) fn end<T>(
+        &mut self,
+        ended: Result<Result<T, sqlx::Error>, GivenUp>,
+    ) -> Result<T, StoreError> {
         let judged = self.gate.judge(ended);
         self.is_unsure = judged.is_err();
         if judged.is_ok() {
@@ -92,7 +95,11 @@ impl PostgresConnection {
 
 impl Session {
     pub(super) fn new(connection: Connection) -> Session {
-        Session { connection, in_transaction: false, is_done: false }
+        Session {
+            connection,
+            in_transaction: false,
+            is_done: false,
+        }
     }
 
     pub(super) async fn begin(&mut self, sql: &'static str) -> Result<(), StoreError> {
@@ -124,7 +131,9 @@ impl Session {
     /// Without preparing it.
     async fn execute_plainly(&mut self, sql: &'static str) -> Result<(), StoreError> {
         match &mut self.connection {
-            Connection::Sqlite(connection) => Ok((**connection).execute(sqlx::raw_sql(sql)).await.map(drop)?),
+            Connection::Sqlite(connection) => {
+                Ok((**connection).execute(sqlx::raw_sql(sql)).await.map(drop)?)
+            }
             Connection::Postgres(connection) => {
                 let (inner, _, gate) = connection.start();
                 let ended = gate.limited(inner.execute(sqlx::raw_sql(sql))).await;
@@ -141,7 +150,9 @@ impl Drop for Session {
             Connection::Sqlite(connection) if is_done => connection.set_ready(),
             Connection::Sqlite(connection) if in_transaction => connection.close_on_drop(),
             Connection::Sqlite(_) => {}
-            Connection::Postgres(connection) if is_done && !connection.is_unsure => connection.inner.set_ready(),
+            Connection::Postgres(connection) if is_done && !connection.is_unsure => {
+                connection.inner.set_ready()
+            }
             // It could be asked what it is doing; a server that is gone would keep its place meanwhile.
             Connection::Postgres(connection) => connection.inner.close_on_drop(),
         }

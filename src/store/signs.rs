@@ -74,7 +74,14 @@ pub struct Disk {
 const LOG_LINES: &str = "
     select key, received_ms, source, secret_label, telling, case when telling is null and outcome <> 'unreadable' then body end
     from events where (received_ms, key) > ($1, $2) and received_ms <= $3 order by received_ms, key limit $4";
-type LogLineRow = (Vec<u8>, i64, String, Option<String>, Option<String>, Option<Vec<u8>>);
+type LogLineRow = (
+    Vec<u8>,
+    i64,
+    String,
+    Option<String>,
+    Option<String>,
+    Option<Vec<u8>>,
+);
 
 const MOMENTS: &str = "select name, at_ms from moments order by name limit 10000";
 const NOTE_MOMENT: &str = "
@@ -103,8 +110,11 @@ macro_rules! note_awaited {
     };
 }
 const NOTE_AWAITED_IN_SQLITE: &str = note_awaited!("value->>0", "value->>1", "json_each($1)");
-const NOTE_AWAITED_IN_POSTGRES: &str =
-    note_awaited!(r#"(pair.value->>0) collate "C""#, "(pair.value->>1)::bigint", "jsonb_array_elements($1::jsonb)");
+const NOTE_AWAITED_IN_POSTGRES: &str = note_awaited!(
+    r#"(pair.value->>0) collate "C""#,
+    "(pair.value->>1)::bigint",
+    "jsonb_array_elements($1::jsonb)"
+);
 const FORGET_AWAITED: &str = "delete from awaited where received_ms < $1";
 /// Who stored the invoice at the same moment may have been overlooked when it was noted.
 const AWAITED: &str = "
@@ -134,14 +144,33 @@ impl Store {
         let (received_ms, key) = after.unwrap_or((after_ms, LAST.1));
         let latest_ms = now_ms + CLOCKS_DIFFER_MS;
         let mut session = self.session().await?;
-        let found = rows!(session, fetch_all, LogLineRow, LOG_LINES, received_ms, &key.0[..], latest_ms, i64::from(limit))?;
+        let found = rows!(
+            session,
+            fetch_all,
+            LogLineRow,
+            LOG_LINES,
+            received_ms,
+            &key.0[..],
+            latest_ms,
+            i64::from(limit)
+        )?;
         session.done().await?;
         found.into_iter().map(log_line).collect()
     }
 
     /// Keeps what a part of the log adds. Forgets hours before `first_hour`, and what was named before `named_from_ms`.
-    pub async fn keep_news(&self, news: &News, now_ms: i64, first_hour: i64, named_from_ms: i64) -> Result<(), StoreError> {
-        let pairs: Vec<_> = news.named.iter().map(|(id, at_ms)| json!([id, at_ms])).collect();
+    pub async fn keep_news(
+        &self,
+        news: &News,
+        now_ms: i64,
+        first_hour: i64,
+        named_from_ms: i64,
+    ) -> Result<(), StoreError> {
+        let pairs: Vec<_> = news
+            .named
+            .iter()
+            .map(|(id, at_ms)| json!([id, at_ms]))
+            .collect();
         let note_awaited = match &self.0 {
             Engine::Sqlite(_) => NOTE_AWAITED_IN_SQLITE,
             Engine::Postgres(_) => NOTE_AWAITED_IN_POSTGRES,
@@ -162,7 +191,11 @@ impl Store {
 
     /// Notes when things last happened, by their names. What is known to have happened later stays, unless that is later than now:
     /// a clock was ahead.
-    pub async fn note_moments(&self, moments: &BTreeMap<String, i64>, now_ms: i64) -> Result<(), StoreError> {
+    pub async fn note_moments(
+        &self,
+        moments: &BTreeMap<String, i64>,
+        now_ms: i64,
+    ) -> Result<(), StoreError> {
         let mut session = self.writing().await?;
         for (name, at_ms) in moments {
             execute!(session, NOTE_MOMENT, name, at_ms, now_ms + CLOCKS_DIFFER_MS)?;
@@ -189,16 +222,33 @@ impl Store {
     /// The Stripe invoices that events name and that nobody stored, whose first event came longest ago first.
     pub async fn awaited(&self, limit: u32) -> Result<Vec<Awaited>, StoreError> {
         let mut session = self.session().await?;
-        let found = rows!(session, fetch_all, (String, i64, i64), AWAITED, i64::from(limit))?;
+        let found = rows!(
+            session,
+            fetch_all,
+            (String, i64, i64),
+            AWAITED,
+            i64::from(limit)
+        )?;
         session.done().await?;
-        let awaited = |(stripe_invoice_id, received_ms, events)| Awaited { stripe_invoice_id, received_ms, events };
+        let awaited = |(stripe_invoice_id, received_ms, events)| Awaited {
+            stripe_invoice_id,
+            received_ms,
+            events,
+        };
         Ok(found.into_iter().map(awaited).collect())
     }
 
     /// Events that came since and could not be read.
     pub async fn count_unreadable(&self, from_ms: i64) -> Result<Counted, StoreError> {
         let mut session = self.session().await?;
-        let (count, since_ms) = rows!(session, fetch_one, (i64, Option<i64>), UNREADABLE, i64::from(COUNTED), from_ms)?;
+        let (count, since_ms) = rows!(
+            session,
+            fetch_one,
+            (i64, Option<i64>),
+            UNREADABLE,
+            i64::from(COUNTED),
+            from_ms
+        )?;
         session.done().await?;
         Ok(Counted { count, since_ms })
     }
@@ -206,7 +256,13 @@ impl Store {
     /// Invoices that differ from Stripe's.
     pub async fn count_differing(&self) -> Result<Counted, StoreError> {
         let mut session = self.session().await?;
-        let (count, since_ms) = rows!(session, fetch_one, (i64, Option<i64>), DIFFERING, i64::from(COUNTED))?;
+        let (count, since_ms) = rows!(
+            session,
+            fetch_one,
+            (i64, Option<i64>),
+            DIFFERING,
+            i64::from(COUNTED)
+        )?;
         session.done().await?;
         Ok(Counted { count, since_ms })
     }
@@ -217,9 +273,18 @@ impl Store {
             Engine::Sqlite(store) => store.space(),
             Engine::Postgres(_) => {
                 let mut session = self.session().await?;
-                let (bytes,) = rows!(session, fetch_one, (i64,), "select pg_database_size(current_database())")?;
+                let (bytes,) = rows!(
+                    session,
+                    fetch_one,
+                    (i64,),
+                    "select pg_database_size(current_database())"
+                )?;
                 session.done().await?;
-                Ok(Space { database: u64::try_from(bytes).unwrap_or_default(), log: None, disk: None })
+                Ok(Space {
+                    database: u64::try_from(bytes).unwrap_or_default(),
+                    log: None,
+                    disk: None,
+                })
             }
         }
     }
@@ -237,7 +302,16 @@ impl Store {
     }
 }
 
-fn log_line((key, received_ms, source, secret_label, telling, body): LogLineRow) -> Result<LogLine, StoreError> {
+fn log_line(
+    (key, received_ms, source, secret_label, telling, body): LogLineRow,
+) -> Result<LogLine, StoreError> {
     let (key, source) = (event_key(key)?, Source::parse(&source)?);
-    Ok(LogLine { key, received_ms, source, secret_label, telling, body: body.map(PackedBody::packed) })
+    Ok(LogLine {
+        key,
+        received_ms,
+        source,
+        secret_label,
+        telling,
+        body: body.map(PackedBody::packed),
+    })
 }

@@ -8,7 +8,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous};
+use sqlx::sqlite::{
+    SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous,
+};
 use sqlx::{ConnectOptions, Sqlite};
 use tokio::sync::mpsc;
 
@@ -65,24 +67,42 @@ impl SqliteStore {
             .pragma("temp_store", "memory")
             .disable_statement_logging();
         let pool = |connections| {
-            let pool = SqlitePoolOptions::new().max_connections(connections).test_before_acquire(false);
-            pool.idle_timeout(None).max_lifetime(None).acquire_timeout(BUSY_TIMEOUT)
+            let pool = SqlitePoolOptions::new()
+                .max_connections(connections)
+                .test_before_acquire(false);
+            pool.idle_timeout(None)
+                .max_lifetime(None)
+                .acquire_timeout(BUSY_TIMEOUT)
         };
         // The writer first: it creates the file, which readers may not.
         let write = Pool::new(pool(1).connect_with(options.clone()).await?);
-        let reading = options.clone().create_if_missing(false).read_only(true).pragma("cache_size", READERS_CACHE);
+        let reading = options
+            .clone()
+            .create_if_missing(false)
+            .read_only(true)
+            .pragma("cache_size", READERS_CACHE);
         let read = Pool::new(pool(READERS).connect_with(reading).await?);
         let checkpointer = pool(1).connect_lazy_with(options);
         let (checkpoint, due) = mpsc::channel(1);
         let is_nearly_carried = Arc::new(AtomicBool::new(false));
         tokio::spawn(keep_log_short(checkpointer, due, is_nearly_carried.clone()));
         let opened = identity(&file);
-        Ok(SqliteStore { file, opened, write, read, written: Arc::default(), checkpoint, is_nearly_carried })
+        Ok(SqliteStore {
+            file,
+            opened,
+            write,
+            read,
+            written: Arc::default(),
+            checkpoint,
+            is_nearly_carried,
+        })
     }
 
     pub async fn session(&self) -> Result<Session, StoreError> {
         self.check_place()?;
-        Ok(Session::new(Connection::Sqlite(self.read.acquire(|| None).await?)))
+        Ok(Session::new(Connection::Sqlite(
+            self.read.acquire(|| None).await?,
+        )))
     }
 
     /// A write transaction takes the lock at once: one that reads first fails when another process writes in between.
@@ -101,7 +121,12 @@ impl SqliteStore {
     /// parts of one blob.
     pub async fn append(&self, batch: &[NewEvent]) -> Result<Vec<Appended>, StoreError> {
         self.check_place()?;
-        let mut blob = Vec::with_capacity(batch.iter().map(|event| event.body.as_bytes().len() + 1024).sum());
+        let mut blob = Vec::with_capacity(
+            batch
+                .iter()
+                .map(|event| event.body.as_bytes().len() + 1024)
+                .sum(),
+        );
         let (mut events, mut mentions) = (Vec::with_capacity(batch.len()), Vec::new());
         for event in super::events::firsts(batch) {
             let at = blob.len() + 1;
@@ -111,13 +136,35 @@ impl SqliteStore {
             blob.extend_from_slice(event.body.as_bytes());
             events.push((
                 (at, telling.len(), event.body.as_bytes().len()),
-                (&event.id, &event.event_type, &event.api_version, &event.object_id, event.created_s, event.received_ms),
-                (event.source.as_str(), &event.secret_label, event.outcome.as_str(), &event.unreadable_reason, event.linked()),
+                (
+                    &event.id,
+                    &event.event_type,
+                    &event.api_version,
+                    &event.object_id,
+                    event.created_s,
+                    event.received_ms,
+                ),
+                (
+                    event.source.as_str(),
+                    &event.secret_label,
+                    event.outcome.as_str(),
+                    &event.unreadable_reason,
+                    event.linked(),
+                ),
             ));
-            mentions.extend(event.mentions.iter().map(|mention| (&mention.object_id, at)));
+            mentions.extend(
+                event
+                    .mentions
+                    .iter()
+                    .map(|mention| (&mention.object_id, at)),
+            );
         }
-        let json = |rows: serde_json::Result<String>| rows.expect("strings and numbers always serialise");
-        let (events, mentions) = (json(serde_json::to_string(&events)), json(serde_json::to_string(&mentions)));
+        let json =
+            |rows: serde_json::Result<String>| rows.expect("strings and numbers always serialise");
+        let (events, mentions) = (
+            json(serde_json::to_string(&events)),
+            json(serde_json::to_string(&mentions)),
+        );
         let bytes = blob.len();
         let mut session = Session::new(Connection::Sqlite(self.write.acquire(|| None).await?));
         if self.is_nearly_carried.swap(false, Ordering::Relaxed) {
@@ -126,21 +173,41 @@ impl SqliteStore {
         }
         session.set_in_transaction(true);
         // All rows: with the first, the statements that follow would be left undone.
-        let answered = rows!(session, fetch_all, (String,), APPEND, events, blob, mentions)?;
+        let answered = rows!(
+            session,
+            fetch_all,
+            (String,),
+            APPEND,
+            events,
+            blob,
+            mentions
+        )?;
         session.set_in_transaction(false);
         session.done().await?;
         self.note_written(bytes + PAGES_A_BATCH);
-        let known = answered.first().map(|(keys,)| serde_json::from_str::<HashSet<String>>(keys));
-        let mut known = known.and_then(Result::ok).ok_or_else(|| StoreError::Refused("known keys cannot be read".to_owned()))?;
-        Ok(super::events::answers(batch, |key| known.insert(hex::encode_upper(key.0))))
+        let known = answered
+            .first()
+            .map(|(keys,)| serde_json::from_str::<HashSet<String>>(keys));
+        let mut known = known
+            .and_then(Result::ok)
+            .ok_or_else(|| StoreError::Refused("known keys cannot be read".to_owned()))?;
+        Ok(super::events::answers(batch, |key| {
+            known.insert(hex::encode_upper(key.0))
+        }))
     }
 
     /// SQLite goes on writing to a file that was moved away or replaced, where nobody will find it again.
     fn check_place(&self) -> Result<(), StoreError> {
         match identity(&self.file) {
             found if found == self.opened => Ok(()),
-            None => Err(StoreError::Unavailable(format!("{} is no longer there", self.file.display()))),
-            Some(_) => Err(StoreError::Unavailable(format!("{} is no longer the file that was opened", self.file.display()))),
+            None => Err(StoreError::Unavailable(format!(
+                "{} is no longer there",
+                self.file.display()
+            ))),
+            Some(_) => Err(StoreError::Unavailable(format!(
+                "{} is no longer the file that was opened",
+                self.file.display()
+            ))),
         }
     }
 
@@ -153,9 +220,17 @@ impl SqliteStore {
     }
 
     pub fn space(&self) -> Result<Space, StoreError> {
-        let unseen = |error: std::io::Error| StoreError::Unavailable(format!("{}: {error}", self.file.display()));
-        let log = self.file.with_file_name([self.file.file_name().unwrap_or_default(), "-wal".as_ref()].join("".as_ref()));
-        let folder = self.file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let unseen = |error: std::io::Error| {
+            StoreError::Unavailable(format!("{}: {error}", self.file.display()))
+        };
+        let log = self.file.with_file_name(
+            [self.file.file_name().unwrap_or_default(), "-wal".as_ref()].join("".as_ref()),
+        );
+        let folder = self
+            .file
+            .parent()
+            .filter(|folder| !folder.as_os_str().is_empty())
+            .unwrap_or(Path::new("."));
         let disk = rustix::fs::statvfs(folder).map_err(|error| unseen(error.into()))?;
         let (free, size) = (disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize);
         Ok(Space {
@@ -174,7 +249,11 @@ impl SqliteStore {
 
 /// It will hold what is nobody else's business; SQLite gives its log and its index of that the rights of the file.
 fn create_for_us_alone(file: &Path) {
-    let created = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(file);
+    let created = std::fs::OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(file);
     // What cannot be made, or is there already, SQLite opens or says what is wrong with it.
     drop(created);
 }
@@ -190,7 +269,9 @@ pub(super) fn file(path: &str) -> Result<PathBuf, sqlx::Error> {
 
 /// Where a file is, whatever its name.
 fn identity(file: &Path) -> Option<(u64, u64)> {
-    std::fs::metadata(file).ok().map(|about| (about.dev(), about.ino()))
+    std::fs::metadata(file)
+        .ok()
+        .map(|about| (about.dev(), about.ino()))
 }
 
 /// Answers which keys were there before, in hex. `$1`: events, `$2`: keys, tellings and bodies, `$3`: mentions.
@@ -209,11 +290,18 @@ const APPEND: &str = "
            substr($2, (value->>'$[0][0]') + 32 + (value->>'$[0][1]'), value->>'$[0][2]')
     from json_each($1) where true on conflict do nothing;
     commit";
-const _: () = assert!(EventKey::LENGTH == 32, "APPEND cuts keys out of its blob by their length");
+const _: () = assert!(
+    EventKey::LENGTH == 32,
+    "APPEND cuts keys out of its blob by their length"
+);
 
 /// Carries what was appended into the database file, beside the writer and not in the commit of a delivery, as long as there is
 /// a store.
-async fn keep_log_short(pool: SqlitePool, mut due: mpsc::Receiver<()>, is_nearly_carried: Arc<AtomicBool>) {
+async fn keep_log_short(
+    pool: SqlitePool,
+    mut due: mpsc::Receiver<()>,
+    is_nearly_carried: Arc<AtomicBool>,
+) {
     while due.recv().await.is_some() {
         match sqlx::query(CHECKPOINT).execute(&pool).await {
             Ok(_) => is_nearly_carried.store(true, Ordering::Relaxed),
@@ -230,8 +318,13 @@ mod tests {
     #[tokio::test]
     async fn no_connection_needs_a_folder_for_temporary_files() {
         let folder = tempfile::tempdir().unwrap();
-        let store = SqliteStore::open(&format!("{}/test.db", folder.path().display())).await.unwrap();
-        for mut session in [store.session().await.unwrap(), store.transaction().await.unwrap()] {
+        let store = SqliteStore::open(&format!("{}/test.db", folder.path().display()))
+            .await
+            .unwrap();
+        for mut session in [
+            store.session().await.unwrap(),
+            store.transaction().await.unwrap(),
+        ] {
             let (kept_in,) = rows!(session, fetch_one, (i64,), "pragma temp_store").unwrap();
             assert_eq!(kept_in, 2, "2 is memory");
         }

@@ -57,8 +57,20 @@ impl Table {
             only: "substr(name, 1, 5) <> 'copy '",
             page: 500,
         },
-        Table { name: "moments", columns: &[("name", Text), ("at_ms", Number)], key: 1, only: ALL_ROWS, page: 500 },
-        Table { name: "delivery_hours", columns: &[("hour", Number)], key: 1, only: ALL_ROWS, page: 5000 },
+        Table {
+            name: "moments",
+            columns: &[("name", Text), ("at_ms", Number)],
+            key: 1,
+            only: ALL_ROWS,
+            page: 500,
+        },
+        Table {
+            name: "delivery_hours",
+            columns: &[("hour", Number)],
+            key: 1,
+            only: ALL_ROWS,
+            page: 5000,
+        },
         Table {
             name: "awaited",
             columns: &[("stripe_invoice_id", Text), ("received_ms", Number)],
@@ -68,7 +80,12 @@ impl Table {
         },
         Table {
             name: "runs",
-            columns: &[("id", Text), ("started_ms", Number), ("ended_ms", Number), ("report", Text)],
+            columns: &[
+                ("id", Text),
+                ("started_ms", Number),
+                ("ended_ms", Number),
+                ("report", Text),
+            ],
             key: 1,
             only: ALL_ROWS,
             page: 50,
@@ -116,7 +133,13 @@ impl Table {
             only: ALL_ROWS,
             page: 1000,
         },
-        Table { name: "mentions", columns: &[("object_id", Text), ("event_key", Bytes)], key: 2, only: ALL_ROWS, page: 5000 },
+        Table {
+            name: "mentions",
+            columns: &[("object_id", Text), ("event_key", Bytes)],
+            key: 2,
+            only: ALL_ROWS,
+            page: 5000,
+        },
     ];
 
     /// Whether its rows have to be read once more, by [`Store::rows_between`], to be written elsewhere.
@@ -125,16 +148,27 @@ impl Table {
     }
 
     fn names(&self) -> String {
-        self.columns.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ")
+        self.columns
+            .iter()
+            .map(|(name, _)| *name)
+            .collect::<Vec<_>>()
+            .join(", ")
     }
 
     fn key_names(&self) -> String {
-        self.columns[..self.key].iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ")
+        self.columns[..self.key]
+            .iter()
+            .map(|(name, _)| *name)
+            .collect::<Vec<_>>()
+            .join(", ")
     }
 
     /// `$1, $2` for the cells of a key.
     fn binds(first: usize, count: usize) -> String {
-        (first..first + count).map(|n| format!("${n}")).collect::<Vec<_>>().join(", ")
+        (first..first + count)
+            .map(|n| format!("${n}"))
+            .collect::<Vec<_>>()
+            .join(", ")
     }
 
     /// The rows as they are compared: of a payload, its length.
@@ -143,31 +177,65 @@ impl Table {
             Payload => format!("cast(length({name}) as bigint)"),
             Text | Number | Bytes => (*name).to_owned(),
         };
-        format!("select {} from {}", self.columns.iter().map(column).collect::<Vec<_>>().join(", "), self.name)
+        format!(
+            "select {} from {}",
+            self.columns
+                .iter()
+                .map(column)
+                .collect::<Vec<_>>()
+                .join(", "),
+            self.name
+        )
     }
 
     pub(super) fn first_page(&self) -> String {
-        format!("{} where {} order by {} limit $1", self.select(), self.only, self.key_names())
+        format!(
+            "{} where {} order by {} limit $1",
+            self.select(),
+            self.only,
+            self.key_names()
+        )
     }
 
     pub(super) fn next_page(&self) -> String {
         let (key, after, limit) = (self.key_names(), Table::binds(1, self.key), self.key + 1);
-        format!("{} where {} and ({key}) > ({after}) order by {key} limit ${limit}", self.select(), self.only)
+        format!(
+            "{} where {} and ({key}) > ({after}) order by {key} limit ${limit}",
+            self.select(),
+            self.only
+        )
     }
 
     pub(super) fn between(&self) -> String {
-        let (names, key, from, to) =
-            (self.names(), self.key_names(), Table::binds(1, self.key), Table::binds(self.key + 1, self.key));
-        format!("select {names} from {} where ({key}) >= ({from}) and ({key}) <= ({to}) order by {key}", self.name)
+        let (names, key, from, to) = (
+            self.names(),
+            self.key_names(),
+            Table::binds(1, self.key),
+            Table::binds(self.key + 1, self.key),
+        );
+        format!(
+            "select {names} from {} where ({key}) >= ({from}) and ({key}) <= ({to}) order by {key}",
+            self.name
+        )
     }
 
     /// One row, or none.
     pub(super) fn any(&self) -> String {
-        format!("select {} from {} where {} limit 1", self.key_names(), self.name, self.only)
+        format!(
+            "select {} from {} where {} limit 1",
+            self.key_names(),
+            self.name,
+            self.only
+        )
     }
 
     pub(super) fn delete(&self) -> String {
-        format!("delete from {} where ({}) = ({})", self.name, self.key_names(), Table::binds(1, self.key))
+        format!(
+            "delete from {} where ({}) = ({})",
+            self.name,
+            self.key_names(),
+            Table::binds(1, self.key)
+        )
     }
 
     /// What follows the rows that are to be written.
@@ -177,7 +245,11 @@ impl Table {
         if others.is_empty() {
             sql.push_str("nothing");
         } else {
-            let set = others.iter().map(|(name, _)| format!("{name} = excluded.{name}")).collect::<Vec<_>>().join(", ");
+            let set = others
+                .iter()
+                .map(|(name, _)| format!("{name} = excluded.{name}"))
+                .collect::<Vec<_>>()
+                .join(", ");
             sql.push_str("update set ");
             sql.push_str(&set);
         }
@@ -187,7 +259,11 @@ impl Table {
     /// One row.
     pub(super) fn write_in_sqlite(&self) -> String {
         let (names, values) = (self.names(), Table::binds(1, self.columns.len()));
-        format!("insert into {} ({names}) values ({values}){}", self.name, self.over_what_is_there())
+        format!(
+            "insert into {} ({names}) values ({values}){}",
+            self.name,
+            self.over_what_is_there()
+        )
     }
 
     /// All rows at once, column by column.
@@ -197,9 +273,20 @@ impl Table {
             Number => format!("${}::bigint[]", n + 1),
             Bytes | Payload => format!("${}::bytea[]", n + 1),
         };
-        let (names, arrays) = (self.names(), self.columns.iter().enumerate().map(array).collect::<Vec<_>>().join(", "));
+        let (names, arrays) = (
+            self.names(),
+            self.columns
+                .iter()
+                .enumerate()
+                .map(array)
+                .collect::<Vec<_>>()
+                .join(", "),
+        );
         let over = self.over_what_is_there();
-        format!("insert into {} ({names}) select * from unnest({arrays}) as incoming ({names}){over}", self.name)
+        format!(
+            "insert into {} ({names}) select * from unnest({arrays}) as incoming ({names}){over}",
+            self.name
+        )
     }
 }
 
@@ -213,8 +300,14 @@ mod tests {
     /// The columns of each table, and its primary key, as the migrations make them.
     fn made(engine: usize) -> BTreeMap<String, (BTreeSet<String>, Vec<String>)> {
         let (mut made, mut table) = (BTreeMap::new(), None);
-        for line in MIGRATIONS.iter().flat_map(|(_, _, sql)| sql[engine].lines()) {
-            let words: Vec<&str> = line.trim_matches([' ', ',', ';', '(']).split_whitespace().collect();
+        for line in MIGRATIONS
+            .iter()
+            .flat_map(|(_, _, sql)| sql[engine].lines())
+        {
+            let words: Vec<&str> = line
+                .trim_matches([' ', ',', ';', '('])
+                .split_whitespace()
+                .collect();
             match words[..] {
                 ["create", "table", name, ..] => {
                     made.insert(name.to_owned(), (BTreeSet::new(), Vec::new()));
@@ -225,11 +318,19 @@ mod tests {
                 }
                 [")", ..] => table = None,
                 ["primary", "key", ..] => {
-                    let key = line.split(['(', ')']).nth(1).unwrap().split(", ").map(str::to_owned).collect();
+                    let key = line
+                        .split(['(', ')'])
+                        .nth(1)
+                        .unwrap()
+                        .split(", ")
+                        .map(str::to_owned)
+                        .collect();
                     made.get_mut(table.as_ref().unwrap()).unwrap().1 = key;
                 }
                 [column, ..] => {
-                    if let Some((columns, key)) = table.as_ref().and_then(|table| made.get_mut(table)) {
+                    if let Some((columns, key)) =
+                        table.as_ref().and_then(|table| made.get_mut(table))
+                    {
                         columns.insert(column.to_owned());
                         if line.contains("primary key") {
                             *key = vec![column.to_owned()];
@@ -248,12 +349,27 @@ mod tests {
             let mut made = made(engine);
             assert!(made.remove("leases").is_some(), "it belongs to a database");
             for table in Table::ALL {
-                let (columns, key) = made.remove(table.name).unwrap_or_else(|| panic!("{} is there", table.name));
-                let carried: Vec<String> = table.columns.iter().map(|(name, _)| (*name).to_owned()).collect();
+                let (columns, key) = made
+                    .remove(table.name)
+                    .unwrap_or_else(|| panic!("{} is there", table.name));
+                let carried: Vec<String> = table
+                    .columns
+                    .iter()
+                    .map(|(name, _)| (*name).to_owned())
+                    .collect();
                 assert_eq!(carried[..table.key], key, "{}: the key", table.name);
-                assert_eq!(carried.into_iter().collect::<BTreeSet<_>>(), columns, "{}", table.name);
+                assert_eq!(
+                    carried.into_iter().collect::<BTreeSet<_>>(),
+                    columns,
+                    "{}",
+                    table.name
+                );
             }
-            assert!(made.is_empty(), "not carried to another database: {:?}", made.keys());
+            assert!(
+                made.is_empty(),
+                "not carried to another database: {:?}",
+                made.keys()
+            );
         }
     }
 }

@@ -18,7 +18,10 @@ pub struct Budget {
 
 impl Budget {
     pub fn new(rate: u32) -> Budget {
-        Budget { rate: rate.max(1) as usize, made: Mutex::default() }
+        Budget {
+            rate: rate.max(1) as usize,
+            made: Mutex::default(),
+        }
     }
 
     /// Returns when a call to this endpoint may go.
@@ -38,7 +41,9 @@ impl Budget {
         let at = if of_endpoint.len() < self.rate {
             now
         } else {
-            of_endpoint.pop_front().map_or(now, |oldest| now.max(oldest + WINDOW))
+            of_endpoint
+                .pop_front()
+                .map_or(now, |oldest| now.max(oldest + WINDOW))
         };
         of_endpoint.push_back(at);
         at
@@ -56,7 +61,10 @@ mod tests {
         for _ in 0..23 {
             times.push(budget.reserve("/v1/events").await);
         }
-        assert!(times.windows(6).all(|calls| calls[5] - calls[0] >= WINDOW), "{times:?}");
+        assert!(
+            times.windows(6).all(|calls| calls[5] - calls[0] >= WINDOW),
+            "{times:?}"
+        );
         assert!(times.is_sorted());
         assert!(budget.reserve("/v1/invoices").await < times[5]);
     }

@@ -19,7 +19,9 @@ use hyper::header::HeaderValue;
 use hyper::{Request, Response, StatusCode};
 use serde::Deserialize;
 use serde_json::value::RawValue;
-use stripe_client_core::{CustomizedStripeRequest, RequestBuilder, StripeClient, StripeClientErr, StripeMethod};
+use stripe_client_core::{
+    CustomizedStripeRequest, RequestBuilder, StripeClient, StripeClientErr, StripeMethod,
+};
 use tracing::{Instrument, field};
 
 use crate::domain::redact;
@@ -86,7 +88,11 @@ pub enum StripeApiError {
     Unauthorized(String),
     /// Stripe answered, and asking again changes nothing.
     #[error("Stripe refused {path}: {reason}")]
-    Refused { path: String, status: u16, reason: String },
+    Refused {
+        path: String,
+        status: u16,
+        reason: String,
+    },
 }
 
 /// Parts of a query; names as Stripe writes them, such as `created[gte]`.
@@ -119,7 +125,12 @@ impl StripeApi {
     ///
     /// # Errors
     /// See [`StripeApiError`].
-    pub async fn list(&self, path: &str, query: Query<'_>, scope: &Scope) -> Result<Page, StripeApiError> {
+    pub async fn list(
+        &self,
+        path: &str,
+        query: Query<'_>,
+        scope: &Scope,
+    ) -> Result<Page, StripeApiError> {
         #[derive(Deserialize)]
         struct List {
             data: Vec<Box<RawValue>>,
@@ -128,23 +139,39 @@ impl StripeApi {
         }
         let query = [query, &[("limit", PAGE)]].concat();
         let answer = self.call(path, &query, scope).await?;
-        let list: List = serde_json::from_slice(&answer).map_err(|error| refused(path, 200, &format!("no list: {error}")))?;
-        Ok(Page { data: list.data, has_more: list.has_more })
+        let list: List = serde_json::from_slice(&answer)
+            .map_err(|error| refused(path, 200, &format!("no list: {error}")))?;
+        Ok(Page {
+            data: list.data,
+            has_more: list.has_more,
+        })
     }
 
     /// An object such as `/v1/invoices/in_1`. None: there is none, or not for this key.
     ///
     /// # Errors
     /// See [`StripeApiError`].
-    pub async fn get(&self, path: &str, query: Query<'_>, scope: &Scope) -> Result<Option<Box<RawValue>>, StripeApiError> {
+    pub async fn get(
+        &self,
+        path: &str,
+        query: Query<'_>,
+        scope: &Scope,
+    ) -> Result<Option<Box<RawValue>>, StripeApiError> {
         let answer = match self.call(path, query, scope).await {
             Err(StripeApiError::Refused { status: 404, .. }) => return Ok(None),
             answer => answer?,
         };
-        serde_json::from_slice(&answer).map(Some).map_err(|error| refused(path, 200, &format!("no JSON: {error}")))
+        serde_json::from_slice(&answer)
+            .map(Some)
+            .map_err(|error| refused(path, 200, &format!("no JSON: {error}")))
     }
 
-    async fn call(&self, path: &str, query: Query<'_>, scope: &Scope) -> Result<Bytes, StripeApiError> {
+    async fn call(
+        &self,
+        path: &str,
+        query: Query<'_>,
+        scope: &Scope,
+    ) -> Result<Bytes, StripeApiError> {
         let query = encode(query);
         // What the crate cannot say goes beside it: it knows no context, and prefixes no version but v1.
         let (path_in_v1, account) = match (path.strip_prefix("/v1"), scope) {
@@ -158,36 +185,59 @@ impl StripeApi {
         if let Some(account) = account {
             request = request.account_id(account.as_str().into());
         }
-        let exchange = Exchange { api: self, answer: Mutex::default() };
+        let exchange = Exchange {
+            api: self,
+            answer: Mutex::default(),
+        };
         request.send(&exchange).await?;
-        let answer = exchange.answer.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let answer = exchange
+            .answer
+            .into_inner()
+            .unwrap_or_else(PoisonError::into_inner);
         answer.ok_or_else(|| StripeApiError::Away("nothing was asked".to_owned()))
     }
 
-    async fn with_retries(&self, path: &str, query: &str, scope: &Scope) -> Result<Bytes, StripeApiError> {
+    async fn with_retries(
+        &self,
+        path: &str,
+        query: &str,
+        scope: &Scope,
+    ) -> Result<Bytes, StripeApiError> {
         let backoff = ExponentialBuilder::new()
             .with_min_delay(FIRST_WAIT)
             .with_max_delay(LONGEST_WAIT)
             .with_max_times(self.0.retries)
             .with_jitter();
         let once = || self.once(path, query, scope);
-        let ended = once.retry(backoff).when(|failure: &Failure| failure.passes).await;
+        let ended = once
+            .retry(backoff)
+            .when(|failure: &Failure| failure.passes)
+            .await;
         ended.map_err(|failure| failure.error)
     }
 
     async fn once(&self, path: &str, query: &str, scope: &Scope) -> Result<Bytes, Failure> {
         self.0.budget.acquire(endpoint(path)).await;
         self.0.calls.fetch_add(1, Ordering::Relaxed);
-        let mut request = Request::get(format!("{}{path}{}{query}", self.0.base, if query.is_empty() { "" } else { "?" }))
-            .header("authorization", self.0.bearer.clone())
-            .header("stripe-version", VERSION)
-            .header("user-agent", concat!("stripe-reconciler/", env!("CARGO_PKG_VERSION")));
+        let mut request = Request::get(format!(
+            "{}{path}{}{query}",
+            self.0.base,
+            if query.is_empty() { "" } else { "?" }
+        ))
+        .header("authorization", self.0.bearer.clone())
+        .header("stripe-version", VERSION)
+        .header(
+            "user-agent",
+            concat!("stripe-reconciler/", env!("CARGO_PKG_VERSION")),
+        );
         request = match scope {
             Scope::Own => request,
             Scope::Account(account) => request.header("stripe-account", account),
             Scope::Context(context) => request.header("stripe-context", context),
         };
-        let request = request.body(Full::default()).map_err(|error| Failure::lasting(refused(path, 0, &error.to_string())))?;
+        let request = request
+            .body(Full::default())
+            .map_err(|error| Failure::lasting(refused(path, 0, &error.to_string())))?;
         let span = tracing::debug_span!(
             "ask Stripe",
             otel.kind = "client",
@@ -195,11 +245,21 @@ impl StripeApi {
             url.path = path,
             http.response.status_code = field::Empty
         );
-        let answer = self.0.transport.send(request).instrument(span.clone()).await?;
+        let answer = self
+            .0
+            .transport
+            .send(request)
+            .instrument(span.clone())
+            .await?;
         span.record("http.response.status_code", answer.status().as_u16());
-        let date = answer.headers().get("date").and_then(|value| value.to_str().ok());
+        let date = answer
+            .headers()
+            .get("date")
+            .and_then(|value| value.to_str().ok());
         if let Some(date) = date.and_then(|text| jiff::fmt::rfc2822::parse(text).ok()) {
-            self.0.answered_s.store(date.timestamp().as_second(), Ordering::Relaxed);
+            self.0
+                .answered_s
+                .store(date.timestamp().as_second(), Ordering::Relaxed);
         }
         understand(path, &answer)
     }
@@ -216,9 +276,14 @@ impl StripeClient for Exchange<'_> {
 
     async fn execute(&self, request: CustomizedStripeRequest) -> Result<Bytes, StripeApiError> {
         let (request, overrides) = request.into_pieces();
-        let scope = overrides.account_id.map_or(Scope::Own, |id| Scope::Account(id.as_str().to_owned()));
+        let scope = overrides
+            .account_id
+            .map_or(Scope::Own, |id| Scope::Account(id.as_str().to_owned()));
         let path = format!("/v1{}", request.path);
-        let answer = self.api.with_retries(&path, request.query.as_deref().unwrap_or_default(), &scope).await?;
+        let answer = self
+            .api
+            .with_retries(&path, request.query.as_deref().unwrap_or_default(), &scope)
+            .await?;
         *self.answer.lock().unwrap_or_else(PoisonError::into_inner) = Some(answer);
         Ok(Bytes::from_static(b"null"))
     }
@@ -238,11 +303,17 @@ struct Failure {
 
 impl Failure {
     fn passing(reason: String) -> Failure {
-        Failure { error: StripeApiError::Away(reason), passes: true }
+        Failure {
+            error: StripeApiError::Away(reason),
+            passes: true,
+        }
     }
 
     fn lasting(error: StripeApiError) -> Failure {
-        Failure { error, passes: false }
+        Failure {
+            error,
+            passes: false,
+        }
     }
 }
 
@@ -257,10 +328,15 @@ fn understand(path: &str, answer: &Response<Bytes>) -> Result<Bytes, Failure> {
     if status.is_success() {
         // Cut short, or not from Stripe at all: the next answer may be whole.
         let is_whole = serde_json::from_slice::<&RawValue>(body);
-        return is_whole.map(|_| body.clone()).map_err(|_| Failure::passing(format!("the answer to {path} is no JSON")));
+        return is_whole
+            .map(|_| body.clone())
+            .map_err(|_| Failure::passing(format!("the answer to {path} is no JSON")));
     }
     let reason = reason(status, body);
-    let told = answer.headers().get("stripe-should-retry").and_then(|value| value.to_str().ok());
+    let told = answer
+        .headers()
+        .get("stripe-should-retry")
+        .and_then(|value| value.to_str().ok());
     let is_passing = match (told, status.as_u16()) {
         (Some("true"), _) => true,
         (Some("false"), _) => false,
@@ -270,11 +346,16 @@ fn understand(path: &str, answer: &Response<Bytes>) -> Result<Bytes, Failure> {
     let is_away = is_passing || status.is_server_error();
     let error = match status {
         StatusCode::UNAUTHORIZED => StripeApiError::Unauthorized(reason),
-        StatusCode::TOO_MANY_REQUESTS => StripeApiError::Busy(format!("{path} was answered {reason}")),
+        StatusCode::TOO_MANY_REQUESTS => {
+            StripeApiError::Busy(format!("{path} was answered {reason}"))
+        }
         _ if is_away => StripeApiError::Away(format!("{path} was answered {reason}")),
         status => refused(path, status.as_u16(), &reason),
     };
-    Err(Failure { error, passes: is_passing })
+    Err(Failure {
+        error,
+        passes: is_passing,
+    })
 }
 
 /// Stripe's own words, from the error in the body; a page of somebody else's is not repeated.
@@ -299,7 +380,11 @@ fn reason(status: StatusCode, body: &[u8]) -> String {
 }
 
 fn refused(path: &str, status: u16, reason: &str) -> StripeApiError {
-    StripeApiError::Refused { path: path.to_owned(), status, reason: reason.to_owned() }
+    StripeApiError::Refused {
+        path: path.to_owned(),
+        status,
+        reason: reason.to_owned(),
+    }
 }
 
 /// `/v1/invoices/in_1` counts against `/v1/invoices`.
@@ -312,9 +397,16 @@ fn endpoint(path: &str) -> &str {
 
 fn encode(query: Query) -> String {
     use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
-    const RESERVED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.').remove(b'~');
+    const RESERVED: &AsciiSet = &NON_ALPHANUMERIC
+        .remove(b'-')
+        .remove(b'_')
+        .remove(b'.')
+        .remove(b'~');
     let part = |text| utf8_percent_encode(text, RESERVED).to_string();
-    let parts: Vec<String> = query.iter().map(|(name, value)| format!("{}={}", part(name), part(value))).collect();
+    let parts: Vec<String> = query
+        .iter()
+        .map(|(name, value)| format!("{}={}", part(name), part(value)))
+        .collect();
     parts.join("&")
 }
 
@@ -332,11 +424,19 @@ mod tests {
 
     #[test]
     fn what_passes_is_tried_again_and_what_lasts_is_not() {
-        let passes = |answer: Response<Bytes>| understand("/v1/events", &answer).err().map(|failure| failure.passes);
+        let passes = |answer: Response<Bytes>| {
+            understand("/v1/events", &answer)
+                .err()
+                .map(|failure| failure.passes)
+        };
         assert_eq!(passes(answer(200, None, "{}")), None);
         assert_eq!(passes(answer(200, None, "{\"data\":[")), Some(true));
         for status in [409, 424, 429, 500, 502, 503, 504] {
-            assert_eq!(passes(answer(status, None, "<html>")), Some(true), "{status}");
+            assert_eq!(
+                passes(answer(status, None, "<html>")),
+                Some(true),
+                "{status}"
+            );
         }
         for status in [400, 401, 402, 403, 404] {
             assert_eq!(passes(answer(status, None, "")), Some(false), "{status}");
@@ -347,9 +447,21 @@ mod tests {
 
     #[test]
     fn an_error_says_what_stripe_said_but_never_a_part_of_the_key() {
-        let said = |status, body| understand("/v1/events", &answer(status, None, body)).err().unwrap().error.to_string();
-        let denied = said(403, r#"{"error":{"message":"The key lacks `rak_event_read`."}}"#);
-        assert_eq!(denied, "Stripe refused /v1/events: 403 Forbidden: The key lacks `rak_event_read`.");
+        let said = |status, body| {
+            understand("/v1/events", &answer(status, None, body))
+                .err()
+                .unwrap()
+                .error
+                .to_string()
+        };
+        let denied = said(
+            403,
+            r#"{"error":{"message":"The key lacks `rak_event_read`."}}"#,
+        );
+        assert_eq!(
+            denied,
+            "Stripe refused /v1/events: 403 Forbidden: The key lacks `rak_event_read`."
+        );
         let hidden = format!(
             "The provided key 'rk_live_{}qs8Kgd' does not have the required permissions for this endpoint on account \
              'acct_1'. Having the 'rak_event_read' permission would allow this request to continue.",
@@ -357,9 +469,18 @@ mod tests {
         );
         let hidden = serde_json::json!({"error": {"message": hidden}}).to_string();
         let lacks = said(403, Box::leak(hidden.into_boxed_str()));
-        assert!(!lacks.contains("qs8Kgd") && lacks.contains("Having the 'rak_event_read' permission"), "{lacks}");
-        let unauthorized = said(401, r#"{"error":{"message":"Invalid API Key provided: sk_live_abc"}}"#);
-        assert_eq!(unauthorized, "Stripe does not accept STRIPE_API_KEY: 401 Unauthorized");
+        assert!(
+            !lacks.contains("qs8Kgd") && lacks.contains("Having the 'rak_event_read' permission"),
+            "{lacks}"
+        );
+        let unauthorized = said(
+            401,
+            r#"{"error":{"message":"Invalid API Key provided: sk_live_abc"}}"#,
+        );
+        assert_eq!(
+            unauthorized,
+            "Stripe does not accept STRIPE_API_KEY: 401 Unauthorized"
+        );
     }
 
     #[test]
@@ -371,7 +492,10 @@ mod tests {
 
     #[test]
     fn a_query_is_encoded() {
-        assert_eq!(encode(&[("created[gte]", "1"), ("x", "a&b")]), "created%5Bgte%5D=1&x=a%26b");
+        assert_eq!(
+            encode(&[("created[gte]", "1"), ("x", "a&b")]),
+            "created%5Bgte%5D=1&x=a%26b"
+        );
         assert_eq!(encode(&[]), "");
     }
 }

@@ -42,10 +42,12 @@ impl ApiKey {
             return Err("is a webhook's signing secret (whsec_...): give a secret (sk_...) or restricted key (rk_...)".to_owned());
         }
         if text.is_empty() || !text.bytes().all(|b| b.is_ascii_graphic()) {
-            return Err("is no API key: it has blanks or other characters that no key has".to_owned());
+            return Err(
+                "is no API key: it has blanks or other characters that no key has".to_owned(),
+            );
         }
-        let mut bearer =
-            HeaderValue::from_str(&format!("Bearer {text}")).map_err(|_| "is no API key: it cannot be sent".to_owned())?;
+        let mut bearer = HeaderValue::from_str(&format!("Bearer {text}"))
+            .map_err(|_| "is no API key: it cannot be sent".to_owned())?;
         bearer.set_sensitive(true);
         Ok(ApiKey(bearer))
     }
@@ -61,20 +63,32 @@ impl Settings {
     /// # Errors
     /// In words, why this is no such address.
     pub fn parse_base(text: Option<&str>) -> Result<String, String> {
-        let Some(text) = text else { return Ok(STRIPE.to_owned()) };
+        let Some(text) = text else {
+            return Ok(STRIPE.to_owned());
+        };
         let base = text.trim().trim_end_matches('/');
-        let uri: Uri = base.parse().map_err(|_| format!("`{text}` is no address such as {STRIPE}"))?;
+        let uri: Uri = base
+            .parse()
+            .map_err(|_| format!("`{text}` is no address such as {STRIPE}"))?;
         match (uri.scheme_str(), uri.authority(), uri.path()) {
             (Some("http" | "https"), Some(_), "" | "/") => Ok(base.to_owned()),
-            _ => Err(format!("`{text}` is no address such as {STRIPE}: it needs http:// or https://, a host, and no path")),
+            _ => Err(format!(
+                "`{text}` is no address such as {STRIPE}: it needs http:// or https://, a host, and no path"
+            )),
         }
     }
 
     /// # Errors
     /// In words, why this is no rate.
     pub fn parse_rate(text: Option<&str>) -> Result<u32, String> {
-        let Some(text) = text else { return Ok(DEFAULT_RATE) };
-        let rate = text.trim().parse().ok().filter(|rate| (1..=1000).contains(rate));
+        let Some(text) = text else {
+            return Ok(DEFAULT_RATE);
+        };
+        let rate = text
+            .trim()
+            .parse()
+            .ok()
+            .filter(|rate| (1..=1000).contains(rate));
         rate.ok_or_else(|| format!("`{text}` is no number of calls a second from 1 to 1000"))
     }
 }
@@ -85,7 +99,10 @@ mod tests {
 
     #[test]
     fn a_key_is_taken_or_refused_in_words_that_do_not_show_it() {
-        assert_eq!(format!("{:?}", ApiKey::parse("sk_test_123").unwrap()), "ApiKey(..)");
+        assert_eq!(
+            format!("{:?}", ApiKey::parse("sk_test_123").unwrap()),
+            "ApiKey(..)"
+        );
         for wrong in ["", "pk_live_xyz", "whsec_xyz", "sk_xyz z", "sk_xyz\u{e9}"] {
             let said = ApiKey::parse(wrong).unwrap_err();
             assert!(!said.contains("xyz"), "{said}");
@@ -95,7 +112,10 @@ mod tests {
     #[test]
     fn an_address_has_no_path() {
         assert_eq!(Settings::parse_base(None).unwrap(), STRIPE);
-        assert_eq!(Settings::parse_base(Some("http://127.0.0.1:9/")).unwrap(), "http://127.0.0.1:9");
+        assert_eq!(
+            Settings::parse_base(Some("http://127.0.0.1:9/")).unwrap(),
+            "http://127.0.0.1:9"
+        );
         for wrong in ["api.stripe.com", "ftp://x", "https://x/v1", ""] {
             assert!(Settings::parse_base(Some(wrong)).is_err(), "{wrong}");
         }

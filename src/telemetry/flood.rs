@@ -36,7 +36,11 @@ impl Flood {
             loop {
                 tokio::time::sleep(WHILE).await;
                 for (message, left_out) in counted.end() {
-                    tracing::warn!(left_out, of = message, "lines were left out: there were too many of a kind");
+                    tracing::warn!(
+                        left_out,
+                        of = message,
+                        "lines were left out: there were too many of a kind"
+                    );
                 }
             }
         });
@@ -46,7 +50,9 @@ impl Flood {
     fn end(&self) -> Vec<(String, u64)> {
         let kinds = std::mem::take(&mut *self.kinds());
         let too_many = kinds.into_values().filter(|kind| kind.count > LINES);
-        too_many.map(|kind| (kind.message, kind.count - LINES)).collect()
+        too_many
+            .map(|kind| (kind.message, kind.count - LINES))
+            .collect()
     }
 
     fn kinds(&self) -> MutexGuard<'_, HashMap<Identifier, Kind>> {
@@ -96,7 +102,9 @@ mod tests {
             }
         }
         let (written, flood) = (Written::default(), Flood::default());
-        let subscriber = tracing_subscriber::registry().with(written.clone()).with(flood.clone());
+        let subscriber = tracing_subscriber::registry()
+            .with(written.clone())
+            .with(flood.clone());
         tracing::subscriber::with_default(subscriber, || {
             for number in 0..50 {
                 tracing::warn!(number, "refused");
@@ -104,7 +112,15 @@ mod tests {
             }
             tracing::warn!("another kind");
         });
-        let count = |level| written.0.lock().unwrap().iter().filter(|l| **l == level).count();
+        let count = |level| {
+            written
+                .0
+                .lock()
+                .unwrap()
+                .iter()
+                .filter(|l| **l == level)
+                .count()
+        };
         assert_eq!((count(Level::WARN), count(Level::DEBUG)), (21, 50));
         assert_eq!(flood.end(), [("refused".to_owned(), 30)]);
         assert_eq!(flood.end(), []);

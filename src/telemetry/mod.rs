@@ -49,13 +49,20 @@ static QUEUE: OnceLock<otlp::Queue> = OnceLock::new();
 /// # Errors
 /// In words, what cannot be read in it.
 pub fn filter(text: &str) -> Result<EnvFilter, String> {
-    EnvFilter::try_new(text).map_err(|error| format!("the log filter `{text}` cannot be read: {error}"))
+    EnvFilter::try_new(text)
+        .map_err(|error| format!("the log filter `{text}` cannot be read: {error}"))
 }
 
 /// Starts; the first call counts. Needs a running tokio.
 pub fn start(settings: Settings) {
-    let Settings { filter, format, otlp } = settings;
-    let base = Registry::default().with(filter_fn(is_harmless)).with(Flood::start());
+    let Settings {
+        filter,
+        format,
+        otlp,
+    } = settings;
+    let base = Registry::default()
+        .with(filter_fn(is_harmless))
+        .with(Flood::start());
     // Only tests start it twice, and the first will do.
     let _ = match otlp {
         // Filters of single layers cost more than one for all.
@@ -69,9 +76,13 @@ pub fn start(settings: Settings) {
                 .with_target(false)
                 .with_tracked_inactivity(false)
                 .with_error_records_to_exceptions(false)
-                .with_filter(filter_fn(|metadata| is_ours(metadata) && *metadata.level() <= Level::DEBUG));
+                .with_filter(filter_fn(|metadata| {
+                    is_ours(metadata) && *metadata.level() <= Level::DEBUG
+                }));
             let _ = QUEUE.set(queue);
-            base.with(lines(format).with_filter(filter)).with(spans).try_init()
+            base.with(lines(format).with_filter(filter))
+                .with(spans)
+                .try_init()
         }
     };
 }
@@ -104,10 +115,14 @@ impl Extractor for Carrier<'_> {
     }
 }
 
-fn lines<S: Subscriber + for<'s> LookupSpan<'s>>(format: LogFormat) -> Box<dyn Layer<S> + Send + Sync> {
+fn lines<S: Subscriber + for<'s> LookupSpan<'s>>(
+    format: LogFormat,
+) -> Box<dyn Layer<S> + Send + Sync> {
     let lines = tracing_subscriber::fmt::layer().with_writer(io::stderr);
     match format {
-        LogFormat::Text => lines.with_ansi(io::IsTerminal::is_terminal(&io::stderr())).boxed(),
+        LogFormat::Text => lines
+            .with_ansi(io::IsTerminal::is_terminal(&io::stderr()))
+            .boxed(),
         LogFormat::Json => lines.json().boxed(),
     }
 }

@@ -140,7 +140,12 @@ struct Collector {
 impl Collector {
     fn new(settings: OtlpSettings, resource: &Resource) -> Collector {
         let transport = Transport::new(SEND_TIMEOUT, ANSWER_LIMIT);
-        Collector { transport, settings, resource: resource.into(), is_away: false }
+        Collector {
+            transport,
+            settings,
+            resource: resource.into(),
+            is_away: false,
+        }
     }
 
     async fn send(&mut self, spans: Vec<SpanData>) {
@@ -154,8 +159,13 @@ impl Collector {
         }
         let was_away = std::mem::replace(&mut self.is_away, sent.is_err());
         match sent {
-            Err(reason) if !was_away => tracing::warn!(reason, "the collector does not take spans: they are dropped"),
-            Ok(()) if was_away => tracing::warn!(dropped = dropped(), "the collector takes spans again"),
+            Err(reason) if !was_away => tracing::warn!(
+                reason,
+                "the collector does not take spans: they are dropped"
+            ),
+            Ok(()) if was_away => {
+                tracing::warn!(dropped = dropped(), "the collector takes spans again")
+            }
             _ => {}
         }
     }
@@ -163,11 +173,22 @@ impl Collector {
     async fn try_send(&self, spans: Vec<SpanData>) -> Result<(), String> {
         let resource_spans = group_spans_by_resource_and_scope(spans, &self.resource);
         let body = ExportTraceServiceRequest { resource_spans }.encode_to_vec();
-        let request = Request::post(&self.settings.endpoint).header("content-type", "application/x-protobuf");
-        let mut request = request.body(Full::new(Bytes::from(body))).map_err(|error| error.to_string())?;
+        let request =
+            Request::post(&self.settings.endpoint).header("content-type", "application/x-protobuf");
+        let mut request = request
+            .body(Full::new(Bytes::from(body)))
+            .map_err(|error| error.to_string())?;
         request.headers_mut().extend(self.settings.headers.clone());
-        let answer = self.transport.send(request).await.map_err(|error| error.to_string())?;
+        let answer = self
+            .transport
+            .send(request)
+            .await
+            .map_err(|error| error.to_string())?;
         // What it says may repeat what it was sent.
-        if answer.status().is_success() { Ok(()) } else { Err(format!("it answers {}", answer.status())) }
+        if answer.status().is_success() {
+            Ok(())
+        } else {
+            Err(format!("it answers {}", answer.status()))
+        }
     }
 }

@@ -22,10 +22,15 @@ impl OtlpSettings {
     /// # Errors
     /// In words, what is wrong with it.
     pub fn parse_endpoint(text: &str) -> Result<Uri, String> {
-        let uri = format!("{}/v1/traces", text.trim_end_matches('/')).parse::<Uri>().ok();
-        let is_web = |uri: &Uri| matches!(uri.scheme_str(), Some("http" | "https")) && uri.authority().is_some();
+        let uri = format!("{}/v1/traces", text.trim_end_matches('/'))
+            .parse::<Uri>()
+            .ok();
+        let is_web = |uri: &Uri| {
+            matches!(uri.scheme_str(), Some("http" | "https")) && uri.authority().is_some()
+        };
         // An address may have a password in it.
-        uri.filter(is_web).ok_or_else(|| "must be a URL such as http://127.0.0.1:4318".to_owned())
+        uri.filter(is_web)
+            .ok_or_else(|| "must be a URL such as http://127.0.0.1:4318".to_owned())
     }
 
     /// # Errors
@@ -43,14 +48,19 @@ impl OtlpSettings {
     /// Which of them is wrong, without its value.
     pub fn parse_headers(text: &str) -> Result<HeaderMap, String> {
         let mut headers = HeaderMap::new();
-        for (index, part) in text.split(',').enumerate().filter(|(_, part)| !part.trim().is_empty()) {
+        for (index, part) in text
+            .split(',')
+            .enumerate()
+            .filter(|(_, part)| !part.trim().is_empty())
+        {
             let header = part.split_once('=').and_then(|(name, value)| {
                 let value = percent_decode_str(value.trim()).decode_utf8().ok()?;
                 let mut value = HeaderValue::from_str(&value).ok()?;
                 value.set_sensitive(true);
                 Some((name.trim().parse::<HeaderName>().ok()?, value))
             });
-            let (name, value) = header.ok_or_else(|| format!("header {} is not name=value", index + 1))?;
+            let (name, value) =
+                header.ok_or_else(|| format!("header {} is not name=value", index + 1))?;
             headers.append(name, value);
         }
         Ok(headers)
@@ -62,23 +72,35 @@ impl OtlpSettings {
         let ratio = match ratio.map(str::parse::<f64>) {
             None => 1.0,
             Some(Ok(ratio)) if (0.0..=1.0).contains(&ratio) => ratio,
-            Some(_) => return Err("OTEL_TRACES_SAMPLER_ARG must be a number from 0 to 1".to_owned()),
+            Some(_) => {
+                return Err("OTEL_TRACES_SAMPLER_ARG must be a number from 0 to 1".to_owned());
+            }
         };
         Ok(match name {
-            None | Some("parentbased_always_on") => Sampler::ParentBased(Box::new(Sampler::AlwaysOn)),
+            None | Some("parentbased_always_on") => {
+                Sampler::ParentBased(Box::new(Sampler::AlwaysOn))
+            }
             Some("parentbased_always_off") => Sampler::ParentBased(Box::new(Sampler::AlwaysOff)),
-            Some("parentbased_traceidratio") => Sampler::ParentBased(Box::new(Sampler::TraceIdRatioBased(ratio))),
+            Some("parentbased_traceidratio") => {
+                Sampler::ParentBased(Box::new(Sampler::TraceIdRatioBased(ratio)))
+            }
             Some("always_on") => Sampler::AlwaysOn,
             Some("always_off") => Sampler::AlwaysOff,
             Some("traceidratio") => Sampler::TraceIdRatioBased(ratio),
-            Some(other) => return Err(format!("must be always_on, always_off, traceidratio, or parentbased_..., not `{other}`")),
+            Some(other) => {
+                return Err(format!(
+                    "must be always_on, always_off, traceidratio, or parentbased_..., not `{other}`"
+                ));
+            }
         })
     }
 }
 
 impl fmt::Debug for OtlpSettings {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        f.debug_struct("OtlpSettings").field("host", &self.endpoint.host()).finish_non_exhaustive()
+        f.debug_struct("OtlpSettings")
+            .field("host", &self.endpoint.host())
+            .finish_non_exhaustive()
     }
 }
 
@@ -88,7 +110,9 @@ mod tests {
 
     #[test]
     fn headers_are_read_as_the_specification_writes_them_and_never_shown() {
-        let headers = OtlpSettings::parse_headers("api-key=a%20secret%3D, Authorization = Basic%20eA==,").unwrap();
+        let headers =
+            OtlpSettings::parse_headers("api-key=a%20secret%3D, Authorization = Basic%20eA==,")
+                .unwrap();
         assert_eq!(headers["api-key"], "a secret=");
         assert_eq!(headers["authorization"], "Basic eA==");
         assert!(!format!("{headers:?}").contains("secret"));
@@ -101,9 +125,20 @@ mod tests {
     #[test]
     fn an_endpoint_is_the_base_of_a_url() {
         let parse = |text: &str| OtlpSettings::parse_endpoint(text).map(|uri| uri.to_string());
-        assert_eq!(parse("http://127.0.0.1:4318").unwrap(), "http://127.0.0.1:4318/v1/traces");
-        assert_eq!(parse("https://collector/x/").unwrap(), "https://collector/x/v1/traces");
-        for wrong in ["127.0.0.1:4318", "grpc://x", "http://", "http://user:secret@"] {
+        assert_eq!(
+            parse("http://127.0.0.1:4318").unwrap(),
+            "http://127.0.0.1:4318/v1/traces"
+        );
+        assert_eq!(
+            parse("https://collector/x/").unwrap(),
+            "https://collector/x/v1/traces"
+        );
+        for wrong in [
+            "127.0.0.1:4318",
+            "grpc://x",
+            "http://",
+            "http://user:secret@",
+        ] {
             assert!(!parse(wrong).unwrap_err().contains("secret"), "{wrong}");
         }
     }
@@ -117,7 +152,11 @@ mod tests {
             (Some("traceidratio"), Some("2"), false),
             (Some("sometimes"), None, false),
         ] {
-            assert_eq!(OtlpSettings::parse_sampler(name, ratio).is_ok(), is_right, "{name:?} {ratio:?}");
+            assert_eq!(
+                OtlpSettings::parse_sampler(name, ratio).is_ok(),
+                is_right,
+                "{name:?} {ratio:?}"
+            );
         }
     }
 }

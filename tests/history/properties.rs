@@ -34,16 +34,39 @@ enum End {
 
 fn lives() -> impl Strategy<Value = (Vec<Step>, End)> {
     use Step::*;
-    let step = prop::sample::select(vec![Declined, ActionRequired, DebitSubmitted, DebitReturned, Overdue, PartPaid, WrittenOff]);
-    let end = prop::sample::select(vec![End::Open, End::Paid, End::Voided, End::Refunded, End::Disputed]);
+    let step = prop::sample::select(vec![
+        Declined,
+        ActionRequired,
+        DebitSubmitted,
+        DebitReturned,
+        Overdue,
+        PartPaid,
+        WrittenOff,
+    ]);
+    let end = prop::sample::select(vec![
+        End::Open,
+        End::Paid,
+        End::Voided,
+        End::Refunded,
+        End::Disputed,
+    ]);
     (prop::collection::vec(step, 0..6), end)
 }
 
 /// All events of a life, in the order in which they happen, in one shape.
 fn events(steps: &[Step], end: End, shape: Shape) -> Vec<Value> {
-    let mut stripe = Stripe { shape, now: 1_760_000_000, attempts: 0, finalized: 1_760_000_000, events: Vec::new() };
+    let mut stripe = Stripe {
+        shape,
+        now: 1_760_000_000,
+        attempts: 0,
+        finalized: 1_760_000_000,
+        events: Vec::new(),
+    };
     stripe.tell("invoice.finalized", stripe.open());
-    stripe.tell("payment_intent.created", intent(shape, "requires_payment_method"));
+    stripe.tell(
+        "payment_intent.created",
+        intent(shape, "requires_payment_method"),
+    );
     for step in steps {
         stripe.now += 3600;
         stripe.step(*step);
@@ -73,7 +96,10 @@ impl Stripe {
     }
 
     fn closed(&self, status: &str, at: &str) -> Value {
-        with(invoice(self.shape, status), json!({"status_transitions": {"finalized_at": self.finalized, at: self.now}}))
+        with(
+            invoice(self.shape, status),
+            json!({"status_transitions": {"finalized_at": self.finalized, at: self.now}}),
+        )
     }
 
     fn fail(&mut self) {
@@ -81,11 +107,17 @@ impl Stripe {
         let id = format!("ch_{}", self.attempts);
         let reason = json!({"failure_code": "card_declined", "failure_message": "No.", "outcome": {"reason": "do_not_honor"}});
         let error = json!({"code": "card_declined", "message": "No.", "charge": id});
-        self.tell("charge.failed", with(charge(self.shape, &id, "failed"), reason));
+        self.tell(
+            "charge.failed",
+            with(charge(self.shape, &id, "failed"), reason),
+        );
         self.now += 1;
         self.tell(
             "payment_intent.payment_failed",
-            with(intent(self.shape, "requires_payment_method"), json!({"last_payment_error": error})),
+            with(
+                intent(self.shape, "requires_payment_method"),
+                json!({"last_payment_error": error}),
+            ),
         );
         let mut failed = self.open();
         if self.shape == Shape::Old {
@@ -99,13 +131,19 @@ impl Stripe {
         match step {
             Step::Declined | Step::DebitReturned => self.fail(),
             Step::ActionRequired => {
-                self.tell("payment_intent.requires_action", intent(shape, "requires_action"));
+                self.tell(
+                    "payment_intent.requires_action",
+                    intent(shape, "requires_action"),
+                );
                 self.now += 1;
                 self.tell("invoice.payment_action_required", self.open());
             }
             Step::DebitSubmitted => {
                 self.tell("payment_intent.processing", intent(shape, "processing"));
-                self.tell("charge.pending", charge(shape, &format!("ch_{}", self.attempts + 1), "pending"));
+                self.tell(
+                    "charge.pending",
+                    charge(shape, &format!("ch_{}", self.attempts + 1), "pending"),
+                );
             }
             Step::Overdue => self.tell("invoice.overdue", self.open()),
             Step::PartPaid => {
@@ -114,7 +152,10 @@ impl Stripe {
             }
             Step::WrittenOff => {
                 let at = json!({"status_transitions": {"finalized_at": self.finalized, "marked_uncollectible_at": self.now}});
-                self.tell("invoice.marked_uncollectible", with(invoice(shape, "uncollectible"), at));
+                self.tell(
+                    "invoice.marked_uncollectible",
+                    with(invoice(shape, "uncollectible"), at),
+                );
             }
         }
     }
@@ -127,7 +168,13 @@ impl Stripe {
             End::Paid | End::Refunded | End::Disputed => {}
         }
         self.tell("charge.succeeded", charge(shape, "ch_paid", "succeeded"));
-        self.tell("payment_intent.succeeded", with(intent(shape, "succeeded"), json!({"latest_charge": "ch_paid"})));
+        self.tell(
+            "payment_intent.succeeded",
+            with(
+                intent(shape, "succeeded"),
+                json!({"latest_charge": "ch_paid"}),
+            ),
+        );
         let paid = self.closed("paid", "paid_at");
         self.tell("invoice.updated", paid.clone());
         self.tell("invoice.payment_succeeded", paid.clone());
@@ -137,13 +184,28 @@ impl Stripe {
             End::Refunded => {
                 let refund = json!({"id": "re_1", "object": "refund", "charge": "ch_paid", "amount": 1000, "currency": "eur", "status": "pending"});
                 self.tell("refund.created", refund.clone());
-                self.tell("charge.refunded", with(charge(shape, "ch_paid", "succeeded"), json!({"amount_refunded": 1000})));
-                self.tell("refund.failed", with(refund, json!({"status": "failed", "failure_reason": "lost_or_stolen_card"})));
+                self.tell(
+                    "charge.refunded",
+                    with(
+                        charge(shape, "ch_paid", "succeeded"),
+                        json!({"amount_refunded": 1000}),
+                    ),
+                );
+                self.tell(
+                    "refund.failed",
+                    with(
+                        refund,
+                        json!({"status": "failed", "failure_reason": "lost_or_stolen_card"}),
+                    ),
+                );
             }
             End::Disputed => {
                 let dispute = json!({"id": "dp_1", "object": "dispute", "charge": "ch_paid", "amount": 5000, "currency": "eur", "reason": "general"});
                 self.tell("charge.dispute.created", dispute.clone());
-                self.tell("charge.dispute.closed", with(dispute, json!({"status": "won"})));
+                self.tell(
+                    "charge.dispute.closed",
+                    with(dispute, json!({"status": "won"})),
+                );
             }
             _ => {}
         }
@@ -161,20 +223,45 @@ struct Delivery {
 }
 
 fn deliveries() -> impl Strategy<Value = Vec<Delivery>> {
-    let one = (any::<bool>(), 1..3_usize, prop::bool::weighted(0.2), prop::bool::weighted(0.2), any::<u32>());
-    let delivery =
-        one.prop_map(|(old_shape, copies, twin, both_shapes, place)| Delivery { old_shape, copies, twin, both_shapes, place });
+    let one = (
+        any::<bool>(),
+        1..3_usize,
+        prop::bool::weighted(0.2),
+        prop::bool::weighted(0.2),
+        any::<u32>(),
+    );
+    let delivery = one.prop_map(|(old_shape, copies, twin, both_shapes, place)| Delivery {
+        old_shape,
+        copies,
+        twin,
+        both_shapes,
+        place,
+    });
     prop::collection::vec(delivery, 40)
 }
 
 /// The life's events as they arrive: in any order, some twice, some under a second id, some in another shape.
 fn arrive(steps: &[Step], end: End, deliveries: &[Delivery]) -> Vec<Value> {
-    let (old, new) = (events(steps, end, Shape::Old), events(steps, end, Shape::New));
+    let (old, new) = (
+        events(steps, end, Shape::Old),
+        events(steps, end, Shape::New),
+    );
     let mut arriving = Vec::new();
     for (index, delivery) in deliveries.iter().cycle().take(old.len()).enumerate() {
-        let version = |shape: &[Value], name: &str| with(shape[index].clone(), json!({"api_version": name}));
-        let (old, new) = (version(&old, "2022-11-15"), version(&new, "2025-11-17.clover"));
-        let mut copies = vec![if delivery.old_shape { old.clone() } else { new.clone() }; delivery.copies];
+        let version =
+            |shape: &[Value], name: &str| with(shape[index].clone(), json!({"api_version": name}));
+        let (old, new) = (
+            version(&old, "2022-11-15"),
+            version(&new, "2025-11-17.clover"),
+        );
+        let mut copies = vec![
+            if delivery.old_shape {
+                old.clone()
+            } else {
+                new.clone()
+            };
+            delivery.copies
+        ];
         if delivery.both_shapes {
             copies.extend([old, new]);
         }
@@ -182,8 +269,18 @@ fn arrive(steps: &[Step], end: End, deliveries: &[Delivery]) -> Vec<Value> {
             let id = format!("evt_twin_{index}");
             copies.push(with(copies[0].clone(), json!({"id": id})));
         }
-        let place = |copy: usize| delivery.place.wrapping_mul(2_654_435_761).wrapping_add(copy as u32 * 97_654_321);
-        arriving.extend(copies.into_iter().enumerate().map(|(copy, event)| (place(copy), event)));
+        let place = |copy: usize| {
+            delivery
+                .place
+                .wrapping_mul(2_654_435_761)
+                .wrapping_add(copy as u32 * 97_654_321)
+        };
+        arriving.extend(
+            copies
+                .into_iter()
+                .enumerate()
+                .map(|(copy, event)| (place(copy), event)),
+        );
     }
     arriving.sort_by_key(|(place, _)| *place);
     arriving.into_iter().map(|(_, event)| event).collect()

@@ -9,15 +9,26 @@ use Shape::{New, Old};
 
 #[test]
 fn a_card_pays_at_once() {
-    let paid = with(invoice(New, "paid"), json!({"status_transitions": {"finalized_at": 100, "paid_at": 103}}));
+    let paid = with(
+        invoice(New, "paid"),
+        json!({"status_transitions": {"finalized_at": 100, "paid_at": 103}}),
+    );
     let events = [
         event(
             "evt_1",
             "invoice.finalized",
             101,
-            with(invoice(New, "open"), json!({"status_transitions": {"finalized_at": 100}})),
+            with(
+                invoice(New, "open"),
+                json!({"status_transitions": {"finalized_at": 100}}),
+            ),
         ),
-        event("evt_2", "charge.succeeded", 103, charge(New, "ch_1", "succeeded")),
+        event(
+            "evt_2",
+            "charge.succeeded",
+            103,
+            charge(New, "ch_1", "succeeded"),
+        ),
         event("evt_3", "invoice.updated", 104, paid.clone()),
         event("evt_4", "invoice.payment_succeeded", 104, paid.clone()),
         event("evt_5", "invoice.paid", 104, paid),
@@ -34,14 +45,28 @@ fn a_card_pays_at_once() {
 #[test]
 fn a_decline_is_one_entry_with_its_number_and_its_reason() {
     let error = json!({"code": "card_declined", "decline_code": "insufficient_funds", "message": "Your card has insufficient funds.", "charge": "ch_1"});
-    let failed = with(invoice(New, "open"), json!({"attempt_count": 1, "next_payment_attempt": 1_770_110_100}));
+    let failed = with(
+        invoice(New, "open"),
+        json!({"attempt_count": 1, "next_payment_attempt": 1_770_110_100}),
+    );
     let events = [
-        event("evt_1", "charge.failed", 200, with(charge(New, "ch_1", "failed"), json!({"failure_code": "card_declined"}))),
+        event(
+            "evt_1",
+            "charge.failed",
+            200,
+            with(
+                charge(New, "ch_1", "failed"),
+                json!({"failure_code": "card_declined"}),
+            ),
+        ),
         event(
             "evt_2",
             "payment_intent.payment_failed",
             201,
-            with(intent(New, "requires_payment_method"), json!({"last_payment_error": error})),
+            with(
+                intent(New, "requires_payment_method"),
+                json!({"last_payment_error": error}),
+            ),
         ),
         event("evt_3", "invoice.payment_failed", 202, failed),
     ];
@@ -56,25 +81,51 @@ fn a_decline_is_one_entry_with_its_number_and_its_reason() {
 
 #[test]
 fn a_decline_that_the_invoice_names_by_its_charge_is_joined_over_any_distance() {
-    let failed = with(invoice(Old, "open"), json!({"attempt_count": 2, "charge": "ch_2", "next_payment_attempt": null}));
+    let failed = with(
+        invoice(Old, "open"),
+        json!({"attempt_count": 2, "charge": "ch_2", "next_payment_attempt": null}),
+    );
     let events = [
-        event("evt_1", "charge.failed", 200, with(charge(Old, "ch_2", "failed"), json!({"outcome": {"reason": "do_not_honor"}}))),
+        event(
+            "evt_1",
+            "charge.failed",
+            200,
+            with(
+                charge(Old, "ch_2", "failed"),
+                json!({"outcome": {"reason": "do_not_honor"}}),
+            ),
+        ),
         event("evt_2", "invoice.payment_failed", 900, failed),
     ];
     let told = told(&events);
     assert_eq!(told.len(), 2);
-    assert!(told[0].ends_with("failed (attempt 2): do_not_honor. No further attempt will be made."), "{told:?}");
+    assert!(
+        told[0].ends_with("failed (attempt 2): do_not_honor. No further attempt will be made."),
+        "{told:?}"
+    );
 }
 
 #[test]
 fn the_latest_charge_says_nothing_about_a_later_attempt_that_made_none() {
-    let failed = |count, charge| with(invoice(Old, "open"), json!({"attempt_count": count, "charge": charge}));
+    let failed = |count, charge| {
+        with(
+            invoice(Old, "open"),
+            json!({"attempt_count": count, "charge": charge}),
+        )
+    };
     let events = [
         event("evt_1", "charge.failed", 100, charge(Old, "ch_1", "failed")),
         event("evt_2", "invoice.payment_failed", 101, failed(1, "ch_1")),
         event("evt_3", "invoice.payment_failed", 5000, failed(2, "ch_1")),
     ];
-    assert_eq!(states(&events), ["PaymentFailed 100", "PaymentPending 101", "PaymentFailed 5000"]);
+    assert_eq!(
+        states(&events),
+        [
+            "PaymentFailed 100",
+            "PaymentPending 101",
+            "PaymentFailed 5000"
+        ]
+    );
 }
 
 #[test]
@@ -84,42 +135,109 @@ fn a_manual_retry_without_an_invoice_event_is_an_entry_of_its_own() {
         event("evt_1", "charge.failed", 100, charge(New, "ch_1", "failed")),
         event("evt_2", "invoice.payment_failed", 100, failed),
         event("evt_3", "charge.failed", 161, charge(New, "ch_2", "failed")),
-        event("evt_4", "payment_intent.created", 50, intent(New, "requires_payment_method")),
+        event(
+            "evt_4",
+            "payment_intent.created",
+            50,
+            intent(New, "requires_payment_method"),
+        ),
     ];
-    assert_eq!(states(&events), ["PaymentPending 100", "PaymentFailed 100", "PaymentFailed 161"]);
+    assert_eq!(
+        states(&events),
+        [
+            "PaymentPending 100",
+            "PaymentFailed 100",
+            "PaymentFailed 161"
+        ]
+    );
 }
 
 #[test]
 fn a_returned_debit_that_is_submitted_again_is_three_entries() {
     let error = json!({"code": "debit_not_authorized", "charge": "ch_1"});
     let events = [
-        event("evt_1", "payment_intent.processing", 100, intent(New, "processing")),
-        event("evt_2", "charge.pending", 101, charge(New, "ch_1", "pending")),
+        event(
+            "evt_1",
+            "payment_intent.processing",
+            100,
+            intent(New, "processing"),
+        ),
+        event(
+            "evt_2",
+            "charge.pending",
+            101,
+            charge(New, "ch_1", "pending"),
+        ),
         event(
             "evt_3",
             "payment_intent.payment_failed",
             300,
-            with(intent(New, "requires_payment_method"), json!({"last_payment_error": error})),
+            with(
+                intent(New, "requires_payment_method"),
+                json!({"last_payment_error": error}),
+            ),
         ),
-        event("evt_4", "payment_intent.processing", 400, intent(New, "processing")),
+        event(
+            "evt_4",
+            "payment_intent.processing",
+            400,
+            intent(New, "processing"),
+        ),
     ];
-    assert_eq!(states(&events), ["PaymentInProgress 100", "PaymentFailed 300", "PaymentInProgress 400"]);
+    assert_eq!(
+        states(&events),
+        [
+            "PaymentInProgress 100",
+            "PaymentFailed 300",
+            "PaymentInProgress 400"
+        ]
+    );
 }
 
 #[test]
 fn authentication_asked_for_once_is_one_entry_whichever_side_tells() {
     let events = [
-        event("evt_1", "payment_intent.requires_action", 100, intent(New, "requires_action")),
-        event("evt_2", "invoice.payment_failed", 101, with(invoice(New, "open"), json!({"attempt_count": 1}))),
-        event("evt_3", "invoice.payment_action_required", 102, invoice(New, "open")),
+        event(
+            "evt_1",
+            "payment_intent.requires_action",
+            100,
+            intent(New, "requires_action"),
+        ),
+        event(
+            "evt_2",
+            "invoice.payment_failed",
+            101,
+            with(invoice(New, "open"), json!({"attempt_count": 1})),
+        ),
+        event(
+            "evt_3",
+            "invoice.payment_action_required",
+            102,
+            invoice(New, "open"),
+        ),
     ];
-    assert_eq!(states(&events), ["PaymentPending 100", "PaymentPending 101", "PaymentFailed 101"]);
+    assert_eq!(
+        states(&events),
+        [
+            "PaymentPending 100",
+            "PaymentPending 101",
+            "PaymentFailed 101"
+        ]
+    );
 }
 
 #[test]
 fn two_partial_payments_show_and_the_one_that_is_all_of_it_does_not() {
     let part = |id: &str, amount: i64| json!({"id": id, "object": "invoice_payment", "invoice": INVOICE, "amount_paid": amount, "currency": "eur"});
-    let paid = event("evt_9", "invoice.paid", 300, with(invoice(New, "paid"), json!({"status_transitions": {"paid_at": 300}})));
+    let paid = event(
+        "evt_9",
+        "invoice.paid",
+        300,
+        with(
+            invoice(New, "paid"),
+            json!({"status_transitions": {"paid_at": 300}}),
+        ),
+    );
     let parts = [
         event("evt_1", "invoice_payment.paid", 100, part("inpay_1", 2000)),
         event("evt_2", "invoice_payment.paid", 300, part("inpay_2", 3000)),
@@ -133,51 +251,116 @@ fn two_partial_payments_show_and_the_one_that_is_all_of_it_does_not() {
             "Paid 300 50.00 EUR paid for invoice INV-0001.",
         ]
     );
-    let whole = [event("evt_1", "invoice_payment.paid", 300, part("inpay_1", 5000)), paid];
+    let whole = [
+        event("evt_1", "invoice_payment.paid", 300, part("inpay_1", 5000)),
+        paid,
+    ];
     assert_eq!(states(&whole), ["Paid 300"]);
 }
 
 #[test]
 fn paid_outside_stripe_is_said_by_flag_by_amount_and_apparently_by_what_is_missing() {
     let paid = |fields| with(invoice(New, "paid"), fields);
-    let message = |object| told(&[event("evt_1", "invoice.paid", 100, object)]).pop().expect("one entry");
+    let message = |object| {
+        told(&[event("evt_1", "invoice.paid", 100, object)])
+            .pop()
+            .expect("one entry")
+    };
     assert_eq!(
         message(paid(json!({"paid_out_of_band": true, "amount_paid": 0}))),
         "Paid 100 50.00 EUR paid for invoice INV-0001. It was paid outside Stripe."
     );
-    assert!(message(paid(json!({"amount_paid_off_stripe": 5000}))).ends_with("It was paid outside Stripe."));
-    assert!(message(paid(json!({"attempted": false}))).ends_with("It was apparently paid outside Stripe."));
-    assert!(message(paid(json!({"attempted": false, "amount_paid_off_stripe": 0}))).ends_with("for invoice INV-0001."));
+    assert!(
+        message(paid(json!({"amount_paid_off_stripe": 5000})))
+            .ends_with("It was paid outside Stripe.")
+    );
+    assert!(
+        message(paid(json!({"attempted": false})))
+            .ends_with("It was apparently paid outside Stripe.")
+    );
+    assert!(
+        message(paid(
+            json!({"attempted": false, "amount_paid_off_stripe": 0})
+        ))
+        .ends_with("for invoice INV-0001.")
+    );
 }
 
 #[test]
 fn a_canceled_payment_intent_is_no_failure() {
-    assert!(history(&[event("evt_1", "payment_intent.canceled", 100, intent(Old, "canceled"))]).is_empty());
+    assert!(
+        history(&[event(
+            "evt_1",
+            "payment_intent.canceled",
+            100,
+            intent(Old, "canceled")
+        )])
+        .is_empty()
+    );
 }
 
 #[test]
 fn nothing_leads_out_of_paid_not_even_a_failure_that_comes_later() {
     let events = [
-        event("evt_1", "invoice.paid", 100, with(invoice(New, "paid"), json!({"status_transitions": {"paid_at": 100}}))),
-        event("evt_2", "invoice.payment_failed", 200, with(invoice(New, "open"), json!({"attempt_count": 1}))),
-        event("evt_3", "invoice.voided", 300, with(invoice(New, "void"), json!({"status_transitions": {"voided_at": 300}}))),
+        event(
+            "evt_1",
+            "invoice.paid",
+            100,
+            with(
+                invoice(New, "paid"),
+                json!({"status_transitions": {"paid_at": 100}}),
+            ),
+        ),
+        event(
+            "evt_2",
+            "invoice.payment_failed",
+            200,
+            with(invoice(New, "open"), json!({"attempt_count": 1})),
+        ),
+        event(
+            "evt_3",
+            "invoice.voided",
+            300,
+            with(
+                invoice(New, "void"),
+                json!({"status_transitions": {"voided_at": 300}}),
+            ),
+        ),
     ];
-    assert_eq!(states(&events), ["PaymentPending 200", "PaymentFailed 200", "PaymentFailed 300", "Paid 100"]);
+    assert_eq!(
+        states(&events),
+        [
+            "PaymentPending 200",
+            "PaymentFailed 200",
+            "PaymentFailed 300",
+            "Paid 100"
+        ]
+    );
 }
 
 #[test]
 fn a_revised_invoice_is_voided_and_says_by_what_it_was_replaced() {
-    let voided = with(invoice(New, "void"), json!({"latest_revision": "in_2Q", "amount_remaining": 0}));
+    let voided = with(
+        invoice(New, "void"),
+        json!({"latest_revision": "in_2Q", "amount_remaining": 0}),
+    );
     assert_eq!(
         told(&[event("evt_1", "invoice.voided", 100, voided)]),
-        ["PaymentFailed 100 Invoice INV-0001 over 50.00 EUR was voided, so nothing is owed. It was replaced by revision in_2Q."]
+        [
+            "PaymentFailed 100 Invoice INV-0001 over 50.00 EUR was voided, so nothing is owed. It was replaced by revision in_2Q."
+        ]
     );
 }
 
 #[test]
 fn written_off_then_paid_says_so() {
     let events = [
-        event("evt_1", "invoice.marked_uncollectible", 100, invoice(New, "uncollectible")),
+        event(
+            "evt_1",
+            "invoice.marked_uncollectible",
+            100,
+            invoice(New, "uncollectible"),
+        ),
         event("evt_2", "invoice.paid", 200, invoice(New, "paid")),
     ];
     assert_eq!(
@@ -191,15 +374,26 @@ fn written_off_then_paid_says_so() {
 
 #[test]
 fn a_refund_and_a_dispute_two_hops_away_stand_after_paid_and_keep_the_state() {
-    let refund =
-        json!({"id": "re_1", "object": "refund", "charge": "ch_1", "amount": 1000, "currency": "eur", "status": "succeeded"});
-    let dispute =
-        json!({"id": "dp_1", "object": "dispute", "charge": "ch_1", "amount": 5000, "currency": "eur", "reason": "fraudulent"});
+    let refund = json!({"id": "re_1", "object": "refund", "charge": "ch_1", "amount": 1000, "currency": "eur", "status": "succeeded"});
+    let dispute = json!({"id": "dp_1", "object": "dispute", "charge": "ch_1", "amount": 5000, "currency": "eur", "reason": "fraudulent"});
     let events = [
         event("evt_1", "charge.dispute.created", 400, dispute),
         event("evt_2", "refund.created", 300, refund),
-        event("evt_3", "charge.refunded", 300, with(charge(New, "ch_1", "succeeded"), json!({"amount_refunded": 1000}))),
-        event("evt_4", "payment_intent.succeeded", 100, with(intent(New, "succeeded"), json!({"latest_charge": "ch_1"}))),
+        event(
+            "evt_3",
+            "charge.refunded",
+            300,
+            with(
+                charge(New, "ch_1", "succeeded"),
+                json!({"amount_refunded": 1000}),
+            ),
+        ),
+        event(
+            "evt_4",
+            "payment_intent.succeeded",
+            100,
+            with(intent(New, "succeeded"), json!({"latest_charge": "ch_1"})),
+        ),
         event("evt_5", "invoice.paid", 100, invoice(New, "paid")),
     ];
     assert_eq!(
@@ -216,16 +410,35 @@ fn a_refund_and_a_dispute_two_hops_away_stand_after_paid_and_keep_the_state() {
 fn a_payment_that_names_its_invoice_is_believed_before_an_order_reference() {
     let referring = with(intent(New, "processing"), json!({"latest_charge": "ch_1"}));
     let other = json!({"id": "ch_1", "object": "charge", "invoice": "in_2Q", "amount": 5000});
-    assert_eq!(states(&[event("evt_1", "payment_intent.processing", 100, referring.clone())]), ["PaymentInProgress 100"]);
-    let both = [event("evt_1", "payment_intent.processing", 100, referring), event("evt_2", "charge.succeeded", 90, other)];
+    assert_eq!(
+        states(&[event(
+            "evt_1",
+            "payment_intent.processing",
+            100,
+            referring.clone()
+        )]),
+        ["PaymentInProgress 100"]
+    );
+    let both = [
+        event("evt_1", "payment_intent.processing", 100, referring),
+        event("evt_2", "charge.succeeded", 90, other),
+    ];
     assert!(history(&both).is_empty());
 }
 
 #[test]
 fn a_placeholder_that_contradicts_itself_is_believed_by_its_type() {
-    let odd = with(invoice(Old, "paid"), json!({"attempt_count": 1, "status_transitions": {"paid_at": 50, "finalized_at": 40}}));
+    let odd = with(
+        invoice(Old, "paid"),
+        json!({"attempt_count": 1, "status_transitions": {"paid_at": 50, "finalized_at": 40}}),
+    );
     assert_eq!(
-        told(&[event("evt_00000000000000", "invoice.payment_failed", 1_326_853_478, odd)]),
+        told(&[event(
+            "evt_00000000000000",
+            "invoice.payment_failed",
+            1_326_853_478,
+            odd
+        )]),
         ["PaymentFailed 1326853478 Payment for invoice in_1Q failed (attempt 1)."]
     );
 }
@@ -234,44 +447,90 @@ fn a_placeholder_that_contradicts_itself_is_believed_by_its_type() {
 fn the_shape_without_a_status_tells_by_paid_and_by_type() {
     let open = json!({"id": INVOICE, "object": "invoice", "paid": false, "closed": false, "amount_due": 1000, "currency": "usd", "finalized_at": 95});
     let paid = with(open.clone(), json!({"paid": true, "amount_paid": 1000}));
-    let events = [event("evt_1", "invoice.finalized", 100, open.clone()), event("evt_2", "invoice.updated", 200, paid)];
+    let events = [
+        event("evt_1", "invoice.finalized", 100, open.clone()),
+        event("evt_2", "invoice.updated", 200, paid),
+    ];
     assert_eq!(states(&events), ["PaymentPending 95", "Paid 200"]);
     assert!(history(&[event("evt_3", "invoice.updated", 100, open)]).is_empty());
 }
 
 #[test]
 fn a_thin_event_tells_what_its_type_claims_until_its_twin_is_known() {
-    let notice = thin("evt_t", "v1.invoice.paid", "1970-01-01T00:01:40.999999999Z", INVOICE, Some("evt_s"));
+    let notice = thin(
+        "evt_t",
+        "v1.invoice.paid",
+        "1970-01-01T00:01:40.999999999Z",
+        INVOICE,
+        Some("evt_s"),
+    );
     assert_eq!(states(std::slice::from_ref(&notice)), ["Paid 100"]);
-    let twin = event("evt_s", "invoice.paid", 100, with(invoice(New, "paid"), json!({"status_transitions": {"paid_at": 98}})));
+    let twin = event(
+        "evt_s",
+        "invoice.paid",
+        100,
+        with(
+            invoice(New, "paid"),
+            json!({"status_transitions": {"paid_at": 98}}),
+        ),
+    );
     assert_eq!(states(&[notice, twin]), ["Paid 98"]);
 }
 
 #[test]
 fn under_a_test_clock_events_keep_the_time_of_the_wall() {
-    let paid = with(invoice(New, "paid"), json!({"test_clock": "clock_1", "status_transitions": {"paid_at": 9_000_000_000_i64}}));
-    assert_eq!(states(&[event("evt_1", "invoice.paid", 100, paid)]), ["Paid 100"]);
+    let paid = with(
+        invoice(New, "paid"),
+        json!({"test_clock": "clock_1", "status_transitions": {"paid_at": 9_000_000_000_i64}}),
+    );
+    assert_eq!(
+        states(&[event("evt_1", "invoice.paid", 100, paid)]),
+        ["Paid 100"]
+    );
 }
 
 #[test]
 fn states_that_came_with_the_invoice_stand_first_and_paid_ones_close_it() {
-    let imported = |state, second: i64| ImportedState { state, timestamp_ms: second * 1000, message: None };
+    let imported = |state, second: i64| ImportedState {
+        state,
+        timestamp_ms: second * 1000,
+        message: None,
+    };
     let refund = json!({"id": "re_1", "object": "refund", "payment_intent": INTENT, "amount": 1000, "currency": "eur"});
     let events = [
-        event("evt_1", "payment_intent.processing", 100, intent(New, "processing")),
+        event(
+            "evt_1",
+            "payment_intent.processing",
+            100,
+            intent(New, "processing"),
+        ),
         event("evt_2", "invoice.paid", 200, invoice(New, "paid")),
         event("evt_3", "refund.created", 300, refund),
     ];
     let folded = |imported: &[ImportedState]| -> Vec<(State, i64)> {
-        fold(Some(INVOICE), imported, &known(&events)).iter().map(|e| (e.state, e.timestamp_ms / 1000)).collect()
+        fold(Some(INVOICE), imported, &known(&events))
+            .iter()
+            .map(|e| (e.state, e.timestamp_ms / 1000))
+            .collect()
     };
     assert_eq!(
-        folded(&[imported(State::PaymentPending, 500), imported(State::Paid, 200)]),
-        [(State::PaymentPending, 500), (State::Paid, 200), (State::Paid, 300)]
+        folded(&[
+            imported(State::PaymentPending, 500),
+            imported(State::Paid, 200)
+        ]),
+        [
+            (State::PaymentPending, 500),
+            (State::Paid, 200),
+            (State::Paid, 300)
+        ]
     );
     assert_eq!(
         folded(&[imported(State::PaymentInProgress, 100)]),
-        [(State::PaymentInProgress, 100), (State::Paid, 200), (State::Paid, 300)]
+        [
+            (State::PaymentInProgress, 100),
+            (State::Paid, 200),
+            (State::Paid, 300)
+        ]
     );
 }
 
@@ -280,25 +539,41 @@ fn test_mode_and_the_connected_account_stand_in_every_message() {
     let mut paid = event("evt_1", "invoice.paid", 100, invoice(New, "paid"));
     paid["livemode"] = json!(false);
     paid["account"] = json!("acct_9");
-    assert_eq!(told(&[paid]), ["Paid 100 50.00 EUR paid for invoice INV-0001. Test mode. Connected account acct_9."]);
+    assert_eq!(
+        told(&[paid]),
+        ["Paid 100 50.00 EUR paid for invoice INV-0001. Test mode. Connected account acct_9."]
+    );
 }
 
 #[test]
 fn no_address_link_secret_or_card_number_reaches_a_message() {
     let error = json!({"message": "Card 4242 4242 4242 4242 of jane@example.com: see https://pay.example.com/x pi_1_secret_2 4242424242424242 now"});
-    let failed = with(intent(New, "requires_payment_method"), json!({"last_payment_error": error}));
+    let failed = with(
+        intent(New, "requires_payment_method"),
+        json!({"last_payment_error": error}),
+    );
     assert_eq!(
         told(&[event("evt_1", "payment_intent.payment_failed", 100, failed)]),
-        ["PaymentFailed 100 Payment of 50.00 EUR for invoice in_1Q failed: Card [removed] of [removed] see [removed] now."]
+        [
+            "PaymentFailed 100 Payment of 50.00 EUR for invoice in_1Q failed: Card [removed] of [removed] see [removed] now."
+        ]
     );
 }
 
 #[test]
 fn an_invoice_number_is_said_in_full_however_many_digits_it_has() {
     for number in ["20260131-0001", "1234567890123", "2026 0131 0001"] {
-        let overdue = event("evt_1", "invoice.overdue", 100, with(invoice(New, "open"), json!({"number": number})));
+        let overdue = event(
+            "evt_1",
+            "invoice.overdue",
+            100,
+            with(invoice(New, "open"), json!({"number": number})),
+        );
         let said = &told(&[overdue])[1];
-        assert!(said.contains(&format!("Invoice {number} over 50.00 EUR is overdue")), "{said}");
+        assert!(
+            said.contains(&format!("Invoice {number} over 50.00 EUR is overdue")),
+            "{said}"
+        );
     }
 }
 
@@ -322,68 +597,162 @@ fn a_card_number_is_removed_however_it_is_written_and_so_are_links_and_tokens() 
     ];
     for message in private {
         let error = json!({"code": "card_declined", "message": message});
-        let failed = with(intent(Old, "requires_payment_method"), json!({"last_payment_error": error}));
+        let failed = with(
+            intent(Old, "requires_payment_method"),
+            json!({"last_payment_error": error}),
+        );
         let said = told(&[event("evt_1", "payment_intent.payment_failed", 100, failed)]).remove(0);
         assert!(said.contains("[removed]"), "{said}");
         let shown = said.trim_start_matches(|c| c != ':');
         let is_gone = |part: &str| !shown.contains(part);
-        assert!(["4242", "3782", "10005", "stripe.com", "_secret_", "@", "sk_live"].into_iter().all(is_gone), "{said}");
+        assert!(
+            [
+                "4242",
+                "3782",
+                "10005",
+                "stripe.com",
+                "_secret_",
+                "@",
+                "sk_live"
+            ]
+            .into_iter()
+            .all(is_gone),
+            "{said}"
+        );
     }
     let error = json!({"code": "x", "message": "Retry after 2026-02-03, ref 12345678901."});
-    let failed = with(intent(Old, "requires_payment_method"), json!({"last_payment_error": error}));
+    let failed = with(
+        intent(Old, "requires_payment_method"),
+        json!({"last_payment_error": error}),
+    );
     let said = told(&[event("evt_1", "payment_intent.payment_failed", 100, failed)]).remove(0);
-    assert!(said.ends_with("x: Retry after 2026-02-03, ref 12345678901."), "what is no card number stays: {said}");
+    assert!(
+        said.ends_with("x: Retry after 2026-02-03, ref 12345678901."),
+        "what is no card number stays: {said}"
+    );
 }
 
 #[test]
 fn an_amount_that_only_a_sibling_of_the_same_payment_tells_is_told() {
-    let created =
-        event("evt_1", "payment_intent.created", 100, with(intent(Old, "requires_payment_method"), json!({"amount": 700})));
-    let thin_events =
-        [("v1.payment_intent.payment_failed", "failed"), ("v1.payment_intent.requires_action", "needs the customer")];
+    let created = event(
+        "evt_1",
+        "payment_intent.created",
+        100,
+        with(
+            intent(Old, "requires_payment_method"),
+            json!({"amount": 700}),
+        ),
+    );
+    let thin_events = [
+        ("v1.payment_intent.payment_failed", "failed"),
+        ("v1.payment_intent.requires_action", "needs the customer"),
+    ];
     for (event_type, said) in thin_events {
         let thin = thin("evt_2", event_type, "1970-01-01T00:03:20Z", INTENT, None);
         let told = told(&[created.clone(), thin]);
-        assert!(told[0].contains("Payment of 7.00 EUR") && told[0].contains(said), "{told:?}");
+        assert!(
+            told[0].contains("Payment of 7.00 EUR") && told[0].contains(said),
+            "{told:?}"
+        );
     }
 }
 
 #[test]
 fn an_attempt_speaks_from_its_earliest_event_in_whatever_order_they_join() {
-    let failed =
-        |id: &str, created: i64, fields| event(id, "invoice.payment_failed", created, with(invoice(New, "open"), fields));
+    let failed = |id: &str, created: i64, fields| {
+        event(
+            id,
+            "invoice.payment_failed",
+            created,
+            with(invoice(New, "open"), fields),
+        )
+    };
     let events = [
-        failed("evt_1", 1, json!({"attempt_count": 1, "charge": "ch_1", "amount_remaining": 123})),
-        failed("evt_2", 3, json!({"attempt_count": 1, "amount_remaining": 7})),
-        failed("evt_3", 3, json!({"attempt_count": 1, "charge": "ch_1", "amount_remaining": 7})),
+        failed(
+            "evt_1",
+            1,
+            json!({"attempt_count": 1, "charge": "ch_1", "amount_remaining": 123}),
+        ),
+        failed(
+            "evt_2",
+            3,
+            json!({"attempt_count": 1, "amount_remaining": 7}),
+        ),
+        failed(
+            "evt_3",
+            3,
+            json!({"attempt_count": 1, "charge": "ch_1", "amount_remaining": 7}),
+        ),
     ];
-    assert!(told(&events)[1].contains("Payment of 1.23 EUR"), "{:?}", told(&events));
+    assert!(
+        told(&events)[1].contains("Payment of 1.23 EUR"),
+        "{:?}",
+        told(&events)
+    );
 }
 
 #[test]
 fn a_part_payment_and_a_payment_say_the_amount_that_was_paid() {
     let part = |kind: &str, created, amount: i64| {
-        let part =
-            json!({"id": "inpay_1", "object": "invoice_payment", "invoice": INVOICE, "amount_paid": amount, "currency": "eur"});
+        let part = json!({"id": "inpay_1", "object": "invoice_payment", "invoice": INVOICE, "amount_paid": amount, "currency": "eur"});
         event(&format!("evt_{created}"), kind, created, part)
     };
-    let told_parts = told(&[part("invoice_payment.detached", 58, 0), part("invoice_payment.paid", 119, 500)]);
-    assert!(told_parts[0].contains("Part payment of 5.00 EUR"), "{told_parts:?}");
+    let told_parts = told(&[
+        part("invoice_payment.detached", 58, 0),
+        part("invoice_payment.paid", 119, 500),
+    ]);
+    assert!(
+        told_parts[0].contains("Part payment of 5.00 EUR"),
+        "{told_parts:?}"
+    );
 
-    let bare = |fields| with(json!({"id": INVOICE, "object": "invoice", "status": "paid", "currency": "eur"}), fields);
+    let bare = |fields| {
+        with(
+            json!({"id": INVOICE, "object": "invoice", "status": "paid", "currency": "eur"}),
+            fields,
+        )
+    };
     let due_first = [
-        event("evt_1", "invoice.paid", 63, bare(json!({"amount_due": 1000}))),
-        event("evt_2", "invoice.paid", 119, bare(json!({"amount_paid": 500}))),
+        event(
+            "evt_1",
+            "invoice.paid",
+            63,
+            bare(json!({"amount_due": 1000})),
+        ),
+        event(
+            "evt_2",
+            "invoice.paid",
+            119,
+            bare(json!({"amount_paid": 500})),
+        ),
     ];
-    assert!(told(&due_first)[0].contains("5.00 EUR paid"), "{:?}", told(&due_first));
+    assert!(
+        told(&due_first)[0].contains("5.00 EUR paid"),
+        "{:?}",
+        told(&due_first)
+    );
 }
 
 #[test]
 fn a_thin_part_payment_is_linked_by_the_payments_that_the_invoice_lists() {
     let listed = json!({"payments": {"object": "list", "data": [{"id": "inpay_1", "payment": {"type": "payment_intent", "payment_intent": "pi_9"}}]}});
     let events = [
-        event("evt_1", "invoice.updated", 100, with(invoice(New, "open"), listed)),
-        thin("evt_2", "v1.invoice_payment.paid", "1970-01-01T00:03:20Z", "inpay_1", None),
+        event(
+            "evt_1",
+            "invoice.updated",
+            100,
+            with(invoice(New, "open"), listed),
+        ),
+        thin(
+            "evt_2",
+            "v1.invoice_payment.paid",
+            "1970-01-01T00:03:20Z",
+            "inpay_1",
+            None,
+        ),
     ];
-    assert_eq!(states(&events), ["PaymentPending 100", "PaymentInProgress 200"]);
+    assert_eq!(
+        states(&events),
+        ["PaymentPending 100", "PaymentInProgress 200"]
+    );
 }

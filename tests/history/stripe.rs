@@ -19,7 +19,13 @@ pub fn event(id: &str, event_type: &str, created: i64, object: Value) -> Value {
     json!({"id": id, "object": "event", "type": event_type, "created": created, "livemode": true, "data": {"object": object}})
 }
 
-pub fn thin(id: &str, event_type: &str, created: &str, related: &str, snapshot: Option<&str>) -> Value {
+pub fn thin(
+    id: &str,
+    event_type: &str,
+    created: &str,
+    related: &str,
+    snapshot: Option<&str>,
+) -> Value {
     json!({"id": id, "object": "v2.core.event", "type": event_type, "created": created, "livemode": true,
         "snapshot_event": snapshot, "related_object": {"id": related, "type": "x", "url": "/v1/x"}})
 }
@@ -49,8 +55,7 @@ pub fn intent(shape: Shape, status: &str) -> Value {
 }
 
 pub fn charge(shape: Shape, id: &str, status: &str) -> Value {
-    let mut charge =
-        json!({"id": id, "object": "charge", "status": status, "amount": 5000, "currency": "eur", "payment_intent": INTENT});
+    let mut charge = json!({"id": id, "object": "charge", "status": status, "amount": 5000, "currency": "eur", "payment_intent": INTENT});
     if shape == Shape::Old {
         charge["invoice"] = json!(INVOICE);
     }
@@ -67,10 +72,15 @@ pub fn with(mut object: Value, fields: Value) -> Value {
 
 /// What the store would keep of these events: what tells nothing is left out.
 pub fn known(events: &[Value]) -> Vec<Known> {
-    let read = events.iter().filter_map(|json| match event::read(json.to_string().as_bytes()) {
-        Reading::Event(event) => event.telling.map(|telling| Known { key: event.key, telling }),
-        Reading::Unreadable { reason, .. } => panic!("{reason}: {json}"),
-    });
+    let read = events
+        .iter()
+        .filter_map(|json| match event::read(json.to_string().as_bytes()) {
+            Reading::Event(event) => event.telling.map(|telling| Known {
+                key: event.key,
+                telling,
+            }),
+            Reading::Unreadable { reason, .. } => panic!("{reason}: {json}"),
+        });
     read.collect()
 }
 
@@ -80,11 +90,21 @@ pub fn history(events: &[Value]) -> Vec<Entry> {
 
 /// `Paid 100 message` a line: what a test compares.
 pub fn told(events: &[Value]) -> Vec<String> {
-    let line = |e: &Entry| format!("{:?} {} {}", e.state, e.timestamp_ms / 1000, e.message.as_deref().unwrap_or_default());
+    let line = |e: &Entry| {
+        format!(
+            "{:?} {} {}",
+            e.state,
+            e.timestamp_ms / 1000,
+            e.message.as_deref().unwrap_or_default()
+        )
+    };
     history(events).iter().map(line).collect()
 }
 
 /// States and seconds only.
 pub fn states(events: &[Value]) -> Vec<String> {
-    history(events).iter().map(|e| format!("{:?} {}", e.state, e.timestamp_ms / 1000)).collect()
+    history(events)
+        .iter()
+        .map(|e| format!("{:?} {}", e.state, e.timestamp_ms / 1000))
+        .collect()
 }

@@ -14,13 +14,16 @@ const HIDDEN: &str = "/v1/tenants/beta/invoices/hidden";
 
 /// Invoice `a` of tenant `acme` and invoice `hidden` of tenant `beta`, each with an event.
 async fn fill(world: &World) {
-    let hidden = json!({"metadata": {"name": SECRET_OF_BETA}, "status": {"stripeInvoiceId": "in_hidden"}});
+    let hidden =
+        json!({"metadata": {"name": SECRET_OF_BETA}, "status": {"stripeInvoiceId": "in_hidden"}});
     world.put(HIDDEN, &hidden).await.with_status(201);
     world.store("a", "in_1").await.with_status(201);
-    for (id, invoice, number) in [("evt_hidden", "in_hidden", SECRET_OF_BETA), ("evt_1", "in_1", "ACME-1")] {
+    for (id, invoice, number) in [
+        ("evt_hidden", "in_hidden", SECRET_OF_BETA),
+        ("evt_1", "in_1", "ACME-1"),
+    ] {
         let object = json!({"id": invoice, "object": "invoice", "status": "paid", "amount_due": 5000, "amount_paid": 5000, "number": number});
-        let event =
-            json!({"id": id, "object": "event", "type": "invoice.paid", "created": 1_769_850_000, "data": {"object": object}});
+        let event = json!({"id": id, "object": "event", "type": "invoice.paid", "created": 1_769_850_000, "data": {"object": object}});
         world.deliver(&event).await.with_status(200);
     }
 }
@@ -30,7 +33,12 @@ async fn fill(world: &World) {
 type Row = (&'static str, &'static str, &'static str, [u16; 4]);
 
 const TABLE: [Row; 12] = [
-    ("get /v1/tenants/{tenantUid}/invoices", "/v1/tenants/acme/invoices", "/v1/tenants/nobody/invoices", [401, 200, 404, 200]),
+    (
+        "get /v1/tenants/{tenantUid}/invoices",
+        "/v1/tenants/acme/invoices",
+        "/v1/tenants/nobody/invoices",
+        [401, 200, 404, 200],
+    ),
     (
         "get /v1/tenants/{tenantUid}/invoices/{invoiceUid}",
         "/v1/tenants/acme/invoices/a",
@@ -49,35 +57,92 @@ const TABLE: [Row; 12] = [
         "/v1/tenants/acme/invoices/x/evidence",
         [401, 200, 404, 200],
     ),
-    ("get /v1/events", "/v1/events", "/v1/events?invoice=in_x", [401, 403, 403, 200]),
-    ("get /v1/events/{id}", "/v1/events/evt_1", "/v1/events/evt_x", [401, 403, 403, 200]),
-    ("get /metrics", "/metrics", "/metrics?x", [401, 403, 403, 200]),
+    (
+        "get /v1/events",
+        "/v1/events",
+        "/v1/events?invoice=in_x",
+        [401, 403, 403, 200],
+    ),
+    (
+        "get /v1/events/{id}",
+        "/v1/events/evt_1",
+        "/v1/events/evt_x",
+        [401, 403, 403, 200],
+    ),
+    (
+        "get /metrics",
+        "/metrics",
+        "/metrics?x",
+        [401, 403, 403, 200],
+    ),
     ("get /healthz", "/healthz", "/healthz?x", [200; 4]),
     ("get /readyz", "/readyz", "/readyz?x", [200; 4]),
-    ("get /openapi.json", "/openapi.json", "/openapi.json?x", [200; 4]),
-    ("post /webhooks/stripe", "/webhooks/stripe", "/webhooks/stripe?x", [400; 4]),
+    (
+        "get /openapi.json",
+        "/openapi.json",
+        "/openapi.json?x",
+        [200; 4],
+    ),
+    (
+        "post /webhooks/stripe",
+        "/webhooks/stripe",
+        "/webhooks/stripe?x",
+        [400; 4],
+    ),
     ("get /", "/", "/v1", [404; 4]),
 ];
 
 /// What an answer says, without what only names the request.
 fn anonymous(answer: &Answer) -> (u16, BTreeMap<String, String>, String) {
-    let headers = answer.headers.iter().filter(|(name, _)| !["x-request-id", "date"].contains(&name.as_str()));
-    let headers = headers.map(|(name, value)| (name.to_string(), value.to_str().unwrap().to_owned())).collect();
-    (answer.status.as_u16(), headers, String::from_utf8_lossy(&answer.body).replace(answer.header("x-request-id"), "REF"))
+    let headers = answer
+        .headers
+        .iter()
+        .filter(|(name, _)| !["x-request-id", "date"].contains(&name.as_str()));
+    let headers = headers
+        .map(|(name, value)| (name.to_string(), value.to_str().unwrap().to_owned()))
+        .collect();
+    (
+        answer.status.as_u16(),
+        headers,
+        String::from_utf8_lossy(&answer.body).replace(answer.header("x-request-id"), "REF"),
+    )
 }
 
 async fn call(world: &World, method: &str, path: &str, key: Option<&str>) -> Answer {
     let headers: Vec<(&str, &str)> = key.map(|key| ("ApiKey", key)).into_iter().collect();
-    world.send(method, path, &headers, if method == "PUT" { b"{}".to_vec() } else { Vec::new() }).await
+    world
+        .send(
+            method,
+            path,
+            &headers,
+            if method == "PUT" {
+                b"{}".to_vec()
+            } else {
+                Vec::new()
+            },
+        )
+        .await
 }
 
 #[test]
 fn the_table_has_every_call_of_the_document() {
-    let documented = DOCUMENT["paths"].as_object().unwrap().iter().flat_map(|(path, item)| {
-        let methods = item.as_object().unwrap().keys().filter(|method| *method != "parameters");
-        methods.map(move |method| format!("{method} {path}"))
-    });
-    let told: BTreeSet<String> = TABLE.iter().map(|(call, ..)| (*call).to_owned()).filter(|call| call != "get /").collect();
+    let documented = DOCUMENT["paths"]
+        .as_object()
+        .unwrap()
+        .iter()
+        .flat_map(|(path, item)| {
+            let methods = item
+                .as_object()
+                .unwrap()
+                .keys()
+                .filter(|method| *method != "parameters");
+            methods.map(move |method| format!("{method} {path}"))
+        });
+    let told: BTreeSet<String> = TABLE
+        .iter()
+        .map(|(call, ..)| (*call).to_owned())
+        .filter(|call| call != "get /")
+        .collect();
     assert_eq!(told, documented.collect());
 }
 
@@ -162,13 +227,20 @@ const ODD_PIECES: [&str; 30] = [
 fn odd_paths() -> Vec<String> {
     let mut paths: Vec<String> = Vec::new();
     for piece in ODD_PIECES {
-        paths.extend(ODD_PIECES[..20].iter().map(|other| format!("/v1/tenants/{piece}/invoices/{other}")));
+        paths.extend(
+            ODD_PIECES[..20]
+                .iter()
+                .map(|other| format!("/v1/tenants/{piece}/invoices/{other}")),
+        );
         paths.push(format!("/v1/tenants/{piece}/invoices"));
         paths.extend(
             ["state", "stripeInvoiceId", "limit", "cursor", "tenantUid"]
                 .map(|name| format!("/v1/tenants/acme/invoices?{name}={piece}")),
         );
-        paths.extend(["type", "invoice", "outcome", "limit", "cursor"].map(|name| format!("/v1/events?{name}={piece}")));
+        paths.extend(
+            ["type", "invoice", "outcome", "limit", "cursor"]
+                .map(|name| format!("/v1/events?{name}={piece}")),
+        );
         paths.extend([
             format!("/v1/events/{piece}"),
             format!("/v1/events/evt_hidden?cursor={piece}"),
@@ -188,7 +260,15 @@ fn odd_paths() -> Vec<String> {
         format!("/v1/tenants/acme/invoices?cursor={cursor}"),
         "/v1/tenants/acme/invoices?stripeInvoiceId=in_hidden".to_owned(),
     ]);
-    paths.extend(["*", "http://x/v1/tenants/beta/invoices/hidden", "https://beta:x@y/", "x:1"].map(str::to_owned));
+    paths.extend(
+        [
+            "*",
+            "http://x/v1/tenants/beta/invoices/hidden",
+            "https://beta:x@y/",
+            "x:1",
+        ]
+        .map(str::to_owned),
+    );
     paths.push(format!("/v1/tenants/acme/invoices/{}", "x".repeat(60_000)));
     paths
 }
@@ -243,7 +323,11 @@ fn odd_headers(key: &str) -> Vec<String> {
     names
         .iter()
         .flat_map(|name| values.iter().map(move |value| format!("{name}: {value}")))
-        .chain([format!("X: {key}"), "no colon".to_owned(), format!("X: {}", "y".repeat(70_000))])
+        .chain([
+            format!("X: {key}"),
+            "no colon".to_owned(),
+            format!("X: {}", "y".repeat(70_000)),
+        ])
         .collect()
 }
 

@@ -12,13 +12,22 @@ use crate::support::{self, Database, Engine, Files, Ran};
 const INVOICES: usize = 60;
 
 fn command(database: &Database, arguments: &[&str], input: &str) -> Ran {
-    support::run(&[("DATABASE_URL", &database.url), ("RUST_LOG", "warn")], arguments, input.as_bytes())
+    support::run(
+        &[("DATABASE_URL", &database.url), ("RUST_LOG", "warn")],
+        arguments,
+        input.as_bytes(),
+    )
 }
 
 fn histories(database: &Database) -> BTreeMap<String, String> {
-    let listed = command(database, &["invoices", "list", "--json"], "").with_code(0).json_lines();
+    let listed = command(database, &["invoices", "list", "--json"], "")
+        .with_code(0)
+        .json_lines();
     let uid = |invoice: &Value| invoice["metadata"]["uid"].as_str().unwrap().to_owned();
-    listed.iter().map(|invoice| (uid(invoice), invoice["status"]["states"].to_string())).collect()
+    listed
+        .iter()
+        .map(|invoice| (uid(invoice), invoice["status"]["states"].to_string()))
+        .collect()
 }
 
 /// A copy that the database makes itself while others use it, and a database made of it.
@@ -28,7 +37,11 @@ async fn backed_up_and_restored(database: &Database, files: &Files) -> Database 
         Engine::Sqlite => {
             let mut connection = SqliteConnection::connect(&database.url).await.unwrap();
             let path = restored.url.strip_prefix("sqlite://").unwrap();
-            sqlx::query("vacuum into $1").bind(path).execute(&mut connection).await.unwrap();
+            sqlx::query("vacuum into $1")
+                .bind(path)
+                .execute(&mut connection)
+                .await
+                .unwrap();
         }
         Engine::Postgres => {
             let dump = files.path("dump");

@@ -30,18 +30,27 @@ async fn whoever_is_killed_at_whatever_moment_all_that_was_acknowledged_is_kept_
             let acknowledged = load.acknowledged();
             world.server = block_in_place(|| world.another_server());
             load.aim_at(&[&world.server.base]);
-            check(&world, &acknowledged, &format!("our server is killed in round {round}, seed {seed}"));
+            check(
+                &world,
+                &acknowledged,
+                &format!("our server is killed in round {round}, seed {seed}"),
+            );
         } else {
             block_in_place(|| server.stop_at_once());
             let acknowledged = load.acknowledged();
             block_in_place(|| server.start_again());
-            check(&world, &acknowledged, &format!("the database is stopped in round {round}, seed {seed}"));
+            check(
+                &world,
+                &acknowledged,
+                &format!("the database is stopped in round {round}, seed {seed}"),
+            );
         }
     }
     let told = load.finish().await;
     assert!(told.events() > ROUNDS * 10 && !told.refused_by().is_empty());
     told.check_log(&world.logged_ids(), &format!("seed {seed}"));
-    told.check_histories(&world.all_histories(), &format!("seed {seed}")).await;
+    told.check_histories(&world.all_histories(), &format!("seed {seed}"))
+        .await;
 }
 
 fn check(world: &World, acknowledged: &BTreeSet<String>, told: &str) {

@@ -172,8 +172,11 @@ each_database! {
 
 #[test]
 fn a_database_that_cannot_be_reached_is_code_4_whatever_the_command() {
-    let environment =
-        [("DATABASE_URL", "sqlite:///no/such/folder/test.db"), ("STRIPE_WEBHOOK_SECRET", SECRET), ("LISTEN_ADDR", "127.0.0.1:0")];
+    let environment = [
+        ("DATABASE_URL", "sqlite:///no/such/folder/test.db"),
+        ("STRIPE_WEBHOOK_SECRET", SECRET),
+        ("LISTEN_ADDR", "127.0.0.1:0"),
+    ];
     let commands = [
         "serve",
         "migrate",
@@ -191,8 +194,13 @@ fn a_database_that_cannot_be_reached_is_code_4_whatever_the_command() {
         "replay -",
     ];
     for command in commands {
-        let ran = support::run(&environment, &command.split(' ').collect::<Vec<_>>(), b"").with_code(4);
-        assert!(ran.stdout.is_empty() && ran.stderr.contains("/no/such/folder/test.db"), "{command}: {}", ran.stderr);
+        let ran =
+            support::run(&environment, &command.split(' ').collect::<Vec<_>>(), b"").with_code(4);
+        assert!(
+            ran.stdout.is_empty() && ran.stderr.contains("/no/such/folder/test.db"),
+            "{command}: {}",
+            ran.stderr
+        );
     }
 }
 
@@ -221,7 +229,11 @@ fn a_command_that_is_not_understood_is_code_2_and_nothing_is_made() {
     for command in commands {
         let arguments: Vec<&str> = command.split(' ').filter(|part| !part.is_empty()).collect();
         let ran = support::run(&[("DATABASE_URL", &url)], &arguments, b"").with_code(2);
-        assert!(ran.stdout.is_empty() && !ran.stderr.is_empty(), "{command}: {}", ran.stdout);
+        assert!(
+            ran.stdout.is_empty() && !ran.stderr.is_empty(),
+            "{command}: {}",
+            ran.stdout
+        );
     }
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
 }
@@ -231,11 +243,22 @@ fn the_help_of_every_command_shows_examples() {
     let mut asked: Vec<Vec<String>> = vec![vec![]];
     let mut commands = 0;
     while let Some(command) = asked.pop() {
-        let arguments: Vec<&str> = command.iter().map(String::as_str).chain(["--help"]).collect();
+        let arguments: Vec<&str> = command
+            .iter()
+            .map(String::as_str)
+            .chain(["--help"])
+            .collect();
         let help = support::run(&[], &arguments, b"").with_code(0).stdout;
-        let examples = help.split_once("\nExample").map_or("", |(_, examples)| examples);
-        assert!(examples.contains("stripe-reconciler "), "{command:?} shows none:\n{help}");
-        let below = help.split_once("\nCommands:\n").map_or("", |(_, below)| below.split("\n\n").next().unwrap());
+        let examples = help
+            .split_once("\nExample")
+            .map_or("", |(_, examples)| examples);
+        assert!(
+            examples.contains("stripe-reconciler "),
+            "{command:?} shows none:\n{help}"
+        );
+        let below = help
+            .split_once("\nCommands:\n")
+            .map_or("", |(_, below)| below.split("\n\n").next().unwrap());
         let names = below
             .lines()
             .filter_map(|line| line.strip_prefix("  ")?.split(' ').next())

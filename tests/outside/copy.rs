@@ -5,7 +5,9 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use stripe_reconciler::store::{Checked, Store};
 
-use crate::support::{Database, Engine, Files, Load, Ran, Server, World, binary, invoice_path, run};
+use crate::support::{
+    Database, Engine, Files, Load, Ran, Server, World, binary, invoice_path, run,
+};
 
 /// What is compared: all that the read-only commands tell.
 const TOLD: [&[&str]; 6] = [
@@ -46,19 +48,33 @@ macro_rules! each_direction {
 }
 
 fn copy(world: &World, target: &Database) -> Ran {
-    run(&[("DATABASE_URL", &world.database.url), ("COPY_TO", &target.url)], &["copy", "--json"], b"")
+    run(
+        &[
+            ("DATABASE_URL", &world.database.url),
+            ("COPY_TO", &target.url),
+        ],
+        &["copy", "--json"],
+        b"",
+    )
 }
 
 /// How many rows were written or removed.
 fn changes(report: &Value) -> u64 {
     let tables = report["tables"].as_array().unwrap();
-    tables.iter().flat_map(|table| ["new", "changed", "removed"].map(|count| table[count].as_u64().unwrap())).sum()
+    tables
+        .iter()
+        .flat_map(|table| ["new", "changed", "removed"].map(|count| table[count].as_u64().unwrap()))
+        .sum()
 }
 
 fn assert_tells_the_same(world: &World, target: &Database, told: &[&[&str]]) {
     for arguments in told {
         let there = run(&[("DATABASE_URL", &target.url)], arguments, b"").with_code(0);
-        assert_eq!(world.run(arguments).with_code(0).stdout, there.stdout, "{arguments:?}");
+        assert_eq!(
+            world.run(arguments).with_code(0).stdout,
+            there.stdout,
+            "{arguments:?}"
+        );
     }
 }
 
@@ -66,24 +82,48 @@ fn assert_tells_the_same(world: &World, target: &Database, told: &[&[&str]]) {
 async fn live(world: &World) {
     let imported = json!({"metadata": {"uid": "inv-paid"}, "status": {"stripeInvoiceId": "in_1", "states": [
         {"state": "PaymentPending", "timestamp": "2026-01-01T00:00:00.000Z"}]}});
-    world.put(&invoice_path("inv-paid"), &imported).await.with_status(201);
+    world
+        .put(&invoice_path("inv-paid"), &imported)
+        .await
+        .with_status(201);
     world.store("inv-open", "in_2").await.with_status(201);
-    let paid =
-        json!({"id": "in_1", "object": "invoice", "status": "paid", "currency": "eur", "amount_due": 5000, "amount_paid": 5000});
+    let paid = json!({"id": "in_1", "object": "invoice", "status": "paid", "currency": "eur", "amount_due": 5000, "amount_paid": 5000});
     let open = json!({"id": "in_2", "object": "invoice", "status": "open", "currency": "eur", "amount_due": 5000, "amount_remaining": 5000});
     let event = |id: &str, kind: &str, object: &Value| json!({"id": id, "object": "event", "type": kind, "created": 1_769_850_000, "livemode": true, "data": {"object": object}});
-    world.deliver(&event("evt_live_1", "invoice.paid", &paid)).await.with_status(200);
-    world.deliver(&event("evt_live_2", "invoice.finalized", &open)).await.with_status(200);
-    world.deliver_bytes("{\"not\": \"an event, odd \u{1F980}\"}".as_bytes()).await.with_status(200);
     world
-        .run_with_input(&["replay", "-"], event("evt_live_3", "customer.updated", &json!({"id": "cus_1"})).to_string().as_bytes())
+        .deliver(&event("evt_live_1", "invoice.paid", &paid))
+        .await
+        .with_status(200);
+    world
+        .deliver(&event("evt_live_2", "invoice.finalized", &open))
+        .await
+        .with_status(200);
+    world
+        .deliver_bytes("{\"not\": \"an event, odd \u{1F980}\"}".as_bytes())
+        .await
+        .with_status(200);
+    world
+        .run_with_input(
+            &["replay", "-"],
+            event("evt_live_3", "customer.updated", &json!({"id": "cus_1"}))
+                .to_string()
+                .as_bytes(),
+        )
         .with_code(0);
     world.key(&["--tenant", "acme", "--expires-in", "90d"]);
     let store = Store::connect(&world.database.url).await.unwrap();
-    let checked =
-        Checked { stripe_invoice_id: "in_1".to_owned(), checked_ms: 5, check_due_ms: None, differs_since_ms: None, agrees: true };
+    let checked = Checked {
+        stripe_invoice_id: "in_1".to_owned(),
+        checked_ms: 5,
+        check_due_ms: None,
+        differs_since_ms: None,
+        agrees: true,
+    };
     store.note_checked(&[checked]).await.unwrap();
-    store.set_progress("events acct_1", 1_769_850_000).await.unwrap();
+    store
+        .set_progress("events acct_1", 1_769_850_000)
+        .await
+        .unwrap();
     store.close().await;
 }
 
@@ -95,7 +135,9 @@ fn many(world: &World, events: usize) {
                 "currency": "eur", "failure_code": "card_declined"}}}).to_string()
     };
     let lines: Vec<String> = (0..events).map(line).collect();
-    world.run_with_input(&["replay", "-"], lines.join("\n").as_bytes()).with_code(0);
+    world
+        .run_with_input(&["replay", "-"], lines.join("\n").as_bytes())
+        .with_code(0);
 }
 
 each_direction! {

@@ -14,7 +14,10 @@ use tokio::task::block_in_place;
 use crate::each_database;
 use crate::metrics::until;
 use crate::stripe_fake::{Endpoint, Stripe, now_s};
-use crate::support::{self, Database, Engine, OLD_SECRET, PostgresServer, Ran, SECRET, Server, World, invoice_path, signature};
+use crate::support::{
+    self, Database, Engine, OLD_SECRET, PostgresServer, Ran, SECRET, Server, World, invoice_path,
+    signature,
+};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 const BOTH: &str = "live=whsec_world_live,old=whsec_world_old";
@@ -32,14 +35,30 @@ impl Said {
         let said = ran.json();
         let checks = said["checks"].as_array().unwrap().clone();
         for check in &checks {
-            assert!(check["finding"].as_str().is_some_and(|finding| finding.len() > 10), "{check}");
-            assert_eq!(check["cure"].is_null(), check["state"] == "ok", "what is not ok has a cure: {check}");
+            assert!(
+                check["finding"]
+                    .as_str()
+                    .is_some_and(|finding| finding.len() > 10),
+                "{check}"
+            );
+            assert_eq!(
+                check["cure"].is_null(),
+                check["state"] == "ok",
+                "what is not ok has a cure: {check}"
+            );
         }
-        Said { code: ran.code, checks, state: said["state"].as_str().unwrap().to_owned() }
+        Said {
+            code: ran.code,
+            checks,
+            state: said["state"].as_str().unwrap().to_owned(),
+        }
     }
 
     fn check(&self, name: &str) -> &Value {
-        self.checks.iter().find(|check| check["name"] == name).unwrap_or_else(|| panic!("{name} is not in {:#?}", self.checks))
+        self.checks
+            .iter()
+            .find(|check| check["name"] == name)
+            .unwrap_or_else(|| panic!("{name} is not in {:#?}", self.checks))
     }
 
     /// That only these are wrong, and so.
@@ -48,7 +67,12 @@ impl Said {
         let found: Vec<(&str, &str)> = self
             .checks
             .iter()
-            .map(|check| (check["name"].as_str().unwrap(), check["state"].as_str().unwrap()))
+            .map(|check| {
+                (
+                    check["name"].as_str().unwrap(),
+                    check["state"].as_str().unwrap(),
+                )
+            })
             .filter(|(_, state)| !["ok", "unknown"].contains(state))
             .collect();
         assert_eq!(found, wrong, "{:#?}", self.checks);
@@ -67,7 +91,11 @@ impl Said {
     #[track_caller]
     fn assert_says(&self, name: &str, words: &[&str]) -> &Said {
         let check = self.check(name);
-        let text = format!("{} {}", check["finding"].as_str().unwrap(), check["cure"].as_str().unwrap_or_default());
+        let text = format!(
+            "{} {}",
+            check["finding"].as_str().unwrap(),
+            check["cure"].as_str().unwrap_or_default()
+        );
         let missing: Vec<&&str> = words.iter().filter(|word| !text.contains(**word)).collect();
         assert!(missing.is_empty(), "{missing:?} is not in {text}");
         self
@@ -88,7 +116,11 @@ async fn doctor_until(world: &World, name: &str, state: &str) -> Said {
         if said.check(name)["state"] == state {
             return said;
         }
-        assert!(Instant::now() < deadline, "{name} is not {state} in {:#?}", said.checks);
+        assert!(
+            Instant::now() < deadline,
+            "{name} is not {state} in {:#?}",
+            said.checks
+        );
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
 }
@@ -110,7 +142,10 @@ async fn came(world: &World, ago_ms: impl IntoIterator<Item = i64>) {
         .into_iter()
         .enumerate()
         .map(|(n, ago_ms)| {
-            let body = of_invoice(&format!("evt_{n}_{ago_ms}"), "in_1").to_string().into_bytes().into();
+            let body = of_invoice(&format!("evt_{n}_{ago_ms}"), "in_1")
+                .to_string()
+                .into_bytes()
+                .into();
             prepare(Delivery {
                 body,
                 source: Source::Webhook,
@@ -301,14 +336,22 @@ async fn a_database_that_is_away_is_said_and_what_can_be_told_without_it() {
     let server = Arc::new(PostgresServer::of_its_own("-c fsync=on", &[]));
     let world = World::on(Database::create_on(&server)).await;
     let stripe = Stripe::start();
-    stripe.register(Endpoint::enabled(&format!("{}/webhooks/stripe", world.server.base)));
+    stripe.register(Endpoint::enabled(&format!(
+        "{}/webhooks/stripe",
+        world.server.base
+    )));
     block_in_place(|| server.stop_at_once());
     let said = doctor(&world, &stripe.settings());
     assert_eq!(said.code, 4);
-    said.assert_wrong(&[("database", "failing")]).assert_says("database", &["cannot be reached", "503", "DATABASE_URL"]);
-    said.assert_says("endpoint", &["It is enabled"]).assert_says("clock", &["It agrees with Stripe's"]);
+    said.assert_wrong(&[("database", "failing")])
+        .assert_says("database", &["cannot be reached", "503", "DATABASE_URL"]);
+    said.assert_says("endpoint", &["It is enabled"])
+        .assert_says("clock", &["It agrees with Stripe's"]);
     block_in_place(|| server.start_again());
-    assert_eq!(doctor(&world, &stripe.settings()).check("database")["state"], "ok");
+    assert_eq!(
+        doctor(&world, &stripe.settings()).check("database")["state"],
+        "ok"
+    );
 }
 
 #[test]
@@ -316,8 +359,15 @@ fn a_file_that_is_not_there_is_said_and_not_made() {
     let folder = tempfile::tempdir().unwrap();
     let url = format!("sqlite://{}/no.db", folder.path().display());
     let ran = support::run(&[("DATABASE_URL", &url)], &["doctor", "--json"], b"").with_code(4);
-    Said::of(&ran).assert_wrong(&[("database", "failing")]).assert_says("database", &["no.db", "DATABASE_URL"]);
+    Said::of(&ran)
+        .assert_wrong(&[("database", "failing")])
+        .assert_says("database", &["no.db", "DATABASE_URL"]);
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
-    let unfit = support::run(&[("DATABASE_URL", &url), ("STRIPE_WEBHOOK_SECRET", "a=x,a=y")], &["doctor"], b"").with_code(2);
+    let unfit = support::run(
+        &[("DATABASE_URL", &url), ("STRIPE_WEBHOOK_SECRET", "a=x,a=y")],
+        &["doctor"],
+        b"",
+    )
+    .with_code(2);
     assert!(unfit.stderr.contains("STRIPE_WEBHOOK_SECRET"), "{unfit:?}");
 }

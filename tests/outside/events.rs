@@ -13,7 +13,10 @@ async fn get(world: &World, path: &str) -> Answer {
 async fn all(world: &World, query: &str) -> Vec<Value> {
     let (mut items, mut cursor) = (Vec::new(), String::new());
     loop {
-        let page = get(world, &format!("/v1/events?{query}{cursor}")).await.with_status(200).json();
+        let page = get(world, &format!("/v1/events?{query}{cursor}"))
+            .await
+            .with_status(200)
+            .json();
         items.extend(page["items"].as_array().unwrap().clone());
         match page["nextCursor"].as_str() {
             Some(next) => cursor = format!("&cursor={next}"),
@@ -23,7 +26,10 @@ async fn all(world: &World, query: &str) -> Vec<Value> {
 }
 
 fn texts<'a>(items: &'a [Value], name: &str) -> Vec<&'a str> {
-    items.iter().map(|item| item[name].as_str().unwrap_or("-")).collect()
+    items
+        .iter()
+        .map(|item| item[name].as_str().unwrap_or("-"))
+        .collect()
 }
 
 /// An invoice that one of these names, of a type that tells nothing.
@@ -34,7 +40,10 @@ fn sent(id: &str, invoice: &str) -> Value {
 
 fn charge(id: &str, names: Value) -> Value {
     let mut object = json!({"id": format!("ch_{id}"), "object": "charge", "status": "failed"});
-    object.as_object_mut().unwrap().extend(names.as_object().unwrap().clone());
+    object
+        .as_object_mut()
+        .unwrap()
+        .extend(names.as_object().unwrap().clone());
     json!({"id": id, "object": "event", "type": "charge.failed", "created": 1_769_850_000, "data": {"object": object}})
 }
 

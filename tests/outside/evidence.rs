@@ -14,11 +14,19 @@ fn path(uid: &str) -> String {
 }
 
 async fn evidence(world: &World, uid: &str) -> Value {
-    world.get(&path(uid), &world.acme_key).await.with_status(200).json()
+    world
+        .get(&path(uid), &world.acme_key)
+        .await
+        .with_status(200)
+        .json()
 }
 
 async fn evidence_as_of(world: &World, uid: &str, as_of: &str) -> Value {
-    world.get(&format!("{}?asOf={as_of}", path(uid)), &world.acme_key).await.with_status(200).json()
+    world
+        .get(&format!("{}?asOf={as_of}", path(uid)), &world.acme_key)
+        .await
+        .with_status(200)
+        .json()
 }
 
 /// What a read of the invoice shows of these entries.
@@ -30,7 +38,12 @@ fn states(evidence: &Value) -> Value {
 }
 
 fn messages(evidence: &Value) -> Vec<&str> {
-    evidence["missing"].as_array().unwrap().iter().map(|missing| missing["message"].as_str().unwrap()).collect()
+    evidence["missing"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|missing| missing["message"].as_str().unwrap())
+        .collect()
 }
 
 /// Now; and what is done after it is done at a later millisecond.
@@ -47,8 +60,7 @@ fn event(id: &str, kind: &str, invoice: Value) -> Value {
 }
 
 fn paid() -> Value {
-    let invoice =
-        json!({"id": "in_1", "object": "invoice", "status": "paid", "currency": "eur", "amount_due": 5000, "amount_paid": 5000});
+    let invoice = json!({"id": "in_1", "object": "invoice", "status": "paid", "currency": "eur", "amount_due": 5000, "amount_paid": 5000});
     event("evt_paid", "invoice.paid", invoice)
 }
 

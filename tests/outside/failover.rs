@@ -18,7 +18,10 @@ struct Forwarder {
 
 impl Forwarder {
     async fn start(to: u16) -> Forwarder {
-        let (listener, to) = (TcpListener::bind(("127.0.0.2", to)).await.unwrap(), Arc::new(AtomicU16::new(to)));
+        let (listener, to) = (
+            TcpListener::bind(("127.0.0.2", to)).await.unwrap(),
+            Arc::new(AtomicU16::new(to)),
+        );
         let target = to.clone();
         tokio::spawn(async move {
             while let Ok((mut from, _)) = listener.accept().await {
@@ -38,12 +41,20 @@ impl Forwarder {
 
 /// A primary that acknowledges only what its standby has on disk too.
 fn pair() -> (Arc<PostgresServer>, PostgresServer) {
-    let primary = Arc::new(PostgresServer::of_its_own("-c fsync=on -c synchronous_commit=on", &[]));
+    let primary = Arc::new(PostgresServer::of_its_own(
+        "-c fsync=on -c synchronous_commit=on",
+        &[],
+    ));
     let standby = PostgresServer::standby_of(&primary);
-    primary.sql("postgres", "alter system set synchronous_standby_names = '*'");
+    primary.sql(
+        "postgres",
+        "alter system set synchronous_standby_names = '*'",
+    );
     primary.sql("postgres", "select pg_reload_conf()");
     let state = "select string_agg(sync_state, ',') from pg_stat_replication";
-    primary.wait_until("the standby does not follow", || primary.sql("postgres", state) == "sync");
+    primary.wait_until("the standby does not follow", || {
+        primary.sql("postgres", state) == "sync"
+    });
     (primary, standby)
 }
 
@@ -51,14 +62,20 @@ fn pair() -> (Arc<PostgresServer>, PostgresServer) {
 async fn world_of(primary: &Arc<PostgresServer>) -> (World, Forwarder) {
     let forwarder = Forwarder::start(primary.port()).await;
     let url = |name: &str| format!("postgres://postgres@127.0.0.2:{}/{name}", primary.port());
-    (World::on(Database::create_on(primary).by_way_of(url)).await, forwarder)
+    (
+        World::on(Database::create_on(primary).by_way_of(url)).await,
+        forwarder,
+    )
 }
 
 /// Returns when service is back, by itself.
 async fn until_back(world: &World) {
     let since = Instant::now();
     while world.get("/readyz", "").await.status != 200 {
-        assert!(since.elapsed() < Duration::from_secs(2), "service is not back");
+        assert!(
+            since.elapsed() < Duration::from_secs(2),
+            "service is not back"
+        );
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
@@ -78,17 +95,22 @@ async fn a_failover_to_a_synchronous_standby_loses_nothing_and_service_comes_bac
     forwarder.to.store(standby.port(), Ordering::Relaxed);
     until_back(&world).await;
     let kept = world.logged_ids();
-    let lost: Vec<&String> = acknowledged.iter().filter(|id| !kept.contains(id)).collect();
+    let lost: Vec<&String> = acknowledged
+        .iter()
+        .filter(|id| !kept.contains(id))
+        .collect();
     assert!(lost.is_empty(), "acknowledged and lost: {lost:?}");
     load.acknowledge(100).await;
     let told = load.finish().await;
     assert!(!told.refused_by().is_empty(), "it happened under load");
     told.check_log(&world.logged_ids(), "after the failover");
-    told.check_histories(&world.all_histories(), "after the failover").await;
+    told.check_histories(&world.all_histories(), "after the failover")
+        .await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_address_that_leads_to_a_standby_too_early_shows_nothing_that_may_be_old_until_that_leads() {
+async fn an_address_that_leads_to_a_standby_too_early_shows_nothing_that_may_be_old_until_that_leads()
+ {
     let (primary, standby) = block_in_place(pair);
     let (world, forwarder) = world_of(&primary).await;
     let document = world.store("inv-0", "in_0").await.with_status(201).json();
@@ -101,10 +123,18 @@ async fn an_address_that_leads_to_a_standby_too_early_shows_nothing_that_may_be_
         for answer in join_all((0..10).map(|_| world.put(&path, &document))).await {
             assert!([200, 503].contains(&answer.status.as_u16()), "{answer:?}");
         }
-        assert!(since.elapsed() < Duration::from_secs(5), "it is still ready: {}", world.server.log());
+        assert!(
+            since.elapsed() < Duration::from_secs(5),
+            "it is still ready: {}",
+            world.server.log()
+        );
     }
     world.get(&path, &world.acme_key).await.with_status(503);
-    assert!(world.server.log().contains("it is a standby"), "{}", world.server.log());
+    assert!(
+        world.server.log().contains("it is a standby"),
+        "{}",
+        world.server.log()
+    );
 
     block_in_place(|| standby.sql("postgres", "select pg_promote(true, 60)"));
     until_back(&world).await;

@@ -12,7 +12,9 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use crate::each_database;
-use crate::support::{OLD_SECRET, SECRET, Server, Wire, World, binary, client, invoice_path, send, signature};
+use crate::support::{
+    OLD_SECRET, SECRET, Server, Wire, World, binary, client, invoice_path, send, signature,
+};
 
 const MIB: usize = 1024 * 1024;
 
@@ -37,7 +39,16 @@ async fn deliver(server: &Server, id: &str, bytes: usize) -> u16 {
     let body = event(id, bytes);
     let signature = signature(SECRET, Clock::system().now_s(), &body);
     let url = format!("{}/webhooks/stripe", server.base);
-    send(&client(), "POST", &url, &[("Stripe-Signature", &signature)], body).await.status.as_u16()
+    send(
+        &client(),
+        "POST",
+        &url,
+        &[("Stripe-Signature", &signature)],
+        body,
+    )
+    .await
+    .status
+    .as_u16()
 }
 
 async fn connections(world: &World, count: usize, bytes: &[u8]) -> Vec<Wire> {
@@ -60,14 +71,19 @@ struct Flood {
 
 impl Flood {
     fn new(connections: usize, parts: &[&[u8]], answered: bool) -> Flood {
-        Flood { connections, bytes: Arc::new(parts.concat()), answered }
+        Flood {
+            connections,
+            bytes: Arc::new(parts.concat()),
+            answered,
+        }
     }
 
     async fn run(&self, authority: &str, stop: &AtomicBool, refused: &AtomicUsize) {
         join_all((0..self.connections).map(async |_| {
             while !stop.load(Ordering::Relaxed) {
                 // Whatever becomes of it: it comes again.
-                let _ = tokio::time::timeout(Duration::from_secs(1), self.once(authority, refused)).await;
+                let _ = tokio::time::timeout(Duration::from_secs(1), self.once(authority, refused))
+                    .await;
             }
         }))
         .await;
@@ -83,7 +99,8 @@ impl Flood {
                 return Ok(());
             }
             // Where all compete for the processor, some who read are told to come again.
-            let is_refused = answer.starts_with(b"HTTP/1.1 4") || answer.starts_with(b"HTTP/1.1 503 ");
+            let is_refused =
+                answer.starts_with(b"HTTP/1.1 4") || answer.starts_with(b"HTTP/1.1 503 ");
             assert!(is_refused, "{}", String::from_utf8_lossy(&answer[..read]));
             refused.fetch_add(1, Ordering::Relaxed);
         }
@@ -205,8 +222,15 @@ async fn a_head_and_a_body_have_to_come_in_time() {
         slow_body
     );
     assert!((9..14).contains(&took.as_secs()), "{took:?}");
-    assert!(answer.starts_with("HTTP/1.1 408 ") && answer.contains(r#""code":"RequestTimeout""#), "{answer}");
-    assert!(!world.server.log().contains("took too long"), "who comes slowly is no failure of ours: {}", world.server.log());
+    assert!(
+        answer.starts_with("HTTP/1.1 408 ") && answer.contains(r#""code":"RequestTimeout""#),
+        "{answer}"
+    );
+    assert!(
+        !world.server.log().contains("took too long"),
+        "who comes slowly is no failure of ours: {}",
+        world.server.log()
+    );
 }
 
 #[tokio::test]
@@ -216,20 +240,37 @@ async fn where_few_files_may_be_opened_there_are_fewer_connections() {
     let limited = |script: &str| {
         let inner = binary(&[]);
         let mut command = Command::new("/bin/sh");
-        command.args(["-c", script]).arg(inner.get_program()).env_clear();
-        command.envs([("DATABASE_URL", world.database.url.as_str()), ("STRIPE_WEBHOOK_SECRET", &secrets)]);
+        command
+            .args(["-c", script])
+            .arg(inner.get_program())
+            .env_clear();
+        command.envs([
+            ("DATABASE_URL", world.database.url.as_str()),
+            ("STRIPE_WEBHOOK_SECRET", &secrets),
+        ]);
         Server::start_command(command)
     };
     let soft = limited(r#"ulimit -Sn 120; exec "$0" "$@""#);
-    assert!(!soft.log().contains("fewer connections"), "the soft limit is raised: {}", soft.log());
+    assert!(
+        !soft.log().contains("fewer connections"),
+        "the soft limit is raised: {}",
+        soft.log()
+    );
     let hard = limited(r#"ulimit -n 120; exec "$0" "$@""#);
     assert!(hard.log().contains("fewer connections"), "{}", hard.log());
     for server in [soft, hard] {
         let held = join_all((0..300).map(|_| Wire::connect(server.authority()))).await;
         for n in 0..20 {
-            assert_eq!(deliver(&server, &format!("evt_{}_{n}", server.pid()), 10).await, 200);
+            assert_eq!(
+                deliver(&server, &format!("evt_{}_{n}", server.pid()), 10).await,
+                200
+            );
         }
-        assert!(!server.log().contains("could not be accepted"), "{}", server.log());
+        assert!(
+            !server.log().contains("could not be accepted"),
+            "{}",
+            server.log()
+        );
         drop(held);
     }
 }
@@ -239,7 +280,10 @@ async fn who_is_refused_before_its_body_is_read_sees_the_answer() {
     let world = World::start(crate::support::Engine::Sqlite).await;
     let kinds = [
         (head("nonsense", &format!("Content-Length: {MIB}")), 400),
-        (head(&forged(), &format!("Content-Length: {}", MIB + 1)), 413),
+        (
+            head(&forged(), &format!("Content-Length: {}", MIB + 1)),
+            413,
+        ),
     ];
     for (head, status) in kinds {
         for _ in 0..30 {
@@ -249,15 +293,21 @@ async fn who_is_refused_before_its_body_is_read_sees_the_answer() {
                 wire.write(&[b' '; MIB / 16]).await;
             }
             let answer = wire.read_to_end().await;
-            assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{answer:?}");
+            assert!(
+                answer.starts_with(&format!("HTTP/1.1 {status} ")),
+                "{answer:?}"
+            );
         }
     }
     let endless = async {
         let mut wire = Wire::connect(world.server.authority()).await;
-        wire.write(&head("nonsense", "Content-Length: 1000000000")).await;
+        wire.write(&head("nonsense", "Content-Length: 1000000000"))
+            .await;
         while wire.try_write(&[b' '; 1000]).await {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     };
-    tokio::time::timeout(Duration::from_secs(6), endless).await.expect("it may not go on for ever");
+    tokio::time::timeout(Duration::from_secs(6), endless)
+        .await
+        .expect("it may not go on for ever");
 }

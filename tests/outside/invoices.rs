@@ -14,7 +14,10 @@ const LIST: &str = "/v1/tenants/acme/invoices";
 /// A snapshot of Stripe invoice `in_1`, told at a second after 2026-01-31T09:00:00Z.
 fn told(event_type: &str, second: i64, fields: Value) -> Value {
     let mut object = json!({"id": "in_1", "object": "invoice", "currency": "usd", "amount_due": 5000, "amount_remaining": 5000});
-    object.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+    object
+        .as_object_mut()
+        .unwrap()
+        .extend(fields.as_object().unwrap().clone());
     json!({"id": format!("evt_{event_type}_{second}"), "object": "event", "type": event_type, "created": 1_769_850_000 + second, "data": {"object": object}})
 }
 
@@ -23,15 +26,27 @@ fn finalized(second: i64) -> Value {
 }
 
 fn paid(second: i64) -> Value {
-    told("invoice.paid", second, json!({"status": "paid", "amount_paid": 5000, "amount_remaining": 0}))
+    told(
+        "invoice.paid",
+        second,
+        json!({"status": "paid", "amount_paid": 5000, "amount_remaining": 0}),
+    )
 }
 
 /// The places of the faults, in order; every one has its reason.
 #[track_caller]
 fn fault_places(answer: &Answer) -> Vec<String> {
-    let faults = answer.json()["details"]["faults"].as_array().unwrap().clone();
+    let faults = answer.json()["details"]["faults"]
+        .as_array()
+        .unwrap()
+        .clone();
     let place = |fault: &Value| {
-        assert!(fault["reason"].as_str().is_some_and(|reason| !reason.is_empty()), "{fault}");
+        assert!(
+            fault["reason"]
+                .as_str()
+                .is_some_and(|reason| !reason.is_empty()),
+            "{fault}"
+        );
         fault["pointer"].as_str().unwrap().to_owned()
     };
     faults.iter().map(place).collect()
@@ -40,18 +55,34 @@ fn fault_places(answer: &Answer) -> Vec<String> {
 /// As the operator, when the condition holds.
 async fn put_if(world: &World, uid: &str, condition: (&str, &str), document: &Value) -> Answer {
     let headers = [("ApiKey", world.operator_key.as_str()), condition];
-    world.send("PUT", &invoice_path(uid), &headers, document.to_string().into_bytes()).await
+    world
+        .send(
+            "PUT",
+            &invoice_path(uid),
+            &headers,
+            document.to_string().into_bytes(),
+        )
+        .await
 }
 
 fn uids(page: &Value) -> Vec<String> {
-    page["items"].as_array().unwrap().iter().map(|item| item["metadata"]["uid"].as_str().unwrap().to_owned()).collect()
+    page["items"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|item| item["metadata"]["uid"].as_str().unwrap().to_owned())
+        .collect()
 }
 
 /// All pages of a list, and the uids on each.
 async fn pages(world: &World, query: &str) -> Vec<Vec<String>> {
     let (mut pages, mut cursor) = (Vec::new(), String::new());
     loop {
-        let page = world.get(&format!("{LIST}?{query}{cursor}"), &world.acme_key).await.with_status(200).json();
+        let page = world
+            .get(&format!("{LIST}?{query}{cursor}"), &world.acme_key)
+            .await
+            .with_status(200)
+            .json();
         pages.push(uids(&page));
         match page["nextCursor"].as_str() {
             Some(next) => cursor = format!("&cursor={next}"),
@@ -71,8 +102,16 @@ async fn next_millisecond() {
 
 /// Stores these invoices of tenant `acme` at one moment.
 fn import(world: &World, uids: &[&str]) {
-    let lines: Vec<String> = uids.iter().map(|uid| json!({"metadata": {"uid": uid}}).to_string()).collect();
-    world.run_with_input(&["invoices", "import", "--tenant", "acme", "-"], lines.join("\n").as_bytes()).with_code(0);
+    let lines: Vec<String> = uids
+        .iter()
+        .map(|uid| json!({"metadata": {"uid": uid}}).to_string())
+        .collect();
+    world
+        .run_with_input(
+            &["invoices", "import", "--tenant", "acme", "-"],
+            lines.join("\n").as_bytes(),
+        )
+        .with_code(0);
 }
 
 each_database! {

@@ -22,15 +22,26 @@ const INVOICES: usize = 6;
 fn event(n: usize) -> Value {
     let (invoice, step) = (n % INVOICES, n / INVOICES);
     let object = match step % 4 {
-        0 => json!({"id": format!("pi_{invoice}_{step}"), "object": "payment_intent", "invoice": format!("in_{invoice}"),
-            "amount": 5000, "currency": "eur"}),
-        1 => json!({"id": format!("ch_{invoice}_{step}"), "object": "charge", "invoice": format!("in_{invoice}"),
-            "amount": 5000, "currency": "eur", "failure_code": "card_declined"}),
-        2 => json!({"id": format!("in_{invoice}"), "object": "invoice", "status": "open", "currency": "eur", "amount_due": 5000,
-            "amount_remaining": 5000, "attempt_count": step}),
+        0 => {
+            json!({"id": format!("pi_{invoice}_{step}"), "object": "payment_intent", "invoice": format!("in_{invoice}"),
+            "amount": 5000, "currency": "eur"})
+        }
+        1 => {
+            json!({"id": format!("ch_{invoice}_{step}"), "object": "charge", "invoice": format!("in_{invoice}"),
+            "amount": 5000, "currency": "eur", "failure_code": "card_declined"})
+        }
+        2 => {
+            json!({"id": format!("in_{invoice}"), "object": "invoice", "status": "open", "currency": "eur", "amount_due": 5000,
+            "amount_remaining": 5000, "attempt_count": step})
+        }
         _ => json!({"id": format!("cus_{invoice}"), "object": "customer"}),
     };
-    let kind = ["payment_intent.processing", "charge.failed", "invoice.payment_failed", "customer.updated"][step % 4];
+    let kind = [
+        "payment_intent.processing",
+        "charge.failed",
+        "invoice.payment_failed",
+        "customer.updated",
+    ][step % 4];
     json!({"id": format!("evt_{n}"), "object": "event", "type": kind, "created": 1_769_850_000 + 100 * step, "livemode": true,
         "data": {"object": object}})
 }
@@ -44,7 +55,15 @@ async fn load(base: &str, next: &AtomicUsize, answered: mpsc::UnboundedSender<()
             let body = event.to_string().into_bytes();
             let signature = signature(SECRET, Clock::system().now_s(), &body);
             let url = format!("{base}/webhooks/stripe");
-            match try_send(&client, "POST", &url, &[("Stripe-Signature", &signature)], body).await {
+            match try_send(
+                &client,
+                "POST",
+                &url,
+                &[("Stripe-Signature", &signature)],
+                body,
+            )
+            .await
+            {
                 Ok(answer) => assert_eq!(answer.with_status(200).json()["received"], true),
                 Err(_) => break acknowledged,
             }
@@ -57,17 +76,30 @@ async fn load(base: &str, next: &AtomicUsize, answered: mpsc::UnboundedSender<()
 }
 
 /// Kills it after so many answers, and a moment more: wherever the deliveries under way happen to be by then.
-async fn kill_after(server: &mut Server, answers: usize, moment: Duration, mut answered: mpsc::UnboundedReceiver<()>) {
+async fn kill_after(
+    server: &mut Server,
+    answers: usize,
+    moment: Duration,
+    mut answered: mpsc::UnboundedReceiver<()>,
+) {
     for _ in 0..answers {
-        answered.recv().await.expect("the server is there until it is killed");
+        answered
+            .recv()
+            .await
+            .expect("the server is there until it is killed");
     }
     tokio::time::sleep(moment).await;
     server.kill_nine();
 }
 
 fn logged_ids(world: &World) -> Vec<String> {
-    let log = world.run(&["events", "list", "--limit", "100000", "--json"]).with_code(0).json_lines();
-    log.iter().map(|event| event["id"].as_str().unwrap().to_owned()).collect()
+    let log = world
+        .run(&["events", "list", "--limit", "100000", "--json"])
+        .with_code(0)
+        .json_lines();
+    log.iter()
+        .map(|event| event["id"].as_str().unwrap().to_owned())
+        .collect()
 }
 
 each_database! {

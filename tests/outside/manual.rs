@@ -30,12 +30,19 @@ fn a_server_that_is_not_ready_is_told_from_one_that_is_away() {
         let (mut connection, _) = listener.accept().unwrap();
         let mut request = [0; 1024];
         let read = connection.read(&mut request).unwrap();
-        connection.write_all(b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\n\r\n").unwrap();
+        connection
+            .write_all(b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\n\r\n")
+            .unwrap();
         String::from_utf8_lossy(&request[..read]).into_owned()
     });
     let ran = support::run(&[("LISTEN_ADDR", &address)], &["healthcheck"], b"").with_code(1);
     assert!(ran.stderr.contains("503"), "{ran:?}");
-    assert!(answering.join().unwrap().starts_with("GET /readyz HTTP/1.1"));
+    assert!(
+        answering
+            .join()
+            .unwrap()
+            .starts_with("GET /readyz HTTP/1.1")
+    );
     support::run(&[("LISTEN_ADDR", "nowhere")], &["healthcheck"], b"").with_code(2);
 }
 
@@ -48,19 +55,43 @@ fn offered(words: &[&str]) -> Vec<String> {
         "$function" stripe-reconciler "${COMP_WORDS[COMP_CWORD]}" "${COMP_WORDS[COMP_CWORD-1]}"
         printf '%s\n' "${COMPREPLY[@]}""#;
     let program = binary(&[]).get_program().to_owned();
-    let ran = Command::new("bash").args(["-c", script, "bash"]).args(words).env("PROGRAM", program).output().unwrap();
-    assert!(ran.status.success() && ran.stderr.is_empty(), "{}", String::from_utf8_lossy(&ran.stderr));
-    String::from_utf8(ran.stdout).unwrap().lines().map(str::to_owned).collect()
+    let ran = Command::new("bash")
+        .args(["-c", script, "bash"])
+        .args(words)
+        .env("PROGRAM", program)
+        .output()
+        .unwrap();
+    assert!(
+        ran.status.success() && ran.stderr.is_empty(),
+        "{}",
+        String::from_utf8_lossy(&ran.stderr)
+    );
+    String::from_utf8(ran.stdout)
+        .unwrap()
+        .lines()
+        .map(str::to_owned)
+        .collect()
 }
 
 #[test]
 fn bash_completes_commands_what_is_below_them_and_their_flags() {
-    assert_eq!(offered(&["stripe-reconciler", "re"]), ["replay", "rebuild", "reconcile"]);
+    assert_eq!(
+        offered(&["stripe-reconciler", "re"]),
+        ["replay", "rebuild", "reconcile"]
+    );
     assert_eq!(offered(&["stripe-reconciler", "keys", "cr"]), ["create"]);
-    assert_eq!(offered(&["stripe-reconciler", "keys", "create", "--ex"]), ["--expires-in"]);
+    assert_eq!(
+        offered(&["stripe-reconciler", "keys", "create", "--ex"]),
+        ["--expires-in"]
+    );
     assert!(offered(&["stripe-reconciler", "copy", "--"]).contains(&"--to".to_owned()));
     for shell in ["zsh", "fish"] {
-        assert!(support::run(&[], &["completions", shell], b"").with_code(0).stdout.contains("reconcile"));
+        assert!(
+            support::run(&[], &["completions", shell], b"")
+                .with_code(0)
+                .stdout
+                .contains("reconcile")
+        );
     }
     support::run(&[], &["completions", "cmd"], b"").with_code(2);
 }
@@ -71,11 +102,23 @@ fn every_command_has_its_manual_page() {
     let pages = folder.path().join("man1");
     support::run(&[], &["man", pages.to_str().unwrap()], b"").with_code(0);
     let page = |name: &str| std::fs::read_to_string(pages.join(format!("{name}.1"))).unwrap();
-    for name in ["stripe-reconciler", "stripe-reconciler-serve", "stripe-reconciler-keys-create", "stripe-reconciler-man"] {
+    for name in [
+        "stripe-reconciler",
+        "stripe-reconciler-serve",
+        "stripe-reconciler-keys-create",
+        "stripe-reconciler-man",
+    ] {
         let text = page(name);
-        assert!(text.contains(".SH EXAMPLE") && text.contains(".SH OPTIONS") && text.contains(".SH SYNOPSIS"), "{name}:\n{text}");
+        assert!(
+            text.contains(".SH EXAMPLE")
+                && text.contains(".SH OPTIONS")
+                && text.contains(".SH SYNOPSIS"),
+            "{name}:\n{text}"
+        );
     }
-    assert!(page("stripe-reconciler-copy").contains(r"  stripe\-reconciler copy \-\-to postgres://"));
+    assert!(
+        page("stripe-reconciler-copy").contains(r"  stripe\-reconciler copy \-\-to postgres://")
+    );
     let file = folder.path().join("file");
     std::fs::write(&file, "").unwrap();
     support::run(&[], &["man", file.to_str().unwrap()], b"").with_code(1);

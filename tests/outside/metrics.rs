@@ -13,7 +13,8 @@ use crate::each_database;
 use crate::stripe_fake::{CLOVER, DAY, Endpoint, HOUR, LIVE_KEY, Stripe};
 use crate::stripe_fake_checks::terms;
 use crate::support::{
-    Answer, Database, Engine, OLD_SECRET, PostgresServer, SECRET, Server, Wire, World, client, invoice_path, send, signature,
+    Answer, Database, Engine, OLD_SECRET, PostgresServer, SECRET, Server, Wire, World, client,
+    invoice_path, send, signature,
 };
 
 /// What is seen of the database is at most this old; with time for a machine that has much else to do.
@@ -30,12 +31,20 @@ impl Scrape {
     #[track_caller]
     pub fn read(answer: Answer) -> Scrape {
         let answer = answer.with_status(200);
-        assert!(answer.header("content-type").starts_with("text/plain; version=0.0.4"), "{answer:?}");
+        assert!(
+            answer
+                .header("content-type")
+                .starts_with("text/plain; version=0.0.4"),
+            "{answer:?}"
+        );
         let text = std::str::from_utf8(&answer.body).unwrap();
-        let series = text.lines().filter(|line| !line.starts_with('#')).map(|line| {
-            let (name, value) = line.rsplit_once(' ').unwrap();
-            (name.to_owned(), value.parse().unwrap())
-        });
+        let series = text
+            .lines()
+            .filter(|line| !line.starts_with('#'))
+            .map(|line| {
+                let (name, value) = line.rsplit_once(' ').unwrap();
+                (name.to_owned(), value.parse().unwrap())
+            });
         Scrape(series.collect())
     }
 
@@ -46,17 +55,28 @@ impl Scrape {
     /// A series of ours.
     #[track_caller]
     pub fn value(&self, series: &str) -> f64 {
-        *self.0.get(&format!("{PREFIX}{series}")).unwrap_or_else(|| panic!("there is no {series} in {:#?}", self.0))
+        *self
+            .0
+            .get(&format!("{PREFIX}{series}"))
+            .unwrap_or_else(|| panic!("there is no {series} in {:#?}", self.0))
     }
 
     /// The names, without labels.
     fn names(&self) -> BTreeSet<&str> {
-        self.0.keys().map(|series| series.split('{').next().unwrap()).collect()
+        self.0
+            .keys()
+            .map(|series| series.split('{').next().unwrap())
+            .collect()
     }
 
     fn family(&self, name: &str) -> BTreeMap<&str, f64> {
         let start = format!("{PREFIX}{name}{{");
-        self.0.iter().filter_map(|(series, value)| Some((series.strip_prefix(&start)?.trim_end_matches('}'), *value))).collect()
+        self.0
+            .iter()
+            .filter_map(|(series, value)| {
+                Some((series.strip_prefix(&start)?.trim_end_matches('}'), *value))
+            })
+            .collect()
     }
 }
 
@@ -89,11 +109,22 @@ fn customer(id: &str, livemode: bool) -> Value {
 }
 
 async fn deliver(world: &World, secret: &str, at_s: i64, body: &str) -> u16 {
-    world.deliver_signed(&signature(secret, at_s, body.as_bytes()), body.as_bytes()).await.status.as_u16()
+    world
+        .deliver_signed(&signature(secret, at_s, body.as_bytes()), body.as_bytes())
+        .await
+        .status
+        .as_u16()
 }
 
 async fn another(server: &Server, path: &str, headers: &[(&str, &str)]) -> Answer {
-    send(&client(), "GET", &format!("{}{path}", server.base), headers, vec![]).await
+    send(
+        &client(),
+        "GET",
+        &format!("{}{path}", server.base),
+        headers,
+        vec![],
+    )
+    .await
 }
 
 each_database! {
@@ -249,19 +280,38 @@ async fn while_the_database_is_away_a_scrape_is_answered_and_says_so() {
     let server = Arc::new(PostgresServer::of_its_own("-c fsync=on", &[]));
     let world = World::on(Database::create_on(&server)).await;
     world.deliver(&paid("evt_1", true)).await.with_status(200);
-    until(&world, "it is up", |scrape| scrape.value("database_up") == 1.0 && scrape.value("events_without_invoice") == 1.0).await;
+    until(&world, "it is up", |scrape| {
+        scrape.value("database_up") == 1.0 && scrape.value("events_without_invoice") == 1.0
+    })
+    .await;
     block_in_place(|| server.stop_at_once());
     world.deliver(&paid("evt_2", true)).await.with_status(503);
     let away = Scrape::of(&world).await;
     assert_eq!(away.value("database_up"), 0.0);
-    assert_eq!(away.value("events_without_invoice"), 1.0, "what was seen last");
+    assert_eq!(
+        away.value("events_without_invoice"),
+        1.0,
+        "what was seen last"
+    );
     assert_eq!(away.value("rejected_total{reason=\"unavailable\"}"), 1.0);
     assert!(away.value("commit_failures_total") >= 1.0);
-    world.get("/metrics", &world.acme_key).await.with_error(503, "Unavailable");
-    world.get("/metrics", "nobody").await.with_error(503, "Unavailable");
-    world.get("/metrics", "").await.with_error(401, "Unauthorized");
+    world
+        .get("/metrics", &world.acme_key)
+        .await
+        .with_error(503, "Unavailable");
+    world
+        .get("/metrics", "nobody")
+        .await
+        .with_error(503, "Unavailable");
+    world
+        .get("/metrics", "")
+        .await
+        .with_error(401, "Unauthorized");
     block_in_place(|| server.start_again());
-    until(&world, "it is back", |scrape| scrape.value("database_up") == 1.0).await;
+    until(&world, "it is back", |scrape| {
+        scrape.value("database_up") == 1.0
+    })
+    .await;
 }
 
 /// The metrics that a text asks for: our names, without what a histogram adds to its own.
@@ -269,7 +319,10 @@ fn asked_for(text: &str) -> BTreeSet<String> {
     let is_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
     let mut names = BTreeSet::new();
     for prefix in [PREFIX, "process_"] {
-        for (at, _) in text.match_indices(prefix).filter(|(at, _)| !text[..*at].ends_with(is_name)) {
+        for (at, _) in text
+            .match_indices(prefix)
+            .filter(|(at, _)| !text[..*at].ends_with(is_name))
+        {
             names.insert(text[at..].chars().take_while(|c| is_name(*c)).collect());
         }
     }
@@ -283,19 +336,35 @@ fn project_file(path: &str) -> String {
 #[tokio::test]
 async fn the_rules_the_dashboard_and_the_documents_ask_for_what_is_exported() {
     let world = World::start(Engine::Sqlite).await;
-    world.get("/v1/tenants/acme/invoices", &world.acme_key).await.with_status(200);
+    world
+        .get("/v1/tenants/acme/invoices", &world.acme_key)
+        .await
+        .with_status(200);
     let scrape = Scrape::of(&world).await;
     let exported = scrape.names();
-    for path in ["deploy/prometheus/alerts.yml", "deploy/grafana/dashboard.json"] {
+    for path in [
+        "deploy/prometheus/alerts.yml",
+        "deploy/grafana/dashboard.json",
+    ] {
         let asked = asked_for(&project_file(path));
         assert!(asked.len() > 15, "{path}: {asked:?}");
-        let unknown: Vec<&String> = asked.iter().filter(|name| !exported.contains(name.as_str())).collect();
-        assert!(unknown.is_empty(), "{path} asks for {unknown:?}, which nobody exports");
+        let unknown: Vec<&String> = asked
+            .iter()
+            .filter(|name| !exported.contains(name.as_str()))
+            .collect();
+        assert!(
+            unknown.is_empty(),
+            "{path} asks for {unknown:?}, which nobody exports"
+        );
     }
     let documents = project_file("docs/operations.md");
     for name in exported.iter().filter_map(|name| name.strip_prefix(PREFIX)) {
-        let histogram = ["_bucket", "_sum", "_count"].into_iter().find_map(|end| name.strip_suffix(end));
-        let name = histogram.unwrap_or(name).replace("reconcile_last_success_age_seconds", "..._age_seconds");
+        let histogram = ["_bucket", "_sum", "_count"]
+            .into_iter()
+            .find_map(|end| name.strip_suffix(end));
+        let name = histogram
+            .unwrap_or(name)
+            .replace("reconcile_last_success_age_seconds", "..._age_seconds");
         assert!(
             documents.contains(&format!("`{name}`")) || documents.contains(&format!("`{name}{{")),
             "{name} is not in docs/operations.md"
@@ -305,24 +374,52 @@ async fn the_rules_the_dashboard_and_the_documents_ask_for_what_is_exported() {
 
 #[test]
 fn every_alarm_has_its_section_and_every_section_its_alarm() {
-    let (rules, documents) = (project_file("deploy/prometheus/alerts.yml"), project_file("docs/operations.md"));
-    let alarms: Vec<&str> = rules.lines().filter_map(|line| line.trim().strip_prefix("- alert: ")).collect();
-    let sections: Vec<&str> = documents.lines().filter_map(|line| line.strip_prefix("### ")).collect();
+    let (rules, documents) = (
+        project_file("deploy/prometheus/alerts.yml"),
+        project_file("docs/operations.md"),
+    );
+    let alarms: Vec<&str> = rules
+        .lines()
+        .filter_map(|line| line.trim().strip_prefix("- alert: "))
+        .collect();
+    let sections: Vec<&str> = documents
+        .lines()
+        .filter_map(|line| line.strip_prefix("### "))
+        .collect();
     assert!(alarms.len() > 15, "{alarms:?}");
-    assert_eq!(alarms.iter().collect::<BTreeSet<_>>(), sections.iter().collect::<BTreeSet<_>>());
-    let runbooks: Vec<&str> = rules.lines().filter_map(|line| line.trim().strip_prefix("runbook: docs/operations.md#")).collect();
-    assert_eq!(runbooks, alarms.iter().map(|alarm| alarm.to_lowercase()).collect::<Vec<_>>(), "each leads to its own");
+    assert_eq!(
+        alarms.iter().collect::<BTreeSet<_>>(),
+        sections.iter().collect::<BTreeSet<_>>()
+    );
+    let runbooks: Vec<&str> = rules
+        .lines()
+        .filter_map(|line| line.trim().strip_prefix("runbook: docs/operations.md#"))
+        .collect();
+    assert_eq!(
+        runbooks,
+        alarms
+            .iter()
+            .map(|alarm| alarm.to_lowercase())
+            .collect::<Vec<_>>(),
+        "each leads to its own"
+    );
     for part in rules.split("- alert: ").skip(1) {
-        assert!(part.contains("severity: ") && part.contains("summary: "), "{part}");
+        assert!(
+            part.contains("severity: ") && part.contains("summary: "),
+            "{part}"
+        );
     }
     for section in documents.split("\n### ").skip(1) {
         let of_alarm = section.split("\n## ").next().unwrap();
         assert!(
-            of_alarm.contains("**Means**: ") && of_alarm.contains("**Look**") && of_alarm.to_lowercase().contains("**cure**: "),
+            of_alarm.contains("**Means**: ")
+                && of_alarm.contains("**Look**")
+                && of_alarm.to_lowercase().contains("**cure**: "),
             "{of_alarm}"
         );
     }
-    let dashboard: Value = serde_json::from_str(&project_file("deploy/grafana/dashboard.json")).unwrap();
+    let dashboard: Value =
+        serde_json::from_str(&project_file("deploy/grafana/dashboard.json")).unwrap();
     let titles: Vec<&str> = dashboard["panels"]
         .as_array()
         .unwrap()

@@ -21,7 +21,10 @@ fn paths() -> &'static serde_json::Map<String, Value> {
 
 /// What stands between these, wherever it stands.
 fn between<'a>(text: &'a str, before: &str, after: &str) -> BTreeSet<&'a str> {
-    text.split(before).skip(1).map(|rest| rest.split(after).next().unwrap()).collect()
+    text.split(before)
+        .skip(1)
+        .map(|rest| rest.split(after).next().unwrap())
+        .collect()
 }
 
 #[test]
@@ -34,26 +37,56 @@ fn every_route_is_in_the_document_and_no_other() {
 
 #[test]
 fn every_code_of_an_error_is_in_the_document_and_no_other() {
-    let told = ERRORS.split("fn code_and_message").nth(1).and_then(|rest| rest.split("fn details").next()).unwrap();
+    let told = ERRORS
+        .split("fn code_and_message")
+        .nth(1)
+        .and_then(|rest| rest.split("fn details").next())
+        .unwrap();
     let codes = between(told, "(\"", "\"");
-    assert!(codes.len() > 12 && codes.contains("InvalidInvoice"), "{codes:?}");
-    let documented = DOCUMENT["components"]["schemas"]["Error"]["properties"]["code"]["enum"].as_array().unwrap();
-    assert_eq!(codes, documented.iter().map(|code| code.as_str().unwrap()).collect());
+    assert!(
+        codes.len() > 12 && codes.contains("InvalidInvoice"),
+        "{codes:?}"
+    );
+    let documented = DOCUMENT["components"]["schemas"]["Error"]["properties"]["code"]["enum"]
+        .as_array()
+        .unwrap();
+    assert_eq!(
+        codes,
+        documented
+            .iter()
+            .map(|code| code.as_str().unwrap())
+            .collect()
+    );
 }
 
 /// Every example, with its schema and its place.
 fn examples<'a>(part: &'a Value, place: String, found: &mut Vec<(String, &'a Value, &'a Value)>) {
     if let Some(schema) = part.get("schema") {
-        found.extend(part.get("example").map(|example| (place.clone(), schema, example)));
+        found.extend(
+            part.get("example")
+                .map(|example| (place.clone(), schema, example)),
+        );
         let named = part["examples"].as_object().into_iter().flatten();
-        found.extend(named.map(|(name, example)| (format!("{place}/{name}"), schema, &example["value"])));
+        found.extend(
+            named.map(|(name, example)| (format!("{place}/{name}"), schema, &example["value"])),
+        );
     }
-    if let Some(values) = part["examples"].as_array().filter(|_| part["type"].is_string()) {
+    if let Some(values) = part["examples"]
+        .as_array()
+        .filter(|_| part["type"].is_string())
+    {
         found.extend(values.iter().map(|value| (place.clone(), part, value)));
     }
     let inside: Vec<(String, &Value)> = match part {
-        Value::Object(fields) => fields.iter().map(|(name, inner)| (name.replace('/', "~1"), inner)).collect(),
-        Value::Array(items) => items.iter().enumerate().map(|(index, inner)| (index.to_string(), inner)).collect(),
+        Value::Object(fields) => fields
+            .iter()
+            .map(|(name, inner)| (name.replace('/', "~1"), inner))
+            .collect(),
+        Value::Array(items) => items
+            .iter()
+            .enumerate()
+            .map(|(index, inner)| (index.to_string(), inner))
+            .collect(),
         _ => return,
     };
     for (name, inner) in inside {
@@ -71,10 +104,22 @@ fn every_example_fits_its_schema_and_every_answer_has_one() {
         assert!(faults.is_empty(), "{place}: {faults:?}");
     }
     for (path, item) in paths() {
-        for operation in item.as_object().unwrap().values().filter(|operation| operation.is_object()) {
+        for operation in item
+            .as_object()
+            .unwrap()
+            .values()
+            .filter(|operation| operation.is_object())
+        {
             for (status, response) in operation["responses"].as_object().unwrap() {
-                for content in resolved(response)["content"].as_object().into_iter().flat_map(|contents| contents.values()) {
-                    assert!(content.get("example").is_some() || content.get("examples").is_some(), "{path} {status}: {content}");
+                for content in resolved(response)["content"]
+                    .as_object()
+                    .into_iter()
+                    .flat_map(|contents| contents.values())
+                {
+                    assert!(
+                        content.get("example").is_some() || content.get("examples").is_some(),
+                        "{path} {status}: {content}"
+                    );
                 }
             }
         }
@@ -84,7 +129,12 @@ fn every_example_fits_its_schema_and_every_answer_has_one() {
 /// What each field of an invoice may hold, by its path.
 fn fields(schema: &Value, root: &Value, path: &str, found: &mut BTreeMap<String, String>) {
     if let Some(reference) = schema["$ref"].as_str() {
-        return fields(root.pointer(reference.trim_start_matches('#')).unwrap(), root, path, found);
+        return fields(
+            root.pointer(reference.trim_start_matches('#')).unwrap(),
+            root,
+            path,
+            found,
+        );
     }
     for (name, field) in schema["properties"].as_object().into_iter().flatten() {
         fields(field, root, &format!("{path}/{name}"), found);
@@ -95,10 +145,19 @@ fn fields(schema: &Value, root: &Value, path: &str, found: &mut BTreeMap<String,
     let kind = match schema {
         _ if schema.get("enum").is_some() => schema["enum"].to_string(),
         _ if schema.get("properties").is_some() => return,
-        _ if schema.get("additionalProperties").is_some() => format!("map of {}", schema["additionalProperties"]),
+        _ if schema.get("additionalProperties").is_some() => {
+            format!("map of {}", schema["additionalProperties"])
+        }
         _ => {
-            let time = if schema["format"] == "date-time" { "date-time" } else { "" };
-            format!("{} {time} {} {}", schema["type"], schema["minimum"], schema["maximum"])
+            let time = if schema["format"] == "date-time" {
+                "date-time"
+            } else {
+                ""
+            };
+            format!(
+                "{} {time} {} {}",
+                schema["type"], schema["minimum"], schema["maximum"]
+            )
         }
     };
     found.insert(path.to_owned(), kind);
@@ -109,7 +168,12 @@ fn an_invoice_has_the_fields_that_the_api_says() {
     let of_the_api: Value = serde_json::from_str(V1_INVOICE).unwrap();
     let (mut expected, mut found) = (BTreeMap::new(), BTreeMap::new());
     fields(&of_the_api, &of_the_api, "", &mut expected);
-    fields(&DOCUMENT["components"]["schemas"]["v1Invoice"], &DOCUMENT, "", &mut found);
+    fields(
+        &DOCUMENT["components"]["schemas"]["v1Invoice"],
+        &DOCUMENT,
+        "",
+        &mut found,
+    );
     assert!(expected.len() > 50, "{}", expected.len());
     assert_eq!(found, expected);
 }
@@ -117,8 +181,10 @@ fn an_invoice_has_the_fields_that_the_api_says() {
 /// Documents that are just right, and just wrong.
 fn documents() -> Vec<Value> {
     let time = |time: &str| json!({"spec": {"month": time}});
-    let mut documents: Vec<Value> =
-        include_str!("../../fixtures/invoices.jsonl").lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let mut documents: Vec<Value> = include_str!("../../fixtures/invoices.jsonl")
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
     documents.extend(
         [
             "2026-01-31T09:15:00Z",
@@ -129,8 +195,16 @@ fn documents() -> Vec<Value> {
         ]
         .map(time),
     );
-    documents
-        .extend(["2026-01-31T09:15:60Z", "2026-01-31T09:15:00", "2026-02-30T09:15:00Z", "2026-01-31T24:00:00Z", ""].map(time));
+    documents.extend(
+        [
+            "2026-01-31T09:15:60Z",
+            "2026-01-31T09:15:00",
+            "2026-02-30T09:15:00Z",
+            "2026-01-31T24:00:00Z",
+            "",
+        ]
+        .map(time),
+    );
     documents.extend([
         json!({}),
         json!(null),

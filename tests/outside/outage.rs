@@ -51,14 +51,19 @@ impl Probe<'_> {
             if answer.status == 503 && took < AT_ONCE {
                 return;
             }
-            assert!(Instant::now() < deadline, "it is not refused at once within {within:?}: {answer:?} took {took:?}");
+            assert!(
+                Instant::now() < deadline,
+                "it is not refused at once within {within:?}: {answer:?} took {took:?}"
+            );
         }
     }
 
     /// Returns when it is taken again, and the server is ready.
     async fn until_taken(&mut self, within: Duration) {
         let asked = Instant::now();
-        while self.deliver().await.0.status != 200 || self.world.get("/readyz", "").await.status != 200 {
+        while self.deliver().await.0.status != 200
+            || self.world.get("/readyz", "").await.status != 200
+        {
             assert!(asked.elapsed() < within, "it is not back within {within:?}");
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
@@ -77,11 +82,21 @@ async fn read_on_all_connections(world: &World) {
 /// Everything that needs the database is refused; what does not is answered.
 async fn check_refused(world: &World) {
     let asked = Instant::now();
-    for path in ["/readyz", &invoice_path("inv-0"), "/v1/tenants/acme/invoices"] {
-        let answer = world.get(path, &world.acme_key).await.with_error(503, "Unavailable");
+    for path in [
+        "/readyz",
+        &invoice_path("inv-0"),
+        "/v1/tenants/acme/invoices",
+    ] {
+        let answer = world
+            .get(path, &world.acme_key)
+            .await
+            .with_error(503, "Unavailable");
         assert!(!answer.header("retry-after").is_empty(), "{answer:?}");
     }
-    world.put(&invoice_path("inv-0"), &json!({})).await.with_error(503, "Unavailable");
+    world
+        .put(&invoice_path("inv-0"), &json!({}))
+        .await
+        .with_error(503, "Unavailable");
     world.get("/healthz", "").await.with_status(200);
     assert!(asked.elapsed() < AT_ONCE, "{:?}", asked.elapsed());
 }
@@ -90,7 +105,14 @@ async fn check_refused(world: &World) {
 async fn a_database_that_is_stopped_is_answered_503_at_once_and_it_goes_on_by_itself() {
     let server = Arc::new(PostgresServer::of_its_own("-c fsync=on", &[]));
     let world = World::on(Database::create_on(&server)).await;
-    let (load, mut probe) = (Load::start(&world), Probe { world: &world, count: 0, refused: Vec::new() });
+    let (load, mut probe) = (
+        Load::start(&world),
+        Probe {
+            world: &world,
+            count: 0,
+            refused: Vec::new(),
+        },
+    );
     for round in 0..2 {
         load.acknowledge(150).await;
         assert_eq!(probe.deliver().await.0.status, 200);
@@ -99,34 +121,61 @@ async fn a_database_that_is_stopped_is_answered_503_at_once_and_it_goes_on_by_it
         block_in_place(|| server.stop_at_once());
 
         let (answer, took) = probe.deliver().await;
-        assert!(answer.status == 503 && took < FIRST, "{answer:?} took {took:?}");
+        assert!(
+            answer.status == 503 && took < FIRST,
+            "{answer:?} took {took:?}"
+        );
         for _ in 0..20 {
             let (answer, took) = probe.deliver().await;
-            assert!(answer.status == 503 && took < AT_ONCE, "{answer:?} took {took:?}");
+            assert!(
+                answer.status == 503 && took < AT_ONCE,
+                "{answer:?} took {took:?}"
+            );
         }
         check_refused(&world).await;
 
         block_in_place(|| server.start_again());
         probe.until_taken(BACK).await;
         let kept = world.logged_ids();
-        assert!(acknowledged.iter().all(|id| kept.contains(id)), "round {round}: what was acknowledged is there");
+        assert!(
+            acknowledged.iter().all(|id| kept.contains(id)),
+            "round {round}: what was acknowledged is there"
+        );
         // No connection that led to the server before is used again: each would be taken for another outage.
-        assert_eq!(world.server.log().matches("the database is back").count(), round + 1, "{}", world.server.log());
+        assert_eq!(
+            world.server.log().matches("the database is back").count(),
+            round + 1,
+            "{}",
+            world.server.log()
+        );
     }
     let refused = std::mem::take(&mut probe.refused);
     check_at_the_end(&world, load).await;
-    assert!(world.logged_ids().iter().all(|id| !refused.contains(id)), "what nobody could take is not there");
+    assert!(
+        world.logged_ids().iter().all(|id| !refused.contains(id)),
+        "what nobody could take is not there"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_database_that_is_paused_is_answered_503_and_what_was_in_doubt_is_there_at_most_once() {
     let server = Arc::new(PostgresServer::of_its_own("-c fsync=on", &[]));
     let world = World::on(Database::create_on(&server)).await;
-    let (load, mut probe) = (Load::start(&world), Probe { world: &world, count: 0, refused: Vec::new() });
+    let (load, mut probe) = (
+        Load::start(&world),
+        Probe {
+            world: &world,
+            count: 0,
+            refused: Vec::new(),
+        },
+    );
     load.acknowledge(150).await;
     let paused = block_in_place(|| server.pause());
     let asked = Instant::now();
-    world.get("/readyz", "").await.with_error(503, "Unavailable");
+    world
+        .get("/readyz", "")
+        .await
+        .with_error(503, "Unavailable");
     world.get("/healthz", "").await.with_status(200);
     assert!(asked.elapsed() < FIRST, "{:?}", asked.elapsed());
     probe.until_refused_at_once(NOTICED).await;
@@ -145,13 +194,20 @@ async fn a_server_without_a_connection_to_spare_is_not_away() {
     let database = Database::create(Engine::Postgres);
     let name = database.url.rsplit('/').next().unwrap();
     server.sql("postgres", &format!("alter database {name} owner to few"));
-    let world = World::on(database.by_way_of(|name| server.url(name).replace("postgres@", "few@"))).await;
+    let world =
+        World::on(database.by_way_of(|name| server.url(name).replace("postgres@", "few@"))).await;
     world.store("inv-0", "in_0").await.with_status(201);
     server.sql("postgres", "alter role few connection limit 2");
     let path = invoice_path("inv-0");
     let reads = join_all((0..30).map(|_| world.get(&path, &world.acme_key))).await;
-    assert!(reads.iter().any(|read| read.status == 503), "there are too few connections");
-    assert!(reads.iter().any(|read| read.status == 200), "those that there are go on");
+    assert!(
+        reads.iter().any(|read| read.status == 503),
+        "there are too few connections"
+    );
+    assert!(
+        reads.iter().any(|read| read.status == 200),
+        "those that there are go on"
+    );
     let since = Instant::now();
     while world.get(&path, &world.acme_key).await.status != 200 {
         assert!(since.elapsed() < 2 * BACK, "it is not back");
@@ -160,22 +216,33 @@ async fn a_server_without_a_connection_to_spare_is_not_away() {
 
 async fn check_at_the_end(world: &World, load: Load) {
     let told = load.finish().await;
-    let (probes, log): (Vec<String>, Vec<String>) = world.logged_ids().into_iter().partition(|id| id.starts_with("evt_probe"));
+    let (probes, log): (Vec<String>, Vec<String>) = world
+        .logged_ids()
+        .into_iter()
+        .partition(|id| id.starts_with("evt_probe"));
     let different: std::collections::BTreeSet<&String> = probes.iter().collect();
     assert_eq!(different.len(), probes.len(), "a delivery is there twice");
     assert!(!told.refused_by().is_empty(), "it happened under load");
     told.check_log(&log, "the database was away");
-    told.check_histories(&world.all_histories(), "the database was away").await;
+    told.check_histories(&world.all_histories(), "the database was away")
+        .await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_disk_that_is_full_takes_no_delivery_and_is_still_read_and_the_doctor_says_what_to_do() {
     let world = World::start(Engine::Postgres).await;
     world.store("inv-0", "in_0").await.with_status(201);
-    let mut probe = Probe { world: &world, count: 0, refused: Vec::new() };
+    let mut probe = Probe {
+        world: &world,
+        count: 0,
+        refused: Vec::new(),
+    };
     assert_eq!(probe.deliver().await.0.status, 200);
     // As if that were a minute ago.
-    world.database.execute("update events set received_ms = received_ms - 60000").await;
+    world
+        .database
+        .execute("update events set received_ms = received_ms - 60000")
+        .await;
     // What has room in a page is still written, as on a disk that is full.
     let full = "create function disk_full() returns trigger language plpgsql as $$ begin
         raise exception using errcode = 'disk_full', message = 'could not extend file: No space left on device'; end $$;
@@ -183,10 +250,16 @@ async fn a_disk_that_is_full_takes_no_delivery_and_is_still_read_and_the_doctor_
     world.database.execute(full).await;
     for _ in 0..20 {
         assert_eq!(probe.deliver().await.0.status, 503);
-        world.get(&invoice_path("inv-0"), &world.acme_key).await.with_status(200);
+        world
+            .get(&invoice_path("inv-0"), &world.acme_key)
+            .await
+            .with_status(200);
     }
     let log = world.server.log();
-    assert!(log.contains("No space left on device") && !log.contains("the database is away"), "{log}");
+    assert!(
+        log.contains("No space left on device") && !log.contains("the database is away"),
+        "{log}"
+    );
     let until_doctor = async |code: i32, words: &str| {
         let deadline = Instant::now() + NOTED;
         loop {
@@ -194,7 +267,10 @@ async fn a_disk_that_is_full_takes_no_delivery_and_is_still_read_and_the_doctor_
             if said.code == code && said.stdout.contains(words) {
                 break;
             }
-            assert!(Instant::now() < deadline, "not {code} with {words}: {said:?}");
+            assert!(
+                Instant::now() < deadline,
+                "not {code} with {words}: {said:?}"
+            );
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
     };
@@ -203,8 +279,15 @@ async fn a_disk_that_is_full_takes_no_delivery_and_is_still_read_and_the_doctor_
     probe.count = 0;
     assert_eq!(probe.deliver().await.0.status, 200);
     assert_eq!(probe.deliver().await.0.status, 503);
-    until_doctor(3, "warning  deliveries      Some deliveries are answered 503").await;
-    world.database.execute("drop trigger disk_full on events").await;
+    until_doctor(
+        3,
+        "warning  deliveries      Some deliveries are answered 503",
+    )
+    .await;
+    world
+        .database
+        .execute("drop trigger disk_full on events")
+        .await;
     assert_eq!(probe.deliver().await.0.status, 200);
     until_doctor(0, "").await;
 }
@@ -214,35 +297,62 @@ async fn a_database_that_is_read_only_takes_no_delivery_and_is_still_read_in_a_c
     let server = Arc::new(PostgresServer::of_its_own("-c fsync=on", &[]));
     let world = World::on(Database::create_on(&server)).await;
     world.store("inv-0", "in_0").await.with_status(201);
-    let mut probe = Probe { world: &world, count: 0, refused: Vec::new() };
+    let mut probe = Probe {
+        world: &world,
+        count: 0,
+        refused: Vec::new(),
+    };
     assert_eq!(probe.deliver().await.0.status, 200);
     let name = world.database.url.rsplit('/').next().unwrap();
-    let sessions =
-        "select pg_terminate_backend(pid) from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()";
-    server.sql(name, &format!("alter database {name} set default_transaction_read_only = on; {sessions}"));
+    let sessions = "select pg_terminate_backend(pid) from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()";
+    server.sql(
+        name,
+        &format!("alter database {name} set default_transaction_read_only = on; {sessions}"),
+    );
     // Those that were open when their sessions ended are gone first.
     let deadline = Instant::now() + NOTED;
-    while !world.server.log().contains("in a read-only transaction") || world.get("/readyz", "").await.status != 200 {
+    while !world.server.log().contains("in a read-only transaction")
+        || world.get("/readyz", "").await.status != 200
+    {
         probe.deliver().await;
-        assert!(Instant::now() < deadline, "it is not read-only: {}", world.server.log());
+        assert!(
+            Instant::now() < deadline,
+            "it is not read-only: {}",
+            world.server.log()
+        );
     }
-    let told = |log: &str| (log.matches("the database is away").count(), log.matches("the database is back").count());
+    let told = |log: &str| {
+        (
+            log.matches("the database is away").count(),
+            log.matches("the database is back").count(),
+        )
+    };
     let before = told(&world.server.log());
     for _ in 0..20 {
         assert_eq!(probe.deliver().await.0.status, 503);
-        world.get(&invoice_path("inv-0"), &world.acme_key).await.with_status(200);
+        world
+            .get(&invoice_path("inv-0"), &world.acme_key)
+            .await
+            .with_status(200);
         world.get("/readyz", "").await.with_status(200);
     }
     let log = world.server.log();
     assert_eq!(told(&log), before, "{log}");
-    server.sql("postgres", &format!("alter database {name} reset default_transaction_read_only"));
+    server.sql(
+        "postgres",
+        &format!("alter database {name} reset default_transaction_read_only"),
+    );
     probe.until_taken(BACK).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_file_that_is_moved_away_or_replaced_takes_nothing_that_would_be_lost() {
     let world = World::start(Engine::Sqlite).await;
-    let mut probe = Probe { world: &world, count: 0, refused: Vec::new() };
+    let mut probe = Probe {
+        world: &world,
+        count: 0,
+        refused: Vec::new(),
+    };
     assert_eq!(probe.deliver().await.0.status, 200);
     let file = world.database.url.trim_start_matches("sqlite://");
     let moved = format!("{file}.moved");
@@ -250,13 +360,19 @@ async fn a_file_that_is_moved_away_or_replaced_takes_nothing_that_would_be_lost(
     let refused = async |probe: &mut Probe<'_>| {
         assert_eq!(probe.deliver().await.0.status, 503);
         world.get("/readyz", "").await.with_status(503);
-        world.get(&invoice_path("inv-0"), &world.acme_key).await.with_status(503);
+        world
+            .get(&invoice_path("inv-0"), &world.acme_key)
+            .await
+            .with_status(503);
     };
     refused(&mut probe).await;
     std::fs::copy(&moved, file).unwrap();
     refused(&mut probe).await;
     let log = world.server.log();
-    assert!(log.contains("is no longer there") && log.contains("is no longer the file that was opened"), "{log}");
+    assert!(
+        log.contains("is no longer there") && log.contains("is no longer the file that was opened"),
+        "{log}"
+    );
     std::fs::rename(&moved, file).unwrap();
     assert_eq!(probe.deliver().await.0.status, 200);
 }

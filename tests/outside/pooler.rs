@@ -13,7 +13,9 @@ async fn all_is_as_without(world: World, direct_url: &str) {
         assert_eq!(world.key(&["--tenant", "acme"]).len(), world.acme_key.len());
         world.run(&["rebuild"]).with_code(0);
         world.run(&["migrate"]).with_code(0);
-        world.run(&["invoices", "get", "acme", "inv-0"]).with_code(0);
+        world
+            .run(&["invoices", "get", "acme", "inv-0"])
+            .with_code(0);
     }
     load.acknowledge(150).await;
     let told = load.finish().await;
@@ -30,24 +32,54 @@ async fn all_is_as_without(world: World, direct_url: &str) {
 
 /// What commands print is what they print without the pooler, where they only read; and what they write is there.
 fn check_commands(world: &World, direct_url: &str, uid: &str) {
-    let direct = |arguments: &[&str]| run(&[("DATABASE_URL", direct_url)], arguments, b"").with_code(0).stdout;
+    let direct = |arguments: &[&str]| {
+        run(&[("DATABASE_URL", direct_url)], arguments, b"")
+            .with_code(0)
+            .stdout
+    };
     let why = ["why", "acme", uid];
-    let keys = run(&[("DATABASE_URL", direct_url)], &["keys", "list", "--json"], b"").with_code(0).json();
+    let keys = run(
+        &[("DATABASE_URL", direct_url)],
+        &["keys", "list", "--json"],
+        b"",
+    )
+    .with_code(0)
+    .json();
     let key_id = keys[0]["id"].clone();
-    world.run(&["keys", "revoke", key_id.as_str().unwrap()]).with_code(0);
-    for arguments in
-        [&why[..], &["keys", "list"], &["events", "list", "--limit", "50"], &["events", "show", "evt_1"], &["events", "export"]]
-    {
-        assert_eq!(world.run(arguments).with_code(0).stdout, direct(arguments), "{arguments:?}");
+    world
+        .run(&["keys", "revoke", key_id.as_str().unwrap()])
+        .with_code(0);
+    for arguments in [
+        &why[..],
+        &["keys", "list"],
+        &["events", "list", "--limit", "50"],
+        &["events", "show", "evt_1"],
+        &["events", "export"],
+    ] {
+        assert_eq!(
+            world.run(arguments).with_code(0).stdout,
+            direct(arguments),
+            "{arguments:?}"
+        );
     }
     let differs = |ran: Ran| ran.with_code(3);
-    PostgresServer::shared().sql(direct_url, "update events set telling = null where id in ('evt_0', 'evt_6', 'evt_12')");
+    PostgresServer::shared().sql(
+        direct_url,
+        "update events set telling = null where id in ('evt_0', 'evt_6', 'evt_12')",
+    );
     differs(world.run(&["rebuild", "--dry-run"]));
     differs(world.run(&["rebuild"]));
     world.run(&["rebuild", "--dry-run"]).with_code(0);
     let exported = world.run(&["events", "export"]).with_code(0).stdout;
-    let again = world.run_with_input(&["replay", "-", "--json"], exported.as_bytes()).with_code(0).json();
-    assert_eq!((again["recorded"].as_u64(), again["refused"].as_u64()), (Some(0), Some(0)), "{again}");
+    let again = world
+        .run_with_input(&["replay", "-", "--json"], exported.as_bytes())
+        .with_code(0)
+        .json();
+    assert_eq!(
+        (again["recorded"].as_u64(), again["refused"].as_u64()),
+        (Some(0), Some(0)),
+        "{again}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -55,7 +87,11 @@ async fn a_pooler_on_another_port_is_noticed_and_all_is_as_without() {
     let pooler = Pooler::start(PostgresServer::shared());
     let database = Database::create(Engine::Postgres);
     let direct = database.url.clone();
-    all_is_as_without(World::on(database.by_way_of(|name| pooler.url(name))).await, &direct).await;
+    all_is_as_without(
+        World::on(database.by_way_of(|name| pooler.url(name))).await,
+        &direct,
+    )
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -72,21 +108,38 @@ fn many_may_migrate_at_once_through_a_pooler_and_a_refused_one_hinders_nobody() 
     let pooler = Pooler::start(PostgresServer::shared());
     for _ in 0..3 {
         let database = Database::create(Engine::Postgres).by_way_of(|name| pooler.url(name));
-        let migrate = |code| run(&[("DATABASE_URL", &database.url)], &["migrate"], b"").with_code(code);
+        let migrate =
+            |code| run(&[("DATABASE_URL", &database.url)], &["migrate"], b"").with_code(code);
         let told: Vec<String> = std::thread::scope(|scope| {
             let migrating: Vec<_> = (0..4).map(|_| scope.spawn(|| migrate(0).stdout)).collect();
-            migrating.into_iter().map(|migrated| migrated.join().expect("each of them ends well")).collect()
+            migrating
+                .into_iter()
+                .map(|migrated| migrated.join().expect("each of them ends well"))
+                .collect()
         });
-        assert_eq!(told.iter().filter(|told| told.contains("start")).count(), 1, "{told:?}");
+        assert_eq!(
+            told.iter().filter(|told| told.contains("start")).count(),
+            1,
+            "{told:?}"
+        );
 
         // As a newer version leaves it.
         let sql = |statement: &str| PostgresServer::shared().sql(&database.url, statement);
-        sql("insert into _sqlx_migrations select 9999, 'newer', now(), true, checksum, 0 from _sqlx_migrations limit 1");
+        sql(
+            "insert into _sqlx_migrations select 9999, 'newer', now(), true, checksum, 0 from _sqlx_migrations limit 1",
+        );
         let refused: Vec<String> = (0..4).map(|_| migrate(4).stderr).collect();
-        assert!(refused.iter().all(|told| told.contains("newer version")), "{refused:?}");
+        assert!(
+            refused.iter().all(|told| told.contains("newer version")),
+            "{refused:?}"
+        );
         sql("delete from _sqlx_migrations where version = 9999");
         migrate(0);
         let held = "select count(*) from pg_locks where locktype = 'advisory' and database = (select oid from pg_database where datname = current_database())";
-        assert_eq!(sql(held), "0", "a lock is left on a connection that others use");
+        assert_eq!(
+            sql(held),
+            "0",
+            "a lock is left on a connection that others use"
+        );
     }
 }

@@ -14,22 +14,67 @@ fn paid(id: &str, created: i64) -> Value {
 
 /// Header lines that carry a key, each as it stands in a request.
 fn with_key(key: &str) -> Vec<String> {
-    let names = ["ApiKey", "apikey", "APIKEY", "aPiKeY", "Authorization", "authorization", "AUTHORIZATION"];
+    let names = [
+        "ApiKey",
+        "apikey",
+        "APIKEY",
+        "aPiKeY",
+        "Authorization",
+        "authorization",
+        "AUTHORIZATION",
+    ];
     let plain = names.iter().map(|name| format!("{name}: {key}"));
-    let bearer = names[4..].iter().flat_map(|name| ["Bearer", "bearer"].map(|scheme| format!("{name}: {scheme} {key}")));
-    plain.chain(bearer).chain([format!("ApiKey:  {key} "), format!("ApiKey: wrong\r\nAuthorization: {key}")]).collect()
+    let bearer = names[4..]
+        .iter()
+        .flat_map(|name| ["Bearer", "bearer"].map(|scheme| format!("{name}: {scheme} {key}")));
+    plain
+        .chain(bearer)
+        .chain([
+            format!("ApiKey:  {key} "),
+            format!("ApiKey: wrong\r\nAuthorization: {key}"),
+        ])
+        .collect()
 }
 
 /// Header lines that carry none, although they look like it.
 fn without_key(key: &str, spent: &[String]) -> Vec<String> {
     let (shorter, upper) = (&key[..key.len() - 1], key.to_uppercase());
-    let values = ["", " ", "Bearer", "Bearer ", "wrong", "*", "null", "\u{e9}", "' or 1=1 --", shorter, &upper];
-    let mut lines = vec!["Accept: */*".to_owned(), format!("X-Api-Key: {key}"), format!("Cookie: ApiKey={key}")];
-    lines.extend(values.iter().flat_map(|value| [format!("ApiKey: {value}"), format!("Authorization: {value}")]));
-    lines.extend([format!("Authorization: Basic {key}"), format!("ApiKey: Bearer {key}"), format!("ApiKey: {key}x")]);
+    let values = [
+        "",
+        " ",
+        "Bearer",
+        "Bearer ",
+        "wrong",
+        "*",
+        "null",
+        "\u{e9}",
+        "' or 1=1 --",
+        shorter,
+        &upper,
+    ];
+    let mut lines = vec![
+        "Accept: */*".to_owned(),
+        format!("X-Api-Key: {key}"),
+        format!("Cookie: ApiKey={key}"),
+    ];
+    lines.extend(values.iter().flat_map(|value| {
+        [
+            format!("ApiKey: {value}"),
+            format!("Authorization: {value}"),
+        ]
+    }));
+    lines.extend([
+        format!("Authorization: Basic {key}"),
+        format!("ApiKey: Bearer {key}"),
+        format!("ApiKey: {key}x"),
+    ]);
     // Which of two another party looked at, nobody knows.
     lines.push(format!("ApiKey: {key}\r\nApiKey: {key}"));
-    lines.extend(spent.iter().flat_map(|key| with_key(key).into_iter().take(12)));
+    lines.extend(
+        spent
+            .iter()
+            .flat_map(|key| with_key(key).into_iter().take(12)),
+    );
     lines
 }
 
@@ -37,15 +82,22 @@ fn without_key(key: &str, spent: &[String]) -> Vec<String> {
 async fn answered(world: &World, path: &str, lines: &str) -> (String, String) {
     let request = format!("GET {path} HTTP/1.1\r\nHost: x\r\n{lines}\r\nConnection: close\r\n\r\n");
     let answer = world.send_raw(request.as_bytes()).await;
-    let (head, body) = answer.split_once("\r\n\r\n").unwrap_or_else(|| panic!("{request:?} is answered {answer:?}"));
+    let (head, body) = answer
+        .split_once("\r\n\r\n")
+        .unwrap_or_else(|| panic!("{request:?} is answered {answer:?}"));
     (head.to_owned(), body.to_owned())
 }
 
 /// What an answer says, without what only names the request.
 fn anonymous(answer: &Answer) -> (u16, Vec<(String, String)>, String) {
     let of_the_request = ["x-request-id", "date"];
-    let headers = answer.headers.iter().filter(|(name, _)| !of_the_request.contains(&name.as_str()));
-    let headers = headers.map(|(name, value)| (name.to_string(), value.to_str().unwrap().to_owned())).collect();
+    let headers = answer
+        .headers
+        .iter()
+        .filter(|(name, _)| !of_the_request.contains(&name.as_str()));
+    let headers = headers
+        .map(|(name, value)| (name.to_string(), value.to_str().unwrap().to_owned()))
+        .collect();
     let body = String::from_utf8_lossy(&answer.body).replace(answer.header("x-request-id"), "REF");
     (answer.status.as_u16(), headers, body)
 }
@@ -248,7 +300,15 @@ fn unpack(packed: &[u8]) -> Vec<u8> {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("answer.gz");
     std::fs::write(&file, packed).unwrap();
-    let output = std::process::Command::new("gzip").arg("-dc").arg(&file).output().unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let output = std::process::Command::new("gzip")
+        .arg("-dc")
+        .arg(&file)
+        .output()
+        .unwrap();
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     output.stdout
 }

@@ -15,11 +15,13 @@ use stripe_reconciler::store::Store;
 use crate::each_database;
 use crate::stripe_fake::story::{self, Stored};
 use crate::stripe_fake::{
-    self, BASIL, CLOVER, Call, DAY, Deliveries, ENDIVE, Endpoint, Event, HOUR, LIVE_KEY, Life, OLD, OTHER_KEY, Stripe, Terms,
-    Troubles, now_s,
+    self, BASIL, CLOVER, Call, DAY, Deliveries, ENDIVE, Endpoint, Event, HOUR, LIVE_KEY, Life, OLD,
+    OTHER_KEY, Stripe, Terms, Troubles, now_s,
 };
 use crate::stripe_fake_checks;
-use crate::support::{Database, Engine, Files, Ran, SECRET, Server, World, binary, invoice_path, run};
+use crate::support::{
+    Database, Engine, Files, Ran, SECRET, Server, World, binary, invoice_path, run,
+};
 
 /// Enough for every kind of life with every gap, in every version. For a long run: 5,000.
 const INVOICES: usize = 180;
@@ -29,7 +31,13 @@ const KILLS: usize = 5;
 /// All of it takes seconds; this is for a machine that has much else to do.
 const PATIENCE: Duration = Duration::from_secs(60);
 const A_MOMENT: Duration = Duration::from_millis(20);
-const LISTS: [&str; 5] = ["agreeing", "healed", "differing", "unknownAtStripe", "unknownHere"];
+const LISTS: [&str; 5] = [
+    "agreeing",
+    "healed",
+    "differing",
+    "unknownAtStripe",
+    "unknownHere",
+];
 
 /// Runs `reconcile` on a database, as fast as it can.
 fn reconcile(database_url: &str, stripe: &Stripe, arguments: &[&str]) -> Ran {
@@ -37,7 +45,13 @@ fn reconcile(database_url: &str, stripe: &Stripe, arguments: &[&str]) -> Ran {
 }
 
 /// With this key, and so many calls a second.
-fn reconcile_as(key: &str, rate: usize, database_url: &str, stripe: &Stripe, arguments: &[&str]) -> Ran {
+fn reconcile_as(
+    key: &str,
+    rate: usize,
+    database_url: &str,
+    stripe: &Stripe,
+    arguments: &[&str],
+) -> Ran {
     let environment = [
         ("DATABASE_URL", database_url),
         ("RUST_LOG", "warn"),
@@ -53,32 +67,69 @@ fn reconcile_as(key: &str, rate: usize, database_url: &str, stripe: &Stripe, arg
 fn report(ran: &Ran) -> BTreeMap<&'static str, BTreeSet<String>> {
     let report = ran.json();
     let ids = |name: &str| {
-        let items = report[name].as_array().unwrap_or_else(|| panic!("{name} is no list in {report}"));
-        assert_eq!(report["counts"][name], json!(items.len()), "{name} in {report}");
-        let ids: BTreeSet<String> = items.iter().map(|item| item["stripeInvoiceId"].as_str().unwrap().to_owned()).collect();
+        let items = report[name]
+            .as_array()
+            .unwrap_or_else(|| panic!("{name} is no list in {report}"));
+        assert_eq!(
+            report["counts"][name],
+            json!(items.len()),
+            "{name} in {report}"
+        );
+        let ids: BTreeSet<String> = items
+            .iter()
+            .map(|item| item["stripeInvoiceId"].as_str().unwrap().to_owned())
+            .collect();
         // One that differs in several things is told once for each.
-        assert!(ids.len() == items.len() || name == "differing", "an invoice stands twice under {name} in {report}");
+        assert!(
+            ids.len() == items.len() || name == "differing",
+            "an invoice stands twice under {name} in {report}"
+        );
         ids
     };
-    let lists: BTreeMap<&str, BTreeSet<String>> = LISTS.into_iter().map(|name| (name, ids(name))).collect();
+    let lists: BTreeMap<&str, BTreeSet<String>> =
+        LISTS.into_iter().map(|name| (name, ids(name))).collect();
     for name in ["agreeing", "unknownAtStripe", "unknownHere"] {
         let others = lists.iter().filter(|(other, _)| **other != name);
-        assert!(others.flat_map(|(_, ids)| ids).all(|id| !lists[name].contains(id)), "{name} and something else in {report}");
+        assert!(
+            others
+                .flat_map(|(_, ids)| ids)
+                .all(|id| !lists[name].contains(id)),
+            "{name} and something else in {report}"
+        );
     }
     lists
 }
 
 fn import(database_url: &str, invoices: &[Stored]) {
-    let lines: Vec<String> = invoices.iter().map(|invoice| invoice.document().to_string()).collect();
+    let lines: Vec<String> = invoices
+        .iter()
+        .map(|invoice| invoice.document().to_string())
+        .collect();
     let arguments = ["invoices", "import", "--tenant", "acme", "-"];
-    run(&[("DATABASE_URL", database_url)], &arguments, lines.join("\n").as_bytes()).with_code(0);
+    run(
+        &[("DATABASE_URL", database_url)],
+        &arguments,
+        lines.join("\n").as_bytes(),
+    )
+    .with_code(0);
 }
 
 /// `status.states` of each invoice, as it stands, by the invoice's id at Stripe.
 fn histories(database_url: &str) -> BTreeMap<String, String> {
-    let listed = run(&[("DATABASE_URL", database_url)], &["invoices", "list", "--tenant", "acme", "--json"], b"").with_code(0);
+    let listed = run(
+        &[("DATABASE_URL", database_url)],
+        &["invoices", "list", "--tenant", "acme", "--json"],
+        b"",
+    )
+    .with_code(0);
     let history = |invoice: Value| {
-        (invoice["status"]["stripeInvoiceId"].as_str().unwrap().to_owned(), invoice["status"]["states"].to_string())
+        (
+            invoice["status"]["stripeInvoiceId"]
+                .as_str()
+                .unwrap()
+                .to_owned(),
+            invoice["status"]["states"].to_string(),
+        )
     };
     listed.json_lines().into_iter().map(history).collect()
 }
@@ -88,22 +139,50 @@ fn undisturbed(world: &World, stripe: &Stripe, invoices: &[Stored]) -> BTreeMap<
     replayed(world, stripe, invoices, Event::as_delivered)
 }
 
-fn replayed(world: &World, stripe: &Stripe, invoices: &[Stored], rendered: impl Fn(&Event) -> Value) -> BTreeMap<String, String> {
+fn replayed(
+    world: &World,
+    stripe: &Stripe,
+    invoices: &[Stored],
+    rendered: impl Fn(&Event) -> Value,
+) -> BTreeMap<String, String> {
     let database = world.empty_database();
     import(&database.url, invoices);
-    let lines: Vec<String> = stripe.events().iter().map(|event| rendered(event).to_string()).collect();
+    let lines: Vec<String> = stripe
+        .events()
+        .iter()
+        .map(|event| rendered(event).to_string())
+        .collect();
     let (files, environment) = (Files::new(), [("DATABASE_URL", database.url.as_str())]);
-    run(&environment, &["replay", &files.add("all.jsonl", lines.join("\n"))], b"").with_code(0);
+    run(
+        &environment,
+        &["replay", &files.add("all.jsonl", lines.join("\n"))],
+        b"",
+    )
+    .with_code(0);
     histories(&database.url)
 }
 
 #[track_caller]
-fn assert_same(found: &BTreeMap<String, String>, expected: &BTreeMap<String, String>, stripe: &Stripe, told: &str) {
+fn assert_same(
+    found: &BTreeMap<String, String>,
+    expected: &BTreeMap<String, String>,
+    stripe: &Stripe,
+    told: &str,
+) {
     assert_eq!(found.len(), expected.len(), "{told}");
-    let differing: Vec<&String> = expected.keys().filter(|id| found.get(*id) != expected.get(*id)).collect();
-    let Some(first) = differing.first() else { return };
-    let events: Vec<String> =
-        stripe.events().iter().filter(|event| event.as_delivered().to_string().contains(*first)).map(line).collect();
+    let differing: Vec<&String> = expected
+        .keys()
+        .filter(|id| found.get(*id) != expected.get(*id))
+        .collect();
+    let Some(first) = differing.first() else {
+        return;
+    };
+    let events: Vec<String> = stripe
+        .events()
+        .iter()
+        .filter(|event| event.as_delivered().to_string().contains(*first))
+        .map(line)
+        .collect();
     panic!(
         "{told}: {} of {} differ, such as {first}\nfound    {}\nexpected {}\n{}",
         differing.len(),
@@ -115,12 +194,25 @@ fn assert_same(found: &BTreeMap<String, String>, expected: &BTreeMap<String, Str
 }
 
 fn line(event: &Event) -> String {
-    format!("{} {} {} {}", event.created, event.id, event.kind, if event.generated { "" } else { "(never made)" })
+    format!(
+        "{} {} {} {}",
+        event.created,
+        event.id,
+        event.kind,
+        if event.generated { "" } else { "(never made)" }
+    )
 }
 
 /// Which histories are not what they were.
-fn changed(before: &BTreeMap<String, String>, after: &BTreeMap<String, String>) -> BTreeSet<String> {
-    after.keys().filter(|id| before[*id] != after[*id]).cloned().collect()
+fn changed(
+    before: &BTreeMap<String, String>,
+    after: &BTreeMap<String, String>,
+) -> BTreeSet<String> {
+    after
+        .keys()
+        .filter(|id| before[*id] != after[*id])
+        .cloned()
+        .collect()
 }
 
 /// Nothing was asked that a reader may not ask, and nothing that was answered was asked again.
@@ -128,11 +220,18 @@ fn changed(before: &BTreeMap<String, String>, after: &BTreeMap<String, String>) 
 fn assert_mannered(stripe: &Stripe) {
     assert_eq!(stripe.faults(), [""; 0]);
     let mut answered: BTreeMap<String, usize> = BTreeMap::new();
-    for call in stripe.calls().into_iter().filter(|call| call.status == Some(200)) {
+    for call in stripe
+        .calls()
+        .into_iter()
+        .filter(|call| call.status == Some(200))
+    {
         *answered.entry(call.url).or_default() += 1;
     }
     answered.retain(|_, times| *times > 1);
-    assert!(answered.is_empty(), "asked again without need: {answered:#?}");
+    assert!(
+        answered.is_empty(),
+        "asked again without need: {answered:#?}"
+    );
 }
 
 each_database! {
@@ -179,18 +278,40 @@ async fn until<F: Future<Output = bool>>(what: &str, mut is_so: impl FnMut() -> 
 }
 
 /// A database that knows the invoices, and what a share of the webhooks told.
-fn told_in_part(world: &World, stripe: &Stripe, invoices: &[Stored], told: impl Fn(usize, &Event) -> bool) -> Database {
+fn told_in_part(
+    world: &World,
+    stripe: &Stripe,
+    invoices: &[Stored],
+    told: impl Fn(usize, &Event) -> bool,
+) -> Database {
     let database = world.empty_database();
     import(&database.url, invoices);
-    let events = stripe.events().into_iter().enumerate().filter(|(n, event)| event.generated && told(*n, event));
-    let lines: Vec<String> = events.map(|(_, event)| event.as_delivered().to_string()).collect();
+    let events = stripe
+        .events()
+        .into_iter()
+        .enumerate()
+        .filter(|(n, event)| event.generated && told(*n, event));
+    let lines: Vec<String> = events
+        .map(|(_, event)| event.as_delivered().to_string())
+        .collect();
     let files = Files::new();
-    run(&[("DATABASE_URL", &database.url)], &["replay", &files.add("some.jsonl", lines.join("\n"))], b"").with_code(0);
+    run(
+        &[("DATABASE_URL", &database.url)],
+        &["replay", &files.add("some.jsonl", lines.join("\n"))],
+        b"",
+    )
+    .with_code(0);
     database
 }
 
 /// A pass that is killed when Stripe has heard so many calls with its key, and a moment more. False: it had ended before.
-fn killed_after(database_url: &str, stripe: &Stripe, key: &str, calls: usize, moment: Duration) -> bool {
+fn killed_after(
+    database_url: &str,
+    stripe: &Stripe,
+    key: &str,
+    calls: usize,
+    moment: Duration,
+) -> bool {
     let mut command = binary(&[
         ("DATABASE_URL", database_url),
         ("RUST_LOG", "off"),
@@ -198,7 +319,12 @@ fn killed_after(database_url: &str, stripe: &Stripe, key: &str, calls: usize, mo
         ("STRIPE_API_KEY", key),
         ("STRIPE_API_BASE", &stripe.base),
     ]);
-    let mut process = command.arg("reconcile").stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let mut process = command
+        .arg("reconcile")
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
     let heard = || stripe.calls().iter().filter(|call| call.key == key).count();
     while heard() < calls && process.try_wait().unwrap().is_none() {
         std::thread::sleep(Duration::from_millis(1));
@@ -212,8 +338,13 @@ fn killed_after(database_url: &str, stripe: &Stripe, key: &str, calls: usize, mo
 
 /// No event stands twice in the log, whatever the rendering.
 fn assert_logged_once(database_url: &str) {
-    let log =
-        run(&[("DATABASE_URL", database_url)], &["events", "list", "--limit", "100000", "--json"], b"").with_code(0).json_lines();
+    let log = run(
+        &[("DATABASE_URL", database_url)],
+        &["events", "list", "--limit", "100000", "--json"],
+        b"",
+    )
+    .with_code(0)
+    .json_lines();
     let mut seen = BTreeSet::new();
     for event in log.iter().filter(|event| event["type"] != "fetched") {
         let identity = ["id", "type", "apiVersion"].map(|name| event[name].to_string());
@@ -224,11 +355,18 @@ fn assert_logged_once(database_url: &str) {
 
 /// Of the currency that stored invoices have here.
 pub fn terms(start: i64, version: &'static str) -> Terms {
-    Terms { currency: "usd", ..stripe_fake_checks::terms(start, version) }
+    Terms {
+        currency: "usd",
+        ..stripe_fake_checks::terms(start, version)
+    }
 }
 
 fn stored(uid: &str, life: &Life) -> Stored {
-    Stored { uid: uid.to_owned(), stripe_id: life.id().to_owned(), due: life.invoice.due }
+    Stored {
+        uid: uid.to_owned(),
+        stripe_id: life.id().to_owned(),
+        due: life.invoice.due,
+    }
 }
 
 /// A server that asks this Stripe, with this key.
@@ -378,7 +516,10 @@ each_database! {
 
 /// A merchant on basil, whose PaymentIntents carry a reference of the merchant's own: no payment leads to its invoice.
 fn unlinked(start: i64) -> Terms {
-    Terms { order_reference: Some("PO-4711"), ..terms(start, BASIL) }
+    Terms {
+        order_reference: Some("PO-4711"),
+        ..terms(start, BASIL)
+    }
 }
 
 async fn deliver_all(world: &World, stripe: &Stripe) {
@@ -572,12 +713,28 @@ async fn without_a_key_or_with_a_wrong_one_or_without_stripe_it_says_so() {
     let url = ("DATABASE_URL", world.database.url.as_str());
     let none = run(&[url], &["reconcile"], b"").with_code(2);
     assert!(none.stderr.contains("STRIPE_API_KEY"), "{}", none.stderr);
-    let wrong =
-        run(&[url, ("STRIPE_API_KEY", "sk_live_wrong_1234567890"), ("STRIPE_API_BASE", &stripe.base)], &["reconcile"], b"")
-            .with_code(2);
-    assert!(wrong.stderr.contains("STRIPE_API_KEY") && !wrong.stderr.contains("wrong_1234567890"), "{}", wrong.stderr);
+    let wrong = run(
+        &[
+            url,
+            ("STRIPE_API_KEY", "sk_live_wrong_1234567890"),
+            ("STRIPE_API_BASE", &stripe.base),
+        ],
+        &["reconcile"],
+        b"",
+    )
+    .with_code(2);
+    assert!(
+        wrong.stderr.contains("STRIPE_API_KEY") && !wrong.stderr.contains("wrong_1234567890"),
+        "{}",
+        wrong.stderr
+    );
     let [key, _] = stripe.settings();
     // Nothing listens on port 1.
-    let away = run(&[url, key, ("STRIPE_API_BASE", "http://127.0.0.1:1")], &["reconcile"], b"").with_code(4);
+    let away = run(
+        &[url, key, ("STRIPE_API_BASE", "http://127.0.0.1:1")],
+        &["reconcile"],
+        b"",
+    )
+    .with_code(4);
     assert!(away.stderr.contains("Stripe"), "{}", away.stderr);
 }

@@ -10,11 +10,18 @@ use crate::each_database;
 use crate::support::{self, Files, Ran, SECRET, invoice_path, recorded};
 
 fn texts<'v>(items: &'v [Value], name: &str) -> Vec<&'v str> {
-    items.iter().map(|item| item[name].as_str().unwrap_or("-")).collect()
+    items
+        .iter()
+        .map(|item| item[name].as_str().unwrap_or("-"))
+        .collect()
 }
 
 fn import(url: &str, tenant: &str, lines: &str) -> Ran {
-    support::run(&[("DATABASE_URL", url)], &["invoices", "import", "--tenant", tenant, "-"], lines.as_bytes())
+    support::run(
+        &[("DATABASE_URL", url)],
+        &["invoices", "import", "--tenant", tenant, "-"],
+        lines.as_bytes(),
+    )
 }
 
 each_database! {
@@ -151,18 +158,33 @@ async fn forget_what_was_read(database_url: &str) {
             secret_label: logged.secret_label,
             received_ms: logged.received_ms,
         };
-        let unread = NewEvent { telling: None, mentions: Vec::new(), outcome: Outcome::NoPaymentFact, ..prepare(delivery) };
+        let unread = NewEvent {
+            telling: None,
+            mentions: Vec::new(),
+            outcome: Outcome::NoPaymentFact,
+            ..prepare(delivery)
+        };
         (logged.key, unread)
     };
     let stored = store.stored_bodies(None, 1000).await.unwrap();
-    store.replace_readings(&stored.into_iter().map(unread).collect::<Vec<_>>()).await.unwrap();
+    store
+        .replace_readings(&stored.into_iter().map(unread).collect::<Vec<_>>())
+        .await
+        .unwrap();
     store.close().await;
 }
 
 fn stories() -> Vec<PathBuf> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/stories");
-    let files = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
-    files.filter(|path| path.extension().is_some_and(|extension| extension == "jsonl")).collect()
+    let files = std::fs::read_dir(folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().path());
+    files
+        .filter(|path| {
+            path.extension()
+                .is_some_and(|extension| extension == "jsonl")
+        })
+        .collect()
 }
 
 each_database! {

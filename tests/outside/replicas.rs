@@ -2,7 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::support::{Database, Engine, Load, PostgresServer, Server, World, client, run, send, uid_and_states};
+use crate::support::{
+    Database, Engine, Load, PostgresServer, Server, World, client, run, send, uid_and_states,
+};
 
 /// Processes that meet an empty database.
 const AT_ONCE: usize = 4;
@@ -12,8 +14,24 @@ async fn histories(world: &World, server: &Server) -> BTreeMap<String, String> {
     let (client, mut histories, mut cursor) = (client(), BTreeMap::new(), String::new());
     loop {
         let url = format!("{}/v1/tenants/acme/invoices?limit=500{cursor}", server.base);
-        let page = send(&client, "GET", &url, &[("ApiKey", &world.acme_key)], Vec::new()).await.with_status(200).json();
-        histories.extend(page["items"].as_array().unwrap().iter().map(uid_and_states).filter(|(_, states)| states != "[]"));
+        let page = send(
+            &client,
+            "GET",
+            &url,
+            &[("ApiKey", &world.acme_key)],
+            Vec::new(),
+        )
+        .await
+        .with_status(200)
+        .json();
+        histories.extend(
+            page["items"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .map(uid_and_states)
+                .filter(|(_, states)| states != "[]"),
+        );
         match page["nextCursor"].as_str() {
             Some(next) => cursor = format!("&cursor={next}"),
             None => return histories,
@@ -32,7 +50,8 @@ async fn three_servers_keep_every_event_once_and_tell_the_same() {
     assert!(told.refused_by().is_empty(), "{:?}", told.refused_by());
     told.check_log(&world.logged_ids(), "three servers");
     for server in [&world.server, &second, &third] {
-        told.check_histories(&histories(&world, server).await, &server.base).await;
+        told.check_histories(&histories(&world, server).await, &server.base)
+            .await;
     }
 }
 
@@ -48,11 +67,16 @@ async fn a_server_that_is_killed_changes_nothing_for_the_others_and_loses_nothin
     load.acknowledge(200).await;
     let acknowledged = load.acknowledged();
     let told = load.finish().await;
-    assert_eq!(told.refused_by(), BTreeSet::from([second.base.clone()]), "the others go on");
+    assert_eq!(
+        told.refused_by(),
+        BTreeSet::from([second.base.clone()]),
+        "the others go on"
+    );
     let log = world.logged_ids();
     assert!(acknowledged.is_subset(&log.iter().cloned().collect()));
     told.check_log(&log, "one is killed");
-    told.check_histories(&histories(&world, &third).await, "one is killed").await;
+    told.check_histories(&histories(&world, &third).await, "one is killed")
+        .await;
 }
 
 #[test]
@@ -61,13 +85,20 @@ fn servers_that_start_at_once_on_an_empty_database_migrate_it_once() {
     let url = database.url.as_str();
     let servers = at_once(url, || drop(Server::start(url)));
     assert_eq!(servers.len(), AT_ONCE, "each of them starts");
-    let applied = PostgresServer::shared().sql(url, "select count(*), count(distinct version) from _sqlx_migrations");
+    let applied = PostgresServer::shared().sql(
+        url,
+        "select count(*), count(distinct version) from _sqlx_migrations",
+    );
     let (rows, versions) = applied.split_once('|').unwrap();
     assert!(rows == versions && rows != "0", "{applied}");
 
     let database = Database::create(Engine::Postgres);
     let url = database.url.as_str();
-    let told = at_once(url, || run(&[("DATABASE_URL", url)], &["migrate"], b"").with_code(0).stdout);
+    let told = at_once(url, || {
+        run(&[("DATABASE_URL", url)], &["migrate"], b"")
+            .with_code(0)
+            .stdout
+    });
     let did = told.iter().filter(|told| told.contains("start")).count();
     assert_eq!(did, 1, "one of them migrates it: {told:?}");
 }
@@ -78,9 +109,14 @@ fn at_once<T: Send>(url: &str, migrate: impl Fn() -> T + Sync) -> Vec<T> {
     let mut holding = server.hold(url, "create table events (held int)");
     std::thread::scope(|scope| {
         let migrating: Vec<_> = (0..AT_ONCE).map(|_| scope.spawn(&migrate)).collect();
-        server.wait_until("they do not come", || server.waiting_for_locks(url) == AT_ONCE);
+        server.wait_until("they do not come", || {
+            server.waiting_for_locks(url) == AT_ONCE
+        });
         holding.kill().unwrap();
         holding.wait().unwrap();
-        migrating.into_iter().map(|migrated| migrated.join().expect("each of them ends well")).collect()
+        migrating
+            .into_iter()
+            .map(|migrated| migrated.join().expect("each of them ends well"))
+            .collect()
     })
 }

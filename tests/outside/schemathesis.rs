@@ -15,13 +15,22 @@ fn schemathesis() -> Option<PathBuf> {
     if path.is_file() {
         return Some(path);
     }
-    let said = format!("Schemathesis is not at {}: run tests/schemathesis/install, which installs it from PyPI", path.display());
-    assert!(setting("SCHEMATHESIS_REQUIRED").is_none_or(|value| value != "1"), "{said}");
+    let said = format!(
+        "Schemathesis is not at {}: run tests/schemathesis/install, which installs it from PyPI",
+        path.display()
+    );
+    assert!(
+        setting("SCHEMATHESIS_REQUIRED").is_none_or(|value| value != "1"),
+        "{said}"
+    );
     println!("not tested: {said}");
     None
 }
 
-#[expect(clippy::disallowed_methods, reason = "not a setting of the program: it says how long to test")]
+#[expect(
+    clippy::disallowed_methods,
+    reason = "not a setting of the program: it says how long to test"
+)]
 fn setting(name: &str) -> Option<String> {
     std::env::var(name).ok()
 }
@@ -42,14 +51,32 @@ fn judge(program: &Path, world: &World, sender: Sender, arguments: &[&str]) {
         .arg(format!("{}/openapi.json", world.server.base))
         .args(["--continue-on-failure", "--warnings", "off"])
         .args(arguments);
-    command.env("SCHEMATHESIS_HOOKS", folder.join("hooks.py")).env("SIGNING_SECRET", SECRET).env("PYTHONDONTWRITEBYTECODE", "1");
+    command
+        .env("SCHEMATHESIS_HOOKS", folder.join("hooks.py"))
+        .env("SIGNING_SECRET", SECRET)
+        .env("PYTHONDONTWRITEBYTECODE", "1");
     command.envs(sender.map(|(_, key)| ("KEY", key)));
     let output = command.current_dir(place.path()).output().unwrap();
-    let told = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    let told = format!(
+        "{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
     let sent = sender.map_or("no key", |(scheme, _)| scheme);
-    assert!(output.status.success(), "{sent} on {:?}: {told}", world.engine);
-    let summary: Vec<&str> = told.lines().filter(|line| line.contains(" generated, ") || line.starts_with("===")).collect();
-    println!("{:?}, {sent}: {}", world.engine, summary[summary.len() - 2..].join(" "));
+    assert!(
+        output.status.success(),
+        "{sent} on {:?}: {told}",
+        world.engine
+    );
+    let summary: Vec<&str> = told
+        .lines()
+        .filter(|line| line.contains(" generated, ") || line.starts_with("==="))
+        .collect();
+    println!(
+        "{:?}, {sent}: {}",
+        world.engine,
+        summary[summary.len() - 2..].join(" ")
+    );
 }
 
 each_database! {

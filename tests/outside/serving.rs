@@ -26,34 +26,82 @@ impl Served {
         // A file, for a pipe that nobody reads fills up.
         let stderr = File::create(folder.path().join("stderr")).unwrap();
         let mut command = binary(environment);
-        let mut process = command.arg("serve").args(arguments).stdout(Stdio::piped()).stderr(stderr).spawn().unwrap();
+        let mut process = command
+            .arg("serve")
+            .args(arguments)
+            .stdout(Stdio::piped())
+            .stderr(stderr)
+            .spawn()
+            .unwrap();
         let mut stdout = BufReader::new(process.stdout.take().unwrap());
         let mut line = String::new();
         stdout.read_line(&mut line).unwrap();
-        let told = || format!("{line:?}, and {}", std::fs::read_to_string(folder.path().join("stderr")).unwrap());
-        let base =
-            line.strip_prefix("listening on ").and_then(|base| base.strip_suffix('\n')).unwrap_or_else(|| panic!("{}", told()));
-        Served { base: base.to_owned(), process, stdout, folder }
+        let told = || {
+            format!(
+                "{line:?}, and {}",
+                std::fs::read_to_string(folder.path().join("stderr")).unwrap()
+            )
+        };
+        let base = line
+            .strip_prefix("listening on ")
+            .and_then(|base| base.strip_suffix('\n'))
+            .unwrap_or_else(|| panic!("{}", told()));
+        Served {
+            base: base.to_owned(),
+            process,
+            stdout,
+            folder,
+        }
     }
 
     async fn deliver(&self, secret: &str, body: &str) -> u16 {
         let signature = signature(secret, Clock::system().now_s(), body.as_bytes());
         let url = format!("{}/webhooks/stripe", self.base);
-        send(&client(), "POST", &url, &[("Stripe-Signature", &signature)], body.into()).await.status.as_u16()
+        send(
+            &client(),
+            "POST",
+            &url,
+            &[("Stripe-Signature", &signature)],
+            body.into(),
+        )
+        .await
+        .status
+        .as_u16()
     }
 
     async fn get(&self, path: &str, key: &str) -> u16 {
-        send(&client(), "GET", &format!("{}{path}", self.base), &[("ApiKey", key)], vec![]).await.status.as_u16()
+        send(
+            &client(),
+            "GET",
+            &format!("{}{path}", self.base),
+            &[("ApiKey", key)],
+            vec![],
+        )
+        .await
+        .status
+        .as_u16()
     }
 
     /// Sends the signal, waits for the end; stdout is what followed the first line.
     fn end(mut self, signal: &str) -> Ran {
-        let sent = std::process::Command::new("kill").args([signal, &self.process.id().to_string()]).status().unwrap();
+        let sent = std::process::Command::new("kill")
+            .args([signal, &self.process.id().to_string()])
+            .status()
+            .unwrap();
         assert!(sent.success());
-        let code = self.process.wait().unwrap().code().expect("it ends by itself");
+        let code = self
+            .process
+            .wait()
+            .unwrap()
+            .code()
+            .expect("it ends by itself");
         let mut stdout = String::new();
         self.stdout.read_to_string(&mut stdout).unwrap();
-        Ran { code, stdout, stderr: std::fs::read_to_string(self.folder.path().join("stderr")).unwrap() }
+        Ran {
+            code,
+            stdout,
+            stderr: std::fs::read_to_string(self.folder.path().join("stderr")).unwrap(),
+        }
     }
 }
 
@@ -162,7 +210,14 @@ fn every_mistake_is_said_at_once_and_in_words() {
         ("MAX_CONNECTIONS", "15"),
     ];
     let told = refused(&unfit, &[]);
-    for name in ["DATABASE_URL", "LISTEN_ADDR", "RUST_LOG", "LOG_FORMAT", "MAX_CONNECTIONS", "STRIPE_WEBHOOK_SECRET"] {
+    for name in [
+        "DATABASE_URL",
+        "LISTEN_ADDR",
+        "RUST_LOG",
+        "LOG_FORMAT",
+        "MAX_CONNECTIONS",
+        "STRIPE_WEBHOOK_SECRET",
+    ] {
         assert!(told.contains(name), "{name} is missing in\n{told}");
     }
     assert!(!told.contains("hidden"), "{told}");
@@ -185,19 +240,33 @@ fn every_mistake_is_said_at_once_and_in_words() {
         assert!(told.contains(word), "{word} is missing in\n{told}");
     }
     // Without one, nobody's deliveries could be believed.
-    for environment in [&[][..], &[("STRIPE_WEBHOOK_SECRET", "")], &[("STRIPE_WEBHOOK_SECRET", " , ")]] {
+    for environment in [
+        &[][..],
+        &[("STRIPE_WEBHOOK_SECRET", "")],
+        &[("STRIPE_WEBHOOK_SECRET", " , ")],
+    ] {
         assert!(refused(environment, &[]).contains("STRIPE_WEBHOOK_SECRET"));
     }
 }
 
 #[test]
 fn a_variable_beside_its_file_and_a_file_that_is_not_there_are_mistakes() {
-    for name in ["DATABASE_URL", "LISTEN_ADDR", "STRIPE_WEBHOOK_SECRET", "RUST_LOG", "LOG_FORMAT", "MAX_CONNECTIONS"] {
+    for name in [
+        "DATABASE_URL",
+        "LISTEN_ADDR",
+        "STRIPE_WEBHOOK_SECRET",
+        "RUST_LOG",
+        "LOG_FORMAT",
+        "MAX_CONNECTIONS",
+    ] {
         let file = format!("{name}_FILE");
         let told = refused(&[(name, "info"), (&file, "/dev/null")], &[]);
         assert!(told.contains(&file) && told.contains("both"), "{told}");
         let told = refused(&[(&file, "/no/such/file")], &[]);
-        assert!(told.contains(&file) && told.contains("/no/such/file"), "{told}");
+        assert!(
+            told.contains(&file) && told.contains("/no/such/file"),
+            "{told}"
+        );
     }
 }
 
@@ -213,14 +282,31 @@ fn no_secret_stands_in_a_mistake_or_in_the_help() {
         "a b=whsec_hidden,a",
     ];
     for secrets in unfit {
-        let ran = support::run(&[("STRIPE_WEBHOOK_SECRET", secrets), ("LISTEN_ADDR", "unfit")], &["serve"], b"").with_code(2);
+        let ran = support::run(
+            &[("STRIPE_WEBHOOK_SECRET", secrets), ("LISTEN_ADDR", "unfit")],
+            &["serve"],
+            b"",
+        )
+        .with_code(2);
         let told = format!("{}{}", ran.stdout, ran.stderr);
         assert!(!told.contains("whsec_hid"), "{secrets} is answered {told}");
     }
-    let environment =
-        [("STRIPE_WEBHOOK_SECRET", "whsec_hidden"), ("DATABASE_URL", "postgres://u:hidden@h/x"), ("STRIPE_API_KEY", "sk_hidden")];
-    for arguments in [&["--help"][..], &["serve", "--help"], &["replay", "--help"], &["serve", "-h"], &["serve", "--unknown"]] {
+    let environment = [
+        ("STRIPE_WEBHOOK_SECRET", "whsec_hidden"),
+        ("DATABASE_URL", "postgres://u:hidden@h/x"),
+        ("STRIPE_API_KEY", "sk_hidden"),
+    ];
+    for arguments in [
+        &["--help"][..],
+        &["serve", "--help"],
+        &["replay", "--help"],
+        &["serve", "-h"],
+        &["serve", "--unknown"],
+    ] {
         let ran = support::run(&environment, arguments, b"");
-        assert!(!format!("{}{}", ran.stdout, ran.stderr).contains("hidden"), "{arguments:?}");
+        assert!(
+            !format!("{}{}", ran.stdout, ran.stderr).contains("hidden"),
+            "{arguments:?}"
+        );
     }
 }

@@ -57,13 +57,24 @@ macro_rules! each_store {
 use each_store;
 
 /// Text that no engine may change.
-const ODD: [&str; 7] =
-    ["it's", "\"quoted\"", "back\\slash \\n \\x00", "日本語 🦀 é e\u{301}", " blanks ", "a;drop table events--", "{},\"$1\"\n\t"];
+const ODD: [&str; 7] = [
+    "it's",
+    "\"quoted\"",
+    "back\\slash \\n \\x00",
+    "日本語 🦀 é e\u{301}",
+    " blanks ",
+    "a;drop table events--",
+    "{},\"$1\"\n\t",
+];
 
 /// A key as an event of this id may have it: of this rendering.
 fn key(id: &str, rendering: u8) -> EventKey {
     let (EventKey(mut key), EventKey(last)) = EventKey::range(id);
-    for (byte, last) in key.iter_mut().zip(last).filter(|(byte, last)| **byte != *last) {
+    for (byte, last) in key
+        .iter_mut()
+        .zip(last)
+        .filter(|(byte, last)| **byte != *last)
+    {
         *byte = rendering.min(last);
     }
     EventKey(key)
@@ -91,11 +102,19 @@ fn event(id: &str, rendering: u8, invoice: &str, received_ms: i64) -> NewEvent {
 
 /// The nth of many, in order of receipt.
 fn nth(n: usize) -> NewEvent {
-    event(&format!("evt_{n}"), (n % 256) as u8, "in_1", 1_000 + n as i64)
+    event(
+        &format!("evt_{n}"),
+        (n % 256) as u8,
+        "in_1",
+        1_000 + n as i64,
+    )
 }
 
 fn mention(object_id: &str, is_invoice: bool) -> Mention {
-    Mention { object_id: object_id.to_owned(), is_invoice }
+    Mention {
+        object_id: object_id.to_owned(),
+        is_invoice,
+    }
 }
 
 fn invoice(tenant: &str, uid: &str, stripe_invoice_id: Option<&str>) -> NewInvoice {
@@ -115,15 +134,23 @@ fn invoice(tenant: &str, uid: &str, stripe_invoice_id: Option<&str>) -> NewInvoi
 /// The public functions of the public types in `src/store/`.
 fn public_functions() -> BTreeSet<String> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/store");
-    let files = std::fs::read_dir(folder).unwrap().map(|file| std::fs::read_to_string(file.unwrap().path()).unwrap());
+    let files = std::fs::read_dir(folder)
+        .unwrap()
+        .map(|file| std::fs::read_to_string(file.unwrap().path()).unwrap());
     let text = files.collect::<Vec<_>>().join("\n");
-    let is_public = |name: &str| ["struct", "enum"].iter().any(|kind| text.contains(&format!("\npub {kind} {name}")));
+    let is_public = |name: &str| {
+        ["struct", "enum"]
+            .iter()
+            .any(|kind| text.contains(&format!("\npub {kind} {name}")))
+    };
     let (mut functions, mut is_inside) = (BTreeSet::new(), false);
     for line in text.lines() {
         if let Some(named) = line.strip_prefix("impl ") {
             is_inside = is_public(named.trim_end_matches(['{', ' ']));
         }
-        let declared = line.strip_prefix("    pub fn ").or_else(|| line.strip_prefix("    pub async fn "));
+        let declared = line
+            .strip_prefix("    pub fn ")
+            .or_else(|| line.strip_prefix("    pub async fn "));
         if let Some(declared) = declared.filter(|_| is_inside) {
             functions.insert(declared.split(['(', '<']).next().unwrap().to_owned());
         }
@@ -146,8 +173,14 @@ fn nothing_public_in_the_store_is_left_out_here() {
     for known in ["connect", "append", "put_invoice", "unpack"] {
         assert!(functions.contains(known), "{functions:?}");
     }
-    let is_called =
-        |name: &&String| suite.iter().any(|file| file.contains(&format!(".{name}(")) || file.contains(&format!("::{name}")));
+    let is_called = |name: &&String| {
+        suite
+            .iter()
+            .any(|file| file.contains(&format!(".{name}(")) || file.contains(&format!("::{name}")))
+    };
     let forgotten: Vec<&String> = functions.iter().filter(|name| !is_called(name)).collect();
-    assert!(forgotten.is_empty(), "both engines have to be held to {forgotten:?}");
+    assert!(
+        forgotten.is_empty(),
+        "both engines have to be held to {forgotten:?}"
+    );
 }

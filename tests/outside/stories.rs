@@ -34,7 +34,9 @@ const NO_PAYMENT_FACT: [&str; 13] = [
 ];
 
 fn fixtures(path: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(path)
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("fixtures")
+        .join(path)
 }
 
 fn read(path: &Path) -> String {
@@ -42,7 +44,10 @@ fn read(path: &Path) -> String {
 }
 
 fn files_in(folder: &str) -> Vec<PathBuf> {
-    let mut files: Vec<PathBuf> = std::fs::read_dir(fixtures(folder)).unwrap().map(|entry| entry.unwrap().path()).collect();
+    let mut files: Vec<PathBuf> = std::fs::read_dir(fixtures(folder))
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .collect();
     files.sort();
     files
 }
@@ -53,8 +58,15 @@ fn expected() -> BTreeMap<String, Value> {
 }
 
 fn story_files() -> Vec<PathBuf> {
-    let files: Vec<PathBuf> = expected().keys().map(|name| fixtures(&format!("stories/{name}.jsonl"))).collect();
-    assert_eq!(files.len() + 1, files_in("stories").len(), "each file has its expectation");
+    let files: Vec<PathBuf> = expected()
+        .keys()
+        .map(|name| fixtures(&format!("stories/{name}.jsonl")))
+        .collect();
+    assert_eq!(
+        files.len() + 1,
+        files_in("stories").len(),
+        "each file has its expectation"
+    );
     files
 }
 
@@ -68,7 +80,15 @@ fn deliveries() -> Vec<String> {
 
 fn import_invoices(world: &World) {
     let file = fixtures("invoices.jsonl");
-    world.run(&["invoices", "import", "--tenant", "acme", file.to_str().unwrap()]).with_code(0);
+    world
+        .run(&[
+            "invoices",
+            "import",
+            "--tenant",
+            "acme",
+            file.to_str().unwrap(),
+        ])
+        .with_code(0);
 }
 
 /// The histories by uid, as they are answered, checked against what the stories have to come to.
@@ -85,7 +105,8 @@ async fn histories(world: &World, told: &str) -> BTreeMap<String, String> {
 }
 
 fn entry(state: &Value) -> [String; 3] {
-    ["state", "timestamp", "paymentMsg"].map(|field| state[field].as_str().unwrap_or_default().to_owned())
+    ["state", "timestamp", "paymentMsg"]
+        .map(|field| state[field].as_str().unwrap_or_default().to_owned())
 }
 
 /// `expected` lists for each entry its state, its time, and what its message has to say.
@@ -104,11 +125,15 @@ fn check(entries: &[[String; 3]], expected: &Value, told: &str) {
 
 /// Delivers them, several at a time, and counts the outcomes.
 async fn deliver_all(world: &World, deliveries: &[String], told: &str) -> BTreeMap<String, usize> {
-    let answers = stream::iter(deliveries).map(|body| world.deliver_bytes(body.as_bytes())).buffer_unordered(AT_ONCE);
+    let answers = stream::iter(deliveries)
+        .map(|body| world.deliver_bytes(body.as_bytes()))
+        .buffer_unordered(AT_ONCE);
     let mut outcomes = BTreeMap::new();
     for answer in answers.collect::<Vec<_>>().await {
         assert_eq!(answer.status, 200, "{told}: {answer:?}");
-        *outcomes.entry(answer.json()["outcome"].as_str().unwrap().to_owned()).or_default() += 1;
+        *outcomes
+            .entry(answer.json()["outcome"].as_str().unwrap().to_owned())
+            .or_default() += 1;
     }
     outcomes
 }
@@ -117,7 +142,10 @@ async fn deliver_all(world: &World, deliveries: &[String], told: &str) -> BTreeM
 fn shuffled(deliveries: &[String], random: &mut StdRng) -> Vec<String> {
     let mut shuffled: Vec<String> = Vec::new();
     for delivery in deliveries {
-        shuffled.extend(std::iter::repeat_n(delivery.clone(), random.random_range(1..=3)));
+        shuffled.extend(std::iter::repeat_n(
+            delivery.clone(),
+            random.random_range(1..=3),
+        ));
     }
     shuffled.shuffle(random);
     shuffled
@@ -183,12 +211,22 @@ fn the_demo_shows_what_its_stories_come_to() {
     for sample in shown.split("\n\n").filter(|part| part.starts_with("inv-")) {
         let (title, rows) = sample.split_once('\n').unwrap_or((sample, ""));
         let uid = title.split(' ').next().unwrap();
-        let (name, expected) = expected.iter().find(|(_, story)| story["invoice"] == uid).unwrap();
-        let entries: Vec<[String; 3]> = rows.lines().filter(|row| !row.trim().is_empty()).map(row).collect();
+        let (name, expected) = expected
+            .iter()
+            .find(|(_, story)| story["invoice"] == uid)
+            .unwrap();
+        let entries: Vec<[String; 3]> = rows
+            .lines()
+            .filter(|row| !row.trim().is_empty())
+            .map(row)
+            .collect();
         check(&entries, expected, &format!("{name} in\n{shown}"));
         samples += 1;
     }
-    assert!(samples >= 12 && shown.contains(&format!("{samples} invoices stored")), "{shown}");
+    assert!(
+        samples >= 12 && shown.contains(&format!("{samples} invoices stored")),
+        "{shown}"
+    );
 }
 
 /// `TIME  STATE  MESSAGE`

@@ -25,12 +25,19 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Where `./test` installs it. None where it is not installed: then nothing is tested, unless the environment says that it must.
 fn stripe_cli() -> Option<PathBuf> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("node_modules/@stripe/cli-linux-x64/bin/stripe");
+    let path =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("node_modules/@stripe/cli-linux-x64/bin/stripe");
     if path.is_file() {
         return Some(path);
     }
-    let said = format!("the Stripe CLI is not at {}: run ./test, which installs it from npm", path.display());
-    #[expect(clippy::disallowed_methods, reason = "not a setting of the program: ./test says that nothing may be left out")]
+    let said = format!(
+        "the Stripe CLI is not at {}: run ./test, which installs it from npm",
+        path.display()
+    );
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "not a setting of the program: ./test says that nothing may be left out"
+    )]
     let required = std::env::var_os("STRIPE_CLI_REQUIRED").is_some_and(|value| value == "1");
     assert!(!required, "{said}");
     println!("not tested: {said}");
@@ -54,11 +61,19 @@ impl StandIn {
             "websocket_authorized_feature": "webhooks", "reconnect_delay": 3600, "default_version": "2025-11-17.clover",
             "latest_version": "2025-11-17.clover"});
         let socket = async move |upgrade: WebSocketUpgrade| {
-            upgrade.protocols(["stripecli-devproxy-v1"]).on_upgrade(|socket| push(socket, events, sender))
+            upgrade
+                .protocols(["stripecli-devproxy-v1"])
+                .on_upgrade(|socket| push(socket, events, sender))
         };
-        let router = Router::new().route("/v1/stripecli/sessions", post(async move || Json(session))).route("/ws", get(socket));
+        let router = Router::new()
+            .route("/v1/stripecli/sessions", post(async move || Json(session)))
+            .route("/ws", get(socket));
         let server = tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
-        StandIn { base: format!("http://{address}"), responses, server }
+        StandIn {
+            base: format!("http://{address}"),
+            responses,
+            server,
+        }
     }
 }
 
@@ -77,7 +92,10 @@ async fn push(mut socket: WebSocket, events: Vec<Value>, responses: mpsc::Unboun
         let message = json!({"type": "webhook_event", "webhook_id": format!("wh_{number}"),
             "webhook_conversation_id": format!("wc_{number}"), "event_payload": body, "http_headers": headers,
             "endpoint": {"api_version": null}});
-        socket.send(Message::text(message.to_string())).await.unwrap();
+        socket
+            .send(Message::text(message.to_string()))
+            .await
+            .unwrap();
     }
     while let Some(Ok(message)) = socket.recv().await {
         if let Message::Text(text) = message {
@@ -100,10 +118,27 @@ impl Listen {
         let home = tempfile::tempdir().unwrap();
         let stderr = std::fs::File::create(home.path().join("stderr")).unwrap();
         let mut command = Command::new(cli);
-        command.env_clear().env("HOME", home.path()).env("XDG_CONFIG_HOME", home.path()).env("STRIPE_CLI_TELEMETRY_OPTOUT", "1");
-        command.args(["listen", "--api-key", "sk_test_123456789012", "--api-base", api_base, "--no-wss", "--skip-update"]);
+        command
+            .env_clear()
+            .env("HOME", home.path())
+            .env("XDG_CONFIG_HOME", home.path())
+            .env("STRIPE_CLI_TELEMETRY_OPTOUT", "1");
+        command.args([
+            "listen",
+            "--api-key",
+            "sk_test_123456789012",
+            "--api-base",
+            api_base,
+            "--no-wss",
+            "--skip-update",
+        ]);
         command.args(["--all-snapshot", "--forward-to", forward_to]);
-        let process = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr).spawn().unwrap();
+        let process = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(stderr)
+            .spawn()
+            .unwrap();
         Listen { process, home }
     }
 
@@ -142,7 +177,9 @@ fn history() -> Vec<String> {
         step if step == steps - 1 => "Paid",
         _ => "PaymentFailed",
     };
-    (0..steps).map(|step| format!("{} 2026-01-31T09:00:{step:02}.000Z", state(step))).collect()
+    (0..steps)
+        .map(|step| format!("{} 2026-01-31T09:00:{step:02}.000Z", state(step)))
+        .collect()
 }
 
 each_database! {

@@ -31,8 +31,24 @@ impl Authority {
     /// A certificate for a server of this name, and its key.
     fn certificate(&self, name: &str) -> (String, String) {
         let named = format!("subjectAltName=DNS:{name}");
-        let subject = ["-keyout", "server.key", "-out", "server.crt", "-subj", "/CN=server", "-addext", &named];
-        let signed = ["-addext", "basicConstraints=critical,CA:FALSE", "-CA", "ca.crt", "-CAkey", "ca.key"];
+        let subject = [
+            "-keyout",
+            "server.key",
+            "-out",
+            "server.crt",
+            "-subj",
+            "/CN=server",
+            "-addext",
+            &named,
+        ];
+        let signed = [
+            "-addext",
+            "basicConstraints=critical,CA:FALSE",
+            "-CA",
+            "ca.crt",
+            "-CAkey",
+            "ca.key",
+        ];
         self.openssl(&[&subject[..], &signed].concat());
         let read = |name: &str| std::fs::read_to_string(self.0.path().join(name)).unwrap();
         (read("server.crt"), read("server.key"))
@@ -45,10 +61,28 @@ impl Authority {
     /// Comes with Debian's PostgreSQL.
     fn openssl(&self, arguments: &[&str]) {
         let mut openssl = Command::new("openssl");
-        let of_all = ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"];
-        let ran =
-            openssl.args(of_all).args(arguments).current_dir(self.0.path()).output().expect("openssl is needed for the tests");
-        assert!(ran.status.success(), "{}", String::from_utf8_lossy(&ran.stderr));
+        let of_all = [
+            "req",
+            "-x509",
+            "-newkey",
+            "ec",
+            "-pkeyopt",
+            "ec_paramgen_curve:prime256v1",
+            "-nodes",
+            "-days",
+            "2",
+        ];
+        let ran = openssl
+            .args(of_all)
+            .args(arguments)
+            .current_dir(self.0.path())
+            .output()
+            .expect("openssl is needed for the tests");
+        assert!(
+            ran.status.success(),
+            "{}",
+            String::from_utf8_lossy(&ran.stderr)
+        );
     }
 }
 
@@ -65,13 +99,24 @@ async fn a_server_is_believed_by_its_authority_and_its_name_as_the_url_asks() {
     let (authority, stranger) = (Authority::new(), Authority::new());
     let (certificate, key) = authority.certificate("localhost");
     // Whoever comes without TLS finds no door.
-    let files =
-        [("server.crt", certificate), ("server.key", key), ("pg_hba.conf", "hostssl all all 127.0.0.1/32 trust\n".to_owned())];
+    let files = [
+        ("server.crt", certificate),
+        ("server.key", key),
+        (
+            "pg_hba.conf",
+            "hostssl all all 127.0.0.1/32 trust\n".to_owned(),
+        ),
+    ];
     let server = Arc::new(PostgresServer::of_its_own("-c ssl=on", &files));
     let name = server.create_database();
     let url = |host: &str, mode: &str, root: Option<&str>| {
-        let root = root.map(|root| format!("&sslrootcert={root}")).unwrap_or_default();
-        format!("postgres://postgres@{host}:{}/{name}?sslmode={mode}{root}", server.port())
+        let root = root
+            .map(|root| format!("&sslrootcert={root}"))
+            .unwrap_or_default();
+        format!(
+            "postgres://postgres@{host}:{}/{name}?sslmode={mode}{root}",
+            server.port()
+        )
     };
     let (root, other) = (authority.root(), stranger.root());
     assert!(Path::new(&root).exists() && Path::new(&other).exists());
@@ -88,19 +133,27 @@ async fn a_server_is_believed_by_its_authority_and_its_name_as_the_url_asks() {
     let told = refused(&url("localhost", "verify-full", Some(&other)));
     assert!(told.contains("certificate"), "another authority: {told}");
     let told = refused(&url("127.0.0.1", "verify-full", Some(&root)));
-    assert!(told.contains("certificate") && told.contains("name"), "another name: {told}");
+    assert!(
+        told.contains("certificate") && told.contains("name"),
+        "another name: {told}"
+    );
     let told = refused(&url("localhost", "verify-full", Some("/no/such/file")));
-    assert!(told.contains("/no/such/file") || told.contains("No such file"), "no authority: {told}");
+    assert!(
+        told.contains("/no/such/file") || told.contains("No such file"),
+        "no authority: {told}"
+    );
     let told = refused(&url("localhost", "disable", None));
     assert!(told.contains("no encryption"), "without TLS: {told}");
 
-    let world = World::on(Database::create_on(&server).by_way_of(|_| url("localhost", "verify-full", Some(&root)))).await;
+    let world = World::on(
+        Database::create_on(&server).by_way_of(|_| url("localhost", "verify-full", Some(&root))),
+    )
+    .await;
     world.store("a", "in_1").await.with_status(201);
     let paid = json!({"id": "evt_1", "object": "event", "type": "invoice.paid", "created": 1_769_850_000, "data": {"object":
         {"id": "in_1", "object": "invoice", "status": "paid", "currency": "eur", "amount_due": 5, "amount_paid": 5, "amount_remaining": 0}}});
     world.deliver(&paid).await.with_status(200);
     assert_eq!(world.history("a").await.len(), 1);
-    let encrypted =
-        "select bool_and(ssl) from pg_stat_ssl join pg_stat_activity using (pid) where application_name = 'stripe-reconciler'";
+    let encrypted = "select bool_and(ssl) from pg_stat_ssl join pg_stat_activity using (pid) where application_name = 'stripe-reconciler'";
     assert_eq!(server.sql("postgres", encrypted), "t");
 }

@@ -17,7 +17,11 @@ fn event(id: &str) -> Value {
 
 /// The lines of a server's log, each a JSON document.
 fn lines(server: &Server) -> Vec<Value> {
-    server.log().lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    server
+        .log()
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect()
 }
 
 each_database! {

@@ -7,8 +7,8 @@ use serde_json::{Value, json};
 
 use crate::each_database;
 use crate::support::{
-    Answer, Database, OLD_SECRET, PostgresServer, SECRET, Server, World, client, invoice_path, recorded, send, send_raw,
-    signature,
+    Answer, Database, OLD_SECRET, PostgresServer, SECRET, Server, World, client, invoice_path,
+    recorded, send, send_raw, signature,
 };
 use stripe_reconciler::clock::Clock;
 
@@ -24,28 +24,63 @@ const PAGES: [&str; 9] = [
     "/ui/reconciliation",
     "/ui/alarms",
 ];
-const FOR_OPERATORS: [&str; 6] =
-    ["/ui/waiting", "/ui/unreadable", "/ui/events", "/ui/event?id=evt_1", "/ui/reconciliation", "/ui/alarms"];
+const FOR_OPERATORS: [&str; 6] = [
+    "/ui/waiting",
+    "/ui/unreadable",
+    "/ui/events",
+    "/ui/event?id=evt_1",
+    "/ui/reconciliation",
+    "/ui/alarms",
+];
 
 fn server(world: &World) -> Server {
     let secrets = format!("live={SECRET},old={OLD_SECRET}");
-    Server::start_with(&[("DATABASE_URL", &world.database.url), ("STRIPE_WEBHOOK_SECRET", &secrets), ("UI", "on")])
+    Server::start_with(&[
+        ("DATABASE_URL", &world.database.url),
+        ("STRIPE_WEBHOOK_SECRET", &secrets),
+        ("UI", "on"),
+    ])
 }
 
-async fn look(server: &Server, method: &str, path: &str, headers: &[(&str, &str)], form: &str) -> Answer {
+async fn look(
+    server: &Server,
+    method: &str,
+    path: &str,
+    headers: &[(&str, &str)],
+    form: &str,
+) -> Answer {
     let kind = [("content-type", "application/x-www-form-urlencoded")];
     let headers = [&kind[usize::from(form.is_empty())..], headers].concat();
-    send(&client(), method, &format!("{}{path}", server.base), &headers, form.as_bytes().to_vec()).await
+    send(
+        &client(),
+        method,
+        &format!("{}{path}", server.base),
+        &headers,
+        form.as_bytes().to_vec(),
+    )
+    .await
 }
 
 async fn sign_in(server: &Server, key: &str) -> Answer {
-    look(server, "POST", "/ui/sign-in", &[("origin", &server.base)], &format!("key={key}")).await
+    look(
+        server,
+        "POST",
+        "/ui/sign-in",
+        &[("origin", &server.base)],
+        &format!("key={key}"),
+    )
+    .await
 }
 
 /// `name=value` of the session that a key opens.
 async fn session(server: &Server, key: &str) -> String {
     let answer = sign_in(server, key).await.with_status(303);
-    answer.header("set-cookie").split(';').next().unwrap().to_owned()
+    answer
+        .header("set-cookie")
+        .split(';')
+        .next()
+        .unwrap()
+        .to_owned()
 }
 
 async fn page(server: &Server, path: &str, session: &str) -> Answer {
@@ -53,7 +88,11 @@ async fn page(server: &Server, path: &str, session: &str) -> Answer {
 }
 
 fn text(answer: &Answer) -> String {
-    assert_eq!(answer.header("content-type"), "text/html; charset=utf-8", "{answer:?}");
+    assert_eq!(
+        answer.header("content-type"),
+        "text/html; charset=utf-8",
+        "{answer:?}"
+    );
     String::from_utf8(answer.body.to_vec()).unwrap()
 }
 
@@ -76,7 +115,9 @@ fn paid(id: &str, stripe_invoice_id: &str) -> Value {
 
 /// Where a link leads whose text is this.
 fn link(page: &str, shown: &str) -> String {
-    let (before, _) = page.rsplit_once(&format!("{shown}</")).unwrap_or_else(|| panic!("{shown} is not in {page}"));
+    let (before, _) = page
+        .rsplit_once(&format!("{shown}</"))
+        .unwrap_or_else(|| panic!("{shown} is not in {page}"));
     let (_, link) = before.rsplit_once("href=\"").unwrap();
     link.split('"').next().unwrap().replace("&amp;", "&")
 }
@@ -358,7 +399,11 @@ async fn a_database_that_is_away_is_said_in_a_page() {
     tokio::task::block_in_place(|| postgres.stop_at_once());
     for path in PAGES {
         let answer = page(&server, path, &operator).await.with_status(503);
-        assert!(text(&answer).contains("The database does not answer") && !answer.header("retry-after").is_empty(), "{path}");
+        assert!(
+            text(&answer).contains("The database does not answer")
+                && !answer.header("retry-after").is_empty(),
+            "{path}"
+        );
     }
     let answer = sign_in(&server, &world.operator_key).await.with_status(503);
     assert!(text(&answer).contains("The database does not answer"));
@@ -367,19 +412,32 @@ async fn a_database_that_is_away_is_said_in_a_page() {
 /// The event that tells that the recorded invoice is paid.
 fn proof() -> String {
     let events = recorded::events();
-    recorded::event_id(events.iter().find(|event| event["type"] == "invoice.paid").unwrap()).to_owned()
+    recorded::event_id(
+        events
+            .iter()
+            .find(|event| event["type"] == "invoice.paid")
+            .unwrap(),
+    )
+    .to_owned()
 }
 
 /// Chromium, by way of Node; where both are not there nothing is tested, unless the environment says that it must.
 fn browser(arguments: &[&str]) -> Option<Command> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    if root.join("node_modules/playwright-core").is_dir() && Path::new("/usr/bin/chromium").is_file() {
+    if root.join("node_modules/playwright-core").is_dir()
+        && Path::new("/usr/bin/chromium").is_file()
+    {
         let mut command = Command::new("node");
-        command.arg(root.join("tests/browser/ui.mjs")).args(arguments);
+        command
+            .arg(root.join("tests/browser/ui.mjs"))
+            .args(arguments);
         return Some(command);
     }
     let said = "Chromium or playwright-core is not there: run ./test, which installs them";
-    #[expect(clippy::disallowed_methods, reason = "not a setting of the program: ./test says that nothing may be left out")]
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "not a setting of the program: ./test says that nothing may be left out"
+    )]
     let required = std::env::var_os("BROWSER_REQUIRED").is_some_and(|value| value == "1");
     assert!(!required, "{said}");
     println!("not tested: {said}");

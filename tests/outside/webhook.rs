@@ -61,7 +61,9 @@ fn v1(secret: &str, t: impl std::fmt::Display, body: &[u8]) -> String {
 /// A signed request, byte for byte; `how` is the header line that says how the body is framed.
 fn head(body: &[u8], how: &str) -> String {
     let signature = signature(SECRET, now_s(), body);
-    format!("POST {PATH} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nStripe-Signature: {signature}\r\n{how}\r\n\r\n")
+    format!(
+        "POST {PATH} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nStripe-Signature: {signature}\r\n{how}\r\n\r\n"
+    )
 }
 
 each_database! {

@@ -77,11 +77,22 @@ impl End {
 impl World {
     /// All at the same time, to its end or not. What is not acknowledged is under way again.
     pub fn make_busy(&mut self, busy: Busy, random: &mut StdRng) -> Done {
-        let signed: Vec<Signed> = busy.parcels.iter().map(|parcel| self.sign(parcel, random)).collect();
-        for (parcel, signed) in busy.parcels.iter().zip(&signed).filter(|(_, signed)| !signed.labels.is_empty()) {
-            self.ledger.note_sent(&parcel.identity, &parcel.body, &signed.labels);
+        let signed: Vec<Signed> = busy
+            .parcels
+            .iter()
+            .map(|parcel| self.sign(parcel, random))
+            .collect();
+        for (parcel, signed) in busy
+            .parcels
+            .iter()
+            .zip(&signed)
+            .filter(|(_, signed)| !signed.labels.is_empty())
+        {
+            self.ledger
+                .note_sent(&parcel.identity, &parcel.body, &signed.labels);
         }
-        let answers: RefCell<Vec<Option<Answer>>> = RefCell::new(busy.parcels.iter().map(|_| None).collect());
+        let answers: RefCell<Vec<Option<Answer>>> =
+            RefCell::new(busy.parcels.iter().map(|_| None).collect());
         let mut deliveries = Vec::with_capacity(signed.len());
         for (n, (parcel, signed)) in busy.parcels.iter().zip(&signed).enumerate() {
             let (replica, answers) = (self.process().replica(random.random_range(0..2)), &answers);
@@ -106,11 +117,15 @@ impl World {
             self.watch();
         }
 
-        let ended = self.process().run_until(busy.end.waits(), join(join_all(deliveries), passing));
+        let ended = self
+            .process()
+            .run_until(busy.end.waits(), join(join_all(deliveries), passing));
 
-        let (is_whole, answers, passed) = (ended.is_some(), answers.into_inner(), passed.into_inner());
+        let (is_whole, answers, passed) =
+            (ended.is_some(), answers.into_inner(), passed.into_inner());
         let seen = self.process().end_watch().map_or(Ok(()), Watch::end);
-        self.invariants().end_pass(busy.plan.is_some() && !is_whole && matches!(busy.end, End::HangUp(_)));
+        self.invariants()
+            .end_pass(busy.plan.is_some() && !is_whole && matches!(busy.end, End::HangUp(_)));
         self.tell(&busy, is_whole, &answers, &passed);
         seen.unwrap_or_else(|wrong| panic!("at some moment of that: {wrong}"));
         self.judge_lease(busy.plan, leased.get(), is_whole, passed.is_some());
@@ -120,12 +135,17 @@ impl World {
         }
         let was_logged = self.ledger.logged().len();
         self.check_log();
-        let changes_nothing = busy.parcels.is_empty() && busy.plan.is_some_and(|plan| plan.mode == Mode::DryRun);
+        let changes_nothing =
+            busy.parcels.is_empty() && busy.plan.is_some_and(|plan| plan.mode == Mode::DryRun);
         let is_changed = self.ledger.logged().len() != was_logged;
-        assert!(!changes_nothing || self.goes_on || !is_changed, "a dry run changes the log");
+        assert!(
+            !changes_nothing || self.goes_on || !is_changed,
+            "a dry run changes the log"
+        );
         self.goes_on |= !is_whole && matches!(busy.end, End::HangUp(_));
         assert_eq!(self.stripe.faults(), [""; 0]);
-        let report = passed.and_then(|passed| passed.unwrap_or_else(|error| panic!("a pass fails: {error}")));
+        let report = passed
+            .and_then(|passed| passed.unwrap_or_else(|error| panic!("a pass fails: {error}")));
         Done { is_whole, report }
     }
 
@@ -134,8 +154,15 @@ impl World {
         if !self.is_lease_free() {
             self.later(LEASE_MS + CLOCKS_DIFFER_MS);
         }
-        let done =
-            self.make_busy(Busy { parcels: Vec::new(), plan: Some(plan), end: End::Whole, is_watched: false }, &mut quiet());
+        let done = self.make_busy(
+            Busy {
+                parcels: Vec::new(),
+                plan: Some(plan),
+                end: End::Whole,
+                is_watched: false,
+            },
+            &mut quiet(),
+        );
         done.report.expect("nobody holds the lease")
     }
 
@@ -150,11 +177,23 @@ impl World {
 
     /// One that is dead holds its lease until that ends, and nobody after that. One that was left while it took it, or gave it back, holds
     /// it perhaps.
-    fn judge_lease(&mut self, plan: Option<Plan>, leased: Leased, is_whole: bool, has_passed: bool) {
-        assert!(leased == Leased::No || self.is_over(self.lease_until_ms), "a lease is taken that somebody else still holds");
+    fn judge_lease(
+        &mut self,
+        plan: Option<Plan>,
+        leased: Leased,
+        is_whole: bool,
+        has_passed: bool,
+    ) {
+        assert!(
+            leased == Leased::No || self.is_over(self.lease_until_ms),
+            "a lease is taken that somebody else still holds"
+        );
         let needs_lease = plan.is_some_and(|plan| plan.mode == Mode::Save);
         let must_take = needs_lease && is_whole && self.is_lease_free();
-        assert!(!must_take || leased != Leased::No, "nobody holds the lease, and it cannot be taken");
+        assert!(
+            !must_take || leased != Leased::No,
+            "nobody holds the lease, and it cannot be taken"
+        );
         let until_ms = self.clock.now_ms() + LEASE_MS;
         match leased {
             Leased::No if needs_lease && !has_passed => self.lease_perhaps_until_ms = until_ms,
@@ -171,28 +210,54 @@ impl World {
             1..4 => random.random_range(0..200),
             _ => 0,
         };
-        self.secrets.sign(&parcel.body, self.now_s() - on_its_way_s, self.clock.now_s(), random)
+        self.secrets.sign(
+            &parcel.body,
+            self.now_s() - on_its_way_s,
+            self.clock.now_s(),
+            random,
+        )
     }
 
-    fn tell(&self, busy: &Busy, is_whole: bool, answers: &[Option<Answer>], passed: &Option<Passed>) {
+    fn tell(
+        &self,
+        busy: &Busy,
+        is_whole: bool,
+        answers: &[Option<Answer>],
+        passed: &Option<Passed>,
+    ) {
         if let Some(plan) = busy.plan {
             let came_to = match passed {
-                Some(Ok(Some(report))) => format!("heals {}, {} differ", report.healed.len(), report.differing.len()),
+                Some(Ok(Some(report))) => format!(
+                    "heals {}, {} differ",
+                    report.healed.len(),
+                    report.differing.len()
+                ),
                 Some(Ok(None)) => "finds the lease taken".to_owned(),
                 Some(Err(error)) => format!("fails: {error}"),
                 None => "does not come to its end".to_owned(),
             };
-            self.say(format!("a pass ({:?}, {:?}, since {:?}) {came_to}", plan.extent, plan.mode, plan.since_s));
+            self.say(format!(
+                "a pass ({:?}, {:?}, since {:?}) {came_to}",
+                plan.extent, plan.mode, plan.since_s
+            ));
         }
         for (parcel, answer) in busy.parcels.iter().zip(answers) {
             let answer = answer.as_ref().map_or("no answer".to_owned(), |answer| {
-                format!("{} {}", answer.status.as_u16(), String::from_utf8_lossy(&answer.body))
+                format!(
+                    "{} {}",
+                    answer.status.as_u16(),
+                    String::from_utf8_lossy(&answer.body)
+                )
             });
             self.say(format!("delivered: {}: {answer}", parcel.told));
         }
         match busy.end {
-            End::Crash(waits) if !is_whole => self.say(format!("the program crashes after {waits} waits")),
-            End::HangUp(waits) if !is_whole => self.say(format!("all of that is given up after {waits} waits")),
+            End::Crash(waits) if !is_whole => {
+                self.say(format!("the program crashes after {waits} waits"))
+            }
+            End::HangUp(waits) if !is_whole => {
+                self.say(format!("all of that is given up after {waits} waits"))
+            }
             _ => {}
         }
     }
@@ -200,12 +265,20 @@ impl World {
     fn take_answers(&mut self, busy: &Busy, signed: &[Signed], answers: Vec<Option<Answer>>) {
         let mut authentic = Vec::new();
         for ((parcel, signed), answer) in busy.parcels.iter().zip(signed).zip(answers) {
-            let (is_authentic, status) = (!signed.labels.is_empty(), answer.as_ref().map(|answer| answer.status.as_u16()));
+            let (is_authentic, status) = (
+                !signed.labels.is_empty(),
+                answer.as_ref().map(|answer| answer.status.as_u16()),
+            );
             match (is_authentic, &answer, status) {
                 (_, None, _) | (true, _, Some(200)) => {}
                 (false, Some(answer), Some(400)) => assert_is_error(answer, "InvalidSignature"),
-                (true, Some(answer), Some(503)) => assert!(!answer.header("retry-after").is_empty(), "{answer:?}"),
-                _ => panic!("{} (authentic: {is_authentic}) is answered {answer:?}", parcel.told),
+                (true, Some(answer), Some(503)) => {
+                    assert!(!answer.header("retry-after").is_empty(), "{answer:?}")
+                }
+                _ => panic!(
+                    "{} (authentic: {is_authentic}) is answered {answer:?}",
+                    parcel.told
+                ),
             }
             let is_acknowledged = status == Some(200);
             if is_authentic {
@@ -225,7 +298,9 @@ async fn under_lease(replica: Replica, plan: Plan, leased: &Cell<Leased>) -> Pas
     if plan.mode == Mode::DryRun {
         return reconcile::run(&tools, plan).await.map(Some);
     }
-    let Some(lease) = Lease::try_take(&tools.store, &tools.clock).await? else { return Ok(None) };
+    let Some(lease) = Lease::try_take(&tools.store, &tools.clock).await? else {
+        return Ok(None);
+    };
     leased.set(Leased::Held);
     let ended = reconcile::run(&tools, plan).await;
     leased.set(Leased::Ending);

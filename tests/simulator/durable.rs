@@ -34,8 +34,14 @@ impl Durable {
     pub async fn read(store: &Store) -> Durable {
         let progress = store.progress("events").await.unwrap();
         let account = |name: &str| name.strip_prefix("events of ").map(str::to_owned);
-        let progress = progress.into_iter().map(|(name, until)| (account(&name), until)).collect();
-        let waiting = store.to_ask(Asked::Object, i64::MAX, WAITING).await.unwrap();
+        let progress = progress
+            .into_iter()
+            .map(|(name, until)| (account(&name), until))
+            .collect();
+        let waiting = store
+            .to_ask(Asked::Object, i64::MAX, WAITING)
+            .await
+            .unwrap();
         let waiting = waiting.into_iter().map(|event| event.key).collect();
         let (mut log, mut after) = (Vec::new(), None);
         loop {
@@ -44,17 +50,27 @@ impl Durable {
             after = Some((last.logged.received_ms, last.logged.key));
             log.extend(page);
         }
-        Durable { progress, waiting, log, mentions: mentions(store).await }
+        Durable {
+            progress,
+            waiting,
+            log,
+            mentions: mentions(store).await,
+        }
     }
 }
 
 async fn mentions(store: &Store) -> BTreeSet<(String, Vec<u8>)> {
-    let table = Table::ALL.into_iter().find(|table| table.name == "mentions").expect("it is one of them");
+    let table = Table::ALL
+        .into_iter()
+        .find(|table| table.name == "mentions")
+        .expect("it is one of them");
     let (mut mentions, mut after) = (BTreeSet::new(), None);
     loop {
         let page = store.rows_after(table, after.as_deref()).await.unwrap();
         for row in &page.rows {
-            let [Cell::Text(Some(object)), Cell::Bytes(Some(key))] = row.key() else { panic!("no mention: {row:?}") };
+            let [Cell::Text(Some(object)), Cell::Bytes(Some(key))] = row.key() else {
+                panic!("no mention: {row:?}")
+            };
             mentions.insert((object.clone(), key.clone()));
         }
         after = page.rows.last().map(|row| row.key().to_vec());
@@ -84,7 +100,11 @@ impl Invariants {
         let events = stripe.events();
         let listed: BTreeSet<String> = stripe.listed().into_iter().map(|event| event.id).collect();
         for event in &events {
-            let known = self.progress.get(&event.account.map(str::to_owned)).copied().unwrap_or(i64::MIN);
+            let known = self
+                .progress
+                .get(&event.account.map(str::to_owned))
+                .copied()
+                .unwrap_or(i64::MIN);
             if !listed.contains(&event.id) {
                 self.unlisted.insert(event.id.clone());
             } else if !self.is_given_up && event.created >= known.saturating_sub(OVERLAP_S) {
@@ -105,15 +125,27 @@ impl Invariants {
     /// What is not true of it, in words.
     pub fn check(&mut self, durable: &Durable) -> Result<(), String> {
         // Those that are new may have come after what waits was read.
-        let crossed_off: Vec<EventKey> = self.rows.keys().filter(|key| !durable.waiting.contains(key)).copied().collect();
+        let crossed_off: Vec<EventKey> = self
+            .rows
+            .keys()
+            .filter(|key| !durable.waiting.contains(key))
+            .copied()
+            .collect();
         for row in &durable.log {
             self.check_row(row)?;
         }
         self.check_fetched(&crossed_off)?;
         for (key, (row, objects)) in &self.rows {
-            let missing = objects.iter().find(|object| !durable.mentions.contains(&((*object).clone(), key.0.to_vec())));
+            let missing = objects.iter().find(|object| {
+                !durable
+                    .mentions
+                    .contains(&((*object).clone(), key.0.to_vec()))
+            });
             if let Some(object) = missing {
-                return Err(format!("{} is in the log, and not found by {object}, which it names", named(row)));
+                return Err(format!(
+                    "{} is in the log, and not found by {object}, which it names",
+                    named(row)
+                ));
             }
         }
         self.check_progress(&durable.progress)
@@ -121,31 +153,66 @@ impl Invariants {
 
     fn check_row(&mut self, row: &StoredBody) -> Result<(), String> {
         if let Some((before, _)) = self.rows.get(&row.logged.key) {
-            let is_same = (&before.logged, &before.telling, &before.body) == (&row.logged, &row.telling, &row.body);
-            return if is_same { Ok(()) } else { Err(format!("the log is changed: it was {before:?}, and is {row:?}")) };
+            let is_same = (&before.logged, &before.telling, &before.body)
+                == (&row.logged, &row.telling, &row.body);
+            return if is_same {
+                Ok(())
+            } else {
+                Err(format!(
+                    "the log is changed: it was {before:?}, and is {row:?}"
+                ))
+            };
         }
         let (source, secret_label) = (row.logged.source, row.logged.secret_label.clone());
-        let body = row.body.clone().ok_or_else(|| format!("{} has no bytes", named(row)))?;
-        let event = prepare(Delivery { body: body.into(), source, secret_label, received_ms: row.logged.received_ms });
+        let body = row
+            .body
+            .clone()
+            .ok_or_else(|| format!("{} has no bytes", named(row)))?;
+        let event = prepare(Delivery {
+            body: body.into(),
+            source,
+            secret_label,
+            received_ms: row.logged.received_ms,
+        });
         if (&row.logged, &row.telling) != (&logged(&event), &event.telling) {
-            return Err(format!("in the log is {:?} {:?}, and its bytes say {event:?}", row.logged, row.telling));
+            return Err(format!(
+                "in the log is {:?} {:?}, and its bytes say {event:?}",
+                row.logged, row.telling
+            ));
         }
-        let objects = event.mentions.into_iter().map(|mention| mention.object_id).collect();
+        let objects = event
+            .mentions
+            .into_iter()
+            .map(|mention| mention.object_id)
+            .collect();
         self.rows.insert(row.logged.key, (row.clone(), objects));
         Ok(())
     }
 
     /// What a thin event points to is there, or the event's twin, which has it.
     fn check_fetched(&self, crossed_off: &[EventKey]) -> Result<(), String> {
-        for row in crossed_off.iter().map(|key| &self.rows[key].0).filter(|row| is_type(row, "v1.")) {
-            let telling = row.telling.as_deref().map(|text| serde_json::from_str::<Telling>(text).unwrap());
-            let Some(twin) = telling.and_then(|telling| telling.snapshot_event) else { continue };
+        for row in crossed_off
+            .iter()
+            .map(|key| &self.rows[key].0)
+            .filter(|row| is_type(row, "v1."))
+        {
+            let telling = row
+                .telling
+                .as_deref()
+                .map(|text| serde_json::from_str::<Telling>(text).unwrap());
+            let Some(twin) = telling.and_then(|telling| telling.snapshot_event) else {
+                continue;
+            };
             let has_it = |(other, _): &(StoredBody, Vec<String>)| {
                 let is_twin = other.logged.id.as_ref() == Some(&twin);
-                is_twin || (is_type(other, FETCHED) && other.logged.object_id == row.logged.object_id)
+                is_twin
+                    || (is_type(other, FETCHED) && other.logged.object_id == row.logged.object_id)
             };
             if !self.rows.values().any(has_it) {
-                return Err(format!("nothing is to be fetched for {}, and the log lacks its object", named(row)));
+                return Err(format!(
+                    "nothing is to be fetched for {}, and the log lacks its object",
+                    named(row)
+                ));
             }
         }
         Ok(())
@@ -156,29 +223,51 @@ impl Invariants {
             if self.progress.insert(account.clone(), *until) == Some(*until) {
                 continue;
             }
-            let is_passed = |event: &&Event| event.account == account.as_deref() && event.created < *until && event.generated;
-            for event in self.at_stripe.iter().filter(is_passed).filter(|event| !self.unlisted.contains(&event.id)) {
+            let is_passed = |event: &&Event| {
+                event.account == account.as_deref() && event.created < *until && event.generated
+            };
+            for event in self
+                .at_stripe
+                .iter()
+                .filter(is_passed)
+                .filter(|event| !self.unlisted.contains(&event.id))
+            {
                 if let Reading::Event(read) = read(event.as_listed().to_string().as_bytes())
                     && read.telling.is_some()
                 {
-                    self.passed.insert(read.key, format!("{} {}", event.id, event.kind));
+                    self.passed
+                        .insert(read.key, format!("{} {}", event.id, event.kind));
                 }
             }
         }
-        match self.passed.iter().find(|(key, _)| !self.rows.contains_key(key)) {
-            Some((_, event)) => Err(format!("a pass has come past {event}, which Stripe listed and the log lacks: {progress:?}")),
+        match self
+            .passed
+            .iter()
+            .find(|(key, _)| !self.rows.contains_key(key))
+        {
+            Some((_, event)) => Err(format!(
+                "a pass has come past {event}, which Stripe listed and the log lacks: {progress:?}"
+            )),
             None => Ok(()),
         }
     }
 }
 
 fn is_type(row: &StoredBody, begins: &str) -> bool {
-    row.logged.event_type.as_deref().is_some_and(|kind| kind.starts_with(begins))
+    row.logged
+        .event_type
+        .as_deref()
+        .is_some_and(|kind| kind.starts_with(begins))
 }
 
 fn named(row: &StoredBody) -> String {
     let text = |text: &Option<String>| text.clone().unwrap_or_default();
-    format!("{} {} ({})", text(&row.logged.id), text(&row.logged.event_type), row.logged.source.as_str())
+    format!(
+        "{} {} ({})",
+        text(&row.logged.id),
+        text(&row.logged.event_type),
+        row.logged.source.as_str()
+    )
 }
 
 /// As its row says it.

@@ -40,7 +40,11 @@ pub fn round(engine: Engine, script: &Script, trace: Trace) -> Histories {
 
 /// Without those in which what is true is said more or less surely, by what was heard of it and how.
 fn alike(world: &World, mut histories: Histories) -> Histories {
-    for invoice in world.invoices.iter().filter(|invoice| invoice.is_paid_outside()) {
+    for invoice in world
+        .invoices
+        .iter()
+        .filter(|invoice| invoice.is_paid_outside())
+    {
         histories.remove(&invoice.uid);
     }
     histories
@@ -61,7 +65,11 @@ pub fn calm_down(world: &mut World, seed: u64) {
     // What the API lags behind, and whatever the program put off while its clock was wrong, is a matter of time.
     world.later(2 * DAY * 1000);
     if seed.is_multiple_of(3) && !world.has_lagged {
-        let plan = Plan { extent: Extent::Due, mode: Mode::Save, since_s: None };
+        let plan = Plan {
+            extent: Extent::Due,
+            mode: Mode::Save,
+            since_s: None,
+        };
         for _ in 0..3 {
             world.quiet_pass(plan);
             world.later(DAY * 500);
@@ -69,20 +77,44 @@ pub fn calm_down(world: &mut World, seed: u64) {
     } else {
         check_healing(world);
     }
-    let report = world.quiet_pass(Plan { extent: Extent::All, mode: Mode::Save, since_s: None });
-    assert!(!report.differs(), "a second pass right after: {}", report.to_json());
-    assert_eq!(report.agreeing.len(), world.invoices.len(), "{}", report.to_json());
+    let report = world.quiet_pass(Plan {
+        extent: Extent::All,
+        mode: Mode::Save,
+        since_s: None,
+    });
+    assert!(
+        !report.differs(),
+        "a second pass right after: {}",
+        report.to_json()
+    );
+    assert_eq!(
+        report.agreeing.len(),
+        world.invoices.len(),
+        "{}",
+        report.to_json()
+    );
 }
 
 /// A pass says of all that it changes, and of nothing else, that it healed it.
 fn check_healing(world: &mut World) {
     let before = read_all(world);
     let since_s = world.has_lagged.then_some(30 * DAY);
-    let report = world.quiet_pass(Plan { extent: Extent::All, mode: Mode::Save, since_s });
+    let report = world.quiet_pass(Plan {
+        extent: Extent::All,
+        mode: Mode::Save,
+        since_s,
+    });
     world.later(60_000);
     let after = read_all(world);
-    let changed: BTreeSet<&String> = after.keys().filter(|uid| before[*uid] != after[*uid]).collect();
-    let healed: BTreeSet<&String> = report.healed.iter().map(|healed| &healed.invoice.invoice_uid).collect();
+    let changed: BTreeSet<&String> = after
+        .keys()
+        .filter(|uid| before[*uid] != after[*uid])
+        .collect();
+    let healed: BTreeSet<&String> = report
+        .healed
+        .iter()
+        .map(|healed| &healed.invoice.invoice_uid)
+        .collect();
     assert_eq!(healed, changed, "{}", report.to_json());
 }
 
@@ -98,28 +130,57 @@ pub fn read_all(world: &mut World) -> Histories {
 
 pub fn check_truth(world: &World, histories: &Histories) {
     for invoice in &world.invoices {
-        let truth: Vec<(String, i64)> = invoice.truth().iter().map(|entry| (entry.fact.state().to_owned(), entry.at)).collect();
+        let truth: Vec<(String, i64)> = invoice
+            .truth()
+            .iter()
+            .map(|entry| (entry.fact.state().to_owned(), entry.at))
+            .collect();
         let states = &histories[&invoice.uid];
         let shown = entries(&serde_json::from_str(states).unwrap());
-        assert_eq!(shown, truth, "{} is shown as {states}, and the truth is {:#?}", invoice.uid, invoice.truth());
+        assert_eq!(
+            shown,
+            truth,
+            "{} is shown as {states}, and the truth is {:#?}",
+            invoice.uid,
+            invoice.truth()
+        );
     }
 }
 
 /// The log alone, in the order of its keys, into an empty database: the same, byte for byte.
 fn check_log_alone(world: &World, histories: &Histories) {
-    let mut log: Vec<(EventKey, Vec<u8>)> =
-        world.process().durable().log.into_iter().map(|row| (row.logged.key, row.body.expect("nothing is pruned"))).collect();
+    let mut log: Vec<(EventKey, Vec<u8>)> = world
+        .process()
+        .durable()
+        .log
+        .into_iter()
+        .map(|row| (row.logged.key, row.body.expect("nothing is pruned")))
+        .collect();
     log.sort();
     let bodies = log.into_iter().map(|(_, body)| body).collect();
-    assert_eq!(&replayed(world, bodies, false), histories, "what the log tells alone is not what is shown");
+    assert_eq!(
+        &replayed(world, bodies, false),
+        histories,
+        "what the log tells alone is not what is shown"
+    );
 }
 
 /// Every event as Stripe delivers it, and a pass: the same, byte for byte.
 fn check_undisturbed(world: &World, histories: &Histories) {
-    let generated = world.stripe.events().into_iter().filter(|event| event.generated);
-    let bodies = generated.map(|event| event.as_delivered().to_string().into_bytes()).collect();
+    let generated = world
+        .stripe
+        .events()
+        .into_iter()
+        .filter(|event| event.generated);
+    let bodies = generated
+        .map(|event| event.as_delivered().to_string().into_bytes())
+        .collect();
     let undisturbed = replayed(world, bodies, true);
-    assert_eq!(alike(world, histories.clone()), alike(world, undisturbed), "shown, and in an undisturbed run");
+    assert_eq!(
+        alike(world, histories.clone()),
+        alike(world, undisturbed),
+        "shown, and in an undisturbed run"
+    );
 }
 
 /// What comes of these events and nothing else.
@@ -137,19 +198,35 @@ fn replayed(world: &World, bodies: Vec<Vec<u8>>, and_a_pass: bool) -> Histories 
     let histories = process.run(async {
         make_key(&replica.store).await;
         for body in bodies {
-            let delivery = Delivery { body: body.into(), source: Source::Replay, secret_label: None, received_ms: 0 };
+            let delivery = Delivery {
+                body: body.into(),
+                source: Source::Replay,
+                secret_label: None,
+                received_ms: 0,
+            };
             ingest(&replica.inbox, delivery).await.unwrap();
         }
         let mut histories = Histories::new();
         for invoice in &world.invoices {
-            replica.put(&invoice_path(&invoice.uid), KEY, &invoice.document()).await.with_status(201);
+            replica
+                .put(&invoice_path(&invoice.uid), KEY, &invoice.document())
+                .await
+                .with_status(201);
         }
         if and_a_pass {
-            let plan = Plan { extent: Extent::All, mode: Mode::Save, since_s: None };
+            let plan = Plan {
+                extent: Extent::All,
+                mode: Mode::Save,
+                since_s: None,
+            };
             reconcile::run(&replica.tools(), plan).await.unwrap();
         }
         for invoice in &world.invoices {
-            let stored: Value = replica.get(&invoice_path(&invoice.uid), KEY).await.with_status(200).json();
+            let stored: Value = replica
+                .get(&invoice_path(&invoice.uid), KEY)
+                .await
+                .with_status(200)
+                .json();
             histories.insert(invoice.uid.clone(), stored["status"]["states"].to_string());
         }
         histories
@@ -162,6 +239,9 @@ fn replayed(world: &World, bodies: Vec<Vec<u8>>, and_a_pass: bool) -> Histories 
 /// What is stored beside the bytes is what the bytes say.
 fn check_rebuild(world: &World) {
     let replica = world.process().replica(0);
-    let report = world.process().run(rebuild::run(&replica.store, rebuild::Mode::DryRun, |_| {})).unwrap();
+    let report = world
+        .process()
+        .run(rebuild::run(&replica.store, rebuild::Mode::DryRun, |_| {}))
+        .unwrap();
     assert!(!report.differs(), "{report:#?}");
 }

@@ -37,14 +37,26 @@ pub fn identity(body: &[u8]) -> String {
     let json: Value = serde_json::from_slice(body).unwrap_or_default();
     let text = |pointer: &str| json.pointer(pointer).and_then(Value::as_str);
     if json["object"] == "fetched" {
-        return format!("fetched for {} {}", text("/account").unwrap_or("us"), json["data"]["object"]);
+        return format!(
+            "fetched for {} {}",
+            text("/account").unwrap_or("us"),
+            json["data"]["object"]
+        );
     }
     let is_thin = json["object"] == "v2.core.event";
     let has_time = json["created"].as_i64().is_some_and(|created| created >= 0) || is_thin;
-    let object = if is_thin { "/related_object/id" } else { "/data/object/id" };
+    let object = if is_thin {
+        "/related_object/id"
+    } else {
+        "/data/object/id"
+    };
     match (text("/id"), text("/type")) {
         (Some(id), Some(kind)) if has_time && (is_thin || json["data"]["object"].is_object()) => {
-            format!("{id} {kind} {} {}", text("/api_version").unwrap_or(""), text(object).unwrap_or(""))
+            format!(
+                "{id} {kind} {} {}",
+                text("/api_version").unwrap_or(""),
+                text(object).unwrap_or("")
+            )
         }
         _ => format!("unreadable {}", String::from_utf8_lossy(body)),
     }
@@ -90,9 +102,15 @@ impl Ledger {
         }
         for (identity, (new, unanswered)) in firsts {
             let was_logged = self.logged.contains(identity);
-            assert!(new <= usize::from(!was_logged), "{identity} was new {new} times, and {was_logged} that it was known");
+            assert!(
+                new <= usize::from(!was_logged),
+                "{identity} was new {new} times, and {was_logged} that it was known"
+            );
             let must_be_new = !was_logged && !unanswered && !self.left.contains(identity) && alone;
-            assert!(new == 1 || !must_be_new, "{identity} is answered as a duplicate, and nobody had brought it before");
+            assert!(
+                new == 1 || !must_be_new,
+                "{identity} is answered as a duplicate, and nobody had brought it before"
+            );
             if unanswered {
                 self.left.insert(identity.to_owned());
             }
@@ -110,7 +128,10 @@ impl Ledger {
         }
         let mut logged = BTreeSet::new();
         for identity in log.iter().map(|row| &self.rows[&row.logged.key]) {
-            assert!(logged.insert(identity.clone()), "twice in the log: {identity}");
+            assert!(
+                logged.insert(identity.clone()),
+                "twice in the log: {identity}"
+            );
         }
         let lost: Vec<&String> = self.acknowledged.difference(&logged).collect();
         assert!(lost.is_empty(), "acknowledged and lost: {lost:#?}");
@@ -125,10 +146,19 @@ impl Ledger {
         let identity = identity(body);
         match row.logged.source {
             Source::Webhook => {
-                let sent = self.sent.get(&identity).unwrap_or_else(|| panic!("in the log, and never sent: {identity}"));
-                assert!(sent.bodies.contains(body), "other bytes than were delivered: {identity}");
+                let sent = self
+                    .sent
+                    .get(&identity)
+                    .unwrap_or_else(|| panic!("in the log, and never sent: {identity}"));
+                assert!(
+                    sent.bodies.contains(body),
+                    "other bytes than were delivered: {identity}"
+                );
                 let label = row.logged.secret_label.as_deref().unwrap_or_default();
-                assert!(sent.labels.contains(label), "signed with {label}, says the log: {identity}");
+                assert!(
+                    sent.labels.contains(label),
+                    "signed with {label}, says the log: {identity}"
+                );
             }
             Source::Api if identity.starts_with("fetched") => {
                 let id = row.logged.object_id.as_deref().unwrap_or_default();
@@ -136,8 +166,14 @@ impl Ledger {
             }
             Source::Api => {
                 let body: Value = serde_json::from_slice(body).unwrap();
-                let event = events.iter().find(|event| event.generated && row.logged.id.as_deref() == Some(event.id.as_str()));
-                assert_eq!(Some(body), event.map(Event::as_listed), "not as Stripe lists it: {identity}");
+                let event = events.iter().find(|event| {
+                    event.generated && row.logged.id.as_deref() == Some(event.id.as_str())
+                });
+                assert_eq!(
+                    Some(body),
+                    event.map(Event::as_listed),
+                    "not as Stripe lists it: {identity}"
+                );
             }
             Source::Replay => panic!("nobody replayed anything: {identity}"),
         }
@@ -149,6 +185,10 @@ impl Ledger {
 fn outcome(answer: &Answer) -> String {
     let body: Value = serde_json::from_slice(&answer.body).unwrap_or_default();
     let outcome = body["outcome"].as_str().unwrap_or_default().to_owned();
-    assert_eq!(body, serde_json::json!({"received": true, "outcome": outcome}), "{answer:?}");
+    assert_eq!(
+        body,
+        serde_json::json!({"received": true, "outcome": outcome}),
+        "{answer:?}"
+    );
     outcome
 }

@@ -106,8 +106,15 @@ impl Fact {
 impl Invoice {
     pub fn begin(stripe: &Stripe, number: usize, at: i64, random: &mut StdRng) -> Invoice {
         let versions = [OLD, BASIL, CLOVER, ENDIVE];
-        let (listed, delivered) = (*versions.choose(random).unwrap(), *versions.choose(random).unwrap());
-        let due = if random.random_bool(0.05) { 0 } else { random.random_range(100..1_000_000) };
+        let (listed, delivered) = (
+            *versions.choose(random).unwrap(),
+            *versions.choose(random).unwrap(),
+        );
+        let due = if random.random_bool(0.05) {
+            0
+        } else {
+            random.random_range(100..1_000_000)
+        };
         let currency = *["usd", "eur", "jpy"].choose(random).unwrap();
         let account = random.random_bool(0.2).then_some(CONNECTED);
         let terms = Terms {
@@ -143,7 +150,11 @@ impl Invoice {
     pub fn document(&self) -> Value {
         let units = if self.currency == "jpy" { 1.0 } else { 100.0 };
         // There is no other unit than this to store.
-        let spec = if self.currency == "usd" { json!({"paymentUnit": "usd"}) } else { json!({}) };
+        let spec = if self.currency == "usd" {
+            json!({"paymentUnit": "usd"})
+        } else {
+            json!({})
+        };
         json!({"metadata": {"uid": self.uid}, "spec": spec,
             "status": {"billableAmount": self.due as f64 / units, "stripeInvoiceId": self.life.id()}})
     }
@@ -190,7 +201,11 @@ impl Invoice {
             Stage::Draft if self.due == 0 => {
                 self.silence(&[EVERYTHING], random);
                 self.life.paid_at_zero();
-                Some(self.to(Stage::PaidOtherwise, Fact::Paid, "has nothing to collect, and is paid"))
+                Some(self.to(
+                    Stage::PaidOtherwise,
+                    Fact::Paid,
+                    "has nothing to collect, and is paid",
+                ))
             }
             Stage::Draft => {
                 self.silence(&[EVERYTHING], random);
@@ -220,15 +235,21 @@ impl Invoice {
         match random.random_range(0..100) {
             0..28 => {
                 self.silence(OF_AN_ATTEMPT, random);
-                let reason = *["insufficient_funds", "expired_card", "generic"].choose(random).unwrap();
-                self.life.declined(reason, random.random_bool(0.7).then_some(3 * DAY));
+                let reason = *["insufficient_funds", "expired_card", "generic"]
+                    .choose(random)
+                    .unwrap();
+                self.life
+                    .declined(reason, random.random_bool(0.7).then_some(3 * DAY));
                 self.failed += 1;
                 self.to(Stage::Open, Fact::Failed, "is declined")
             }
             28..42 => {
                 self.silence(&[&["payment_intent."], &["invoice."]], random);
                 self.life.action_required();
-                self.once(Fact::ActionRequired(self.failed), "needs the customer to act")
+                self.once(
+                    Fact::ActionRequired(self.failed),
+                    "needs the customer to act",
+                )
             }
             42..58 => {
                 self.silence(&[&["payment_intent."], &["charge."]], random);
@@ -254,7 +275,15 @@ impl Invoice {
     }
 
     fn pay_by_card(&mut self, random: &mut StdRng) -> &'static str {
-        self.silence(&[EVERYTHING, &["invoice."], &["charge."], &["payment_intent."]], random);
+        self.silence(
+            &[
+                EVERYTHING,
+                &["invoice."],
+                &["charge."],
+                &["payment_intent."],
+            ],
+            random,
+        );
         self.life.paid_by_card();
         self.to(Stage::PaidByCard, Fact::Paid, "is paid by card or debit")
     }
@@ -274,12 +303,20 @@ impl Invoice {
     fn part(&mut self, random: &mut StdRng) -> &'static str {
         let rest = self.due - self.life.invoice.paid;
         let is_last = self.stage == Stage::PaidInParts && random.random_bool(0.4);
-        let amount = if is_last || rest < 3 { rest } else { random.random_range(1..rest) };
+        let amount = if is_last || rest < 3 {
+            rest
+        } else {
+            random.random_range(1..rest)
+        };
         self.silence(&[&["invoice."]], random);
         self.life.part(amount);
         self.to(Stage::PaidInParts, Fact::Part, "");
         match amount == rest {
-            true => self.to(Stage::PaidOtherwise, Fact::Paid, "gets its last part, and is paid"),
+            true => self.to(
+                Stage::PaidOtherwise,
+                Fact::Paid,
+                "gets its last part, and is paid",
+            ),
             false => "gets a part",
         }
     }
@@ -292,7 +329,11 @@ impl Invoice {
                 self.refunded += amount;
                 self.silence(&[&["refund."], &["charge."]], random);
                 self.life.refunded(amount);
-                Some(self.to(self.stage, Fact::Information, "is refunded in part or whole"))
+                Some(self.to(
+                    self.stage,
+                    Fact::Information,
+                    "is refunded in part or whole",
+                ))
             }
             1 if !self.is_credited && self.due > 0 => {
                 self.is_credited = true;
@@ -303,13 +344,21 @@ impl Invoice {
                 self.dispute = Dispute::Open;
                 self.life.disputed();
                 self.to(self.stage, Fact::Information, "");
-                Some(self.to(self.stage, Fact::Information, "is disputed, and the money withdrawn"))
+                Some(self.to(
+                    self.stage,
+                    Fact::Information,
+                    "is disputed, and the money withdrawn",
+                ))
             }
             3 if self.dispute == Dispute::Open => {
                 self.dispute = Dispute::Won;
                 self.life.dispute_won();
                 self.to(self.stage, Fact::Information, "");
-                Some(self.to(self.stage, Fact::Information, "has its dispute won, and the money back"))
+                Some(self.to(
+                    self.stage,
+                    Fact::Information,
+                    "has its dispute won, and the money back",
+                ))
             }
             _ => None,
         }
@@ -317,15 +366,25 @@ impl Invoice {
 
     fn to(&mut self, stage: Stage, fact: Fact, told: &'static str) -> &'static str {
         self.stage = stage;
-        self.truth.push(Entry { fact, at: self.life.t });
+        self.truth.push(Entry {
+            fact,
+            at: self.life.t,
+        });
         told
     }
 
     /// What is one entry however often it happens.
     fn once(&mut self, fact: Fact, told: &'static str) -> &'static str {
         let is_first = self.truth.iter().all(|entry| entry.fact != fact);
-        let entries = if is_first { &mut self.truth } else { &mut self.repeated };
-        entries.push(Entry { fact, at: self.life.t });
+        let entries = if is_first {
+            &mut self.truth
+        } else {
+            &mut self.repeated
+        };
+        entries.push(Entry {
+            fact,
+            at: self.life.t,
+        });
         told
     }
 }

@@ -27,10 +27,18 @@ mod reading;
 mod rounds;
 mod script;
 #[path = "../outside/stripe_fake/mod.rs"]
-#[allow(dead_code, unused_imports, reason = "the tests from outside use more of it")]
+#[allow(
+    dead_code,
+    unused_imports,
+    reason = "the tests from outside use more of it"
+)]
 mod stripe_fake;
 #[path = "../outside/support/mod.rs"]
-#[allow(dead_code, unused_imports, reason = "the tests from outside use more of it")]
+#[allow(
+    dead_code,
+    unused_imports,
+    reason = "the tests from outside use more of it"
+)]
 mod support;
 mod watch;
 mod wire;

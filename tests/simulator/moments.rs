@@ -20,7 +20,12 @@ const OVER: usize = 3;
 
 /// Two invoices, much of whose lives is still under way to the program.
 fn story(engine: Engine) -> World {
-    let script = Script { seed: 7, invoices: 2, steps: Vec::new(), is_watched: false };
+    let script = Script {
+        seed: 7,
+        invoices: 2,
+        steps: Vec::new(),
+        is_watched: false,
+    };
     let mut world = World::new(engine, &script, Trace::default());
     let mut random = quiet();
     for _ in 0..14 {
@@ -35,7 +40,15 @@ fn crash_after(engine: Engine, waits: usize, plan: Option<Plan>) -> bool {
     let mut world = story(engine);
     let mut random = quiet();
     let parcels = world.wire.take(&mut random, AT_ONCE);
-    let done = world.make_busy(Busy { parcels, plan, end: End::Crash(waits), is_watched: false }, &mut random);
+    let done = world.make_busy(
+        Busy {
+            parcels,
+            plan,
+            end: End::Crash(waits),
+            is_watched: false,
+        },
+        &mut random,
+    );
     calm_down(&mut world, 1);
     let histories = read_all(&mut world);
     check_truth(&world, &histories);
@@ -45,7 +58,11 @@ fn crash_after(engine: Engine, waits: usize, plan: Option<Plan>) -> bool {
 fn crash_at_every_moment(engine: Engine, plan: Option<Plan>) {
     let (mut waits, mut over) = (0, 0);
     while over < OVER {
-        over = if crash_after(engine, waits, plan) { over + 1 } else { 0 };
+        over = if crash_after(engine, waits, plan) {
+            over + 1
+        } else {
+            0
+        };
         waits += 1;
     }
     println!("{} moments", waits - OVER);
@@ -54,7 +71,11 @@ fn crash_at_every_moment(engine: Engine, plan: Option<Plan>) {
 
 /// At all moments in a long run, at some in a short one.
 fn crash_at_moments_of_a_pass(engine: Engine) {
-    let plan = Some(Plan { extent: Extent::All, mode: Mode::Save, since_s: None });
+    let plan = Some(Plan {
+        extent: Extent::All,
+        mode: Mode::Save,
+        since_s: None,
+    });
     if rounds() > ROUNDS {
         return crash_at_every_moment(engine, plan);
     }
@@ -62,7 +83,11 @@ fn crash_at_moments_of_a_pass(engine: Engine) {
     for _ in 0..MOMENTS {
         waits += rand::random_range(1..APART);
         println!("after {waits} waits");
-        waits = if crash_after(engine, waits, plan) { 0 } else { waits };
+        waits = if crash_after(engine, waits, plan) {
+            0
+        } else {
+            waits
+        };
     }
 }
 
@@ -70,9 +95,21 @@ fn crash_at_moments_of_a_pass(engine: Engine) {
 fn watch_every_moment(engine: Engine) {
     let mut world = story(engine);
     let mut random = quiet();
-    let plan = Some(Plan { extent: Extent::All, mode: Mode::Save, since_s: None });
+    let plan = Some(Plan {
+        extent: Extent::All,
+        mode: Mode::Save,
+        since_s: None,
+    });
     let parcels = world.wire.take(&mut random, AT_ONCE);
-    world.make_busy(Busy { parcels, plan, end: End::Whole, is_watched: true }, &mut random);
+    world.make_busy(
+        Busy {
+            parcels,
+            plan,
+            end: End::Whole,
+            is_watched: true,
+        },
+        &mut random,
+    );
 }
 
 /// The same of what thin events point to, before Stripe lists their twins.
@@ -84,10 +121,29 @@ fn watch_every_moment_of_fetching(engine: Engine) {
         world.wire.post_thin(event, &mut random);
     }
     world.deliver_the_rest();
-    world.stripe.trouble(Troubles { lagging: 1.0, ..Troubles::default() });
-    let plan = Some(Plan { extent: Extent::Due, mode: Mode::Save, since_s: None });
-    world.make_busy(Busy { parcels: Vec::new(), plan, end: End::Whole, is_watched: true }, &mut random);
-    let is_fetched = world.ledger.logged().iter().any(|identity| identity.starts_with("fetched"));
+    world.stripe.trouble(Troubles {
+        lagging: 1.0,
+        ..Troubles::default()
+    });
+    let plan = Some(Plan {
+        extent: Extent::Due,
+        mode: Mode::Save,
+        since_s: None,
+    });
+    world.make_busy(
+        Busy {
+            parcels: Vec::new(),
+            plan,
+            end: End::Whole,
+            is_watched: true,
+        },
+        &mut random,
+    );
+    let is_fetched = world
+        .ledger
+        .logged()
+        .iter()
+        .any(|identity| identity.starts_with("fetched"));
     assert!(is_fetched, "there was something to fetch");
 }
 

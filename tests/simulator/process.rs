@@ -89,11 +89,19 @@ impl Process {
     pub fn start(setup: &Setup) -> Process {
         let waits: Arc<Mutex<Waits>> = Arc::default();
         let counted = waits.clone();
-        let runtime =
-            Builder::new_current_thread().enable_all().on_thread_park(move || locked(&counted).one_more()).build().unwrap();
+        let runtime = Builder::new_current_thread()
+            .enable_all()
+            .on_thread_park(move || locked(&counted).one_more())
+            .build()
+            .unwrap();
         let started = (0..setup.replicas).map(|_| runtime.block_on(Replica::start(setup)));
         let (replicas, writers) = started.unzip();
-        Process { runtime, waits, replicas, writers }
+        Process {
+            runtime,
+            waits,
+            replicas,
+            writers,
+        }
     }
 
     /// One of its servers, whichever this number names.
@@ -109,7 +117,11 @@ impl Process {
     pub fn run_until<T>(&self, waits: Option<usize>, work: impl Future<Output = T>) -> Option<T> {
         {
             let mut counted = locked(&self.waits);
-            *counted = Waits { left: waits, watch: counted.watch.take(), ..Waits::default() };
+            *counted = Waits {
+                left: waits,
+                watch: counted.watch.take(),
+                ..Waits::default()
+            };
         }
         self.runtime.block_on(async {
             let (mut work, mut has_begun) = (pin!(work), false);
@@ -154,10 +166,20 @@ impl Process {
 
     /// As on SIGTERM: what is under way is finished.
     pub fn stop(self) {
-        let Process { runtime, replicas, writers, .. } = self;
+        let Process {
+            runtime,
+            replicas,
+            writers,
+            ..
+        } = self;
         runtime.block_on(async {
-            let stores: Vec<Store> = replicas.iter().map(|replica| replica.store.clone()).collect();
-            replicas.iter().for_each(|replica| replica.stopping.cancel());
+            let stores: Vec<Store> = replicas
+                .iter()
+                .map(|replica| replica.store.clone())
+                .collect();
+            replicas
+                .iter()
+                .for_each(|replica| replica.stopping.cancel());
             drop(replicas);
             for writer in writers {
                 writer.finish().await;
@@ -197,15 +219,21 @@ fn wait_until_left(database: &Database) {
         Engine::Sqlite => is_open(database.url.trim_start_matches("sqlite://")),
         Engine::Postgres => ASKING.with(|asking| in_postgres(&mut asking.borrow_mut())),
     } {
-        assert!(Instant::now() < deadline, "somebody still uses the database of a process that is gone");
+        assert!(
+            Instant::now() < deadline,
+            "somebody still uses the database of a process that is gone"
+        );
         std::thread::sleep(Duration::from_micros(300));
     }
 }
 
 /// Whether this process has the file open.
 fn is_open(path: &str) -> bool {
-    let open = std::fs::read_dir("/proc/self/fd").unwrap().filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok());
-    open.into_iter().any(|link| link.to_str().is_some_and(|link| link.starts_with(path)))
+    let open = std::fs::read_dir("/proc/self/fd")
+        .unwrap()
+        .filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok());
+    open.into_iter()
+        .any(|link| link.to_str().is_some_and(|link| link.starts_with(path)))
 }
 
 impl Replica {
@@ -214,31 +242,81 @@ impl Replica {
         store.migrate().await.unwrap();
         let (inbox, writer) = Inbox::start(store.clone(), Arc::default());
         let key = ApiKey::parse(LIVE_KEY).unwrap();
-        let api = StripeApi::new(Settings { key, base: setup.stripe_base.to_owned(), rate: 1000, retries: RETRIES });
+        let api = StripeApi::new(Settings {
+            key,
+            base: setup.stripe_base.to_owned(),
+            rate: 1000,
+            retries: RETRIES,
+        });
         let (clock, stopping) = (setup.clock.clone(), CancellationToken::new());
         let secrets = SigningSecrets::parse(setup.secrets).unwrap();
-        let state = AppState::new(store.clone(), inbox.clone(), secrets, clock.clone(), Arc::default(), stopping.clone());
-        let router = TowerToHyperService::new(http::router(state, MetricsAt::MainListener, Ui::Absent));
-        (Replica { store, inbox, router, api, clock, stopping }, writer)
+        let state = AppState::new(
+            store.clone(),
+            inbox.clone(),
+            secrets,
+            clock.clone(),
+            Arc::default(),
+            stopping.clone(),
+        );
+        let router =
+            TowerToHyperService::new(http::router(state, MetricsAt::MainListener, Ui::Absent));
+        (
+            Replica {
+                store,
+                inbox,
+                router,
+                api,
+                clock,
+                stopping,
+            },
+            writer,
+        )
     }
 
     pub fn tools(&self) -> Tools {
-        let (store, inbox, api, clock) = (self.store.clone(), self.inbox.clone(), self.api.clone(), self.clock.clone());
-        Tools { store, inbox, api, clock, metrics: Arc::default() }
+        let (store, inbox, api, clock) = (
+            self.store.clone(),
+            self.inbox.clone(),
+            self.api.clone(),
+            self.clock.clone(),
+        );
+        Tools {
+            store,
+            inbox,
+            api,
+            clock,
+            metrics: Arc::default(),
+        }
     }
 
-    pub async fn send(&self, method: &str, path: &str, headers: &[(&str, &str)], body: Vec<u8>) -> Answer {
+    pub async fn send(
+        &self,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: Vec<u8>,
+    ) -> Answer {
         let mut request = Request::builder().method(method).uri(path);
         for (name, value) in headers {
             request = request.header(*name, *value);
         }
         let request: Request<Full<Bytes>> = request.body(Full::from(body)).unwrap();
         let (head, body) = self.router.call(request).await.unwrap().into_parts();
-        Answer { status: head.status, headers: head.headers, body: body.collect().await.unwrap().to_bytes() }
+        Answer {
+            status: head.status,
+            headers: head.headers,
+            body: body.collect().await.unwrap().to_bytes(),
+        }
     }
 
     pub async fn deliver(&self, signature: &str, body: Vec<u8>) -> Answer {
-        self.send("POST", "/webhooks/stripe", &[("stripe-signature", signature)], body).await
+        self.send(
+            "POST",
+            "/webhooks/stripe",
+            &[("stripe-signature", signature)],
+            body,
+        )
+        .await
     }
 
     pub async fn get(&self, path: &str, key: &str) -> Answer {
@@ -246,6 +324,12 @@ impl Replica {
     }
 
     pub async fn put(&self, path: &str, key: &str, document: &Value) -> Answer {
-        self.send("PUT", path, &[("apikey", key)], document.to_string().into_bytes()).await
+        self.send(
+            "PUT",
+            path,
+            &[("apikey", key)],
+            document.to_string().into_bytes(),
+        )
+        .await
     }
 }

@@ -36,7 +36,9 @@ impl World {
         self.check_log();
         let uid = self.invoices[n].uid.clone();
         let replica = self.process().replica(n);
-        let answer = self.process().run(async { replica.get(&invoice_path(&uid), KEY).await });
+        let answer = self
+            .process()
+            .run(async { replica.get(&invoice_path(&uid), KEY).await });
         match (self.stored.get(&uid), answer.status.as_u16()) {
             (Some(_), 200) => {}
             (None | Some(Stored::Perhaps), 404) => {
@@ -46,66 +48,126 @@ impl World {
             }
             (stored, _) => panic!("{uid} ({stored:?}) is answered {answer:?}"),
         }
-        let states = assert_is_invoice(std::str::from_utf8(&answer.body).unwrap())["status"]["states"].clone();
+        let states =
+            assert_is_invoice(std::str::from_utf8(&answer.body).unwrap())["status"]["states"]
+                .clone();
         let shown = entries(&states);
-        let told: Vec<String> = shown.iter().map(|(state, at)| format!("{state} {at}")).collect();
+        let told: Vec<String> = shown
+            .iter()
+            .map(|(state, at)| format!("{state} {at}"))
+            .collect();
         self.say(format!("{uid} is shown as [{}]", told.join(", ")));
         self.check_shown(n, &shown);
         self.reads.last.insert(uid.clone(), shown);
         let logged = self.ledger.logged().clone();
-        self.reads.all.push(Read { uid, at_ms: self.clock.now_ms(), logged, states: states.clone() });
+        self.reads.all.push(Read {
+            uid,
+            at_ms: self.clock.now_ms(),
+            logged,
+            states: states.clone(),
+        });
         Some(states)
     }
 
     fn check_shown(&self, n: usize, shown: &[Shown]) {
         let invoice = &self.invoices[n];
         let truth = invoice.truth();
-        let paid = truth.iter().find(|entry| entry.fact == Fact::Paid).map(|entry| entry.at);
+        let paid = truth
+            .iter()
+            .find(|entry| entry.fact == Fact::Paid)
+            .map(|entry| entry.at);
         for (state, at) in shown {
-            let is_true = truth.iter().chain(invoice.repeated()).any(|entry| entry.fact.state() == state && entry.at == *at);
+            let is_true = truth
+                .iter()
+                .chain(invoice.repeated())
+                .any(|entry| entry.fact.state() == state && entry.at == *at);
             // Until it is known that it is all, a payment is a part; thin, what has nothing to collect is finalized.
-            let is_early = paid == Some(*at) && (state == "PaymentInProgress" || state == "PaymentPending");
-            assert!(is_true || is_early, "{} was never {state} at {at}; the truth is {truth:?}", invoice.uid);
+            let is_early =
+                paid == Some(*at) && (state == "PaymentInProgress" || state == "PaymentPending");
+            assert!(
+                is_true || is_early,
+                "{} was never {state} at {at}; the truth is {truth:?}",
+                invoice.uid
+            );
         }
         let stays = |state: &str, at: i64| {
-            truth.iter().filter(|entry| entry.fact.state() == state && entry.at == at).any(|entry| match entry.fact {
-                // They are told apart by what failed between them.
-                Fact::ActionRequired(_) | Fact::InFlight(_) => false,
-                // What is near may be taken for one, until all is known.
-                Fact::Failed => truth.iter().all(|e| e.fact != Fact::Failed || e.at == at || (e.at - at).abs() > NEAR_S),
-                _ => true,
-            })
+            truth
+                .iter()
+                .filter(|entry| entry.fact.state() == state && entry.at == at)
+                .any(|entry| match entry.fact {
+                    // They are told apart by what failed between them.
+                    Fact::ActionRequired(_) | Fact::InFlight(_) => false,
+                    // What is near may be taken for one, until all is known.
+                    Fact::Failed => truth.iter().all(|e| {
+                        e.fact != Fact::Failed || e.at == at || (e.at - at).abs() > NEAR_S
+                    }),
+                    _ => true,
+                })
         };
         let before = self.reads.last.get(&invoice.uid).into_iter().flatten();
-        let gone: Vec<_> = before.filter(|entry| !shown.contains(entry) && stays(&entry.0, entry.1)).collect();
-        assert!(gone.is_empty(), "{}: no longer shown: {gone:?}; now {shown:?}", invoice.uid);
+        let gone: Vec<_> = before
+            .filter(|entry| !shown.contains(entry) && stays(&entry.0, entry.1))
+            .collect();
+        assert!(
+            gone.is_empty(),
+            "{}: no longer shown: {gone:?}; now {shown:?}",
+            invoice.uid
+        );
     }
 
     /// What was read at any moment is what the evidence says now as of that moment. Where the clock jumped meanwhile, the program cannot
     /// know what came before a moment, and what after it.
     pub fn check_reads(&self) {
         let log = self.process().durable().log;
-        let received: Vec<(i64, String)> =
-            log.iter().map(|row| (row.logged.received_ms, identity(row.body.as_deref().unwrap_or_default()))).collect();
+        let received: Vec<(i64, String)> = log
+            .iter()
+            .map(|row| {
+                (
+                    row.logged.received_ms,
+                    identity(row.body.as_deref().unwrap_or_default()),
+                )
+            })
+            .collect();
         let replica = self.process().replica(0);
-        for Read { uid, at_ms, logged, states } in &self.reads.all {
-            let by_then: BTreeSet<&String> =
-                received.iter().filter(|(ms, _)| ms <= at_ms).map(|(_, identity)| identity).collect();
+        for Read {
+            uid,
+            at_ms,
+            logged,
+            states,
+        } in &self.reads.all
+        {
+            let by_then: BTreeSet<&String> = received
+                .iter()
+                .filter(|(ms, _)| ms <= at_ms)
+                .map(|(_, identity)| identity)
+                .collect();
             if by_then != logged.iter().collect() {
                 continue;
             }
             let as_of = Timestamp::from_millisecond(*at_ms).unwrap();
             let path = format!("{}/evidence?asOf={as_of}", invoice_path(uid));
-            let evidence = self.process().run(replica.get(&path, KEY)).with_status(200).json();
+            let evidence = self
+                .process()
+                .run(replica.get(&path, KEY))
+                .with_status(200)
+                .json();
             let entry = |entry: &Value| {
-                assert!(!entry["proofs"].as_array().unwrap().is_empty(), "{entry} has no proof");
+                assert!(
+                    !entry["proofs"].as_array().unwrap().is_empty(),
+                    "{entry} has no proof"
+                );
                 let mut shown = json!({"state": entry["state"], "timestamp": entry["timestamp"]});
                 if !entry["paymentMsg"].is_null() {
                     shown["paymentMsg"] = entry["paymentMsg"].clone();
                 }
                 shown
             };
-            let then: Vec<Value> = evidence["entries"].as_array().unwrap().iter().map(entry).collect();
+            let then: Vec<Value> = evidence["entries"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .map(entry)
+                .collect();
             assert_eq!(&Value::from(then), states, "{uid} as of {as_of}");
         }
     }
@@ -116,7 +178,15 @@ pub fn entries(states: &Value) -> Vec<Shown> {
     let entry = |state: &Value| {
         let time: Timestamp = state["timestamp"].as_str().unwrap().parse().unwrap();
         assert_eq!(time.as_millisecond() % 1000, 0, "{state}");
-        (state["state"].as_str().unwrap().to_owned(), time.as_second())
+        (
+            state["state"].as_str().unwrap().to_owned(),
+            time.as_second(),
+        )
     };
-    states.as_array().expect("states are always there").iter().map(entry).collect()
+    states
+        .as_array()
+        .expect("states are always there")
+        .iter()
+        .map(entry)
+        .collect()
 }

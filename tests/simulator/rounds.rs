@@ -29,7 +29,9 @@ fn watch_panics() {
     WATCHED.call_once(|| {
         let print = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |panic| {
-            let kept = PANICS.with_borrow_mut(|panics| panics.as_mut().map(|panics| panics.push(panic.to_string())));
+            let kept = PANICS.with_borrow_mut(|panics| {
+                panics.as_mut().map(|panics| panics.push(panic.to_string()))
+            });
             kept.unwrap_or_else(|| print(panic));
         }));
     });
@@ -48,7 +50,10 @@ fn play(engine: Engine, script: &Script) -> Result<Histories, Failure> {
     let panics = PANICS.take().unwrap_or_default();
     match played {
         Ok(histories) if panics.is_empty() => Ok(histories),
-        _ => Err(Failure { told: panics.join("\n"), trace: std::mem::take(&mut trace.lock().unwrap()) }),
+        _ => Err(Failure {
+            told: panics.join("\n"),
+            trace: std::mem::take(&mut trace.lock().unwrap()),
+        }),
     }
 }
 
@@ -56,20 +61,32 @@ fn play(engine: Engine, script: &Script) -> Result<Histories, Failure> {
 fn play_both(script: &Script) -> Result<(), (Engine, Failure)> {
     let (sqlite, postgres) = std::thread::scope(|scope| {
         let postgres = scope.spawn(|| play(Engine::Postgres, script));
-        (play(Engine::Sqlite, script), postgres.join().expect("its panics are caught"))
+        (
+            play(Engine::Sqlite, script),
+            postgres.join().expect("its panics are caught"),
+        )
     });
     let sqlite = sqlite.map_err(|failure| (Engine::Sqlite, failure))?;
     let postgres = postgres.map_err(|failure| (Engine::Postgres, failure))?;
     if sqlite != postgres {
         let told = format!("the engines differ:\nSQLite     {sqlite:#?}\nPostgreSQL {postgres:#?}");
-        return Err((Engine::Postgres, Failure { told, trace: Vec::new() }));
+        return Err((
+            Engine::Postgres,
+            Failure {
+                told,
+                trace: Vec::new(),
+            },
+        ));
     }
     Ok(())
 }
 
 fn setting(name: &str) -> Option<u64> {
     #[expect(clippy::disallowed_methods, reason = "the settings of a test")]
-    std::env::var(name).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{name} is no number: {text}")))
+    std::env::var(name).ok().map(|text| {
+        text.parse()
+            .unwrap_or_else(|_| panic!("{name} is no number: {text}"))
+    })
 }
 
 pub fn rounds() -> u64 {
@@ -81,7 +98,11 @@ fn random_lives_and_a_wicked_stripe_end_in_the_truth_on_both_engines() {
     watch_panics();
     let (seed, rounds) = (setting("SIMULATOR_SEED"), rounds());
     let first = seed.unwrap_or_else(rand::random);
-    let chances = if seed.is_some() && rounds == 1 { CHANCES } else { 1 };
+    let chances = if seed.is_some() && rounds == 1 {
+        CHANCES
+    } else {
+        1
+    };
     println!("SIMULATOR_SEED={first} SIMULATOR_ROUNDS={rounds}");
     for n in 0..rounds {
         if n > 0 && n.is_multiple_of(NEWS) {
@@ -90,18 +111,36 @@ fn random_lives_and_a_wicked_stripe_end_in_the_truth_on_both_engines() {
         let seed = first.wrapping_add(n);
         let script = Script::of(seed);
         let mut plays = (0..chances).map(|n| script.watched(n % 2 == 1));
-        let failed = plays.find_map(|script| play_both(&script).err().map(|(engine, failure)| (script, engine, failure)));
-        let Some((script, engine, failure)) = failed else { continue };
+        let failed = plays.find_map(|script| {
+            play_both(&script)
+                .err()
+                .map(|(engine, failure)| (script, engine, failure))
+        });
+        let Some((script, engine, failure)) = failed else {
+            continue;
+        };
         // Where to watch is enough to see it, no moment matters any more.
         let watched = script.watched(true);
-        let script = if play(engine, &watched).is_err() { watched } else { script };
+        let script = if play(engine, &watched).is_err() {
+            watched
+        } else {
+            script
+        };
         let shorter = script.shortened(TRIES, |shorter| play(engine, shorter).is_err());
         let again = play(engine, &shorter).err();
         let Failure { told, trace } = again.unwrap_or(failure);
         println!("{}", trace.join("\n"));
-        println!("{} of its {} steps suffice", shorter.steps.len(), script.steps.len());
-        println!("SIMULATOR_SEED={seed} SIMULATOR_ROUNDS=1 cargo test --test simulator random_lives");
-        std::panic::resume_unwind(Box::new(eprint_and_keep(format!("on {engine:?}, seed {seed}: {told}"))));
+        println!(
+            "{} of its {} steps suffice",
+            shorter.steps.len(),
+            script.steps.len()
+        );
+        println!(
+            "SIMULATOR_SEED={seed} SIMULATOR_ROUNDS=1 cargo test --test simulator random_lives"
+        );
+        std::panic::resume_unwind(Box::new(eprint_and_keep(format!(
+            "on {engine:?}, seed {seed}: {told}"
+        ))));
     }
 }
 

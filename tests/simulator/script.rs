@@ -71,16 +71,29 @@ impl Script {
         let invoices = random.random_range(INVOICES);
         let count = random.random_range(STEPS);
         let step = |_| {
-            let (what, _) = *SHARES.choose_weighted(&mut random, |(_, share)| *share).unwrap();
-            Step { what, seed: random.random() }
+            let (what, _) = *SHARES
+                .choose_weighted(&mut random, |(_, share)| *share)
+                .unwrap();
+            Step {
+                what,
+                seed: random.random(),
+            }
         };
         let steps = (0..count).map(step).collect();
-        Script { seed, invoices, steps, is_watched: false }
+        Script {
+            seed,
+            invoices,
+            steps,
+            is_watched: false,
+        }
     }
 
     /// The same, watched or not.
     pub fn watched(&self, is_watched: bool) -> Script {
-        Script { is_watched, ..self.clone() }
+        Script {
+            is_watched,
+            ..self.clone()
+        }
     }
 
     /// As few of its steps as still fail, found by leaving out a half, a quarter, and so on, as long as there are tries left.

@@ -43,14 +43,22 @@ impl Watch {
                 store.close().await;
             });
         });
-        Watch { ask, seen, found: Ok(()), thread }
+        Watch {
+            ask,
+            seen,
+            found: Ok(()),
+            thread,
+        }
     }
 
     /// Returns when it has looked.
     pub fn look(&mut self) {
         if self.found.is_ok() {
             self.found = match self.ask.send(()) {
-                Ok(()) => self.seen.recv().unwrap_or_else(|_| Err("nobody could look".to_owned())),
+                Ok(()) => self
+                    .seen
+                    .recv()
+                    .unwrap_or_else(|_| Err("nobody could look".to_owned())),
                 Err(_) => Err("nobody could look".to_owned()),
             };
         }
@@ -59,7 +67,9 @@ impl Watch {
     /// Lets go of the database.
     pub fn end(self) -> Look {
         drop(self.ask);
-        self.thread.join().map_err(|_| "nobody could look".to_owned())?;
+        self.thread
+            .join()
+            .map_err(|_| "nobody could look".to_owned())?;
         self.found
     }
 }
@@ -84,6 +94,7 @@ impl World {
 
     /// From now on, at every moment, what is durable is looked at.
     pub fn watch(&self) {
-        self.process().watch(Watch::start(&self.database.url, self.invariants.clone()));
+        self.process()
+            .watch(Watch::start(&self.database.url, self.invariants.clone()));
     }
 }

@@ -55,7 +55,10 @@ impl Wire {
         }
         if random.random_bool(0.1) {
             // A second endpoint of the same merchant, or one that was moved to another version.
-            self.send(&event.render([OLD, BASIL, CLOVER, ENDIVE].choose(random).unwrap()), random);
+            self.send(
+                &event.render([OLD, BASIL, CLOVER, ENDIVE].choose(random).unwrap()),
+                random,
+            );
         }
     }
 
@@ -69,27 +72,54 @@ impl Wire {
         let n = self.serial;
         let bodies = [
             format!("not JSON {n}"),
-            format!("{{\"id\":\"evt_{n}\",\"type\":\"invoice.paid\",\"created\":1760000000,\"data\":{{\"object\":"),
+            format!(
+                "{{\"id\":\"evt_{n}\",\"type\":\"invoice.paid\",\"created\":1760000000,\"data\":{{\"object\":"
+            ),
             format!("[{n}]"),
-            format!("{{\"id\":{n},\"type\":\"invoice.paid\",\"created\":1760000000,\"data\":{{\"object\":{{}}}}}}"),
-            format!("{{\"id\":\"evt_garbled{n}\",\"type\":\"invoice.paid\",\"created\":-1,\"data\":{{\"object\":{{}}}}}}"),
+            format!(
+                "{{\"id\":{n},\"type\":\"invoice.paid\",\"created\":1760000000,\"data\":{{\"object\":{{}}}}}}"
+            ),
+            format!(
+                "{{\"id\":\"evt_garbled{n}\",\"type\":\"invoice.paid\",\"created\":-1,\"data\":{{\"object\":{{}}}}}}"
+            ),
         ];
         let body = bodies.choose(random).unwrap().clone().into_bytes();
-        self.under_way.push(Parcel { identity: identity(&body), body, told: format!("something garbled, {n}") });
+        self.under_way.push(Parcel {
+            identity: identity(&body),
+            body,
+            told: format!("something garbled, {n}"),
+        });
     }
 
     fn send(&mut self, event: &Value, random: &mut StdRng) {
-        let body = if random.random_bool(0.5) { serde_json::to_vec(event) } else { serde_json::to_vec_pretty(event) };
+        let body = if random.random_bool(0.5) {
+            serde_json::to_vec(event)
+        } else {
+            serde_json::to_vec_pretty(event)
+        };
         let body = body.unwrap();
         let version = event["api_version"].as_str().unwrap_or("thin");
-        let told = format!("{} {} ({version})", event["id"].as_str().unwrap(), event["type"].as_str().unwrap());
-        self.under_way.push(Parcel { identity: identity(&body), body, told });
+        let told = format!(
+            "{} {} ({version})",
+            event["id"].as_str().unwrap(),
+            event["type"].as_str().unwrap()
+        );
+        self.under_way.push(Parcel {
+            identity: identity(&body),
+            body,
+            told,
+        });
     }
 
     /// Some of what is under way, at random.
     pub fn take(&mut self, random: &mut StdRng, most: usize) -> Vec<Parcel> {
         let count = random.random_range(1..=most).min(self.under_way.len());
-        (0..count).map(|_| self.under_way.swap_remove(random.random_range(0..self.under_way.len()))).collect()
+        (0..count)
+            .map(|_| {
+                self.under_way
+                    .swap_remove(random.random_range(0..self.under_way.len()))
+            })
+            .collect()
     }
 }
 
@@ -114,18 +144,29 @@ pub struct Signed {
 
 impl Secrets {
     pub fn new() -> Secrets {
-        Secrets { all: vec![Secret { key: key(0), ends: None }], configured: vec![0] }
+        Secrets {
+            all: vec![Secret {
+                key: key(0),
+                ends: None,
+            }],
+            configured: vec![0],
+        }
     }
 
     pub fn roll(&mut self, now: i64) {
         for secret in self.all.iter_mut().filter(|secret| secret.ends.is_none()) {
             secret.ends = Some(now + DAY);
         }
-        self.all.push(Secret { key: key(self.all.len()), ends: None });
+        self.all.push(Secret {
+            key: key(self.all.len()),
+            ends: None,
+        });
     }
 
     fn active(&self, now: i64) -> Vec<usize> {
-        (0..self.all.len()).filter(|n| self.all[*n].ends.is_none_or(|ends| now < ends)).collect()
+        (0..self.all.len())
+            .filter(|n| self.all[*n].ends.is_none_or(|ends| now < ends))
+            .collect()
     }
 
     /// The program is to believe those that Stripe signs with; those that ended may stay a while.
@@ -138,42 +179,85 @@ impl Secrets {
 
     /// As the program is configured with them.
     pub fn setting(&self) -> String {
-        let named: Vec<String> = self.configured.iter().map(|n| format!("{}={}", label(*n), self.all[*n].key)).collect();
+        let named: Vec<String> = self
+            .configured
+            .iter()
+            .map(|n| format!("{}={}", label(*n), self.all[*n].key))
+            .collect();
         named.join(",")
     }
 
     /// Signs at one time what is delivered at another, which the program believes to be a third.
-    pub fn sign(&self, body: &[u8], signed_at: i64, programs_now: i64, random: &mut StdRng) -> Signed {
+    pub fn sign(
+        &self,
+        body: &[u8],
+        signed_at: i64,
+        programs_now: i64,
+        random: &mut StdRng,
+    ) -> Signed {
         let mut active = self.active(signed_at);
         active.shuffle(random);
-        let mut parts: Vec<String> = active.iter().map(|n| format!("v1={}", mac(&self.all[*n].key, signed_at, body))).collect();
+        let mut parts: Vec<String> = active
+            .iter()
+            .map(|n| format!("v1={}", mac(&self.all[*n].key, signed_at, body)))
+            .collect();
         if random.random_bool(0.2) {
             parts.push(format!("v0={}", mac("nobody", signed_at, body)));
         }
         let is_timely = (programs_now - signed_at).abs() <= TOLERANCE_S;
-        let believed = active.iter().filter(|n| is_timely && self.configured.contains(n));
-        Signed { labels: believed.map(|n| label(*n)).collect(), header: format!("t={signed_at},{}", parts.join(",")) }
+        let believed = active
+            .iter()
+            .filter(|n| is_timely && self.configured.contains(n));
+        Signed {
+            labels: believed.map(|n| label(*n)).collect(),
+            header: format!("t={signed_at},{}", parts.join(",")),
+        }
     }
 
     /// A header that no one must believe for this body, and the body; in words, what is wrong.
-    pub fn forge(&self, body: Vec<u8>, now: i64, random: &mut StdRng) -> (&'static str, Vec<String>, Vec<u8>) {
+    pub fn forge(
+        &self,
+        body: Vec<u8>,
+        now: i64,
+        random: &mut StdRng,
+    ) -> (&'static str, Vec<String>, Vec<u8>) {
         let n = *self.active(now).choose(random).unwrap();
         let right = mac(&self.all[n].key, now, &body);
         let header = |text: String| vec![text];
         match random.random_range(0..8) {
             0 => ("no signature", Vec::new(), body),
-            1 => ("another secret", header(format!("t={now},v1={}", mac("whsec_guessed", now, &body))), body),
+            1 => (
+                "another secret",
+                header(format!("t={now},v1={}", mac("whsec_guessed", now, &body))),
+                body,
+            ),
             2 => {
                 let mut changed = body;
                 let at = random.random_range(0..changed.len());
                 changed[at] ^= 1;
-                ("a changed body", header(format!("t={now},v1={right}")), changed)
+                (
+                    "a changed body",
+                    header(format!("t={now},v1={right}")),
+                    changed,
+                )
             }
             3 => ("only v0", header(format!("t={now},v0={right}")), body),
             4 => ("two headers", vec![format!("t={now},v1={right}"); 2], body),
-            5 => ("two times", header(format!("t={now},t={now},v1={right}")), body),
-            6 => ("another time", header(format!("t={},v1={right}", now + 1)), body),
-            _ => ("half a signature", header(format!("t={now},v1={}", &right[..32])), body),
+            5 => (
+                "two times",
+                header(format!("t={now},t={now},v1={right}")),
+                body,
+            ),
+            6 => (
+                "another time",
+                header(format!("t={},v1={right}", now + 1)),
+                body,
+            ),
+            _ => (
+                "half a signature",
+                header(format!("t={now},v1={}", &right[..32])),
+                body,
+            ),
         }
     }
 }

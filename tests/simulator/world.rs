@@ -122,13 +122,21 @@ impl World {
     }
 
     pub fn process(&self) -> &Process {
-        self.process.as_ref().expect("it is started again whenever it has ended")
+        self.process
+            .as_ref()
+            .expect("it is started again whenever it has ended")
     }
 
     pub fn say(&self, what: impl AsRef<str>) {
         let at = self.now_s() - self.start_s;
         let (days, rest) = (at / DAY, at % DAY);
-        let line = format!("day {days:2} {:02}:{:02}:{:02}  {}", rest / HOUR, rest / 60 % 60, rest % 60, what.as_ref());
+        let line = format!(
+            "day {days:2} {:02}:{:02}:{:02}  {}",
+            rest / HOUR,
+            rest / 60 % 60,
+            rest % 60,
+            what.as_ref()
+        );
         self.trace.lock().unwrap().push(line);
     }
 
@@ -173,17 +181,28 @@ impl World {
         }
         self.later(waits_s * 1000);
         let before = self.stripe.events().len();
-        let begins = self.invoices.is_empty() || (self.invoices.len() < self.wanted && random.random_bool(0.4));
+        let begins = self.invoices.is_empty()
+            || (self.invoices.len() < self.wanted && random.random_bool(0.4));
         if begins {
             let invoice = Invoice::begin(&self.stripe, self.invoices.len(), self.now_s(), random);
-            self.say(format!("{} is drafted as {}", invoice.uid, invoice.life.id()));
+            self.say(format!(
+                "{} is drafted as {}",
+                invoice.uid,
+                invoice.life.id()
+            ));
             self.invoices.push(invoice);
         } else {
             let (now, n) = (self.now_s(), random.random_range(0..self.invoices.len()));
-            let Some(told) = self.invoices[n].live(now, random) else { return };
+            let Some(told) = self.invoices[n].live(now, random) else {
+                return;
+            };
             self.say(format!("{} {told}", self.invoices[n].uid));
         }
-        for (n, event) in self.stripe.events()[before..].iter().enumerate().filter(|(_, event)| event.generated) {
+        for (n, event) in self.stripe.events()[before..]
+            .iter()
+            .enumerate()
+            .filter(|(_, event)| event.generated)
+        {
             // Of a connected account nobody knows but by its events.
             let is_kept = begins && n == 0 && event.account.is_some();
             self.wire.post(event, is_kept, random);
@@ -192,45 +211,106 @@ impl World {
 
     fn deliver(&mut self, random: &mut StdRng) {
         if !self.wire.under_way.is_empty() {
-            let (parcels, end, is_watched) = (self.wire.take(random, AT_ONCE), End::draw(random, 6), self.is_watched(random));
-            self.make_busy(Busy { parcels, plan: None, end, is_watched }, random);
+            let (parcels, end, is_watched) = (
+                self.wire.take(random, AT_ONCE),
+                End::draw(random, 6),
+                self.is_watched(random),
+            );
+            self.make_busy(
+                Busy {
+                    parcels,
+                    plan: None,
+                    end,
+                    is_watched,
+                },
+                random,
+            );
         }
     }
 
     fn reconcile(&mut self, random: &mut StdRng) {
         let since_s = random.random_bool(0.1).then_some(30 * DAY);
-        let extent = if since_s.is_some() || random.random_bool(0.6) { Extent::All } else { Extent::Due };
-        let mode = if random.random_bool(0.1) { Mode::DryRun } else { Mode::Save };
+        let extent = if since_s.is_some() || random.random_bool(0.6) {
+            Extent::All
+        } else {
+            Extent::Due
+        };
+        let mode = if random.random_bool(0.1) {
+            Mode::DryRun
+        } else {
+            Mode::Save
+        };
         let troubles = match random.random_range(0..10) {
-            0 => Troubles { rate_limited: 0.02, failing: 0.02, resets: 0.03, truncated: 0.03, ..Troubles::default() },
-            1 | 2 => Troubles { lagging: 0.3, ..Troubles::default() },
+            0 => Troubles {
+                rate_limited: 0.02,
+                failing: 0.02,
+                resets: 0.03,
+                truncated: 0.03,
+                ..Troubles::default()
+            },
+            1 | 2 => Troubles {
+                lagging: 0.3,
+                ..Troubles::default()
+            },
             _ => Troubles::default(),
         };
         self.has_lagged |= troubles.lagging > 0.0;
-        self.stripe.trouble(Troubles { seed: random.random(), ..troubles });
+        self.stripe.trouble(Troubles {
+            seed: random.random(),
+            ..troubles
+        });
         let meanwhile = random.random_bool(0.4) && !self.wire.under_way.is_empty();
-        let parcels = if meanwhile { self.wire.take(random, AT_ONCE) } else { Vec::new() };
+        let parcels = if meanwhile {
+            self.wire.take(random, AT_ONCE)
+        } else {
+            Vec::new()
+        };
         let (end, is_watched) = (End::draw(random, 200), self.is_watched(random));
-        self.make_busy(Busy { parcels, plan: Some(Plan { extent, mode, since_s }), end, is_watched }, random);
+        self.make_busy(
+            Busy {
+                parcels,
+                plan: Some(Plan {
+                    extent,
+                    mode,
+                    since_s,
+                }),
+                end,
+                is_watched,
+            },
+            random,
+        );
         self.stripe.trouble(Troubles::default());
     }
 
     /// Somebody stores an invoice: for the first time, or as it is.
     fn store(&mut self, random: &mut StdRng) {
         if !self.invoices.is_empty() {
-            let (n, end) = (random.random_range(0..self.invoices.len()), End::draw(random, 6));
+            let (n, end) = (
+                random.random_range(0..self.invoices.len()),
+                End::draw(random, 6),
+            );
             self.store_invoice(n, end, random);
         }
     }
 
     pub fn store_invoice(&mut self, n: usize, end: End, random: &mut StdRng) {
         let (uid, document) = (self.invoices[n].uid.clone(), self.invoices[n].document());
-        let (replica, path) = (self.process().replica(random.random_range(0..2)), invoice_path(&uid));
-        let answer = self.process().run_until(end.waits(), async move { replica.put(&path, KEY, &document).await });
+        let (replica, path) = (
+            self.process().replica(random.random_range(0..2)),
+            invoice_path(&uid),
+        );
+        let answer = self.process().run_until(end.waits(), async move {
+            replica.put(&path, KEY, &document).await
+        });
         let status = answer.as_ref().map(|answer| answer.status.as_u16());
-        self.say(format!("{uid} is stored: {}", status.map_or("no answer".to_owned(), |status| status.to_string())));
+        self.say(format!(
+            "{uid} is stored: {}",
+            status.map_or("no answer".to_owned(), |status| status.to_string())
+        ));
         match (self.stored.get(&uid), status) {
-            (None | Some(Stored::Perhaps), Some(201)) | (Some(_), Some(200)) => drop(self.stored.insert(uid, Stored::Yes)),
+            (None | Some(Stored::Perhaps), Some(201)) | (Some(_), Some(200)) => {
+                drop(self.stored.insert(uid, Stored::Yes))
+            }
             (_, None) => drop(self.stored.entry(uid).or_insert(Stored::Perhaps)),
             (stored, _) => panic!("{uid} ({stored:?}) is answered {answer:?}"),
         }
@@ -255,7 +335,10 @@ impl World {
             8 => random.random_range(0..DAY) * 1000,
             _ => -random.random_range(0..DAY) * 1000,
         };
-        self.say(format!("the program's clock is {} s from the right time", self.skew_ms / 1000));
+        self.say(format!(
+            "the program's clock is {} s from the right time",
+            self.skew_ms / 1000
+        ));
         self.soon_pass();
     }
 
@@ -268,15 +351,24 @@ impl World {
     /// A pass is made every few minutes: what an earlier clock was wrong about is soon seen.
     fn soon_pass(&mut self) {
         self.later(300_000);
-        self.quiet_pass(Plan { extent: Extent::Due, mode: Mode::Save, since_s: None });
+        self.quiet_pass(Plan {
+            extent: Extent::Due,
+            mode: Mode::Save,
+            since_s: None,
+        });
     }
 
     fn forge(&mut self, random: &mut StdRng) {
         let replica = self.process().replica(random.random_range(0..2));
         if random.random_bool(0.1) {
-            let answer = self.process().run(replica.deliver("t=1,v1=00", vec![b' '; LARGEST + 1]));
+            let answer = self
+                .process()
+                .run(replica.deliver("t=1,v1=00", vec![b' '; LARGEST + 1]));
             assert_is_error(&answer.with_status(413), "PayloadTooLarge");
-            let answer = self.process().run(replica.send("GET", "/webhooks/stripe", &[], Vec::new())).with_status(405);
+            let answer = self
+                .process()
+                .run(replica.send("GET", "/webhooks/stripe", &[], Vec::new()))
+                .with_status(405);
             assert_eq!(answer.header("allow"), "POST");
             return self.say("something is too large, and something not posted");
         }
@@ -284,10 +376,16 @@ impl World {
         if events.is_empty() {
             return;
         }
-        let body = serde_json::to_vec(&events[random.random_range(0..events.len())].as_delivered()).unwrap();
+        let body = serde_json::to_vec(&events[random.random_range(0..events.len())].as_delivered())
+            .unwrap();
         let (wrong, headers, body) = self.secrets.forge(body, self.clock.now_s(), random);
-        let headers: Vec<(&str, &str)> = headers.iter().map(|value| ("stripe-signature", value.as_str())).collect();
-        let answer = self.process().run(replica.send("POST", "/webhooks/stripe", &headers, body));
+        let headers: Vec<(&str, &str)> = headers
+            .iter()
+            .map(|value| ("stripe-signature", value.as_str()))
+            .collect();
+        let answer = self
+            .process()
+            .run(replica.send("POST", "/webhooks/stripe", &headers, body));
         self.say(format!("forged, with {wrong}: {}", answer.status));
         assert_is_error(&answer.with_status(400), "InvalidSignature");
         self.check_log();
@@ -325,7 +423,10 @@ impl World {
     /// All secrets of Stripe's are known to it from now on.
     pub fn configure(&mut self, random: &mut StdRng) {
         self.secrets.configure(self.now_s(), random);
-        self.say(format!("the program is configured with {}", self.secrets.setting()));
+        self.say(format!(
+            "the program is configured with {}",
+            self.secrets.setting()
+        ));
         self.restart(random);
     }
 
@@ -334,7 +435,15 @@ impl World {
         let mut random = quiet();
         while !self.wire.under_way.is_empty() {
             let parcels = self.wire.take(&mut random, AT_ONCE);
-            self.make_busy(Busy { parcels, plan: None, end: End::Whole, is_watched: false }, &mut random);
+            self.make_busy(
+                Busy {
+                    parcels,
+                    plan: None,
+                    end: End::Whole,
+                    is_watched: false,
+                },
+                &mut random,
+            );
             self.later(1000);
         }
     }
@@ -342,18 +451,33 @@ impl World {
     /// The accounts of which something is in the log.
     pub fn accounts_logged(&self) -> BTreeSet<String> {
         let log = self.process().durable().log;
-        let bodies = log.iter().filter_map(|row| serde_json::from_slice::<Value>(row.body.as_ref()?).ok());
-        bodies.filter_map(|event| event["account"].as_str().map(str::to_owned)).collect()
+        let bodies = log
+            .iter()
+            .filter_map(|row| serde_json::from_slice::<Value>(row.body.as_ref()?).ok());
+        bodies
+            .filter_map(|event| event["account"].as_str().map(str::to_owned))
+            .collect()
     }
 }
 
 pub async fn make_key(store: &Store) {
-    let key =
-        ApiKey { id: "key_simulated".to_owned(), scope: Scope::Operator, created_ms: 0, expires_ms: None, revoked_ms: None };
-    store.insert_key(&key, &api_key::hash(KEY.as_bytes())).await.unwrap();
+    let key = ApiKey {
+        id: "key_simulated".to_owned(),
+        scope: Scope::Operator,
+        created_ms: 0,
+        expires_ms: None,
+        revoked_ms: None,
+    };
+    store
+        .insert_key(&key, &api_key::hash(KEY.as_bytes()))
+        .await
+        .unwrap();
 }
 
 pub fn assert_is_error(answer: &Answer, code: &str) {
     let body: Value = serde_json::from_slice(&answer.body).unwrap_or_default();
-    assert!(body["code"] == code && body["ref"] == answer.header("x-request-id"), "{answer:?}");
+    assert!(
+        body["code"] == code && body["ref"] == answer.header("x-request-id"),
+        "{answer:?}"
+    );
 }

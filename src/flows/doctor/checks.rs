@@ -4,11 +4,15 @@
 use std::collections::BTreeSet;
 
 use super::Check;
-use super::words::{HOUR_MS, MINUTE_MS, SECOND_MS, ago, count, duration, failing, ok, sentence, unknown, warning};
+use super::words::{
+    HOUR_MS, MINUTE_MS, SECOND_MS, ago, count, duration, failing, ok, sentence, unknown, warning,
+};
 use crate::domain::silence::{self, Unusual};
 use crate::domain::time::timestamp;
 use crate::flows::reconcile::NOT_LOOKED_AT;
-use crate::flows::signs::{DELIVERED, Pass, RECONCILING_FAILED, RECONCILING_FAILED_BY, REFUSED, Vitals};
+use crate::flows::signs::{
+    DELIVERED, Pass, RECONCILING_FAILED, RECONCILING_FAILED_BY, REFUSED, Vitals,
+};
 use crate::store::COUNTED;
 use crate::stripe_api::StripeApiError;
 
@@ -29,13 +33,27 @@ const BACKLOG: i64 = 5_000;
 const OVERDUE_MS: i64 = 15 * MINUTE_MS;
 
 pub fn clock(database_ahead_ms: Option<i64>, stripe_ahead_ms: Option<i64>) -> Check {
-    let compared = [("Stripe's", stripe_ahead_ms), ("the database's", database_ahead_ms)];
-    let known = || compared.iter().filter_map(|(whose, ahead_ms)| ahead_ms.map(|ahead_ms| (whose, ahead_ms)));
+    let compared = [
+        ("Stripe's", stripe_ahead_ms),
+        ("the database's", database_ahead_ms),
+    ];
+    let known = || {
+        compared
+            .iter()
+            .filter_map(|(whose, ahead_ms)| ahead_ms.map(|ahead_ms| (whose, ahead_ms)))
+    };
     let Some((whose, ahead_ms)) = known().max_by_key(|(_, ahead_ms)| ahead_ms.abs()) else {
         let cure = "Run `doctor` with STRIPE_API_KEY: Stripe's answers say what time it is.";
-        return unknown("clock", "There is nothing to compare it with.".to_owned(), cure);
+        return unknown(
+            "clock",
+            "There is nothing to compare it with.".to_owned(),
+            cure,
+        );
     };
-    let (off, side) = (duration(ahead_ms.abs()), if ahead_ms > 0 { "behind" } else { "ahead of" });
+    let (off, side) = (
+        duration(ahead_ms.abs()),
+        if ahead_ms > 0 { "behind" } else { "ahead of" },
+    );
     let found = format!("This machine's clock is {off} {side} {whose}.");
     let cure = "Set the clock, and let NTP keep it (`timedatectl`, `chronyc tracking`). Deliveries are refused when it is 5 minutes off.";
     match ahead_ms.abs() {
@@ -49,13 +67,19 @@ pub fn clock(database_ahead_ms: Option<i64>, stripe_ahead_ms: Option<i64>) -> Ch
 }
 
 /// `missed_ms`: when Stripe made the first event since that no webhook brought.
-pub fn deliveries(vitals: &Vitals, hours: &BTreeSet<i64>, missed_ms: Option<i64>, now_ms: i64) -> Check {
+pub fn deliveries(
+    vitals: &Vitals,
+    hours: &BTreeSet<i64>,
+    missed_ms: Option<i64>,
+    now_ms: i64,
+) -> Check {
     let last_ms = vitals.moment(DELIVERED, "");
     if let Some(check) = not_taken(vitals, last_ms, now_ms) {
         return check;
     }
     let Some(last_ms) = last_ms else {
-        let cure = "Point a webhook endpoint in Stripe's Dashboard at /webhooks/stripe of this service.";
+        let cure =
+            "Point a webhook endpoint in Stripe's Dashboard at /webhooks/stripe of this service.";
         return unknown("deliveries", "No webhook has come yet.".to_owned(), cure);
     };
     let since = format!("The last webhook came {}", ago(last_ms, now_ms));
@@ -63,37 +87,58 @@ pub fn deliveries(vitals: &Vitals, hours: &BTreeSet<i64>, missed_ms: Option<i64>
                 answered? Then at what stands in front of this service: DNS, certificate, proxy, firewall. Stripe repeats for three \
                 days; what is older, `reconcile` finds.";
     if let Some(missed_ms) = missed_ms {
-        let found = format!("{since}, and Stripe made events since, the first {}.", ago(missed_ms, now_ms));
+        let found = format!(
+            "{since}, and Stripe made events since, the first {}.",
+            ago(missed_ms, now_ms)
+        );
         return failing("deliveries", found, cure);
     }
     match silence::judge(hours, last_ms, now_ms) {
         Some(Unusual::Missed(hours)) => warning(
             "deliveries",
-            format!("{since}: {} went by that had webhooks in each of the last three weeks.", count(hours, "hour")),
+            format!(
+                "{since}: {} went by that had webhooks in each of the last three weeks.",
+                count(hours, "hour")
+            ),
             cure,
         ),
-        Some(Unusual::Longest(hours)) => {
-            warning("deliveries", format!("{since}: the longest silence before was {}.", count(hours, "hour")), cure)
-        }
+        Some(Unusual::Longest(hours)) => warning(
+            "deliveries",
+            format!(
+                "{since}: the longest silence before was {}.",
+                count(hours, "hour")
+            ),
+            cure,
+        ),
         None => ok("deliveries", format!("{since}.")),
     }
 }
 
 /// Deliveries are answered 503.
 fn not_taken(vitals: &Vitals, last_ms: Option<i64>, now_ms: i64) -> Option<Check> {
-    let at_ms = NOT_TAKEN.iter().filter_map(|reason| vitals.moment(REFUSED, reason)).max()?;
+    let at_ms = NOT_TAKEN
+        .iter()
+        .filter_map(|reason| vitals.moment(REFUSED, reason))
+        .max()?;
     let cure = "The log of `serve` says why (`request failed`): a full disk or a lock of the database, or more than it can commit. \
                 Nothing is lost: Stripe delivers them again for three days.";
     let accepted = last_ms.map_or("none was accepted yet".to_owned(), |last_ms| {
         format!("the last that was accepted came {}", ago(last_ms, now_ms))
     });
-    let found = format!("are answered 503, the last {}; {accepted}.", ago(at_ms, now_ms));
+    let found = format!(
+        "are answered 503, the last {}; {accepted}.",
+        ago(at_ms, now_ms)
+    );
     match now_ms - at_ms {
         ..NOT_TAKEN_MS if last_ms.is_none_or(|last_ms| last_ms < at_ms - NOTED_MS) => {
             Some(failing("deliveries", format!("Deliveries {found}"), cure))
         }
         // What is known already needs no room: it is accepted all the time.
-        ..NOTED_TWICE_MS => Some(warning("deliveries", format!("Some deliveries {found}"), cure)),
+        ..NOTED_TWICE_MS => Some(warning(
+            "deliveries",
+            format!("Some deliveries {found}"),
+            cure,
+        )),
         _ => None,
     }
 }
@@ -102,14 +147,27 @@ fn not_taken(vitals: &Vitals, last_ms: Option<i64>, now_ms: i64) -> Option<Check
 pub fn unmatched(vitals: &Vitals, is_read: bool, now_ms: i64) -> Check {
     let Some(oldest_ms) = vitals.oldest_without_invoice_ms else {
         if !is_read {
-            let until = vitals.read_until_ms.map_or("not at all".to_owned(), |ms| format!("up to {}", timestamp(ms)));
+            let until = vitals.read_until_ms.map_or("not at all".to_owned(), |ms| {
+                format!("up to {}", timestamp(ms))
+            });
             let cure = "Ask again: every time, and by a running `serve`, it is read on.";
-            return unknown("unmatched", format!("None that is known; but the log is read {until} yet."), cure);
+            return unknown(
+                "unmatched",
+                format!("None that is known; but the log is read {until} yet."),
+                cure,
+            );
         }
-        return ok("unmatched", "Every event of the last 30 days found its invoice.".to_owned());
+        return ok(
+            "unmatched",
+            "Every event of the last 30 days found its invoice.".to_owned(),
+        );
     };
     let (events, invoices) = (vitals.events_without_invoice, vitals.awaited_invoices);
-    let at_least = if invoices >= COUNTED as usize { "at least " } else { "" };
+    let at_least = if invoices >= COUNTED as usize {
+        "at least "
+    } else {
+        ""
+    };
     let found = format!(
         "{at_least}{} about {} that nobody stored; the first came {}.",
         count(events, "event"),
@@ -129,18 +187,29 @@ pub fn unmatched(vitals: &Vitals, is_read: bool, now_ms: i64) -> Check {
 
 pub fn unreadable(vitals: &Vitals) -> Check {
     let Some(since_ms) = vitals.unreadable.since_ms else {
-        return ok("unreadable", "Every event of the last 30 days could be read.".to_owned());
+        return ok(
+            "unreadable",
+            "Every event of the last 30 days could be read.".to_owned(),
+        );
     };
     warning(
         "unreadable",
-        format!("{} could not be read, the first of {}.", count(vitals.unreadable.count, "event"), timestamp(since_ms)),
+        format!(
+            "{} could not be read, the first of {}.",
+            count(vitals.unreadable.count, "event"),
+            timestamp(since_ms)
+        ),
         "`events list --outcome unreadable` says why, and `events show` with the id that it prints shows the bytes: they are kept. Install a \
          version that can read them, and run `rebuild`. What no version will ever read is no longer said 30 days after it came.",
     )
 }
 
 /// `asked`: what Stripe says now; else, what the last pass found.
-pub fn endpoint(asked: Option<&Result<Vec<String>, StripeApiError>>, passes: &[Pass], now_ms: i64) -> Check {
+pub fn endpoint(
+    asked: Option<&Result<Vec<String>, StripeApiError>>,
+    passes: &[Pass],
+    now_ms: i64,
+) -> Check {
     const CURE: &str = "In Stripe's Dashboard: Developers, Webhooks. What was missed meanwhile, `reconcile` finds.";
     const RIGHTS: &str = "In Stripe's Dashboard: Developers, API keys. Nothing has to be restarted where the key stays the same.";
     let remarks = match asked {
@@ -148,7 +217,9 @@ pub fn endpoint(asked: Option<&Result<Vec<String>, StripeApiError>>, passes: &[P
         Some(Err(error @ StripeApiError::Unauthorized(_))) => {
             return failing("endpoint", sentence(&error.to_string()), NEW_KEY);
         }
-        Some(Err(error @ StripeApiError::Busy(_))) => return warning("endpoint", sentence(&error.to_string()), ASK_LESS),
+        Some(Err(error @ StripeApiError::Busy(_))) => {
+            return warning("endpoint", sentence(&error.to_string()), ASK_LESS);
+        }
         Some(Err(error)) => {
             return warning(
                 "endpoint",
@@ -158,28 +229,47 @@ pub fn endpoint(asked: Option<&Result<Vec<String>, StripeApiError>>, passes: &[P
         }
         None => {
             let Some(pass) = passes.first() else {
-                return unknown("endpoint", "It was not looked at.".to_owned(), "Run `doctor` with STRIPE_API_KEY.");
+                return unknown(
+                    "endpoint",
+                    "It was not looked at.".to_owned(),
+                    "Run `doctor` with STRIPE_API_KEY.",
+                );
             };
             let mut remarks = pass.endpoint_remarks();
             if remarks.is_empty() {
-                return ok("endpoint", format!("It was enabled and sent all event types {}.", ago(pass.ended_ms, now_ms)));
+                return ok(
+                    "endpoint",
+                    format!(
+                        "It was enabled and sent all event types {}.",
+                        ago(pass.ended_ms, now_ms)
+                    ),
+                );
             }
             // Whether it is cured is seen by the next.
-            remarks.push(format!("The last pass saw that, {}.", ago(pass.ended_ms, now_ms)));
+            remarks.push(format!(
+                "The last pass saw that, {}.",
+                ago(pass.ended_ms, now_ms)
+            ));
             remarks
         }
     };
-    let cure = if remarks.iter().any(|remark| remark.contains(NOT_LOOKED_AT)) { RIGHTS } else { CURE };
+    let cure = if remarks.iter().any(|remark| remark.contains(NOT_LOOKED_AT)) {
+        RIGHTS
+    } else {
+        CURE
+    };
     match remarks.is_empty() {
-        true => ok("endpoint", "It is enabled and sends all event types that are read.".to_owned()),
+        true => ok(
+            "endpoint",
+            "It is enabled and sends all event types that are read.".to_owned(),
+        ),
         false => failing("endpoint", remarks.join(" "), cure),
     }
 }
 
 const NEW_KEY: &str = "Make a restricted key in Stripe's Dashboard (Developers, API keys; the README says what it must read), set STRIPE_API_KEY, and \
                        restart `serve`.";
-const ASK_LESS: &str =
-    "Other programs use up the calls that Stripe allows the account: let them ask less, or lower STRIPE_API_RATE.";
+const ASK_LESS: &str = "Other programs use up the calls that Stripe allows the account: let them ask less, or lower STRIPE_API_RATE.";
 /// Why a pass failed (by [`ReconcileError::cause`](crate::flows::reconcile::ReconcileError)), and what to do.
 const WHY_FAILED: [(&str, &str, &str); 5] = [
     ("key", ": Stripe does not accept STRIPE_API_KEY", NEW_KEY),
@@ -195,7 +285,11 @@ const WHY_FAILED: [(&str, &str, &str); 5] = [
          this machine may connect to it.",
     ),
     ("busy", ": Stripe took no more calls (429)", ASK_LESS),
-    ("database", ": the database was away or took nothing", "It goes on by itself when the database is back."),
+    (
+        "database",
+        ": the database was away or took nothing",
+        "It goes on by itself when the database is back.",
+    ),
 ];
 
 /// `is_on`: here, there is a key for it.
@@ -216,11 +310,23 @@ pub fn reconciliation(vitals: &Vitals, is_on: bool, now_ms: i64) -> Check {
         ),
         (last, Some(failed_ms)) if last.is_none_or(|pass| pass.ended_ms < failed_ms) => {
             let succeeded = last.map_or("none succeeded yet".to_owned(), |pass| {
-                format!("the last that succeeded ended {}", ago(pass.ended_ms, now_ms))
+                format!(
+                    "the last that succeeded ended {}",
+                    ago(pass.ended_ms, now_ms)
+                )
             });
-            let why = WHY_FAILED.iter().find(|(by, ..)| vitals.moment(RECONCILING_FAILED_BY, by) == Some(failed_ms));
+            let why = WHY_FAILED
+                .iter()
+                .find(|(by, ..)| vitals.moment(RECONCILING_FAILED_BY, by) == Some(failed_ms));
             let (why, cure) = why.map_or(("", cure), |(_, why, cure)| (*why, *cure));
-            failing("reconciliation", format!("The last pass failed{why}, {}; {succeeded}.", ago(failed_ms, now_ms)), cure)
+            failing(
+                "reconciliation",
+                format!(
+                    "The last pass failed{why}, {}; {succeeded}.",
+                    ago(failed_ms, now_ms)
+                ),
+                cure,
+            )
         }
         (Some(pass), _) => {
             let ended = format!("The last pass ended {}", ago(pass.ended_ms, now_ms));
@@ -245,15 +351,23 @@ pub fn reconciliation(vitals: &Vitals, is_on: bool, now_ms: i64) -> Check {
 
 /// Three times as long as was usual between two passes: they may be made by `serve`, or by cron once a day.
 fn overdue_after_ms(passes: &[Pass]) -> i64 {
-    let mut between: Vec<i64> = passes.windows(2).map(|pair| pair[0].started_ms - pair[1].started_ms).collect();
+    let mut between: Vec<i64> = passes
+        .windows(2)
+        .map(|pair| pair[0].started_ms - pair[1].started_ms)
+        .collect();
     between.sort_unstable();
-    between.get(between.len() / 2).map_or(OVERDUE_MS, |usual| (3 * usual).max(OVERDUE_MS))
+    between
+        .get(between.len() / 2)
+        .map_or(OVERDUE_MS, |usual| (3 * usual).max(OVERDUE_MS))
 }
 
 pub fn drift(vitals: &Vitals) -> Check {
     const CURE: &str = "Run `reconcile`: it names each, with both values. Find out which side is wrong; correct the stored invoice (PUT it again), \
                         or credit, void or replace it at Stripe.";
-    let unknown_at_stripe = vitals.passes.first().map_or(0, |pass| pass.count("unknownAtStripe"));
+    let unknown_at_stripe = vitals
+        .passes
+        .first()
+        .map_or(0, |pass| pass.count("unknownAtStripe"));
     let found: Vec<String> = [
         vitals.differing.since_ms.map(|since_ms| {
             format!(
@@ -262,16 +376,27 @@ pub fn drift(vitals: &Vitals) -> Check {
                 timestamp(since_ms)
             )
         }),
-        (unknown_at_stripe > 0)
-            .then(|| format!("Not known to Stripe: {} of the last pass.", count(unknown_at_stripe, "invoice"))),
+        (unknown_at_stripe > 0).then(|| {
+            format!(
+                "Not known to Stripe: {} of the last pass.",
+                count(unknown_at_stripe, "invoice")
+            )
+        }),
     ]
     .into_iter()
     .flatten()
     .collect();
     match vitals.passes.first() {
         _ if !found.is_empty() => warning("drift", found.join(" "), CURE),
-        Some(_) => ok("drift", "No invoice is known to differ from Stripe's.".to_owned()),
-        None => unknown("drift", "Nothing was compared with Stripe yet.".to_owned(), "Run `reconcile`."),
+        Some(_) => ok(
+            "drift",
+            "No invoice is known to differ from Stripe's.".to_owned(),
+        ),
+        None => unknown(
+            "drift",
+            "Nothing was compared with Stripe yet.".to_owned(),
+            "Run `reconcile`.",
+        ),
     }
 }
 
@@ -283,12 +408,20 @@ mod tests {
     #[test]
     fn a_pass_is_overdue_by_how_often_there_was_one() {
         let at = |minutes: &[i64]| -> Vec<Pass> {
-            let pass = |m: &i64| Pass { started_ms: m * MINUTE_MS, ended_ms: m * MINUTE_MS, report: Default::default() };
+            let pass = |m: &i64| Pass {
+                started_ms: m * MINUTE_MS,
+                ended_ms: m * MINUTE_MS,
+                report: Default::default(),
+            };
             minutes.iter().map(pass).collect()
         };
         assert_eq!(overdue_after_ms(&at(&[])), 15 * MINUTE_MS);
         assert_eq!(overdue_after_ms(&at(&[100, 95, 90, 85])), 15 * MINUTE_MS);
         assert_eq!(overdue_after_ms(&at(&[4320, 2880, 1440])), 3 * DAY_MS);
-        assert_eq!(overdue_after_ms(&at(&[2000, 1995, 1990, 10])), 15 * MINUTE_MS, "one pause does not count");
+        assert_eq!(
+            overdue_after_ms(&at(&[2000, 1995, 1990, 10])),
+            15 * MINUTE_MS,
+            "one pause does not count"
+        );
     }
 }

@@ -19,13 +19,20 @@ pub fn away(error: &StoreError) -> Check {
 pub fn reached(vitals: &Vitals, refused: Option<&StoreError>, has_keys: bool) -> Check {
     let size = bytes(vitals.space.database + vitals.space.log.unwrap_or_default());
     match refused {
-        Some(error) => failing("database", format!("It can be read, but takes nothing: {}.", error.reason()), &cure(error)),
+        Some(error) => failing(
+            "database",
+            format!("It can be read, but takes nothing: {}.", error.reason()),
+            &cure(error),
+        ),
         None if !has_keys => warning(
             "database",
             "Reached, and migrated; but it holds no API key: nobody can read from it.".to_owned(),
             &format!("A new one: `keys create`. {NOT_THE_ONE}"),
         ),
-        None => ok("database", format!("Reached, and migrated. It takes {size}.")),
+        None => ok(
+            "database",
+            format!("Reached, and migrated. It takes {size}."),
+        ),
     }
 }
 
@@ -35,15 +42,20 @@ const NOT_THE_ONE: &str = "Where there was one before, this is not it: DATABASE_
 
 /// Told by the words of the engines and of the store: there are more causes than kinds of [`StoreError`].
 fn cure(error: &StoreError) -> String {
-    const MEANWHILE: &str =
-        "Meanwhile deliveries are answered 503 and nothing is lost: Stripe delivers them again for three days.";
+    const MEANWHILE: &str = "Meanwhile deliveries are answered 503 and nothing is lost: Stripe delivers them again for three days.";
     let says = |words: &[&str]| words.iter().any(|words| error.reason().contains(words));
     let cure = match error {
-        _ if says(&["newer version"]) => return "Run that version: a database does not go back to an older one.".to_owned(),
-        _ if says(&["it is empty"]) => {
-            return format!("A new one: run `stripe-reconciler migrate`; `serve` does it when it starts. {NOT_THE_ONE}");
+        _ if says(&["newer version"]) => {
+            return "Run that version: a database does not go back to an older one.".to_owned();
         }
-        _ if says(&["migrate`"]) => return "Run `stripe-reconciler migrate`; `serve` does it when it starts.".to_owned(),
+        _ if says(&["it is empty"]) => {
+            return format!(
+                "A new one: run `stripe-reconciler migrate`; `serve` does it when it starts. {NOT_THE_ONE}"
+            );
+        }
+        _ if says(&["migrate`"]) => {
+            return "Run `stripe-reconciler migrate`; `serve` does it when it starts.".to_owned();
+        }
         _ if says(&["there is no file"]) => {
             "Put DATABASE_URL right, or mount its disk. If the file is lost, restore the backup. Only for a new database: start `serve`, \
              which makes it."
@@ -54,7 +66,9 @@ fn cure(error: &StoreError) -> String {
         _ if says(&["not a database", "malformed"]) => {
             "Where DATABASE_URL names the right file, it is damaged: restore the backup, and run `reconcile --since 30d`."
         }
-        _ if says(&["read-only", "readonly", "standby"]) => "Point DATABASE_URL at the primary, or make it writable again.",
+        _ if says(&["read-only", "readonly", "standby"]) => {
+            "Point DATABASE_URL at the primary, or make it writable again."
+        }
         _ if says(&["is full", "No space left"]) => "Make room on its disk.",
         _ if says(&["too many", "connection slots"]) => {
             "End who else uses its connections, or let it have more (max_connections): each replica needs 11."
@@ -77,16 +91,28 @@ pub fn disk(space: &Space) -> Check {
         );
     };
     let share = disk.free as f64 / disk.size.max(1) as f64;
-    let left = format!("{} of {} are free ({:.0} %)", bytes(disk.free), bytes(disk.size), share * 100.0);
+    let left = format!(
+        "{} of {} are free ({:.0} %)",
+        bytes(disk.free),
+        bytes(disk.size),
+        share * 100.0
+    );
     let cure = "Make room: enlarge the disk, or move away what else is on it. To keep the file from growing, forget old payloads \
                 (`events prune --older-than 90d`), while there is some room: that takes some, too. When it is full, deliveries are \
                 answered 503, and Stripe repeats them for three days.";
     match share {
-        share if share < 0.03 && disk.free < ROOMY => failing("disk", format!("It is nearly full: {left}."), cure),
-        share if share < 0.1 && disk.free < ROOMY => warning("disk", format!("It fills up: {left}."), cure),
+        share if share < 0.03 && disk.free < ROOMY => {
+            failing("disk", format!("It is nearly full: {left}."), cure)
+        }
+        share if share < 0.1 && disk.free < ROOMY => {
+            warning("disk", format!("It fills up: {left}."), cure)
+        }
         _ if space.log.is_some_and(|log| log > LONG_LOG) => warning(
             "disk",
-            format!("SQLite's log has grown to {}: something reads an old state of it.", bytes(space.log.unwrap_or_default())),
+            format!(
+                "SQLite's log has grown to {}: something reads an old state of it.",
+                bytes(space.log.unwrap_or_default())
+            ),
             "Look for a process that holds the database open, such as a backup that hangs (`fuser` names it), and end it.",
         ),
         _ => ok("disk", format!("{left}.")),
@@ -101,13 +127,30 @@ mod tests {
 
     #[test]
     fn a_disk_is_full_by_its_share_unless_much_room_is_left() {
-        let judged = |free: u64, size: u64| disk(&Space { disk: Some(Disk { free, size }), ..Space::default() }).state;
+        let judged = |free: u64, size: u64| {
+            disk(&Space {
+                disk: Some(Disk { free, size }),
+                ..Space::default()
+            })
+            .state
+        };
         assert_eq!(judged(50 << 30, 100 << 30), State::Ok);
         assert_eq!(judged(9 << 30, 100 << 30), State::Warning);
-        assert_eq!(judged(20 << 30, 1000 << 30), State::Ok, "two in a hundred, and much room");
+        assert_eq!(
+            judged(20 << 30, 1000 << 30),
+            State::Ok,
+            "two in a hundred, and much room"
+        );
         assert_eq!(judged(1 << 20, 3 << 30), State::Failing);
         assert_eq!(judged(0, 0), State::Failing);
-        let long = Space { log: Some(2 << 30), disk: Some(Disk { free: 50 << 30, size: 100 << 30 }), ..Space::default() };
+        let long = Space {
+            log: Some(2 << 30),
+            disk: Some(Disk {
+                free: 50 << 30,
+                size: 100 << 30,
+            }),
+            ..Space::default()
+        };
         assert_eq!(disk(&long).state, State::Warning);
     }
 
@@ -116,14 +159,27 @@ mod tests {
         let unavailable = |reason: &str| cure(&StoreError::Unavailable(reason.to_owned()));
         assert!(unavailable("database is locked").contains("fuser"));
         assert!(unavailable("database or disk is full").contains("Make room"));
-        assert!(unavailable("could not extend file \"base/1/2\": No space left on device").contains("Make room"));
+        assert!(
+            unavailable("could not extend file \"base/1/2\": No space left on device")
+                .contains("Make room")
+        );
         assert!(unavailable("attempt to write a readonly database").contains("writable"));
         assert!(unavailable("sorry, too many clients already").contains("max_connections"));
-        let newer = unavailable("it was migrated by a newer version of this program (to 5; this version knows 4)");
-        assert!(newer.contains("Run that version") && !newer.contains("503"), "{newer}");
+        let newer = unavailable(
+            "it was migrated by a newer version of this program (to 5; this version knows 4)",
+        );
+        assert!(
+            newer.contains("Run that version") && !newer.contains("503"),
+            "{newer}"
+        );
         let refused = |reason: &str| cure(&StoreError::Refused(reason.to_owned()));
         assert!(refused("password authentication failed for user \"x\"").contains("password"));
         assert!(refused("a.db: file is not a database").contains("restore the backup"));
-        assert!(cure(&StoreError::Away("Connection refused (os error 111)".to_owned())).starts_with("Start it"));
+        assert!(
+            cure(&StoreError::Away(
+                "Connection refused (os error 111)".to_owned()
+            ))
+            .starts_with("Start it")
+        );
     }
 }

@@ -66,18 +66,27 @@ const STEPS: usize = 20;
 /// Looks at everything, and says of each thing how it is. The first is always `database`.
 pub async fn examine(patient: &Patient) -> Vec<Check> {
     let looked = tokio::time::timeout(PATIENCE, look(patient)).await;
-    let seen = looked.unwrap_or_else(|_| Err(StoreError::Unavailable("it does not answer".to_owned())));
+    let seen =
+        looked.unwrap_or_else(|_| Err(StoreError::Unavailable("it does not answer".to_owned())));
     let endpoints = match &patient.api {
         Some(api) => Some(ask(api).await),
         None => None,
     };
     let now_ms = patient.clock.now_ms();
-    let stripe_ahead_ms = patient.api.as_ref().and_then(StripeApi::answered_s).map(|stripe_s| stripe_s * 1000 - now_ms);
+    let stripe_ahead_ms = patient
+        .api
+        .as_ref()
+        .and_then(StripeApi::answered_s)
+        .map(|stripe_s| stripe_s * 1000 - now_ms);
     let about_stripe = |passes| checks::endpoint(endpoints.as_ref(), passes, now_ms);
     let seen = match seen {
         Ok(seen) => seen,
         Err(error) => {
-            return vec![database::away(&error), checks::clock(None, stripe_ahead_ms), about_stripe(&[])];
+            return vec![
+                database::away(&error),
+                checks::clock(None, stripe_ahead_ms),
+                about_stripe(&[]),
+            ];
         }
     };
     let vitals = &seen.vitals;
@@ -98,7 +107,11 @@ pub async fn examine(patient: &Patient) -> Vec<Check> {
 
 /// The worst of these.
 pub fn worst(checks: &[Check]) -> State {
-    checks.iter().map(|check| check.state).max().unwrap_or(State::Ok)
+    checks
+        .iter()
+        .map(|check| check.state)
+        .max()
+        .unwrap_or(State::Ok)
 }
 
 struct Seen {
@@ -119,9 +132,15 @@ async fn look(patient: &Patient) -> Result<Seen, StoreError> {
     let store = patient.store.as_ref().map_err(Clone::clone)?;
     store.ping().await?;
     let now_ms = patient.clock.now_ms();
-    let database_ahead_ms = store.time_ms().await?.map(|time_ms| time_ms - patient.clock.now_ms());
+    let database_ahead_ms = store
+        .time_ms()
+        .await?
+        .map(|time_ms| time_ms - patient.clock.now_ms());
     // A disk that is full can still be read.
-    let mut refused = store.note_moments(&BTreeMap::from([(EXAMINED.to_owned(), now_ms)]), now_ms).await.err();
+    let mut refused = store
+        .note_moments(&BTreeMap::from([(EXAMINED.to_owned(), now_ms)]), now_ms)
+        .await
+        .err();
     if let Some(error @ StoreError::Away(_)) = refused {
         return Err(error);
     }
@@ -138,7 +157,11 @@ async fn look(patient: &Patient) -> Result<Seen, StoreError> {
         }
     }
     let mut vitals = Vitals::read(store, now_ms).await?;
-    let mut hours = store.delivery_hours(silence::first_hour(vitals.moment(DELIVERED, "").unwrap_or_default())).await?;
+    let mut hours = store
+        .delivery_hours(silence::first_hour(
+            vitals.moment(DELIVERED, "").unwrap_or_default(),
+        ))
+        .await?;
     vitals.add(&read);
     hours.extend(read.hours);
     let missed_ms = match vitals.moment(DELIVERED, "") {
@@ -146,10 +169,23 @@ async fn look(patient: &Patient) -> Result<Seen, StoreError> {
         None => None,
     };
     let has_keys = !store.keys().await?.is_empty();
-    Ok(Seen { vitals, hours, missed_ms, has_keys, database_ahead_ms, is_read, refused })
+    Ok(Seen {
+        vitals,
+        hours,
+        missed_ms,
+        has_keys,
+        database_ahead_ms,
+        is_read,
+        refused,
+    })
 }
 
 async fn ask(api: &StripeApi) -> Result<Vec<String>, StripeApiError> {
     let answered = tokio::time::timeout(PATIENCE, look_at_endpoints(api)).await;
-    answered.unwrap_or_else(|_| Err(StripeApiError::Away(format!("no answer within {} s", PATIENCE.as_secs()))))
+    answered.unwrap_or_else(|_| {
+        Err(StripeApiError::Away(format!(
+            "no answer within {} s",
+            PATIENCE.as_secs()
+        )))
+    })
 }

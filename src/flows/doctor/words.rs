@@ -14,30 +14,57 @@ pub fn count(number: i64, what: &str) -> String {
 }
 
 pub fn ok(name: &'static str, finding: String) -> Check {
-    Check { name, state: State::Ok, finding, cure: None }
+    Check {
+        name,
+        state: State::Ok,
+        finding,
+        cure: None,
+    }
 }
 
 pub fn unknown(name: &'static str, finding: String, cure: &str) -> Check {
-    Check { name, state: State::Unknown, finding, cure: Some(cure.to_owned()) }
+    Check {
+        name,
+        state: State::Unknown,
+        finding,
+        cure: Some(cure.to_owned()),
+    }
 }
 
 pub fn warning(name: &'static str, finding: String, cure: &str) -> Check {
-    Check { name, state: State::Warning, finding, cure: Some(cure.to_owned()) }
+    Check {
+        name,
+        state: State::Warning,
+        finding,
+        cure: Some(cure.to_owned()),
+    }
 }
 
 pub fn failing(name: &'static str, finding: String, cure: &str) -> Check {
-    Check { name, state: State::Failing, finding, cure: Some(cure.to_owned()) }
+    Check {
+        name,
+        state: State::Failing,
+        finding,
+        cure: Some(cure.to_owned()),
+    }
 }
 
 /// With a capital letter in front and a full stop behind.
 pub fn sentence(text: &str) -> String {
     let mut letters = text.trim_end_matches('.').chars();
-    let first: String = letters.next().map(|c| c.to_uppercase().collect()).unwrap_or_default();
+    let first: String = letters
+        .next()
+        .map(|c| c.to_uppercase().collect())
+        .unwrap_or_default();
     format!("{first}{}.", letters.as_str())
 }
 
 pub fn ago(at_ms: i64, now_ms: i64) -> String {
-    format!("{} ago ({})", duration((now_ms - at_ms).max(0)), timestamp(at_ms))
+    format!(
+        "{} ago ({})",
+        duration((now_ms - at_ms).max(0)),
+        timestamp(at_ms)
+    )
 }
 
 pub fn duration(ms: i64) -> String {

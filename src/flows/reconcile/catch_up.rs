@@ -55,7 +55,11 @@ async fn of_account(pass: &mut Pass<'_>, scope: &Scope) -> Result<(), ReconcileE
                     pass.set_progress(&name, done).await?;
                 }
                 from = to;
-                span = if pages <= PAGES / 4 { span.saturating_mul(2) } else { span };
+                span = if pages <= PAGES / 4 {
+                    span.saturating_mul(2)
+                } else {
+                    span
+                };
             }
             Window::TooLarge { better_span } => span = better_span,
         }
@@ -78,15 +82,26 @@ enum Window {
 
 /// Reads the events from `from` until before `to`, in seconds; or only the newest of them, when they are many more than a
 /// window should have.
-async fn window(pass: &mut Pass<'_>, scope: &Scope, from: i64, to: i64) -> Result<Window, ReconcileError> {
+async fn window(
+    pass: &mut Pass<'_>,
+    scope: &Scope,
+    from: i64,
+    to: i64,
+) -> Result<Window, ReconcileError> {
     let read = pages(pass, scope, from, to, 1).await?;
-    let Some(oldest) = read.goes_on_after else { return Ok(Window::Read { pages: 1 }) };
+    let Some(oldest) = read.goes_on_after else {
+        return Ok(Window::Read { pages: 1 });
+    };
     let (covered, span) = ((to - oldest.created).max(1), to - from);
     if span / covered > 2 * PAGES && span > 60 {
-        return Ok(Window::TooLarge { better_span: (covered * PAGES).clamp(1, span / 2) });
+        return Ok(Window::TooLarge {
+            better_span: (covered * PAGES).clamp(1, span / 2),
+        });
     }
     let rest = pages_after(pass, scope, from, to, Some(oldest.id), MOST_PAGES).await?;
-    Ok(Window::Read { pages: 1 + rest.pages })
+    Ok(Window::Read {
+        pages: 1 + rest.pages,
+    })
 }
 
 struct Pages {
@@ -95,7 +110,13 @@ struct Pages {
     goes_on_after: Option<About>,
 }
 
-async fn pages(pass: &mut Pass<'_>, scope: &Scope, from: i64, to: i64, most: usize) -> Result<Pages, ReconcileError> {
+async fn pages(
+    pass: &mut Pass<'_>,
+    scope: &Scope,
+    from: i64,
+    to: i64,
+    most: usize,
+) -> Result<Pages, ReconcileError> {
     pages_after(pass, scope, from, to, None, most).await
 }
 
@@ -118,11 +139,18 @@ async fn pages_after(
         let page = pass.tools.api.list("/v1/events", &query, scope).await?;
         pages += 1;
         keep(pass, &page.data, scope).await?;
-        oldest = page.data.last().filter(|_| page.has_more).map(|event| about(event));
+        oldest = page
+            .data
+            .last()
+            .filter(|_| page.has_more)
+            .map(|event| about(event));
         let Some(oldest) = &oldest else { break };
         after = Some(oldest.id.clone());
     }
-    Ok(Pages { pages, goes_on_after: oldest })
+    Ok(Pages {
+        pages,
+        goes_on_after: oldest,
+    })
 }
 
 struct About {
@@ -132,11 +160,18 @@ struct About {
 
 fn about(event: &RawValue) -> About {
     let event: Value = serde_json::from_str(event.get()).unwrap_or_default();
-    About { id: event["id"].as_str().unwrap_or_default().to_owned(), created: event["created"].as_i64().unwrap_or_default() }
+    About {
+        id: event["id"].as_str().unwrap_or_default().to_owned(),
+        created: event["created"].as_i64().unwrap_or_default(),
+    }
 }
 
 /// Keeps the events whose object is of a kind that says anything about a payment.
-async fn keep(pass: &mut Pass<'_>, page: &[Box<RawValue>], scope: &Scope) -> Result<(), ReconcileError> {
+async fn keep(
+    pass: &mut Pass<'_>,
+    page: &[Box<RawValue>],
+    scope: &Scope,
+) -> Result<(), ReconcileError> {
     let mut events = Vec::with_capacity(page.len());
     for event in page {
         let event = pass.keeper.read(with_account(event, scope));
@@ -150,7 +185,9 @@ async fn keep(pass: &mut Pass<'_>, page: &[Box<RawValue>], scope: &Scope) -> Res
 /// Asked for on behalf of a connected account, an event does not say whose it is; the webhook's does.
 fn with_account(event: &RawValue, scope: &Scope) -> Bytes {
     let unchanged = || Bytes::copy_from_slice(event.get().as_bytes());
-    let Scope::Account(account) = scope else { return unchanged() };
+    let Scope::Account(account) = scope else {
+        return unchanged();
+    };
     match serde_json::from_str::<Value>(event.get()) {
         Ok(Value::Object(mut fields)) if !fields.contains_key("account") => {
             fields.insert("account".to_owned(), account.as_str().into());

@@ -14,7 +14,9 @@ use serde_json::value::RawValue;
 use super::keeping::as_known;
 use super::report::{Differing, Invoice, UnknownHere};
 use super::{EVENTS_KEPT_S, Extent, Mode, Pass, ReconcileError, believed, linking};
-use crate::domain::comparison::{Difference, Field, Status, differences, next_check_ms, same_facts};
+use crate::domain::comparison::{
+    Difference, Field, Status, differences, next_check_ms, same_facts,
+};
 use crate::domain::history::{Entry, Known, fold, lacks_reason};
 use crate::domain::invoice::State;
 use crate::domain::money;
@@ -58,7 +60,11 @@ struct Check {
 
 pub async fn run(pass: &mut Pass<'_>) -> Result<(), ReconcileError> {
     let wanted = wanted(pass).await?;
-    let mut check = Check { wanted, done: HashSet::new(), checked: Vec::new() };
+    let mut check = Check {
+        wanted,
+        done: HashSet::new(),
+        checked: Vec::new(),
+    };
     let now_s = pass.started_ms / 1000;
     let listed = believed(pass.progress(LISTED).await?, now_s, OVERLAP_S);
     let window_start = match (pass.plan.since_s, pass.plan.extent, listed) {
@@ -69,7 +75,8 @@ pub async fn run(pass: &mut Pass<'_>) -> Result<(), ReconcileError> {
     for scope in pass.scopes() {
         list(pass, &mut check, &scope, window_start).await?;
     }
-    pass.set_progress(LISTED, now_s.min(pass.surely_s())).await?;
+    pass.set_progress(LISTED, now_s.min(pass.surely_s()))
+        .await?;
     one_by_one(pass, &mut check).await?;
     note(pass, &mut check).await?;
     if pass.plan.extent == Extent::Due {
@@ -81,7 +88,9 @@ pub async fn run(pass: &mut Pass<'_>) -> Result<(), ReconcileError> {
 async fn wanted(pass: &Pass<'_>) -> Result<HashMap<String, ToCheck>, ReconcileError> {
     let store = &pass.tools.store;
     let mut wanted = HashMap::new();
-    let mut add = |found: Vec<ToCheck>| wanted.extend(found.into_iter().map(|c| (c.stripe_invoice_id.clone(), c)));
+    let mut add = |found: Vec<ToCheck>| {
+        wanted.extend(found.into_iter().map(|c| (c.stripe_invoice_id.clone(), c)))
+    };
     match pass.plan.extent {
         Extent::All => {
             let mut after = String::new();
@@ -93,12 +102,18 @@ async fn wanted(pass: &Pass<'_>) -> Result<HashMap<String, ToCheck>, ReconcileEr
             }
         }
         Extent::Due => {
-            add(store.due_to_check(pass.started_ms, pass.started_ms - SETTLING_IN_MS, DUE).await?);
-            let sampled_ms = believed(pass.progress(SAMPLED).await?, pass.started_ms, DAY_MS).unwrap_or_default();
+            add(store
+                .due_to_check(pass.started_ms, pass.started_ms - SETTLING_IN_MS, DUE)
+                .await?);
+            let sampled_ms = believed(pass.progress(SAMPLED).await?, pass.started_ms, DAY_MS)
+                .unwrap_or_default();
             // A share of the day's sample for the time that has gone by.
-            let share = (pass.started_ms - sampled_ms).clamp(0, DAY_MS) * i64::from(SAMPLE) / DAY_MS;
+            let share =
+                (pass.started_ms - sampled_ms).clamp(0, DAY_MS) * i64::from(SAMPLE) / DAY_MS;
             if share > 0 {
-                add(store.sample_to_check(pass.started_ms - DAY_MS, share as u32).await?);
+                add(store
+                    .sample_to_check(pass.started_ms - DAY_MS, share as u32)
+                    .await?);
             }
         }
     }
@@ -106,7 +121,12 @@ async fn wanted(pass: &Pass<'_>) -> Result<HashMap<String, ToCheck>, ReconcileEr
 }
 
 /// Reads the list back to `window_start`, and further while that pays.
-async fn list(pass: &mut Pass<'_>, check: &mut Check, scope: &Scope, window_start: i64) -> Result<(), ReconcileError> {
+async fn list(
+    pass: &mut Pass<'_>,
+    check: &mut Check,
+    scope: &Scope,
+    window_start: i64,
+) -> Result<(), ReconcileError> {
     let mut last_id: Option<String> = None;
     let mut poor_pages = 0;
     let mut is_inside = true;
@@ -121,11 +141,17 @@ async fn list(pass: &mut Pass<'_>, check: &mut Check, scope: &Scope, window_star
             query.push(("starting_after", id));
         }
         let page = pass.tools.api.list("/v1/invoices", &query, scope).await?;
-        let invoices: Vec<Value> = page.data.iter().filter_map(|raw| serde_json::from_str(raw.get()).ok()).collect();
+        let invoices: Vec<Value> = page
+            .data
+            .iter()
+            .filter_map(|raw| serde_json::from_str(raw.get()).ok())
+            .collect();
         let wanted_before = check.wanted.len();
         compare_page(pass, check, &invoices, scope, window_start).await?;
         let found = wanted_before - check.wanted.len();
-        let Some(oldest) = invoices.last() else { return Ok(()) };
+        let Some(oldest) = invoices.last() else {
+            return Ok(());
+        };
         is_inside = is_inside && oldest["created"].as_i64().unwrap_or_default() >= window_start;
         poor_pages = if found > 1 { 0 } else { poor_pages + 1 };
         let pays = poor_pages < POOR_PAGES && check.wanted.len() > FEW;
@@ -144,9 +170,15 @@ async fn compare_page(
     scope: &Scope,
     window_start: i64,
 ) -> Result<(), ReconcileError> {
-    let ids: Vec<&str> = invoices.iter().filter_map(|invoice| invoice["id"].as_str()).collect();
+    let ids: Vec<&str> = invoices
+        .iter()
+        .filter_map(|invoice| invoice["id"].as_str())
+        .collect();
     let held = pass.tools.store.to_check(&ids).await?;
-    let held: HashMap<&str, &ToCheck> = held.iter().map(|c| (c.stripe_invoice_id.as_str(), c)).collect();
+    let held: HashMap<&str, &ToCheck> = held
+        .iter()
+        .map(|c| (c.stripe_invoice_id.as_str(), c))
+        .collect();
     for stripes in invoices {
         let id = stripes["id"].as_str().unwrap_or_default();
         match held.get(id) {
@@ -170,8 +202,15 @@ fn unknown_here(stripes: &Value) -> UnknownHere {
         stripe_invoice_id: text("id").unwrap_or_default(),
         number: text("number"),
         status: text("status"),
-        amount: stripes["amount_due"].as_i64().map(|amount| money::amount(amount, stripes["currency"].as_str())),
-        created: timestamp(stripes["created"].as_i64().unwrap_or_default().saturating_mul(1000)),
+        amount: stripes["amount_due"]
+            .as_i64()
+            .map(|amount| money::amount(amount, stripes["currency"].as_str())),
+        created: timestamp(
+            stripes["created"]
+                .as_i64()
+                .unwrap_or_default()
+                .saturating_mul(1000),
+        ),
     }
 }
 
@@ -185,10 +224,15 @@ async fn one_by_one(pass: &mut Pass<'_>, check: &mut Check) -> Result<(), Reconc
             let scopes = accounts_of(pass, to_check).await?;
             calls.push(seek(pass.tools.api.clone(), to_check.clone(), scopes));
         }
-        let answers: Vec<_> = stream::iter(calls).buffer_unordered(AT_ONCE).collect().await;
+        let answers: Vec<_> = stream::iter(calls)
+            .buffer_unordered(AT_ONCE)
+            .collect()
+            .await;
         for answer in answers {
             match answer? {
-                (to_check, Some((stripes, scope))) => compare(pass, check, &to_check, &stripes, &scope).await?,
+                (to_check, Some((stripes, scope))) => {
+                    compare(pass, check, &to_check, &stripes, &scope).await?
+                }
                 (to_check, None) => unknown_at_stripe(pass, check, &to_check),
             }
         }
@@ -200,7 +244,11 @@ async fn one_by_one(pass: &mut Pass<'_>, check: &mut Check) -> Result<(), Reconc
 /// An invoice that is to be compared, and where it was found; None: nowhere.
 type Sought = (ToCheck, Option<(Value, Scope)>);
 
-async fn seek(api: StripeApi, to_check: ToCheck, scopes: Vec<Scope>) -> Result<Sought, ReconcileError> {
+async fn seek(
+    api: StripeApi,
+    to_check: ToCheck,
+    scopes: Vec<Scope>,
+) -> Result<Sought, ReconcileError> {
     for scope in scopes {
         if let Some(found) = ask(&api, &to_check.stripe_invoice_id, &scope).await? {
             return Ok((to_check, Some((found, scope))));
@@ -222,8 +270,15 @@ async fn ask(api: &StripeApi, id: &str, scope: &Scope) -> Result<Option<Value>, 
 }
 
 /// Where an invoice is sought: in the account that its events name, else in all that are known.
-async fn accounts_of(pass: &mut Pass<'_>, to_check: &ToCheck) -> Result<Vec<Scope>, ReconcileError> {
-    let stored = pass.tools.store.invoice(&to_check.tenant_uid, &to_check.invoice_uid).await?;
+async fn accounts_of(
+    pass: &mut Pass<'_>,
+    to_check: &ToCheck,
+) -> Result<Vec<Scope>, ReconcileError> {
+    let stored = pass
+        .tools
+        .store
+        .invoice(&to_check.tenant_uid, &to_check.invoice_uid)
+        .await?;
     let tellings = stored.as_ref().map(known).transpose()?.unwrap_or_default();
     if let Some(account) = tellings.iter().find_map(|k| k.telling.account.clone()) {
         pass.note_account(&account).await?;
@@ -255,7 +310,14 @@ async fn compare(
     stripes: &Value,
     scope: &Scope,
 ) -> Result<(), ReconcileError> {
-    let Some(stored) = pass.tools.store.invoice(&to_check.tenant_uid, &to_check.invoice_uid).await? else { return Ok(()) };
+    let Some(stored) = pass
+        .tools
+        .store
+        .invoice(&to_check.tenant_uid, &to_check.invoice_uid)
+        .await?
+    else {
+        return Ok(());
+    };
     let mut known = pass.keeper.known_about(&stored).await?;
     if let Some(account) = known.iter().find_map(|k| k.telling.account.clone()) {
         pass.note_account(&account).await?;
@@ -275,7 +337,8 @@ async fn compare(
         }
     }
     let status = Status::of(stripes);
-    if status.is_some_and(|s| !s.is_settled()) && lacks_reason(&to_check.stripe_invoice_id, &known) {
+    if status.is_some_and(|s| !s.is_settled()) && lacks_reason(&to_check.stripe_invoice_id, &known)
+    {
         linking::reason(pass, &to_check.stripe_invoice_id, scope).await?;
     }
     let document: Value = serde_json::from_str(&stored.document).unwrap_or_default();
@@ -288,7 +351,9 @@ async fn compare(
         (true, false) => Verdict::Agrees,
     };
     report(pass, to_check, found, verdict);
-    let created_s = stripes["created"].as_i64().unwrap_or(stored.stored_ms / 1000);
+    let created_s = stripes["created"]
+        .as_i64()
+        .unwrap_or(stored.stored_ms / 1000);
     let due = match status {
         _ if verdict == Verdict::Lags => Some(pass.started_ms + LAGGING_MS),
         Some(status) if status.is_settled() => None,
@@ -299,12 +364,18 @@ async fn compare(
 }
 
 fn history(stored: &StoredInvoice, known: &[Known]) -> Result<Vec<Entry>, ReconcileError> {
-    Ok(fold(stored.stripe_invoice_id.as_deref(), &imported_states(stored)?, known))
+    Ok(fold(
+        stored.stripe_invoice_id.as_deref(),
+        &imported_states(stored)?,
+        known,
+    ))
 }
 
 /// Nothing leads out of Paid at Stripe: where its own event, received lately, says Paid and its API does not, the API lags.
 async fn lags(pass: &Pass<'_>, history: &[Entry]) -> Result<bool, ReconcileError> {
-    let Some(paid) = history.iter().find(|entry| entry.state == State::Paid) else { return Ok(false) };
+    let Some(paid) = history.iter().find(|entry| entry.state == State::Paid) else {
+        return Ok(false);
+    };
     let proofs = pass.tools.store.events_by_keys(&paid.proofs).await?;
     let newest_ms = proofs.iter().map(|event| event.received_ms).max();
     // What a dry run found is in no log yet: it is as new as can be.
@@ -314,9 +385,20 @@ async fn lags(pass: &Pass<'_>, history: &[Entry]) -> Result<bool, ReconcileError
 
 fn report(pass: &mut Pass<'_>, to_check: &ToCheck, found: Vec<Difference>, verdict: Verdict) {
     let since = timestamp(to_check.differs_since_ms.unwrap_or(pass.started_ms));
-    for Difference { field, ours, stripes } in found {
+    for Difference {
+        field,
+        ours,
+        stripes,
+    } in found
+    {
         let (invoice, since) = (invoice(to_check), since.clone());
-        pass.report.differing.push(Differing { invoice, field: field.as_str(), ours, stripes, since });
+        pass.report.differing.push(Differing {
+            invoice,
+            field: field.as_str(),
+            ours,
+            stripes,
+            since,
+        });
     }
     match verdict {
         Verdict::Agrees => pass.report.agreeing.push(invoice(to_check)),
@@ -333,7 +415,13 @@ fn invoice(to_check: &ToCheck) -> Invoice {
     }
 }
 
-fn done(pass: &Pass<'_>, check: &mut Check, to_check: &ToCheck, check_due_ms: Option<i64>, verdict: Verdict) {
+fn done(
+    pass: &Pass<'_>,
+    check: &mut Check,
+    to_check: &ToCheck,
+    check_due_ms: Option<i64>,
+    verdict: Verdict,
+) {
     let since_ms = to_check.differs_since_ms.or(Some(pass.started_ms));
     check.wanted.remove(&to_check.stripe_invoice_id);
     check.done.insert(to_check.stripe_invoice_id.clone());

@@ -33,7 +33,11 @@ pub async fn run(pass: &mut Pass<'_>) -> Result<(), ReconcileError> {
 pub async fn look_at_endpoints(api: &StripeApi) -> Result<Vec<String>, StripeApiError> {
     match api.list("/v1/webhook_endpoints", &[], &Scope::Own).await {
         Ok(page) => {
-            let endpoints: Vec<Value> = page.data.iter().filter_map(|raw| serde_json::from_str(raw.get()).ok()).collect();
+            let endpoints: Vec<Value> = page
+                .data
+                .iter()
+                .filter_map(|raw| serde_json::from_str(raw.get()).ok())
+                .collect();
             Ok(about(&endpoints))
         }
         Err(StripeApiError::Refused { reason, .. }) => {
@@ -47,9 +51,17 @@ pub async fn look_at_endpoints(api: &StripeApi) -> Result<Vec<String>, StripeApi
 
 /// Ours, by their path; where none has it, all: a proxy may rewrite paths.
 fn about(endpoints: &[Value]) -> Vec<String> {
-    let is_ours = |e: &&Value| e["url"].as_str().is_some_and(|url| url.trim_end_matches('/').ends_with(PATH));
+    let is_ours = |e: &&Value| {
+        e["url"]
+            .as_str()
+            .is_some_and(|url| url.trim_end_matches('/').ends_with(PATH))
+    };
     let ours: Vec<&Value> = endpoints.iter().filter(is_ours).collect();
-    let looked_at: Vec<&Value> = if ours.is_empty() { endpoints.iter().collect() } else { ours };
+    let looked_at: Vec<&Value> = if ours.is_empty() {
+        endpoints.iter().collect()
+    } else {
+        ours
+    };
     if looked_at.is_empty() {
         return vec![
             "Stripe has no webhook endpoint in this account. Add one for this service in Stripe's Dashboard (unless an event \
@@ -57,7 +69,10 @@ fn about(endpoints: &[Value]) -> Vec<String> {
                 .to_owned(),
         ];
     }
-    let remarks: Vec<Vec<String>> = looked_at.iter().map(|endpoint| remarks_about(endpoint)).collect();
+    let remarks: Vec<Vec<String>> = looked_at
+        .iter()
+        .map(|endpoint| remarks_about(endpoint))
+        .collect();
     let nobody_is_ours = !looked_at.iter().any(is_ours);
     if nobody_is_ours && remarks.iter().any(Vec::is_empty) {
         // One of them delivers all that we read, and may be ours behind a proxy.
@@ -67,22 +82,45 @@ fn about(endpoints: &[Value]) -> Vec<String> {
 }
 
 fn remarks_about(endpoint: &Value) -> Vec<String> {
-    let name = format!("Webhook endpoint {} ({})", endpoint["id"].as_str().unwrap_or("?"), address(endpoint));
+    let name = format!(
+        "Webhook endpoint {} ({})",
+        endpoint["id"].as_str().unwrap_or("?"),
+        address(endpoint)
+    );
     if endpoint["status"] == "disabled" {
-        return vec![format!("{name} is disabled: Stripe delivers nothing to it. Enable it in Stripe's Dashboard.")];
+        return vec![format!(
+            "{name} is disabled: Stripe delivers nothing to it. Enable it in Stripe's Dashboard."
+        )];
     }
-    let enabled: Vec<&str> = endpoint["enabled_events"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
-    let is_sent = |kind: &&str| enabled.iter().any(|e| *e == "*" || e == kind || is_group_of(e, kind));
-    let missing: Vec<&str> = TYPES_THAT_TELL.into_iter().filter(|kind| !is_sent(kind)).collect();
+    let enabled: Vec<&str> = endpoint["enabled_events"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(Value::as_str)
+        .collect();
+    let is_sent = |kind: &&str| {
+        enabled
+            .iter()
+            .any(|e| *e == "*" || e == kind || is_group_of(e, kind))
+    };
+    let missing: Vec<&str> = TYPES_THAT_TELL
+        .into_iter()
+        .filter(|kind| !is_sent(kind))
+        .collect();
     if missing.is_empty() {
         return Vec::new();
     }
-    vec![format!("{name} does not send {}. Add these event types to it.", missing.join(", "))]
+    vec![format!(
+        "{name} does not send {}. Add these event types to it.",
+        missing.join(", ")
+    )]
 }
 
 /// `invoice.*`
 fn is_group_of(group: &str, kind: &str) -> bool {
-    group.strip_suffix('*').is_some_and(|prefix| kind.starts_with(prefix))
+    group
+        .strip_suffix('*')
+        .is_some_and(|prefix| kind.starts_with(prefix))
 }
 
 /// Without the query, which may hold what is nobody's business.
@@ -96,20 +134,38 @@ async fn silence(pass: &Pass<'_>) -> Result<Option<String>, ReconcileError> {
     if pass.plan.mode == Mode::Save {
         signs::read_on(store, now_ms).await?;
     }
-    let Some(last_ms) = store.moments().await?.get(signs::DELIVERED).copied() else { return Ok(None) };
+    let Some(last_ms) = store.moments().await?.get(signs::DELIVERED).copied() else {
+        return Ok(None);
+    };
     let hours = store.delivery_hours(silence::first_hour(last_ms)).await?;
     // What a dry run found is not in the log.
-    let is_due = |event: &ApiOnlyEvent| parse_time(&event.created).is_ok_and(|ms| missed::is_due(ms, last_ms, now_ms));
-    let was_found = pass.keeper.api_only.iter().any(|event| missed::should_be_sent(&event.event_type) && is_due(event));
-    let is_missed = was_found || missed::first_missed(store, last_ms, now_ms).await?.is_some();
+    let is_due = |event: &ApiOnlyEvent| {
+        parse_time(&event.created).is_ok_and(|ms| missed::is_due(ms, last_ms, now_ms))
+    };
+    let was_found = pass
+        .keeper
+        .api_only
+        .iter()
+        .any(|event| missed::should_be_sent(&event.event_type) && is_due(event));
+    let is_missed = was_found
+        || missed::first_missed(store, last_ms, now_ms)
+            .await?
+            .is_some();
     Ok(judge_silence(&hours, last_ms, now_ms, is_missed))
 }
 
 /// `is_missed`: Stripe's list has events meanwhile that a webhook should have brought.
-fn judge_silence(hours: &BTreeSet<i64>, last_ms: i64, now_ms: i64, is_missed: bool) -> Option<String> {
+fn judge_silence(
+    hours: &BTreeSet<i64>,
+    last_ms: i64,
+    now_ms: i64,
+    is_missed: bool,
+) -> Option<String> {
     let why = match silence::judge(hours, last_ms, now_ms) {
         _ if is_missed => "while Stripe's list has new events".to_owned(),
-        Some(Unusual::Missed(hours)) => format!("{hours} hours of it had webhooks in each of the last three weeks"),
+        Some(Unusual::Missed(hours)) => {
+            format!("{hours} hours of it had webhooks in each of the last three weeks")
+        }
         Some(Unusual::Longest(hours)) => format!("the longest silence before was {hours} hours"),
         None => return None,
     };
@@ -132,8 +188,22 @@ mod tests {
 
     #[test]
     fn an_endpoint_that_sends_all_that_we_read_is_not_worth_a_remark() {
-        assert_eq!(about(&[endpoint("https://x.example/webhooks/stripe", "enabled", json!(["*"]))]), Vec::<String>::new());
-        assert_eq!(about(&[endpoint("https://x.example/hook", "enabled", json!(TYPES_THAT_TELL))]), Vec::<String>::new());
+        assert_eq!(
+            about(&[endpoint(
+                "https://x.example/webhooks/stripe",
+                "enabled",
+                json!(["*"])
+            )]),
+            Vec::<String>::new()
+        );
+        assert_eq!(
+            about(&[endpoint(
+                "https://x.example/hook",
+                "enabled",
+                json!(TYPES_THAT_TELL)
+            )]),
+            Vec::<String>::new()
+        );
         let other = endpoint("https://other.example/hook", "disabled", json!(["*"]));
         let ours = endpoint("https://x.example/webhooks/stripe", "enabled", json!(["*"]));
         assert_eq!(about(&[other, ours]), Vec::<String>::new());
@@ -141,10 +211,24 @@ mod tests {
 
     #[test]
     fn a_disabled_or_incomplete_endpoint_and_none_at_all_are_said() {
-        let disabled = about(&[endpoint("https://x.example/webhooks/stripe?token=s3cret", "disabled", json!(["*"]))]);
-        assert!(disabled[0].contains("is disabled") && !disabled[0].contains("s3cret"), "{disabled:?}");
-        let few = about(&[endpoint("https://x.example/webhooks/stripe", "enabled", json!(["invoice.paid"]))]);
-        assert!(few[0].contains("invoice.voided") && !few[0].contains("invoice.paid,"), "{few:?}");
+        let disabled = about(&[endpoint(
+            "https://x.example/webhooks/stripe?token=s3cret",
+            "disabled",
+            json!(["*"]),
+        )]);
+        assert!(
+            disabled[0].contains("is disabled") && !disabled[0].contains("s3cret"),
+            "{disabled:?}"
+        );
+        let few = about(&[endpoint(
+            "https://x.example/webhooks/stripe",
+            "enabled",
+            json!(["invoice.paid"]),
+        )]);
+        assert!(
+            few[0].contains("invoice.voided") && !few[0].contains("invoice.paid,"),
+            "{few:?}"
+        );
         assert!(about(&[])[0].contains("no webhook endpoint"));
     }
 
@@ -152,9 +236,22 @@ mod tests {
     fn a_silence_is_said_when_it_is_unusual_or_stripe_told_otherwise() {
         let (hour_ms, now) = (3_600_000, 500_000);
         let hourly: BTreeSet<i64> = (now - 48..now - 5).collect();
-        let judged = |now: i64, is_missed| judge_silence(&hourly, *hourly.last().unwrap() * hour_ms, now * hour_ms, is_missed);
-        assert!(judged(now, false).is_some_and(|remark| remark.contains("longest silence before was 0 hours")));
+        let judged = |now: i64, is_missed| {
+            judge_silence(
+                &hourly,
+                *hourly.last().unwrap() * hour_ms,
+                now * hour_ms,
+                is_missed,
+            )
+        };
+        assert!(
+            judged(now, false)
+                .is_some_and(|remark| remark.contains("longest silence before was 0 hours"))
+        );
         assert_eq!(judged(now - 4, false), None);
-        assert!(judged(now - 4, true).is_some_and(|remark| remark.contains("Stripe's list has new events")));
+        assert!(
+            judged(now - 4, true)
+                .is_some_and(|remark| remark.contains("Stripe's list has new events"))
+        );
     }
 }

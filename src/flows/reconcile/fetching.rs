@@ -27,7 +27,11 @@ const FIRST_WAIT_MS: i64 = 60_000;
 pub async fn run(pass: &mut Pass<'_>) -> Result<bool, ReconcileError> {
     let mut found = false;
     for _ in 0..BATCHES {
-        let batch = pass.tools.store.to_ask(Asked::Object, pass.tools.clock.now_ms(), BATCH).await?;
+        let batch = pass
+            .tools
+            .store
+            .to_ask(Asked::Object, pass.tools.clock.now_ms(), BATCH)
+            .await?;
         if batch.is_empty() {
             break;
         }
@@ -45,7 +49,11 @@ pub async fn run(pass: &mut Pass<'_>) -> Result<bool, ReconcileError> {
 type Target = (String, Scope);
 /// The events that point to it, and how often it was asked for.
 type PointedBy = Vec<(EventKey, i64)>;
-type Fetched = (Target, PointedBy, Result<Option<Box<RawValue>>, StripeApiError>);
+type Fetched = (
+    Target,
+    PointedBy,
+    Result<Option<Box<RawValue>>, StripeApiError>,
+);
 
 async fn fetch(api: StripeApi, target: Target, events: PointedBy) -> Fetched {
     let answer = api.get(&target.0, &[], &target.1).await;
@@ -57,24 +65,44 @@ async fn fetch_all(pass: &mut Pass<'_>, batch: &[ToAsk]) -> Result<(), Reconcile
     let mut done = Vec::new();
     for event in batch {
         match target(pass, event).await? {
-            Some(target) => wanted.entry(target).or_default().push((event.key, event.attempts)),
+            Some(target) => wanted
+                .entry(target)
+                .or_default()
+                .push((event.key, event.attempts)),
             None => done.push((event.key, None, event.attempts)),
         }
     }
-    let calls: Vec<_> = wanted.into_iter().map(|(target, events)| fetch(pass.tools.api.clone(), target, events)).collect();
-    let answers: Vec<_> = stream::iter(calls).buffer_unordered(AT_ONCE).collect().await;
+    let calls: Vec<_> = wanted
+        .into_iter()
+        .map(|(target, events)| fetch(pass.tools.api.clone(), target, events))
+        .collect();
+    let answers: Vec<_> = stream::iter(calls)
+        .buffer_unordered(AT_ONCE)
+        .collect()
+        .await;
     let mut away = None;
     let mut objects = Vec::new();
     for ((path, scope), events, answer) in answers {
         match answer {
             Ok(Some(object)) => {
                 objects.push((object, scope));
-                done.extend(events.into_iter().map(|(key, attempts)| (key, None, attempts)));
+                done.extend(
+                    events
+                        .into_iter()
+                        .map(|(key, attempts)| (key, None, attempts)),
+                );
             }
             Ok(None) | Err(StripeApiError::Refused { .. }) => {
                 let now_ms = pass.tools.clock.now_ms();
-                tracing::warn!(path, "a thin event points to an object that Stripe does not show");
-                done.extend(events.into_iter().map(|(key, attempts)| again(key, attempts, now_ms)));
+                tracing::warn!(
+                    path,
+                    "a thin event points to an object that Stripe does not show"
+                );
+                done.extend(
+                    events
+                        .into_iter()
+                        .map(|(key, attempts)| again(key, attempts, now_ms)),
+                );
             }
             Err(error) => away = Some(error),
         }
@@ -95,20 +123,35 @@ fn again(key: EventKey, attempts: i64, now_ms: i64) -> (EventKey, Option<i64>, i
 
 /// Where the object is that a thin event points to; None: there is nothing to fetch for it.
 async fn target(pass: &Pass<'_>, event: &ToAsk) -> Result<Option<Target>, ReconcileError> {
-    let telling = event.telling.as_deref().and_then(|text| serde_json::from_str::<Telling>(text).ok());
-    let Some(telling) = telling.filter(|telling| telling.thin) else { return Ok(None) };
+    let telling = event
+        .telling
+        .as_deref()
+        .and_then(|text| serde_json::from_str::<Telling>(text).ok());
+    let Some(telling) = telling.filter(|telling| telling.thin) else {
+        return Ok(None);
+    };
     if let Some(twin) = telling.snapshot_event.as_deref()
         && !pass.tools.store.known_ids(&[twin]).await?.is_empty()
     {
         return Ok(None);
     }
-    let body: Value = event.body.as_deref().and_then(|body| serde_json::from_slice(body).ok()).unwrap_or_default();
+    let body: Value = event
+        .body
+        .as_deref()
+        .and_then(|body| serde_json::from_slice(body).ok())
+        .unwrap_or_default();
     let scope = match body["context"].as_str().filter(|context| is_plain(context)) {
         Some(context) => Scope::Context(context.to_owned()),
         None => Scope::Own,
     };
-    let named = body.pointer("/related_object/url").and_then(Value::as_str).filter(|path| is_path(path));
-    Ok(named.map(str::to_owned).or_else(|| path_of(&telling.object)).map(|path| (path, scope)))
+    let named = body
+        .pointer("/related_object/url")
+        .and_then(Value::as_str)
+        .filter(|path| is_path(path));
+    Ok(named
+        .map(str::to_owned)
+        .or_else(|| path_of(&telling.object))
+        .map(|path| (path, scope)))
 }
 
 /// The event says where, but not what else we ask: a path of Stripe's API and nothing more.
@@ -117,7 +160,8 @@ fn is_path(path: &str) -> bool {
 }
 
 fn is_plain(text: &str) -> bool {
-    text.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-./".contains(&b))
+    text.bytes()
+        .all(|b| b.is_ascii_alphanumeric() || b"_-./".contains(&b))
 }
 
 fn path_of(object: &Object) -> Option<String> {
@@ -133,13 +177,21 @@ fn path_of(object: &Object) -> Option<String> {
     is_plain(id).then(|| format!("/v1/{list}/{id}"))
 }
 
-async fn keep(pass: &mut Pass<'_>, objects: Vec<(Box<RawValue>, Scope)>) -> Result<(), ReconcileError> {
+async fn keep(
+    pass: &mut Pass<'_>,
+    objects: Vec<(Box<RawValue>, Scope)>,
+) -> Result<(), ReconcileError> {
     let mut events = Vec::with_capacity(objects.len());
     let mut payments = Vec::new();
     for (object, scope) in objects {
-        let Ok(object) = serde_json::from_str::<Value>(object.get()) else { continue };
+        let Ok(object) = serde_json::from_str::<Value>(object.get()) else {
+            continue;
+        };
         let event = pass.keeper.read_object(&object, account_of(&scope));
-        let telling = event.telling.as_deref().and_then(|text| serde_json::from_str::<Telling>(text).ok());
+        let telling = event
+            .telling
+            .as_deref()
+            .and_then(|text| serde_json::from_str::<Telling>(text).ok());
         payments.extend(telling.map(|telling| (telling.object, scope)));
         events.push(event);
     }
@@ -155,7 +207,10 @@ pub(super) fn account_of(scope: &Scope) -> Option<&str> {
     match scope {
         Scope::Own => None,
         Scope::Account(account) => Some(account),
-        Scope::Context(context) => context.rsplit('/').next().filter(|last| last.starts_with("acct_")),
+        Scope::Context(context) => context
+            .rsplit('/')
+            .next()
+            .filter(|last| last.starts_with("acct_")),
     }
 }
 
@@ -166,15 +221,28 @@ mod tests {
     #[test]
     fn only_a_path_of_stripes_api_is_asked_for() {
         assert!(is_path("/v1/invoices/in_1"));
-        for wrong in ["https://evil.example/v1/x", "/v3/x", "/v1/../x", "/v1/x?expand=y", "//evil/v1/", "/v1/a b"] {
+        for wrong in [
+            "https://evil.example/v1/x",
+            "/v3/x",
+            "/v1/../x",
+            "/v1/x?expand=y",
+            "//evil/v1/",
+            "/v1/a b",
+        ] {
             assert!(!is_path(wrong), "{wrong}");
         }
     }
 
     #[test]
     fn a_context_names_its_account() {
-        assert_eq!(account_of(&Scope::Context("acct_1".to_owned())), Some("acct_1"));
-        assert_eq!(account_of(&Scope::Context("org_1/acct_2".to_owned())), Some("acct_2"));
+        assert_eq!(
+            account_of(&Scope::Context("acct_1".to_owned())),
+            Some("acct_1")
+        );
+        assert_eq!(
+            account_of(&Scope::Context("org_1/acct_2".to_owned())),
+            Some("acct_2")
+        );
         assert_eq!(account_of(&Scope::Context("org_1".to_owned())), None);
     }
 

@@ -45,27 +45,51 @@ struct Before {
 
 impl<'t> Keeper<'t> {
     pub fn new(tools: &'t Tools, mode: Mode) -> Keeper<'t> {
-        Keeper { tools, mode, before: BTreeMap::new(), beside: HashMap::new(), mentioned: HashMap::new(), api_only: Vec::new() }
+        Keeper {
+            tools,
+            mode,
+            before: BTreeMap::new(),
+            beside: HashMap::new(),
+            mentioned: HashMap::new(),
+            api_only: Vec::new(),
+        }
     }
 
     /// Something that Stripe's API returned, ready to be kept.
     pub fn read(&self, body: Bytes) -> NewEvent {
-        prepare(Delivery { body, source: Source::Api, secret_label: None, received_ms: self.tools.clock.now_ms() })
+        prepare(Delivery {
+            body,
+            source: Source::Api,
+            secret_label: None,
+            received_ms: self.tools.clock.now_ms(),
+        })
     }
 
     /// An object that Stripe's API returned, ready to be kept.
     pub fn read_object(&self, object: &Value, account: Option<&str>) -> NewEvent {
-        self.read(envelope(object, self.tools.clock.now_s(), account).to_string().into())
+        self.read(
+            envelope(object, self.tools.clock.now_s(), account)
+                .to_string()
+                .into(),
+        )
     }
 
     /// Keeps what is new of it: returns when that is durable.
     pub async fn keep(&mut self, mut events: Vec<NewEvent>) -> Result<(), ReconcileError> {
         let mut seen: HashSet<EventKey> = HashSet::new();
         let beside = &self.beside;
-        let is_new = |event: &NewEvent| event.outcome != Outcome::Unreadable && !beside.contains_key(&event.key);
+        let is_new = |event: &NewEvent| {
+            event.outcome != Outcome::Unreadable && !beside.contains_key(&event.key)
+        };
         events.retain(|event| is_new(event) && seen.insert(event.key));
         let keys: Vec<EventKey> = events.iter().map(|event| event.key).collect();
-        let known: HashSet<EventKey> = self.tools.store.known_keys(&keys).await?.into_iter().collect();
+        let known: HashSet<EventKey> = self
+            .tools
+            .store
+            .known_keys(&keys)
+            .await?
+            .into_iter()
+            .collect();
         events.retain(|event| !known.contains(&event.key));
         if events.is_empty() {
             return Ok(());
@@ -76,7 +100,10 @@ impl<'t> Keeper<'t> {
             Mode::DryRun => events.into_iter().for_each(|event| self.lay_beside(event)),
             Mode::Save => {
                 // Together, so that they share a commit.
-                let appending: Vec<_> = events.into_iter().map(|event| append(self.tools.inbox.clone(), event)).collect();
+                let appending: Vec<_> = events
+                    .into_iter()
+                    .map(|event| append(self.tools.inbox.clone(), event))
+                    .collect();
                 try_join_all(appending).await?;
                 // At once: a pass that fails later found them all the same.
                 self.tools.metrics.reconcile.api_only_events.inc_by(missed);
@@ -87,7 +114,10 @@ impl<'t> Keeper<'t> {
 
     fn lay_beside(&mut self, event: NewEvent) {
         for mention in &event.mentions {
-            self.mentioned.entry(mention.object_id.clone()).or_default().push(event.key);
+            self.mentioned
+                .entry(mention.object_id.clone())
+                .or_default()
+                .push(event.key);
         }
         self.beside.insert(event.key, event);
     }
@@ -97,13 +127,21 @@ impl<'t> Keeper<'t> {
         let mut objects: HashSet<String> = HashSet::new();
         let mut invoices: HashSet<String> = HashSet::new();
         for mention in events.iter().flat_map(|event| &event.mentions) {
-            let named = if mention.is_invoice { &mut invoices } else { &mut objects };
+            let named = if mention.is_invoice {
+                &mut invoices
+            } else {
+                &mut objects
+            };
             named.insert(mention.object_id.clone());
         }
         let objects: Vec<String> = objects.into_iter().collect();
         for some in objects.chunks(SEEDS) {
             for known in read_tellings(&self.tools.store.told_of(some).await?)? {
-                let mentions = known.telling.mentions().into_iter().filter(|mention| mention.is_invoice);
+                let mentions = known
+                    .telling
+                    .mentions()
+                    .into_iter()
+                    .filter(|mention| mention.is_invoice);
                 invoices.extend(mentions.map(|mention| mention.object_id));
             }
         }
@@ -115,7 +153,13 @@ impl<'t> Keeper<'t> {
             }
             if let Some(stored) = self.tools.store.invoice(&place.0, &place.1).await? {
                 let stripe_invoice_id = stored.stripe_invoice_id.clone().unwrap_or_default();
-                self.before.insert(place, Before { stripe_invoice_id, history: history(&stored)? });
+                self.before.insert(
+                    place,
+                    Before {
+                        stripe_invoice_id,
+                        history: history(&stored)?,
+                    },
+                );
             }
         }
         Ok(())
@@ -124,12 +168,28 @@ impl<'t> Keeper<'t> {
     /// How many of them a webhook should have brought.
     async fn note_api_only(&mut self, events: &[NewEvent]) -> Result<u64, StoreError> {
         let is_event = |event: &&NewEvent| event.created_s.is_some() && !is_fetched(event);
-        let ids: Vec<&str> = events.iter().filter(is_event).filter_map(|event| event.id.as_deref()).collect();
-        let known: HashSet<String> = self.tools.store.known_ids(&ids).await?.into_iter().collect();
+        let ids: Vec<&str> = events
+            .iter()
+            .filter(is_event)
+            .filter_map(|event| event.id.as_deref())
+            .collect();
+        let known: HashSet<String> = self
+            .tools
+            .store
+            .known_ids(&ids)
+            .await?
+            .into_iter()
+            .collect();
         let mut missed = 0;
         for event in events.iter().filter(is_event) {
-            let Some(id) = event.id.clone().filter(|id| !known.contains(id)) else { continue };
-            let invoice = event.mentions.iter().find(|mention| mention.is_invoice).map(|mention| mention.object_id.clone());
+            let Some(id) = event.id.clone().filter(|id| !known.contains(id)) else {
+                continue;
+            };
+            let invoice = event
+                .mentions
+                .iter()
+                .find(|mention| mention.is_invoice)
+                .map(|mention| mention.object_id.clone());
             missed += u64::from(event.event_type.as_deref().is_some_and(should_be_sent));
             self.api_only.push(ApiOnlyEvent {
                 event_id: id,
@@ -144,19 +204,41 @@ impl<'t> Keeper<'t> {
     /// All that is known about a stored invoice, with what a dry run found.
     pub async fn known_about(&self, stored: &StoredInvoice) -> Result<Vec<Known>, ReconcileError> {
         let mut known = known(stored)?;
-        let Some(id) = stored.stripe_invoice_id.clone().filter(|_| !self.beside.is_empty()) else { return Ok(known) };
+        let Some(id) = stored
+            .stripe_invoice_id
+            .clone()
+            .filter(|_| !self.beside.is_empty())
+        else {
+            return Ok(known);
+        };
         let mut reached: HashSet<String> = HashSet::from([id]);
         let mut taken: HashSet<EventKey> = HashSet::new();
         for _ in 0..HOPS {
-            let objects = known.iter().flat_map(|k| k.telling.mentions()).filter(|mention| !mention.is_invoice);
+            let objects = known
+                .iter()
+                .flat_map(|k| k.telling.mentions())
+                .filter(|mention| !mention.is_invoice);
             reached.extend(objects.map(|mention| mention.object_id));
-            let keys = reached.iter().filter_map(|id| self.mentioned.get(id)).flatten().filter(|key| taken.insert(**key));
-            let found: Vec<Known> = keys.filter_map(|key| self.beside.get(key)).filter_map(as_known).collect();
+            let keys = reached
+                .iter()
+                .filter_map(|id| self.mentioned.get(id))
+                .flatten()
+                .filter(|key| taken.insert(**key));
+            let found: Vec<Known> = keys
+                .filter_map(|key| self.beside.get(key))
+                .filter_map(as_known)
+                .collect();
             if found.is_empty() {
                 break;
             }
-            let objects = found.iter().flat_map(|k| k.telling.mentions()).filter(|mention| !mention.is_invoice);
-            let seeds: Vec<String> = objects.map(|mention| mention.object_id).filter(|id| !reached.contains(id)).collect();
+            let objects = found
+                .iter()
+                .flat_map(|k| k.telling.mentions())
+                .filter(|mention| !mention.is_invoice);
+            let seeds: Vec<String> = objects
+                .map(|mention| mention.object_id)
+                .filter(|id| !reached.contains(id))
+                .collect();
             known.extend(found);
             for telling in read_tellings(&self.tools.store.told_of(&seeds).await?)? {
                 if !known.iter().any(|k| k.key == telling.key) {
@@ -171,14 +253,18 @@ impl<'t> Keeper<'t> {
     pub async fn healed(&self) -> Result<Vec<Healed>, ReconcileError> {
         let mut healed = Vec::new();
         for ((tenant_uid, invoice_uid), before) in &self.before {
-            let Some(stored) = self.tools.store.invoice(tenant_uid, invoice_uid).await? else { continue };
+            let Some(stored) = self.tools.store.invoice(tenant_uid, invoice_uid).await? else {
+                continue;
+            };
             let known = self.known_about(&stored).await?;
             let imported: Vec<ImportedState> = imported_states(&stored)?;
             let after = fold(Some(&before.stripe_invoice_id), &imported, &known);
             if same_entries(&before.history, &after) {
                 continue;
             }
-            let is_same = |a: &Entry, b: &Entry| (a.state, a.timestamp_ms, &a.message) == (b.state, b.timestamp_ms, &b.message);
+            let is_same = |a: &Entry, b: &Entry| {
+                (a.state, a.timestamp_ms, &a.message) == (b.state, b.timestamp_ms, &b.message)
+            };
             let is_new = |entry: &&Entry| !before.history.iter().any(|was| is_same(was, entry));
             let is_gone = |entry: &&Entry| !after.iter().any(|now| is_same(now, entry));
             healed.push(Healed {
@@ -188,8 +274,17 @@ impl<'t> Keeper<'t> {
                     invoice_uid: invoice_uid.clone(),
                 },
                 state: after.last().map(|entry| entry.state),
-                added: after.iter().filter(is_new).map(|entry| change(entry, &known)).collect(),
-                removed: before.history.iter().filter(is_gone).map(|entry| change(entry, &known)).collect(),
+                added: after
+                    .iter()
+                    .filter(is_new)
+                    .map(|entry| change(entry, &known))
+                    .collect(),
+                removed: before
+                    .history
+                    .iter()
+                    .filter(is_gone)
+                    .map(|entry| change(entry, &known))
+                    .collect(),
             });
         }
         Ok(healed)
@@ -206,11 +301,20 @@ fn is_fetched(event: &NewEvent) -> bool {
 
 pub(super) fn as_known(event: &NewEvent) -> Option<Known> {
     let telling: Telling = serde_json::from_str(event.telling.as_deref()?).ok()?;
-    Some(Known { key: event.key, telling })
+    Some(Known {
+        key: event.key,
+        telling,
+    })
 }
 
 fn change(entry: &Entry, known: &[Known]) -> Change {
-    let proof = |key: &EventKey| known.iter().find(|k| k.key == *key).map(|k| &k.telling).map(describe);
+    let proof = |key: &EventKey| {
+        known
+            .iter()
+            .find(|k| k.key == *key)
+            .map(|k| &k.telling)
+            .map(describe)
+    };
     Change {
         state: entry.state,
         timestamp: timestamp(entry.timestamp_ms),
@@ -220,6 +324,13 @@ fn change(entry: &Entry, known: &[Known]) -> Change {
 }
 
 fn describe(telling: &Telling) -> Proof {
-    let what = if telling.fetched { "what Stripe's API says now" } else { telling.kind.as_str() };
-    Proof { id: telling.id.clone(), what: what.to_owned() }
+    let what = if telling.fetched {
+        "what Stripe's API says now"
+    } else {
+        telling.kind.as_str()
+    };
+    Proof {
+        id: telling.id.clone(),
+        what: what.to_owned(),
+    }
 }

@@ -35,8 +35,19 @@ impl Lease {
             return Ok(None);
         }
         let (lost, stop) = (CancellationToken::new(), CancellationToken::new());
-        tokio::spawn(renew(store.clone(), clock.clone(), holder.clone(), lost.clone(), stop.clone()));
-        Ok(Some(Lease { store: store.clone(), holder, lost, _renewing: stop.drop_guard() }))
+        tokio::spawn(renew(
+            store.clone(),
+            clock.clone(),
+            holder.clone(),
+            lost.clone(),
+            stop.clone(),
+        ));
+        Ok(Some(Lease {
+            store: store.clone(),
+            holder,
+            lost,
+            _renewing: stop.drop_guard(),
+        }))
     }
 
     /// Waits while another process is at it.
@@ -59,9 +70,14 @@ impl Lease {
     pub async fn wait_until_free(store: &Store, clock: &Clock) -> Result<(), StoreError> {
         let is_held = |expires_ms: i64| {
             let now_ms = clock.now_ms();
-            now_ms < expires_ms && expires_ms <= now_ms + LASTS.as_millis() as i64 + CLOCKS_DIFFER_MS
+            now_ms < expires_ms
+                && expires_ms <= now_ms + LASTS.as_millis() as i64 + CLOCKS_DIFFER_MS
         };
-        while store.lease(NAME).await?.is_some_and(|(_, expires_ms)| is_held(expires_ms)) {
+        while store
+            .lease(NAME)
+            .await?
+            .is_some_and(|(_, expires_ms)| is_held(expires_ms))
+        {
             tokio::time::sleep(LOOK).await;
         }
         Ok(())
@@ -82,11 +98,19 @@ impl Lease {
 
 async fn take(store: &Store, clock: &Clock, holder: &str) -> Result<bool, StoreError> {
     let now_ms = clock.now_ms();
-    store.take_lease(NAME, holder, now_ms, now_ms + LASTS.as_millis() as i64).await
+    store
+        .take_lease(NAME, holder, now_ms, now_ms + LASTS.as_millis() as i64)
+        .await
 }
 
 /// Another has it, or it could not be renewed until it ended: the holder must stop then.
-async fn renew(store: Store, clock: Clock, holder: String, lost: CancellationToken, stop: CancellationToken) {
+async fn renew(
+    store: Store,
+    clock: Clock,
+    holder: String,
+    lost: CancellationToken,
+    stop: CancellationToken,
+) {
     let mut ends_ms = clock.now_ms() + LASTS.as_millis() as i64;
     loop {
         tokio::select! {

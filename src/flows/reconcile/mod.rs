@@ -121,8 +121,19 @@ pub async fn run(tools: &Tools, plan: Plan) -> Result<Report, ReconcileError> {
 
 async fn all_steps(tools: &Tools, report: Report) -> Result<Report, ReconcileError> {
     let (plan, started_ms, calls_before) = (report.plan, report.started_ms, tools.api.calls());
-    let (keeper, accounts) = (Keeper::new(tools, plan.mode), known_accounts(&tools.store).await?);
-    let mut pass = Pass { tools, plan, keeper, report, started_ms, accounts, asked: HashSet::new() };
+    let (keeper, accounts) = (
+        Keeper::new(tools, plan.mode),
+        known_accounts(&tools.store).await?,
+    );
+    let mut pass = Pass {
+        tools,
+        plan,
+        keeper,
+        report,
+        started_ms,
+        accounts,
+        asked: HashSet::new(),
+    };
     pass.find_accounts().await?;
     catch_up::run(&mut pass).await?;
     fetching::run(&mut pass).await?;
@@ -140,10 +151,22 @@ async fn all_steps(tools: &Tools, report: Report) -> Result<Report, ReconcileErr
 
 /// Only what thin events point to, soon after they arrived. True: there was something.
 async fn run_fetching(tools: &Tools) -> Result<bool, ReconcileError> {
-    let plan = Plan { extent: Extent::Due, mode: Mode::Save, since_s: None };
+    let plan = Plan {
+        extent: Extent::Due,
+        mode: Mode::Save,
+        since_s: None,
+    };
     let started_ms = tools.clock.now_ms();
     let (keeper, report) = (Keeper::new(tools, plan.mode), Report::new(started_ms, plan));
-    let mut pass = Pass { tools, plan, keeper, report, started_ms, accounts: Vec::new(), asked: HashSet::new() };
+    let mut pass = Pass {
+        tools,
+        plan,
+        keeper,
+        report,
+        started_ms,
+        accounts: Vec::new(),
+        asked: HashSet::new(),
+    };
     fetching::run(&mut pass).await
 }
 
@@ -156,7 +179,12 @@ impl Pass<'_> {
 
     /// The connected accounts that events named since the last pass.
     async fn find_accounts(&mut self) -> Result<(), ReconcileError> {
-        let seen_ms = believed(self.progress(ACCOUNTS_SEEN).await?, self.started_ms, LATE_MS).unwrap_or_default();
+        let seen_ms = believed(
+            self.progress(ACCOUNTS_SEEN).await?,
+            self.started_ms,
+            LATE_MS,
+        )
+        .unwrap_or_default();
         for account in self.tools.store.accounts_since(seen_ms - LATE_MS).await? {
             self.note_account(&account).await?;
         }
@@ -165,17 +193,23 @@ impl Pass<'_> {
     }
 
     async fn note_account(&mut self, account: &str) -> Result<(), StoreError> {
-        if self.accounts.iter().any(|known| known == account) || self.accounts.len() >= MOST_ACCOUNTS {
+        if self.accounts.iter().any(|known| known == account)
+            || self.accounts.len() >= MOST_ACCOUNTS
+        {
             return Ok(());
         }
         self.accounts.push(account.to_owned());
-        self.set_progress(&format!("{ACCOUNT}{account}"), self.started_ms).await
+        self.set_progress(&format!("{ACCOUNT}{account}"), self.started_ms)
+            .await
     }
 
     /// The time in seconds that has come by our clock and by Stripe's: what a list did not show when ours was ahead can still happen.
     fn surely_s(&self) -> i64 {
         let now_s = self.tools.clock.now_s();
-        self.tools.api.answered_s().map_or(now_s, |at_stripe| now_s.min(at_stripe))
+        self.tools
+            .api
+            .answered_s()
+            .map_or(now_s, |at_stripe| now_s.min(at_stripe))
     }
 
     async fn set_progress(&self, name: &str, value: i64) -> Result<(), StoreError> {
@@ -187,7 +221,10 @@ impl Pass<'_> {
 
     async fn progress(&self, name: &str) -> Result<Option<i64>, StoreError> {
         let found = self.tools.store.progress(name).await?;
-        Ok(found.into_iter().find(|(found, _)| found == name).map(|(_, value)| value))
+        Ok(found
+            .into_iter()
+            .find(|(found, _)| found == name)
+            .map(|(_, value)| value))
     }
 
     async fn close(mut self) -> Result<Report, ReconcileError> {
@@ -214,14 +251,27 @@ const MOST_ACCOUNTS: usize = 1_000;
 
 async fn known_accounts(store: &Store) -> Result<Vec<String>, StoreError> {
     let found = store.progress(ACCOUNT).await?;
-    Ok(found.iter().filter_map(|(name, _)| name.strip_prefix(ACCOUNT)).map(str::to_owned).take(MOST_ACCOUNTS).collect())
+    Ok(found
+        .iter()
+        .filter_map(|(name, _)| name.strip_prefix(ACCOUNT))
+        .map(str::to_owned)
+        .take(MOST_ACCOUNTS)
+        .collect())
 }
 
 async fn keep(store: &Store, report: &Report) -> Result<(), StoreError> {
     let text = report.shortened().to_json().to_string();
-    let report_json = RawValue::from_string(text).map_err(|e| StoreError::Refused(format!("a report is no JSON: {e}")))?;
+    let report_json = RawValue::from_string(text)
+        .map_err(|e| StoreError::Refused(format!("a report is no JSON: {e}")))?;
     let id = report.id.clone();
-    store.keep_run(&Run { id, started_ms: report.started_ms, ended_ms: report.ended_ms, report: report_json }).await
+    store
+        .keep_run(&Run {
+            id,
+            started_ms: report.started_ms,
+            ended_ms: report.ended_ms,
+            report: report_json,
+        })
+        .await
 }
 
 #[cfg(test)]
@@ -231,7 +281,11 @@ mod tests {
     #[test]
     fn what_a_clock_that_was_ahead_noted_is_not_believed() {
         assert_eq!(believed(Some(100), 1000, 60), Some(100));
-        assert_eq!(believed(Some(1060), 1000, 60), Some(1060), "it is looked at again anyway");
+        assert_eq!(
+            believed(Some(1060), 1000, 60),
+            Some(1060),
+            "it is looked at again anyway"
+        );
         assert_eq!(believed(Some(1061), 1000, 60), None);
         assert_eq!(believed(None, 1000, 60), None);
     }

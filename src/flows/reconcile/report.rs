@@ -137,16 +137,31 @@ impl Report {
 
     /// Each invoice that was healed counts as that, not as agreeing; lists by id.
     pub(super) fn put_in_order(&mut self) {
-        let healed: std::collections::HashSet<&str> =
-            self.healed.iter().map(|healed| healed.invoice.stripe_invoice_id.as_str()).collect();
-        self.agreeing.retain(|invoice| !healed.contains(invoice.stripe_invoice_id.as_str()));
-        self.agreeing.sort_by(|a, b| a.stripe_invoice_id.cmp(&b.stripe_invoice_id));
-        self.healed.sort_by(|a, b| a.invoice.stripe_invoice_id.cmp(&b.invoice.stripe_invoice_id));
-        self.differing.sort_by(|a, b| (&a.invoice.stripe_invoice_id, a.field).cmp(&(&b.invoice.stripe_invoice_id, b.field)));
-        self.unknown_at_stripe.sort_by(|a, b| a.stripe_invoice_id.cmp(&b.stripe_invoice_id));
-        self.unknown_here.sort_by(|a, b| a.stripe_invoice_id.cmp(&b.stripe_invoice_id));
-        self.unknown_here.dedup_by(|a, b| a.stripe_invoice_id == b.stripe_invoice_id);
-        self.api_only_events.sort_by(|a, b| (&a.created, &a.event_id).cmp(&(&b.created, &b.event_id)));
+        let healed: std::collections::HashSet<&str> = self
+            .healed
+            .iter()
+            .map(|healed| healed.invoice.stripe_invoice_id.as_str())
+            .collect();
+        self.agreeing
+            .retain(|invoice| !healed.contains(invoice.stripe_invoice_id.as_str()));
+        self.agreeing
+            .sort_by(|a, b| a.stripe_invoice_id.cmp(&b.stripe_invoice_id));
+        self.healed.sort_by(|a, b| {
+            a.invoice
+                .stripe_invoice_id
+                .cmp(&b.invoice.stripe_invoice_id)
+        });
+        self.differing.sort_by(|a, b| {
+            (&a.invoice.stripe_invoice_id, a.field).cmp(&(&b.invoice.stripe_invoice_id, b.field))
+        });
+        self.unknown_at_stripe
+            .sort_by(|a, b| a.stripe_invoice_id.cmp(&b.stripe_invoice_id));
+        self.unknown_here
+            .sort_by(|a, b| a.stripe_invoice_id.cmp(&b.stripe_invoice_id));
+        self.unknown_here
+            .dedup_by(|a, b| a.stripe_invoice_id == b.stripe_invoice_id);
+        self.api_only_events
+            .sort_by(|a, b| (&a.created, &a.event_id).cmp(&(&b.created, &b.event_id)));
     }
 
     pub fn to_json(&self) -> Value {

@@ -30,7 +30,11 @@ async fn go_on(tools: Tools) {
     let mut next_pass = Instant::now();
     let mut wait = FIRST_WAIT;
     loop {
-        let worked = if Instant::now() >= next_pass { pass(&tools).await } else { fetch(&tools).await };
+        let worked = if Instant::now() >= next_pass {
+            pass(&tools).await
+        } else {
+            fetch(&tools).await
+        };
         let counted = &tools.metrics.reconcile.api_calls;
         counted.inc_by(tools.api.calls().saturating_sub(counted.get()));
         match worked {
@@ -56,21 +60,36 @@ enum Worked {
 }
 
 async fn pass(tools: &Tools) -> Result<Worked, ReconcileError> {
-    let Some(lease) = Lease::try_take(&tools.store, &tools.clock).await? else { return Ok(Worked::ElseWhere) };
-    let plan = Plan { extent: Extent::Due, mode: Mode::Save, since_s: None };
+    let Some(lease) = Lease::try_take(&tools.store, &tools.clock).await? else {
+        return Ok(Worked::ElseWhere);
+    };
+    let plan = Plan {
+        extent: Extent::Due,
+        mode: Mode::Save,
+        since_s: None,
+    };
     let ended = tokio::select! {
         ended = run(tools, plan) => ended,
         () = lease.lost() => Err(ReconcileError::LeaseLost),
     };
     lease.release().await;
-    ended.map(|report| tell(tools, &report)).map(|()| Worked::Pass)
+    ended
+        .map(|report| tell(tools, &report))
+        .map(|()| Worked::Pass)
 }
 
 async fn fetch(tools: &Tools) -> Result<Worked, ReconcileError> {
-    if tools.store.to_ask(Asked::Object, tools.clock.now_ms(), 1).await?.is_empty() {
+    if tools
+        .store
+        .to_ask(Asked::Object, tools.clock.now_ms(), 1)
+        .await?
+        .is_empty()
+    {
         return Ok(Worked::Fetching);
     }
-    let Some(lease) = Lease::try_take(&tools.store, &tools.clock).await? else { return Ok(Worked::ElseWhere) };
+    let Some(lease) = Lease::try_take(&tools.store, &tools.clock).await? else {
+        return Ok(Worked::ElseWhere);
+    };
     let ended = tokio::select! {
         ended = run_fetching(tools) => ended,
         () = lease.lost() => Err(ReconcileError::LeaseLost),
@@ -81,9 +100,17 @@ async fn fetch(tools: &Tools) -> Result<Worked, ReconcileError> {
 
 /// For `doctor`, which may be asked elsewhere.
 async fn note_failure(tools: &Tools, cause: &str) {
-    tools.metrics.reconcile.runs.with_label_values(&["failed"]).inc();
+    tools
+        .metrics
+        .reconcile
+        .runs
+        .with_label_values(&["failed"])
+        .inc();
     let now_ms = tools.clock.now_ms();
-    let moments = BTreeMap::from([(RECONCILING_FAILED.to_owned(), now_ms), (format!("{RECONCILING_FAILED_BY}{cause}"), now_ms)]);
+    let moments = BTreeMap::from([
+        (RECONCILING_FAILED.to_owned(), now_ms),
+        (format!("{RECONCILING_FAILED_BY}{cause}"), now_ms),
+    ]);
     if let Err(error) = tools.store.note_moments(&moments, now_ms).await {
         tracing::debug!(%error, "it could not be noted that reconciling failed");
     }
@@ -91,7 +118,14 @@ async fn note_failure(tools: &Tools, cause: &str) {
 
 fn tell(tools: &Tools, report: &Report) {
     let counted = &tools.metrics.reconcile;
-    counted.runs.with_label_values(&[if report.differs() { "differs" } else { "agrees" }]).inc();
+    counted
+        .runs
+        .with_label_values(&[if report.differs() {
+            "differs"
+        } else {
+            "agrees"
+        }])
+        .inc();
     counted.healed.inc_by(report.healed.len() as u64);
     log(report);
 }
@@ -99,8 +133,13 @@ fn tell(tools: &Tools, report: &Report) {
 fn log(report: &Report) {
     let duration_ms = report.ended_ms - report.started_ms;
     let (healed, differing) = (report.healed.len(), report.differing.len());
-    let (unknown_at_stripe, unknown_here) = (report.unknown_at_stripe.len(), report.unknown_here.len());
-    let (agreeing, api_only, calls) = (report.agreeing.len(), report.api_only_events.len(), report.calls);
+    let (unknown_at_stripe, unknown_here) =
+        (report.unknown_at_stripe.len(), report.unknown_here.len());
+    let (agreeing, api_only, calls) = (
+        report.agreeing.len(),
+        report.api_only_events.len(),
+        report.calls,
+    );
     if report.differs() {
         tracing::warn!(
             pass.id = report.id,
@@ -115,6 +154,14 @@ fn log(report: &Report) {
             "reconciled with Stripe: something was healed or differs, see `reconcile --list`"
         );
     } else {
-        tracing::info!(pass.id = report.id, duration_ms, calls, agreeing, unknown_here, api_only, "reconciled with Stripe");
+        tracing::info!(
+            pass.id = report.id,
+            duration_ms,
+            calls,
+            agreeing,
+            unknown_here,
+            api_only,
+            "reconciled with Stripe"
+        );
     }
 }

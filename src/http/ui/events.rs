@@ -37,7 +37,13 @@ pub async fn list(
     let Query(asked) = asked?;
     let invoice = asked.invoice.filter(|invoice| !invoice.trim().is_empty());
     let named = query::sought("invoice", invoice.map(|invoice| invoice.trim().to_owned()))?;
-    let page = page(&state, named.clone(), OutcomeFilter::Any, asked.cursor.as_deref()).await?;
+    let page = page(
+        &state,
+        named.clone(),
+        OutcomeFilter::Any,
+        asked.cursor.as_deref(),
+    )
+    .await?;
     let named = named.unwrap_or_default();
     let content = html! {
         h1 { "Events" }
@@ -52,7 +58,12 @@ pub async fn list(
         }
         (table(&page, "/ui/events", &named, asked.cursor.is_some()))
     };
-    Ok(layout::page("Events", Here::Events, Some(&OPERATOR), content))
+    Ok(layout::page(
+        "Events",
+        Here::Events,
+        Some(&OPERATOR),
+        content,
+    ))
 }
 
 pub async fn unreadable(
@@ -61,7 +72,13 @@ pub async fn unreadable(
     asked: Result<Query<Asked>, QueryRejection>,
 ) -> Result<Html<String>, ApiError> {
     let Query(asked) = asked?;
-    let page = page(&state, None, OutcomeFilter::Is(Outcome::Unreadable), asked.cursor.as_deref()).await?;
+    let page = page(
+        &state,
+        None,
+        OutcomeFilter::Is(Outcome::Unreadable),
+        asked.cursor.as_deref(),
+    )
+    .await?;
     let content = html! {
         h1 { "Unreadable" }
         p.intro {
@@ -70,7 +87,12 @@ pub async fn unreadable(
         }
         (table(&page, "/ui/unreadable", "", asked.cursor.is_some()))
     };
-    Ok(layout::page("Unreadable", Here::Unreadable, Some(&OPERATOR), content))
+    Ok(layout::page(
+        "Unreadable",
+        Here::Unreadable,
+        Some(&OPERATOR),
+        content,
+    ))
 }
 
 async fn page(
@@ -80,12 +102,20 @@ async fn page(
     cursor: Option<&str>,
 ) -> Result<Page, ApiError> {
     let after = query::cursor(cursor, Cursor::parse)?;
-    let request = PageRequest { event_type: None, stripe_invoice_id, outcome, limit: IN_A_PAGE, after };
+    let request = PageRequest {
+        event_type: None,
+        stripe_invoice_id,
+        outcome,
+        limit: IN_A_PAGE,
+        after,
+    };
     Ok(events::page(&state.store, &request).await?)
 }
 
 fn table(page: &Page, path: &str, invoice: &str, goes_on: bool) -> Markup {
-    let next = page.next.map(|cursor| address(path, &[("invoice", invoice), ("cursor", &cursor.to_text())]));
+    let next = page
+        .next
+        .map(|cursor| address(path, &[("invoice", invoice), ("cursor", &cursor.to_text())]));
     html! {
         @if page.events.is_empty() { p.empty { "There are none." } } @else {
             table.cards {
@@ -135,14 +165,25 @@ pub async fn show(
     _: Operator,
     asked: Result<Query<One>, QueryRejection>,
 ) -> Result<Html<String>, ApiError> {
-    let Ok(Query(One { id: event_id, cursor })) = asked else { return Err(ApiError::NotFound) };
+    let Ok(Query(One {
+        id: event_id,
+        cursor,
+    })) = asked
+    else {
+        return Err(ApiError::NotFound);
+    };
     validate_uid(&event_id).map_err(|_| ApiError::NotFound)?;
     let after = query::cursor(cursor.as_deref(), Cursor::parse)?;
     let found = events::renderings(&state.store, &event_id, after).await?;
     if found.renderings.is_empty() && after.is_none() {
         return Err(ApiError::NotFound);
     }
-    let next = found.next.map(|cursor| address("/ui/event", &[("id", &event_id), ("cursor", &cursor.to_text())]));
+    let next = found.next.map(|cursor| {
+        address(
+            "/ui/event",
+            &[("id", &event_id), ("cursor", &cursor.to_text())],
+        )
+    });
     let content = html! {
         nav.back aria-label="Back" { a href="/ui/events" { "Events" } }
         h1 { "Event " (id(&event_id)) }
@@ -152,7 +193,12 @@ pub async fn show(
         @for stored in &found.renderings { (rendering(stored)) }
         (pager(after.map(|_| address("/ui/event", &[("id", &event_id)])), next))
     };
-    Ok(layout::page("Event", Here::Events, Some(&OPERATOR), content))
+    Ok(layout::page(
+        "Event",
+        Here::Events,
+        Some(&OPERATOR),
+        content,
+    ))
 }
 
 fn rendering(stored: &StoredBody) -> Markup {
@@ -179,12 +225,21 @@ fn rendering(stored: &StoredBody) -> Markup {
 
 /// As text where it is text, else as bytes.
 fn bytes(body: &[u8]) -> Markup {
-    let text = std::str::from_utf8(body).ok().filter(|text| !text.contains('\0'));
+    let text = std::str::from_utf8(body)
+        .ok()
+        .filter(|text| !text.contains('\0'));
     let (form, shown) = match text {
-        Some(text) => ("as received", visible_lines(&text[..text.floor_char_boundary(SHOWN)])),
+        Some(text) => (
+            "as received",
+            visible_lines(&text[..text.floor_char_boundary(SHOWN)]),
+        ),
         None => ("no text", dump(body)),
     };
-    let limit = if text.is_some() { SHOWN } else { IN_A_ROW * ROWS };
+    let limit = if text.is_some() {
+        SHOWN
+    } else {
+        IN_A_ROW * ROWS
+    };
     html! {
         details open[text.is_none() || body.len() < 16 * 1024] {
             summary { (body.len()) " bytes, " (form) }
@@ -198,11 +253,22 @@ fn bytes(body: &[u8]) -> Markup {
 
 /// Rows of hexadecimal digits, and beside them what is ASCII.
 fn dump(body: &[u8]) -> String {
-    let ascii = |byte: &u8| if byte.is_ascii_graphic() || *byte == b' ' { char::from(*byte) } else { '.' };
+    let ascii = |byte: &u8| {
+        if byte.is_ascii_graphic() || *byte == b' ' {
+            char::from(*byte)
+        } else {
+            '.'
+        }
+    };
     let row = |(at, row): (usize, &[u8])| {
         let digits: Vec<String> = row.iter().map(|byte| format!("{byte:02x}")).collect();
         let text: String = row.iter().map(ascii).collect();
         format!("{:06x}  {:<47}  {text}", at * IN_A_ROW, digits.join(" "))
     };
-    body.chunks(IN_A_ROW).take(ROWS).enumerate().map(row).collect::<Vec<_>>().join("\n")
+    body.chunks(IN_A_ROW)
+        .take(ROWS)
+        .enumerate()
+        .map(row)
+        .collect::<Vec<_>>()
+        .join("\n")
 }

@@ -34,15 +34,24 @@ pub async fn show(
     asked: Result<Query<Asked>, QueryRejection>,
 ) -> Result<Html<String>, ApiError> {
     // Whatever cannot be an invoice is none, and another tenant's is none either.
-    let Ok(Query(Asked { tenant, uid, at })) = asked else { return Err(ApiError::NotFound) };
+    let Ok(Query(Asked { tenant, uid, at })) = asked else {
+        return Err(ApiError::NotFound);
+    };
     let can_be = validate_uid(&tenant).is_ok() && validate_uid(&uid).is_ok();
     if !can_be || !visitor.0.reads(&tenant) {
         return Err(ApiError::NotFound);
     }
     let at = at.filter(|at| !at.trim().is_empty());
     let as_of = |text: String| evidence::as_of(&as_time(&text), state.clock.now_ms());
-    let as_of_ms = at.map(as_of).transpose().map_err(|reason| ApiError::InvalidQuery(format!("The time {reason}")))?;
-    let invoice = state.store.invoice(&tenant, &uid).await?.ok_or(ApiError::NotFound)?;
+    let as_of_ms = at
+        .map(as_of)
+        .transpose()
+        .map_err(|reason| ApiError::InvalidQuery(format!("The time {reason}")))?;
+    let invoice = state
+        .store
+        .invoice(&tenant, &uid)
+        .await?
+        .ok_or(ApiError::NotFound)?;
     let document = serde_json::from_str(&invoice.document).unwrap_or_default();
     let evidence = evidence::of(&state.store, invoice, as_of_ms).await?;
     let content = html! {
@@ -61,7 +70,12 @@ pub async fn show(
         }
     };
     let title = format!("Invoice {}", text::visible(&evidence.invoice_uid));
-    Ok(layout::page(&title, Here::Invoices, Some(&visitor), content))
+    Ok(layout::page(
+        &title,
+        Here::Invoices,
+        Some(&visitor),
+        content,
+    ))
 }
 
 /// What a browser's field for date and time gives has no offset, and may have no seconds: it is UTC, as the label says.
@@ -92,7 +106,9 @@ fn answer(evidence: &Evidence) -> Markup {
 fn told(entries: &[Proven]) -> impl Iterator<Item = &str> {
     let paid = entries.iter().position(|entry| entry.state == State::Paid);
     let from = paid.unwrap_or(entries.len().saturating_sub(1));
-    entries[from..].iter().filter_map(|entry| entry.message.as_deref())
+    entries[from..]
+        .iter()
+        .filter_map(|entry| entry.message.as_deref())
 }
 
 fn open(missing: &Missing, visitor: &Visitor) -> Markup {
@@ -152,10 +168,17 @@ fn facts(evidence: &Evidence, document: &Value) -> Markup {
     let currency = at_stripe.currency.as_deref();
     let amount = |minor_units: i64| money::amount(minor_units, currency);
     let named = |pointer: &str| document.pointer(pointer).and_then(Value::as_str);
-    let billed = document.pointer("/status/billableAmount").and_then(Value::as_number).map(|number| {
-        let unit = named("/spec/paymentUnit").unwrap_or_default().to_ascii_uppercase();
-        format!("{} {unit}", text::amount(number)).trim_end().to_owned()
-    });
+    let billed = document
+        .pointer("/status/billableAmount")
+        .and_then(Value::as_number)
+        .map(|number| {
+            let unit = named("/spec/paymentUnit")
+                .unwrap_or_default()
+                .to_ascii_uppercase();
+            format!("{} {unit}", text::amount(number))
+                .trim_end()
+                .to_owned()
+        });
     let period = named("/spec/billingPeriod/start").zip(named("/spec/billingPeriod/end"));
     html! {
         section.about aria-labelledby="about" {
@@ -207,13 +230,29 @@ fn day(time: &str) -> &str {
 
 /// Where Stripe shows it.
 fn dashboard(evidence: &Evidence, stripe_id: &str) -> String {
-    let account = evidence.at_stripe.account.as_deref().map_or(String::new(), |account| format!("{}/", encoded(account)));
-    let mode = if evidence.at_stripe.livemode == Some(false) { "test/" } else { "" };
-    format!("https://dashboard.stripe.com/{account}{mode}invoices/{}", encoded(stripe_id))
+    let account = evidence
+        .at_stripe
+        .account
+        .as_deref()
+        .map_or(String::new(), |account| format!("{}/", encoded(account)));
+    let mode = if evidence.at_stripe.livemode == Some(false) {
+        "test/"
+    } else {
+        ""
+    };
+    format!(
+        "https://dashboard.stripe.com/{account}{mode}invoices/{}",
+        encoded(stripe_id)
+    )
 }
 
 fn at_a_time(evidence: &Evidence) -> Markup {
-    let Evidence { tenant_uid, invoice_uid, as_of_ms, .. } = evidence;
+    let Evidence {
+        tenant_uid,
+        invoice_uid,
+        as_of_ms,
+        ..
+    } = evidence;
     let value = as_of_ms.map(|ms| timestamp(ms)[..19].to_owned());
     html! {
         section.as-of aria-labelledby="as-of" {

@@ -39,7 +39,11 @@ pub async fn list(
     let request = PageRequest {
         tenant_uid: visitor.tenant().map(str::to_owned),
         stripe_invoice_id: None,
-        state: if filter.is_empty() { StateFilter::Any } else { StateFilter::parse(filter).map_err(ApiError::InvalidQuery)? },
+        state: if filter.is_empty() {
+            StateFilter::Any
+        } else {
+            StateFilter::parse(filter).map_err(ApiError::InvalidQuery)?
+        },
         limit: IN_A_PAGE,
         after: query::cursor(asked.cursor.as_deref(), Cursor::parse)?,
     };
@@ -47,8 +51,12 @@ pub async fn list(
     let Page { invoices, next } = flow::page(&state.store, &request).await?;
     let rows = rows(&invoices)?;
     // A full page says itself that more may follow.
-    let looked_back_to_ms = next.as_ref().filter(|_| rows.len() < IN_A_PAGE).map(Cursor::stored_ms);
-    let next = next.map(|cursor| address("/ui", &[("state", filter), ("cursor", &cursor.to_text())]));
+    let looked_back_to_ms = next
+        .as_ref()
+        .filter(|_| rows.len() < IN_A_PAGE)
+        .map(Cursor::stored_ms);
+    let next =
+        next.map(|cursor| address("/ui", &[("state", filter), ("cursor", &cursor.to_text())]));
     let first = (!is_first).then(|| address("/ui", &[("state", filter)]));
     let content = html! {
         h1 { "Invoices" }
@@ -92,11 +100,20 @@ async fn find(state: &AppState, visitor: &Visitor, sought: &str) -> Result<Respo
 
 /// Each with the last entry of its history.
 fn rows(invoices: &[StoredInvoice]) -> Result<Vec<(&StoredInvoice, Option<Entry>)>, ApiError> {
-    invoices.iter().map(|invoice| Ok((invoice, flow::history(invoice)?.pop()))).collect()
+    invoices
+        .iter()
+        .map(|invoice| Ok((invoice, flow::history(invoice)?.pop())))
+        .collect()
 }
 
 pub fn invoice_address(invoice: &StoredInvoice) -> String {
-    address("/ui/invoice", &[("tenant", &invoice.tenant_uid), ("uid", &invoice.invoice_uid)])
+    address(
+        "/ui/invoice",
+        &[
+            ("tenant", &invoice.tenant_uid),
+            ("uid", &invoice.invoice_uid),
+        ],
+    )
 }
 
 pub fn search(sought: &str) -> Markup {
@@ -114,7 +131,10 @@ pub fn search(sought: &str) -> Markup {
 
 fn filters(chosen: &str) -> Markup {
     let names = State::ALL.map(|state| (state.as_str(), layout::name(Some(state))));
-    let all = [("", "All")].into_iter().chain(names).chain([("none", layout::name(None))]);
+    let all = [("", "All")]
+        .into_iter()
+        .chain(names)
+        .chain([("none", layout::name(None))]);
     html! {
         nav.filters aria-label="By state" {
             ul {

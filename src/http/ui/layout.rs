@@ -117,7 +117,9 @@ pub fn tone(state: Option<State>) -> &'static str {
 pub fn sign(state: Option<State>) -> Markup {
     let path = match state {
         Some(State::Paid) => "M3.5 8.5l3 3 6-7",
-        Some(State::PaymentPending) => "M8 2.5a5.5 5.5 0 1 1 0 11a5.5 5.5 0 1 1 0-11M8 5.2v3l1.9 1.2",
+        Some(State::PaymentPending) => {
+            "M8 2.5a5.5 5.5 0 1 1 0 11a5.5 5.5 0 1 1 0-11M8 5.2v3l1.9 1.2"
+        }
         Some(State::PaymentInProgress) => "M3 8h9M8.5 4.5L12 8l-3.5 3.5",
         Some(State::PaymentFailed) => "M4.5 4.5l7 7M11.5 4.5l-7 7",
         None => "M4 8h8",
@@ -149,7 +151,10 @@ pub fn event_id(event: &LoggedEvent, links: bool) -> Markup {
 /// By its id, which all its renderings share; by its key where the id cannot be asked for.
 pub fn event_address(event: &LoggedEvent) -> String {
     let by_id = event.id.clone().filter(|id| validate_uid(id).is_ok());
-    address("/ui/event", &[("id", &by_id.unwrap_or_else(|| hex::encode(event.key.0)))])
+    address(
+        "/ui/event",
+        &[("id", &by_id.unwrap_or_else(|| hex::encode(event.key.0)))],
+    )
 }
 
 /// An event: what it is, when it happened, when and how it came. `links`: to its own page, which is for operators.

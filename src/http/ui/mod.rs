@@ -29,15 +29,17 @@ use super::error::ApiError;
 const FORM_LIMIT: usize = 16 * 1024;
 
 /// Nothing but our style sheet and our forms: what gets past the escaping finds nothing to work with.
-const POLICY: &str =
-    "default-src 'none'; style-src 'self'; img-src data:; form-action 'self'; frame-ancestors 'none'; base-uri 'none'";
+const POLICY: &str = "default-src 'none'; style-src 'self'; img-src data:; form-action 'self'; frame-ancestors 'none'; base-uri 'none'";
 /// `same-origin`, not `no-referrer`: that would keep browsers from saying where a form comes from, too.
 const GUARDS: [(HeaderName, &str); 5] = [
     (header::CONTENT_SECURITY_POLICY, POLICY),
     (header::REFERRER_POLICY, "same-origin"),
     (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
     (header::X_FRAME_OPTIONS, "DENY"),
-    (HeaderName::from_static("cross-origin-opener-policy"), "same-origin"),
+    (
+        HeaderName::from_static("cross-origin-opener-policy"),
+        "same-origin",
+    ),
 ];
 
 /// The style sheet. Its name changes with what is in it, so that it may be kept for ever.
@@ -49,7 +51,10 @@ struct Style {
 static STYLE: LazyLock<Style> = LazyLock::new(|| {
     let text = include_str!("style.css");
     let hash = hex::encode(&Sha256::digest(text)[..8]);
-    Style { text, path: format!("/ui/style-{hash}.css") }
+    Style {
+        text,
+        path: format!("/ui/style-{hash}.css"),
+    }
 });
 
 pub fn routes() -> Router<AppState> {
@@ -71,8 +76,10 @@ pub fn routes() -> Router<AppState> {
 }
 
 async fn style() -> Response {
-    let headers =
-        [(header::CONTENT_TYPE, "text/css; charset=utf-8"), (header::CACHE_CONTROL, "public, max-age=31536000, immutable")];
+    let headers = [
+        (header::CONTENT_TYPE, "text/css; charset=utf-8"),
+        (header::CACHE_CONTROL, "public, max-age=31536000, immutable"),
+    ];
     (headers, STYLE.text).into_response()
 }
 
@@ -90,18 +97,28 @@ pub fn finish(response: &mut Response, error: Option<&ApiError>, request_id: &st
         *response.body_mut() = Body::from(page.0);
         let headers = response.headers_mut();
         headers.remove(header::CONTENT_LENGTH);
-        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/html; charset=utf-8"));
+        headers.insert(
+            header::CONTENT_TYPE,
+            HeaderValue::from_static("text/html; charset=utf-8"),
+        );
         if response.status() == StatusCode::SERVICE_UNAVAILABLE {
-            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("2"));
+            response
+                .headers_mut()
+                .insert(header::RETRY_AFTER, HeaderValue::from_static("2"));
         }
     } else if !is_said(response.headers()) {
-        response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
+        response.headers_mut().insert(
+            header::CONTENT_TYPE,
+            HeaderValue::from_static("text/plain; charset=utf-8"),
+        );
     }
     let headers = response.headers_mut();
     for (name, value) in &GUARDS {
         headers.insert(name, HeaderValue::from_static(value));
     }
-    headers.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
+    headers
+        .entry(header::CACHE_CONTROL)
+        .or_insert(HeaderValue::from_static("no-store"));
 }
 
 /// What a person is told.

@@ -45,7 +45,12 @@ pub async fn waiting(Given(state): Given<AppState>, _: Operator) -> Result<Html<
             @if awaited.len() > AWAITED as usize { p.hint { "There are more: these wait longest." } }
         }
     };
-    Ok(layout::page("Waiting", Here::Waiting, Some(&OPERATOR), content))
+    Ok(layout::page(
+        "Waiting",
+        Here::Waiting,
+        Some(&OPERATOR),
+        content,
+    ))
 }
 
 pub async fn alarms(Given(state): Given<AppState>, _: Operator) -> Html<String> {
@@ -58,8 +63,14 @@ pub async fn alarms(Given(state): Given<AppState>, _: Operator) -> Html<String> 
         clock: state.clock.clone(),
     };
     let mut checks = doctor::examine(&patient).await;
-    let wrong = checks.iter().filter(|check| check.state >= State::Warning).count();
-    let unknown = checks.iter().filter(|check| check.state == State::Unknown).count();
+    let wrong = checks
+        .iter()
+        .filter(|check| check.state >= State::Warning)
+        .count();
+    let unknown = checks
+        .iter()
+        .filter(|check| check.state == State::Unknown)
+        .count();
     checks.sort_by_key(|check| std::cmp::Reverse(check.state));
     let content = html! {
         h1 { "Alarms" }
@@ -91,7 +102,10 @@ fn check_up(check: &Check) -> Markup {
     }
 }
 
-pub async fn reconciliation(Given(state): Given<AppState>, _: Operator) -> Result<Html<String>, ApiError> {
+pub async fn reconciliation(
+    Given(state): Given<AppState>,
+    _: Operator,
+) -> Result<Html<String>, ApiError> {
     let runs = state.store.last_runs(PASSES, i64::MAX).await?;
     let content = html! {
         h1 { "Reconciliation" }
@@ -101,7 +115,12 @@ pub async fn reconciliation(Given(state): Given<AppState>, _: Operator) -> Resul
         }
         @for run in &runs { (pass(run)) }
     };
-    Ok(layout::page("Reconciliation", Here::Reconciliation, Some(&OPERATOR), content))
+    Ok(layout::page(
+        "Reconciliation",
+        Here::Reconciliation,
+        Some(&OPERATOR),
+        content,
+    ))
 }
 
 /// The lists of a report, in the order of what matters.
@@ -119,7 +138,10 @@ const LISTS: [(&str, &str); 8] = [
 fn pass(run: &Run) -> Markup {
     let report: Value = serde_json::from_str(run.report.get()).unwrap_or_default();
     let count = |name: &str| report["counts"][name].as_i64().unwrap_or_default();
-    let bad: i64 = ["differing", "unknownAtStripe", "endpointRemarks"].map(count).iter().sum();
+    let bad: i64 = ["differing", "unknownAtStripe", "endpointRemarks"]
+        .map(count)
+        .iter()
+        .sum();
     let (tone, word) = match bad {
         0 if count("healed") > 0 => ("moving", "Healed"),
         0 => ("good", "Agrees"),

@@ -52,7 +52,10 @@ impl FromRequestParts<AppState> for Visitor {
         match signed_in(state, &parts.headers).await {
             Ok(Some(scope)) => Ok(Visitor(scope)),
             Ok(None) => {
-                let wanted = parts.uri.path_and_query().map_or("", |wanted| wanted.as_str());
+                let wanted = parts
+                    .uri
+                    .path_and_query()
+                    .map_or("", |wanted| wanted.as_str());
                 Err(Redirect::to(&address("/ui/sign-in", &[("next", wanted)])).into_response())
             }
             Err(error) => Err(error.into_response()),
@@ -72,8 +75,12 @@ impl FromRequestParts<AppState> for Operator {
 }
 
 async fn signed_in(state: &AppState, headers: &HeaderMap) -> Result<Option<Scope>, ApiError> {
-    let Some(claim) = cookie(headers).and_then(Claim::read) else { return Ok(None) };
-    let Some((key, hash)) = state.store.key_by_id(claim.key_id).await? else { return Ok(None) };
+    let Some(claim) = cookie(headers).and_then(Claim::read) else {
+        return Ok(None);
+    };
+    let Some((key, hash)) = state.store.key_by_id(claim.key_id).await? else {
+        return Ok(None);
+    };
     if !claim.holds(&state.secrets, &hash, state.clock.now_s()) {
         return Ok(None);
     }
@@ -82,9 +89,17 @@ async fn signed_in(state: &AppState, headers: &HeaderMap) -> Result<Option<Scope
 
 /// The session's. Beside it may stand cookies of others on this host, which may hold any bytes.
 fn cookie(headers: &HeaderMap) -> Option<&str> {
-    let lines = headers.get_all(header::COOKIE).iter().map(HeaderValue::as_bytes);
-    let pairs = lines.flat_map(|line| line.split(|byte| *byte == b';')).filter_map(|pair| std::str::from_utf8(pair).ok());
-    pairs.filter_map(|pair| pair.trim().split_once('=')).find(|(name, _)| *name == COOKIE).map(|(_, value)| value)
+    let lines = headers
+        .get_all(header::COOKIE)
+        .iter()
+        .map(HeaderValue::as_bytes);
+    let pairs = lines
+        .flat_map(|line| line.split(|byte| *byte == b';'))
+        .filter_map(|pair| std::str::from_utf8(pair).ok());
+    pairs
+        .filter_map(|pair| pair.trim().split_once('='))
+        .find(|(name, _)| *name == COOKIE)
+        .map(|(_, value)| value)
 }
 
 #[derive(Deserialize, Default)]
@@ -111,10 +126,11 @@ pub async fn sign_in(
     if !is_from_here(&headers) {
         return Ok(from_elsewhere());
     }
-    let Form(Credentials { key, next: wanted }) = credentials.map_err(|rejection| match rejection.status() {
-        StatusCode::PAYLOAD_TOO_LARGE => ApiError::TooLarge,
-        _ => ApiError::BadBody,
-    })?;
+    let Form(Credentials { key, next: wanted }) =
+        credentials.map_err(|rejection| match rejection.status() {
+            StatusCode::PAYLOAD_TOO_LARGE => ApiError::TooLarge,
+            _ => ApiError::BadBody,
+        })?;
     let wanted = next(wanted);
     let hash = api_key::hash(key.trim().as_bytes());
     let found = state.store.key_by_hash(&hash).await?;
@@ -123,7 +139,11 @@ pub async fn sign_in(
         return Ok((StatusCode::UNAUTHORIZED, form(&wanted, Some(said))).into_response());
     };
     let session = issue(&state.secrets, &key.id, &hash, state.clock.now_s());
-    Ok((set_cookie(&headers, &session, LIFE_S), Redirect::to(&wanted)).into_response())
+    Ok((
+        set_cookie(&headers, &session, LIFE_S),
+        Redirect::to(&wanted),
+    )
+        .into_response())
 }
 
 /// The browser forgets the session.
@@ -136,26 +156,46 @@ pub async fn sign_out(headers: HeaderMap) -> Response {
 
 /// `Secure` where the browser came by https, which a proxy in front says.
 fn set_cookie(headers: &HeaderMap, value: &str, life_s: i64) -> [(HeaderName, HeaderValue); 1] {
-    let proto = headers.get(&FORWARDED_PROTO).and_then(|value| value.to_str().ok()).unwrap_or_default();
-    let is_secure = proto.split(',').next().is_some_and(|first| first.trim().eq_ignore_ascii_case("https"));
+    let proto = headers
+        .get(&FORWARDED_PROTO)
+        .and_then(|value| value.to_str().ok())
+        .unwrap_or_default();
+    let is_secure = proto
+        .split(',')
+        .next()
+        .is_some_and(|first| first.trim().eq_ignore_ascii_case("https"));
     let secure = if is_secure { "; Secure" } else { "" };
-    let text = format!("{COOKIE}={value}; Path=/ui; Max-Age={life_s}; HttpOnly; SameSite=Strict{secure}");
-    [(header::SET_COOKIE, HeaderValue::from_str(&text).expect("an id, a number and hex digits are a header value"))]
+    let text =
+        format!("{COOKIE}={value}; Path=/ui; Max-Age={life_s}; HttpOnly; SameSite=Strict{secure}");
+    [(
+        header::SET_COOKIE,
+        HeaderValue::from_str(&text).expect("an id, a number and hex digits are a header value"),
+    )]
 }
 
 /// Browsers say where a `POST` comes from; where they do so over plain http by `Origin` only, it must name this host.
 fn is_from_here(headers: &HeaderMap) -> bool {
     let text = |name: &HeaderName| headers.get(name).and_then(|value| value.to_str().ok());
-    match (text(&FETCH_SITE), text(&header::ORIGIN), text(&header::HOST)) {
+    match (
+        text(&FETCH_SITE),
+        text(&header::ORIGIN),
+        text(&header::HOST),
+    ) {
         (Some(site), _, _) => site == "same-origin",
-        (None, Some(origin), Some(host)) => origin.split_once("://").is_some_and(|(_, authority)| authority == host),
+        (None, Some(origin), Some(host)) => origin
+            .split_once("://")
+            .is_some_and(|(_, authority)| authority == host),
         _ => false,
     }
 }
 
 fn from_elsewhere() -> Response {
     let said = "Your browser did not say that the request came from here. Open the page again, and sign in or out there.";
-    (StatusCode::FORBIDDEN, layout::notice("That did not come from this page", said)).into_response()
+    (
+        StatusCode::FORBIDDEN,
+        layout::notice("That did not come from this page", said),
+    )
+        .into_response()
 }
 
 /// Where to go after signing in: a page of ours, and nothing else.
@@ -165,7 +205,9 @@ fn next(wanted: Option<String>) -> String {
         // No page has these in its path; browsers take them for steps, also out of here.
         let path = wanted.split('?').next().unwrap_or_default();
         rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(['/', '?']))
-            && wanted.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'\\')
+            && wanted
+                .bytes()
+                .all(|byte| byte.is_ascii_graphic() && byte != b'\\')
             && !path.contains(['%', '.'])
             && !path.starts_with("/ui/sign-")
     };

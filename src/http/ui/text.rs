@@ -8,24 +8,38 @@ use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use crate::domain::time::{readable, timestamp};
 
 /// What may stand in a query as it is.
-const IN_QUERY: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.').remove(b'~');
+const IN_QUERY: &AsciiSet = &NON_ALPHANUMERIC
+    .remove(b'-')
+    .remove(b'_')
+    .remove(b'.')
+    .remove(b'~');
 
 /// With what cannot be seen, or would turn the writing around, made visible. (Escaping is the template's.)
 pub fn visible(text: &str) -> Cow<'_, str> {
     if !text.chars().any(is_tricky) {
         return Cow::Borrowed(text);
     }
-    let spell = |c: char| if is_tricky(c) { format!("\\u{{{:x}}}", u32::from(c)) } else { c.to_string() };
+    let spell = |c: char| {
+        if is_tricky(c) {
+            format!("\\u{{{:x}}}", u32::from(c))
+        } else {
+            c.to_string()
+        }
+    };
     Cow::Owned(text.chars().map(spell).collect())
 }
 
 /// As [`visible`], where lines may break.
 pub fn visible_lines(text: &str) -> String {
-    text.split('\n').map(|line| visible(line.strip_suffix('\r').unwrap_or(line))).collect::<Vec<_>>().join("\n")
+    text.split('\n')
+        .map(|line| visible(line.strip_suffix('\r').unwrap_or(line)))
+        .collect::<Vec<_>>()
+        .join("\n")
 }
 
 fn is_tricky(c: char) -> bool {
-    let is_invisible = matches!(c, '\u{ad}' | '\u{61c}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}');
+    let is_invisible =
+        matches!(c, '\u{ad}' | '\u{61c}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}');
     let is_mark = matches!(c, '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}');
     (c.is_control() && c != '\t') || is_invisible || is_mark
 }
@@ -47,7 +61,8 @@ pub fn time(ms: i64) -> Markup {
 /// A sentence of ours, in which no time is broken between two lines.
 pub fn sentence(text: &str) -> Markup {
     let words: Vec<&str> = text.split(' ').collect();
-    let is_date = |word: &str| word.len() == 10 && word.bytes().filter(u8::is_ascii_digit).count() == 8;
+    let is_date =
+        |word: &str| word.len() == 10 && word.bytes().filter(u8::is_ascii_digit).count() == 8;
     html! {
         @for (at, word) in words.iter().enumerate() {
             @if is_date(word) { span.whole { (word) } } @else { (word) }
@@ -63,7 +78,9 @@ pub fn marked(text: &str) -> Markup {
 
 /// An amount as a document holds it, with two decimals where these say all.
 pub fn amount(number: &serde_json::Number) -> String {
-    let rounded = number.as_f64().map(|amount| (amount, format!("{amount:.2}")));
+    let rounded = number
+        .as_f64()
+        .map(|amount| (amount, format!("{amount:.2}")));
     let exact = rounded.filter(|(amount, text)| text.parse() == Ok(*amount) && text.len() < 20);
     exact.map_or_else(|| number.to_string(), |(_, text)| text)
 }
@@ -74,16 +91,34 @@ pub fn time_s(s: i64) -> Markup {
 
 /// `3 days`, in the largest unit that it fills.
 pub fn duration(ms: i64) -> String {
-    let units = [(86_400_000, "day"), (3_600_000, "hour"), (60_000, "minute"), (1_000, "second")];
-    let (count, unit) = units.iter().find(|(size, _)| ms >= *size).map_or((0, "second"), |(size, unit)| (ms / size, *unit));
-    if count == 1 { format!("1 {unit}") } else { format!("{count} {unit}s") }
+    let units = [
+        (86_400_000, "day"),
+        (3_600_000, "hour"),
+        (60_000, "minute"),
+        (1_000, "second"),
+    ];
+    let (count, unit) = units
+        .iter()
+        .find(|(size, _)| ms >= *size)
+        .map_or((0, "second"), |(size, unit)| (ms / size, *unit));
+    if count == 1 {
+        format!("1 {unit}")
+    } else {
+        format!("{count} {unit}s")
+    }
 }
 
 /// An address of ours with what it is asked for; what is empty is left out.
 pub fn address(path: &str, query: &[(&str, &str)]) -> String {
     let given = query.iter().filter(|(_, value)| !value.is_empty());
-    let pairs: Vec<String> = given.map(|(name, value)| format!("{name}={}", encoded(value))).collect();
-    if pairs.is_empty() { path.to_owned() } else { format!("{path}?{}", pairs.join("&")) }
+    let pairs: Vec<String> = given
+        .map(|(name, value)| format!("{name}={}", encoded(value)))
+        .collect();
+    if pairs.is_empty() {
+        path.to_owned()
+    } else {
+        format!("{path}?{}", pairs.join("&"))
+    }
 }
 
 pub fn encoded(value: &str) -> String {
@@ -97,27 +132,44 @@ mod tests {
     #[test]
     fn what_would_turn_the_writing_around_is_spelt_out() {
         assert_eq!(visible("Müller & Co. 请求"), "Müller & Co. 请求");
-        assert_eq!(visible("a\u{202e}b\u{0}c\u{200d}"), "a\\u{202e}b\\u{0}c\\u{200d}");
+        assert_eq!(
+            visible("a\u{202e}b\u{0}c\u{200d}"),
+            "a\\u{202e}b\\u{0}c\\u{200d}"
+        );
         assert_eq!(visible_lines("a\r\nb\u{1b}"), "a\nb\\u{1b}");
     }
 
     #[test]
     fn an_address_carries_any_id() {
         assert_eq!(address("/ui", &[("q", ""), ("state", "")]), "/ui");
-        assert_eq!(address("/ui/invoice", &[("uid", "a/b ?&=%é..")]), "/ui/invoice?uid=a%2Fb%20%3F%26%3D%25%C3%A9..");
+        assert_eq!(
+            address("/ui/invoice", &[("uid", "a/b ?&=%é..")]),
+            "/ui/invoice?uid=a%2Fb%20%3F%26%3D%25%C3%A9.."
+        );
     }
 
     #[test]
     fn an_amount_has_two_decimals_unless_it_needs_more() {
         let written = |json: &str| amount(&serde_json::from_str(json).unwrap());
-        for (json, text) in [("2500.0", "2500.00"), ("2500", "2500.00"), ("0.005", "0.005"), ("-1.5", "-1.50")] {
+        for (json, text) in [
+            ("2500.0", "2500.00"),
+            ("2500", "2500.00"),
+            ("0.005", "0.005"),
+            ("-1.5", "-1.50"),
+        ] {
             assert_eq!(written(json), text);
         }
     }
 
     #[test]
     fn a_duration_is_said_in_its_largest_unit() {
-        let cases = [(0, "0 seconds"), (1_000, "1 second"), (119_000, "1 minute"), (7_200_000, "2 hours"), (90_000_000, "1 day")];
+        let cases = [
+            (0, "0 seconds"),
+            (1_000, "1 second"),
+            (119_000, "1 minute"),
+            (7_200_000, "2 hours"),
+            (90_000_000, "1 day"),
+        ];
         for (ms, text) in cases {
             assert_eq!(duration(ms), text);
         }

@@ -139,6 +139,7 @@ fn terms() -> Terms {
 
 /// As if all passes were made so much earlier.
 async fn move_passes(world: &World, ms: i64) {
-    let statement = format!("update runs set started_ms = started_ms - {ms}, ended_ms = ended_ms - {ms}");
+    let statement =
+        format!("update runs set started_ms = started_ms - {ms}, ended_ms = ended_ms - {ms}");
     world.database.execute(&statement).await;
 }

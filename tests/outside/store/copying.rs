@@ -1,7 +1,9 @@
 //! What `copy` does with two databases: pages of rows, what is written over what, and who may write.
 
 use stripe_reconciler::flows::copy::{CopyError, Copying, How};
-use stripe_reconciler::store::{Appended, Cell, Checked, CopyTarget, NewEvent, News, PackedBody, Row, Scope, Store, Table};
+use stripe_reconciler::store::{
+    Appended, Cell, Checked, CopyTarget, NewEvent, News, PackedBody, Row, Scope, Store, Table,
+};
 
 use super::opening::api_key;
 use super::reconciling::run_of;
@@ -15,12 +17,22 @@ const LARGE: usize = 700_000;
 async fn all(store: &Store, table: Table) -> (Vec<Row>, usize) {
     let (mut rows, mut pages): (Vec<Row>, usize) = (Vec::new(), 0);
     loop {
-        let page = store.rows_after(table, rows.last().map(Row::key)).await.unwrap();
-        assert!(page.is_last || !page.rows.is_empty(), "a page that is not the last has rows");
+        let page = store
+            .rows_after(table, rows.last().map(Row::key))
+            .await
+            .unwrap();
+        assert!(
+            page.is_last || !page.rows.is_empty(),
+            "a page that is not the last has rows"
+        );
         rows.extend(page.rows);
         pages += 1;
         if page.is_last {
-            assert!(rows.is_sorted_by(|a, b| a.key() < b.key()), "{}: by key, each once", table.name);
+            assert!(
+                rows.is_sorted_by(|a, b| a.key() < b.key()),
+                "{}: by key, each once",
+                table.name
+            );
             return (rows, pages);
         }
     }
@@ -34,7 +46,11 @@ async fn whole(store: &Store, table: Table, rows: &[Row]) -> (Vec<Row>, usize) {
     loop {
         let page = store.rows_between(table, &from, last).await.unwrap();
         // What is asked for begins with a key, not after it.
-        found.extend(page.rows.into_iter().filter(|row| pages == 0 || row.key() > &from[..]));
+        found.extend(
+            page.rows
+                .into_iter()
+                .filter(|row| pages == 0 || row.key() > &from[..]),
+        );
         pages += 1;
         from = found.last().unwrap().key().to_vec();
         if page.is_last {
@@ -54,18 +70,49 @@ fn large_body() -> PackedBody {
 async fn fill(store: &Store) {
     let odd = ODD.iter().enumerate().map(|(n, odd)| {
         let telling = Some(format!("{odd}{}", "x".repeat(LARGE)));
-        NewEvent { secret_label: Some((*odd).to_owned()), telling, ..event(&format!("evt_odd_{n}"), 0, odd, -5) }
+        NewEvent {
+            secret_label: Some((*odd).to_owned()),
+            telling,
+            ..event(&format!("evt_odd_{n}"), 0, odd, -5)
+        }
     });
-    let large = (0..5).map(|n| NewEvent { body: large_body(), ..event(&format!("evt_large_{n}"), 255, "in_large", 9) });
-    store.append(&odd.chain(large).chain((0..1200).map(nth)).collect::<Vec<_>>()).await.unwrap();
-    let invoices: Vec<_> = (0..600).map(|n| invoice("acme", &format!("inv-{n}"), Some(&format!("in_{n}")))).collect();
+    let large = (0..5).map(|n| NewEvent {
+        body: large_body(),
+        ..event(&format!("evt_large_{n}"), 255, "in_large", 9)
+    });
+    store
+        .append(
+            &odd.chain(large)
+                .chain((0..1200).map(nth))
+                .collect::<Vec<_>>(),
+        )
+        .await
+        .unwrap();
+    let invoices: Vec<_> = (0..600)
+        .map(|n| invoice("acme", &format!("inv-{n}"), Some(&format!("in_{n}"))))
+        .collect();
     store.put_invoices(&invoices, 5).await.unwrap();
-    store.put_invoice(&invoice(ODD[3], ODD[0], None), i64::MIN, &|_| true).await.unwrap();
-    store.insert_key(&api_key("key_1", Scope::Tenant(ODD[1].to_owned()), 10), &[0; 32]).await.unwrap();
-    store.insert_key(&api_key("key_2", Scope::Operator, 10), &[255; 32]).await.unwrap();
+    store
+        .put_invoice(&invoice(ODD[3], ODD[0], None), i64::MIN, &|_| true)
+        .await
+        .unwrap();
+    store
+        .insert_key(
+            &api_key("key_1", Scope::Tenant(ODD[1].to_owned()), 10),
+            &[0; 32],
+        )
+        .await
+        .unwrap();
+    store
+        .insert_key(&api_key("key_2", Scope::Operator, 10), &[255; 32])
+        .await
+        .unwrap();
     store.revoke_key("key_1", 11).await.unwrap();
     store.set_progress("events acct_1", i64::MIN).await.unwrap();
-    store.note_asked(&[(key("evt_1", 1), None, 3), (key("evt_2", 2), Some(77), 1)]).await.unwrap();
+    store
+        .note_asked(&[(key("evt_1", 1), None, 3), (key("evt_2", 2), Some(77), 1)])
+        .await
+        .unwrap();
     let checked = |id: &str, check_due_ms| Checked {
         stripe_invoice_id: id.to_owned(),
         checked_ms: 5,
@@ -73,10 +120,17 @@ async fn fill(store: &Store) {
         differs_since_ms: Some(4),
         agrees: check_due_ms.is_none(),
     };
-    store.note_checked(&[checked("in_1", None), checked("in_2", Some(9))]).await.unwrap();
+    store
+        .note_checked(&[checked("in_1", None), checked("in_2", Some(9))])
+        .await
+        .unwrap();
     store.keep_run(&run_of(7)).await.unwrap();
     let moments = [(ODD[2].to_owned(), i64::MIN), ("delivered".to_owned(), 7)].into();
-    let news = News { moments, hours: [490_000].into(), named: [("in_awaited".to_owned(), 8)].into() };
+    let news = News {
+        moments,
+        hours: [490_000].into(),
+        named: [("in_awaited".to_owned(), 8)].into(),
+    };
     store.keep_news(&news, 9, 0, 0).await.unwrap();
     store.take_lease("pass", "holder", 0, 100).await.unwrap();
 }
@@ -84,10 +138,20 @@ async fn fill(store: &Store) {
 async fn assert_same(source: &Store, target: &Store) {
     for table in Table::ALL {
         let (here, there) = (all(source, table).await.0, all(target, table).await.0);
-        assert!(here == there, "{}: {} and {} rows", table.name, here.len(), there.len());
+        assert!(
+            here == there,
+            "{}: {} and {} rows",
+            table.name,
+            here.len(),
+            there.len()
+        );
         assert!(table.has_payload() == (table.name == "events"));
         if !here.is_empty() {
-            assert!(whole(source, table, &here).await.0 == whole(target, table, &here).await.0, "{}", table.name);
+            assert!(
+                whole(source, table, &here).await.0 == whole(target, table, &here).await.0,
+                "{}",
+                table.name
+            );
         }
     }
 }
@@ -97,7 +161,11 @@ async fn copy(source: &Store, target: &Store) -> u64 {
     copying.carry(|_, _| {}).await.unwrap();
     let report = copying.compare(|_| {}).await.unwrap();
     assert_eq!((report.compared, report.differing), (601, 0));
-    report.tables.iter().map(|(_, carried)| carried.new + carried.changed + carried.removed).sum()
+    report
+        .tables
+        .iter()
+        .map(|(_, carried)| carried.new + carried.changed + carried.removed)
+        .sum()
 }
 
 each_store! {
@@ -194,24 +262,42 @@ each_store! {
 /// In SQLite, one writes at a time.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_uses_a_copy_in_postgres_waits_for_the_page_that_is_being_written() {
-    let (place, copy) = (Place::new(Engine::Postgres).await, Place::new(Engine::Postgres).await);
+    let (place, copy) = (
+        Place::new(Engine::Postgres).await,
+        Place::new(Engine::Postgres).await,
+    );
     place.store.append(&[nth(1)]).await.unwrap();
-    let events = Table::ALL.into_iter().find(|table| table.name == "events").unwrap();
-    let rows = whole(&place.store, events, &all(&place.store, events).await.0).await.0;
-    assert_eq!(copy.store.begin_copy(5, 1).await.unwrap(), CopyTarget::Ready);
+    let events = Table::ALL
+        .into_iter()
+        .find(|table| table.name == "events")
+        .unwrap();
+    let rows = whole(&place.store, events, &all(&place.store, events).await.0)
+        .await
+        .0;
+    assert_eq!(
+        copy.store.begin_copy(5, 1).await.unwrap(),
+        CopyTarget::Ready
+    );
 
     let (server, url) = (PostgresServer::shared(), &copy.database.url);
     let held = copy.database.hold().await;
     let (target, page) = (copy.store.clone(), rows.clone());
     let carrying = tokio::spawn(async move { target.carry(1, events, &page, &[]).await.unwrap() });
-    server.wait_until("the page is not written", || server.waiting_for_locks(url) == 1);
+    server.wait_until("the page is not written", || {
+        server.waiting_for_locks(url) == 1
+    });
     let target = copy.store.clone();
     let using = tokio::spawn(async move { target.end_copying(100).await.unwrap() });
-    server.wait_until("nobody waits", || using.is_finished() || server.waiting_for_locks(url) == 2);
+    server.wait_until("nobody waits", || {
+        using.is_finished() || server.waiting_for_locks(url) == 2
+    });
     assert!(!using.is_finished(), "it waits for the page");
     held.release().await;
     assert!(carrying.await.unwrap(), "the page is written");
     using.await.unwrap();
-    assert!(!copy.store.carry(1, events, &[], &rows).await.unwrap(), "and no other");
+    assert!(
+        !copy.store.carry(1, events, &[], &rows).await.unwrap(),
+        "and no other"
+    );
     assert_eq!(all(&copy.store, events).await.0.len(), 1);
 }

@@ -4,13 +4,17 @@ use std::collections::BTreeSet;
 
 use stripe_reconciler::domain::event::EventKey;
 use stripe_reconciler::inbox::{Inbox, InboxError};
-use stripe_reconciler::store::{Appended, EventFilter, LoggedEvent, NewEvent, Outcome, PackedBody, Source, Store, StoreError};
+use stripe_reconciler::store::{
+    Appended, EventFilter, LoggedEvent, NewEvent, Outcome, PackedBody, Source, Store, StoreError,
+};
 
 use super::{ODD, Place, each_store, event, invoice, key, mention, nth};
 use crate::support::Engine;
 
 fn ids(page: &[LoggedEvent]) -> Vec<&str> {
-    page.iter().map(|logged| logged.id.as_deref().unwrap()).collect()
+    page.iter()
+        .map(|logged| logged.id.as_deref().unwrap())
+        .collect()
 }
 
 /// All pages, put together.
@@ -26,12 +30,18 @@ async fn pages(store: &Store, filter: &EventFilter, limit: u32) -> Vec<LoggedEve
 }
 
 async fn all(store: &Store) -> Vec<LoggedEvent> {
-    store.events_page(&EventFilter::default(), None, 10_000).await.unwrap()
+    store
+        .events_page(&EventFilter::default(), None, 10_000)
+        .await
+        .unwrap()
 }
 
 /// As text can never be that PostgreSQL stores.
 fn poisonous() -> NewEvent {
-    NewEvent { event_type: Some("a\0b".to_owned()), ..nth(7) }
+    NewEvent {
+        event_type: Some("a\0b".to_owned()),
+        ..nth(7)
+    }
 }
 
 each_store! {
@@ -278,6 +288,8 @@ fn object(n: usize) -> String {
     let payment = stripe_reconciler::domain::event::read(
         format!(r#"{{"id":"evt_{n}","type":"charge.failed","created":1,"data":{{"object":{{"id":"ch_{n}","object":"charge","invoice":"in_9"}}}}}}"#).as_bytes(),
     );
-    let stripe_reconciler::domain::event::Reading::Event(event) = payment else { unreachable!("it is an event") };
+    let stripe_reconciler::domain::event::Reading::Event(event) = payment else {
+        unreachable!("it is an event")
+    };
     serde_json::to_value(event.telling.unwrap()).unwrap()["object"].to_string()
 }

@@ -5,7 +5,9 @@ use std::collections::BTreeSet;
 use serde_json::Value;
 use stripe_reconciler::domain::event::{EventKey, Reading, read};
 use stripe_reconciler::flows::ingest::{Delivery, prepare};
-use stripe_reconciler::store::{ApiKey, InvoiceCursor, NewEvent, NewInvoice, Put, Scope, Source, Store, StoredInvoice};
+use stripe_reconciler::store::{
+    ApiKey, InvoiceCursor, NewEvent, NewInvoice, Put, Scope, Source, Store, StoredInvoice,
+};
 
 use super::{ODD, Place, each_store, invoice};
 
@@ -20,9 +22,16 @@ async fn stored(store: &Store, uid: &str) -> StoredInvoice {
 
 /// An event about an object that names others, as the reader reads it.
 fn telling(id: &str, kind: &str, object: &str) -> NewEvent {
-    let body = format!(r#"{{"id":"{id}","object":"event","type":"{kind}","created":1769850000,"data":{{"object":{object}}}}}"#);
+    let body = format!(
+        r#"{{"id":"{id}","object":"event","type":"{kind}","created":1769850000,"data":{{"object":{object}}}}}"#
+    );
     assert!(matches!(read(body.as_bytes()), Reading::Event(_)), "{body}");
-    prepare(Delivery { body: body.into(), source: Source::Webhook, secret_label: None, received_ms: 1 })
+    prepare(Delivery {
+        body: body.into(),
+        source: Source::Webhook,
+        secret_label: None,
+        received_ms: 1,
+    })
 }
 
 /// The events that tell something about it.
@@ -31,7 +40,15 @@ fn told_by(invoice: &StoredInvoice) -> BTreeSet<EventKey> {
 }
 
 fn uids(page: &[StoredInvoice]) -> Vec<(i64, &str, &str)> {
-    page.iter().map(|invoice| (invoice.stored_ms, &*invoice.tenant_uid, &*invoice.invoice_uid)).collect()
+    page.iter()
+        .map(|invoice| {
+            (
+                invoice.stored_ms,
+                &*invoice.tenant_uid,
+                &*invoice.invoice_uid,
+            )
+        })
+        .collect()
 }
 
 each_store! {

@@ -9,7 +9,13 @@ use super::{Place, each_store, nth};
 use crate::support::{Database, Engine};
 
 pub(super) fn api_key(id: &str, scope: Scope, created_ms: i64) -> ApiKey {
-    ApiKey { id: id.to_owned(), scope, created_ms, expires_ms: Some(created_ms + 5), revoked_ms: None }
+    ApiKey {
+        id: id.to_owned(),
+        scope,
+        created_ms,
+        expires_ms: Some(created_ms + 5),
+        revoked_ms: None,
+    }
 }
 
 each_store! {
@@ -111,7 +117,10 @@ fn a_url_is_refused_in_words_that_show_no_password() {
     ];
     for wrong in wrong {
         let told = Store::check_url(wrong).unwrap_err();
-        assert!(!told.is_empty() && !told.contains("hidden@") && !told.contains("u:"), "{wrong}: {told}");
+        assert!(
+            !told.is_empty() && !told.contains("hidden@") && !told.contains("u:"),
+            "{wrong}: {told}"
+        );
     }
 }
 
@@ -120,29 +129,60 @@ async fn what_is_not_there_is_not_made_by_who_only_looks() {
     let folder = tempfile::tempdir().unwrap();
     let url = format!("sqlite://{}/a.db?cache=private", folder.path().display());
     let missing = Store::connect_to_existing(&url).await.unwrap_err();
-    assert!(matches!(&missing, StoreError::Away(reason) if reason.contains("a.db")), "{missing}");
+    assert!(
+        matches!(&missing, StoreError::Away(reason) if reason.contains("a.db")),
+        "{missing}"
+    );
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
     Store::connect(&url).await.unwrap().close().await;
-    assert!(Store::connect_to_existing(&url).await.unwrap().ping().await.is_err(), "it is there, and not migrated");
+    assert!(
+        Store::connect_to_existing(&url)
+            .await
+            .unwrap()
+            .ping()
+            .await
+            .is_err(),
+        "it is there, and not migrated"
+    );
 }
 
 #[tokio::test]
 async fn what_cannot_be_opened_is_an_error_in_words() {
-    assert!(matches!(Store::connect("mysql://h/d").await, Err(StoreError::Refused(_))));
-    let missing = Store::connect("sqlite:///no/such/folder/a.db").await.unwrap_err();
-    assert!(missing.to_string().contains("/no/such/folder/a.db"), "{missing}");
+    assert!(matches!(
+        Store::connect("mysql://h/d").await,
+        Err(StoreError::Refused(_))
+    ));
+    let missing = Store::connect("sqlite:///no/such/folder/a.db")
+        .await
+        .unwrap_err();
+    assert!(
+        missing.to_string().contains("/no/such/folder/a.db"),
+        "{missing}"
+    );
     // Nobody listens at port 1.
-    let away = Store::connect("postgres://u:hidden@127.0.0.1:1/d").await.unwrap_err();
-    assert!(matches!(&away, StoreError::Away(reason) if !reason.contains("hidden")), "{away}");
+    let away = Store::connect("postgres://u:hidden@127.0.0.1:1/d")
+        .await
+        .unwrap_err();
+    assert!(
+        matches!(&away, StoreError::Away(reason) if !reason.contains("hidden")),
+        "{away}"
+    );
     let database = Database::create(Engine::Postgres);
     let unsafe_url = format!("{}?options=-c%20synchronous_commit%3Doff", database.url);
     let refused = Store::connect(&unsafe_url).await.unwrap_err();
-    assert!(matches!(&refused, StoreError::Refused(reason) if reason.contains("synchronous_commit")), "{refused}");
+    assert!(
+        matches!(&refused, StoreError::Refused(reason) if reason.contains("synchronous_commit")),
+        "{refused}"
+    );
 }
 
 #[test]
 fn names_and_bodies_come_back_as_they_went() {
-    for outcome in [Outcome::Recorded, Outcome::NoPaymentFact, Outcome::Unreadable] {
+    for outcome in [
+        Outcome::Recorded,
+        Outcome::NoPaymentFact,
+        Outcome::Unreadable,
+    ] {
         assert_eq!(Outcome::parse(outcome.as_str()), Some(outcome));
     }
     assert_eq!(Outcome::parse("duplicate"), None);
@@ -156,18 +196,41 @@ fn names_and_bodies_come_back_as_they_went() {
 #[tokio::test]
 async fn a_new_file_of_sqlite_is_for_its_user_alone() {
     let folder = tempfile::tempdir().unwrap();
-    let mode = |name: &str| std::fs::metadata(folder.path().join(name)).unwrap().permissions().mode() & 0o777;
+    let mode = |name: &str| {
+        std::fs::metadata(folder.path().join(name))
+            .unwrap()
+            .permissions()
+            .mode()
+            & 0o777
+    };
     let url = format!("sqlite://{}/with%20a%20blank.db", folder.path().display());
-    assert!(matches!(Store::connect_to_existing(&url).await, Err(StoreError::Away(_))));
+    assert!(matches!(
+        Store::connect_to_existing(&url).await,
+        Err(StoreError::Away(_))
+    ));
     let store = Store::connect(&url).await.unwrap();
     store.migrate().await.unwrap();
-    let names: Vec<String> =
-        std::fs::read_dir(folder.path()).unwrap().map(|f| f.unwrap().file_name().into_string().unwrap()).collect();
+    let names: Vec<String> = std::fs::read_dir(folder.path())
+        .unwrap()
+        .map(|f| f.unwrap().file_name().into_string().unwrap())
+        .collect();
     assert_eq!(names.len(), 3, "the file, its log and its index: {names:?}");
     for name in names {
-        assert!(name.starts_with("with a blank.db") && mode(&name) == 0o600, "{name}: {:o}", mode(&name));
+        assert!(
+            name.starts_with("with a blank.db") && mode(&name) == 0o600,
+            "{name}: {:o}",
+            mode(&name)
+        );
     }
-    std::fs::set_permissions(folder.path().join("with a blank.db"), std::fs::Permissions::from_mode(0o640)).unwrap();
+    std::fs::set_permissions(
+        folder.path().join("with a blank.db"),
+        std::fs::Permissions::from_mode(0o640),
+    )
+    .unwrap();
     Store::connect_to_existing(&url).await.unwrap();
-    assert_eq!(mode("with a blank.db"), 0o640, "what somebody has chosen stays");
+    assert_eq!(
+        mode("with a blank.db"),
+        0o640,
+        "what somebody has chosen stays"
+    );
 }

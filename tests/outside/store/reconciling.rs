@@ -4,34 +4,57 @@ use std::collections::BTreeSet;
 
 use serde_json::value::RawValue;
 use stripe_reconciler::domain::event::EventKey;
-use stripe_reconciler::store::{Asked, Checked, Comparison, NewEvent, Outcome, Run, Store, ToAsk, ToCheck};
+use stripe_reconciler::store::{
+    Asked, Checked, Comparison, NewEvent, Outcome, Run, Store, ToAsk, ToCheck,
+};
 
 use super::{ODD, Place, each_store, event, invoice, key, mention, nth};
 
 /// An event of this type.
 fn of_type(id: &str, event_type: &str) -> NewEvent {
-    NewEvent { event_type: Some(event_type.to_owned()), telling: Some(format!("{{\"of\":\"{id}\"}}")), ..event(id, 0, "in_1", 5) }
+    NewEvent {
+        event_type: Some(event_type.to_owned()),
+        telling: Some(format!("{{\"of\":\"{id}\"}}")),
+        ..event(id, 0, "in_1", 5)
+    }
 }
 
 /// What is to be asked about now, by key: what it tells and how often it was tried.
 async fn asked(store: &Store, asked: Asked, now_ms: i64) -> BTreeSet<(EventKey, i64)> {
     let found: Vec<ToAsk> = store.to_ask(asked, now_ms, 100).await.unwrap();
-    let all: BTreeSet<(EventKey, i64)> = found.iter().map(|to_ask| (to_ask.key, to_ask.attempts)).collect();
+    let all: BTreeSet<(EventKey, i64)> = found
+        .iter()
+        .map(|to_ask| (to_ask.key, to_ask.attempts))
+        .collect();
     assert_eq!(all.len(), found.len(), "none is there twice");
     all
 }
 
 fn ids(found: &[ToCheck]) -> Vec<&str> {
-    found.iter().map(|to_check| &*to_check.stripe_invoice_id).collect()
+    found
+        .iter()
+        .map(|to_check| &*to_check.stripe_invoice_id)
+        .collect()
 }
 
 fn checked(id: &str, checked_ms: i64, check_due_ms: Option<i64>) -> Checked {
-    Checked { stripe_invoice_id: id.to_owned(), checked_ms, check_due_ms, differs_since_ms: None, agrees: true }
+    Checked {
+        stripe_invoice_id: id.to_owned(),
+        checked_ms,
+        check_due_ms,
+        differs_since_ms: None,
+        agrees: true,
+    }
 }
 
 pub(super) fn run_of(n: i64) -> Run {
     let report = RawValue::from_string(format!("{{\"n\": {n}, \"odd\": \"日本 '\"}}")).unwrap();
-    Run { id: format!("run_{n:04}"), started_ms: n / 2, ended_ms: n + 1, report }
+    Run {
+        id: format!("run_{n:04}"),
+        started_ms: n / 2,
+        ended_ms: n + 1,
+        report,
+    }
 }
 
 each_store! {

@@ -7,20 +7,32 @@ use std::time::Duration;
 use stripe_reconciler::clock::Clock;
 use stripe_reconciler::flows::signs::{DELIVERED, SECRET, Signs};
 use stripe_reconciler::metrics::{Metrics, Rejection};
-use stripe_reconciler::store::{Awaited, Backlog, Checked, Counted, LogLine, NewEvent, News, Outcome, Source};
+use stripe_reconciler::store::{
+    Awaited, Backlog, Checked, Counted, LogLine, NewEvent, News, Outcome, Source,
+};
 
 use super::{Place, each_store, event, invoice, nth};
 
 fn of(moments: &[(&str, i64)]) -> BTreeMap<String, i64> {
-    moments.iter().map(|(name, at_ms)| ((*name).to_owned(), *at_ms)).collect()
+    moments
+        .iter()
+        .map(|(name, at_ms)| ((*name).to_owned(), *at_ms))
+        .collect()
 }
 
 fn named(names: &[(&str, i64)]) -> News {
-    News { named: of(names), ..News::default() }
+    News {
+        named: of(names),
+        ..News::default()
+    }
 }
 
 fn awaited(id: &str, received_ms: i64, events: i64) -> Awaited {
-    Awaited { stripe_invoice_id: id.to_owned(), received_ms, events }
+    Awaited {
+        stripe_invoice_id: id.to_owned(),
+        received_ms,
+        events,
+    }
 }
 
 each_store! {

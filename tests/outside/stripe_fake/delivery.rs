@@ -27,12 +27,21 @@ impl Stripe {
     pub async fn deliver(&self, server: &str, deliveries: Deliveries) -> usize {
         let arrives = |event: &Event| match deliveries {
             Deliveries::All => event.generated,
-            Deliveries::Dropping(share, seed) => event.generated && chance(seed, &event.id) >= share,
+            Deliveries::Dropping(share, seed) => {
+                event.generated && chance(seed, &event.id) >= share
+            }
         };
-        let mut bodies: Vec<Value> = self.events().iter().filter(|event| arrives(event)).map(Event::as_delivered).collect();
+        let mut bodies: Vec<Value> = self
+            .events()
+            .iter()
+            .filter(|event| arrives(event))
+            .map(Event::as_delivered)
+            .collect();
         bodies.shuffle(&mut StdRng::seed_from_u64(7));
         let client = client();
-        let answers = stream::iter(&bodies).map(|body| deliver_over(&client, server, body)).buffer_unordered(AT_ONCE);
+        let answers = stream::iter(&bodies)
+            .map(|body| deliver_over(&client, server, body))
+            .buffer_unordered(AT_ONCE);
         answers.collect::<Vec<()>>().await.len()
     }
 }
@@ -46,5 +55,13 @@ async fn deliver_over(client: &Transport, server: &str, event: &Value) {
     let body = serde_json::to_vec_pretty(event).unwrap();
     let signature = signature(SECRET, now_s(), &body);
     let url = format!("{server}/webhooks/stripe");
-    send(client, "POST", &url, &[("Stripe-Signature", &signature)], body).await.with_status(200);
+    send(
+        client,
+        "POST",
+        &url,
+        &[("Stripe-Signature", &signature)],
+        body,
+    )
+    .await
+    .with_status(200);
 }

@@ -3,7 +3,9 @@
 
 use serde_json::{Value, json};
 
-use super::objects::{Charge, CreditNote, Decline, Dispute, Invoice, InvoicePayment, Object, PaymentIntent, Refund};
+use super::objects::{
+    Charge, CreditNote, Decline, Dispute, Invoice, InvoicePayment, Object, PaymentIntent, Refund,
+};
 use super::{Event, Stripe};
 
 pub const HOUR: i64 = 3600;
@@ -45,14 +47,29 @@ pub struct Life {
 
 fn decline(reason: &str, charge: &str) -> Decline {
     let (code, decline_code, message) = match reason {
-        "insufficient_funds" => ("card_declined", "insufficient_funds", "Your card has insufficient funds."),
+        "insufficient_funds" => (
+            "card_declined",
+            "insufficient_funds",
+            "Your card has insufficient funds.",
+        ),
         "expired_card" => ("expired_card", "expired_card", "Your card has expired."),
-        "returned" => {
-            ("payment_method_provider_decline", "insufficient_funds", "The bank returned the debit: insufficient funds.")
-        }
-        _ => ("card_declined", "generic_decline", "Your card was declined."),
+        "returned" => (
+            "payment_method_provider_decline",
+            "insufficient_funds",
+            "The bank returned the debit: insufficient funds.",
+        ),
+        _ => (
+            "card_declined",
+            "generic_decline",
+            "Your card was declined.",
+        ),
     };
-    Decline { charge: charge.to_owned(), code, decline_code, message }
+    Decline {
+        charge: charge.to_owned(),
+        code,
+        decline_code,
+        message,
+    }
 }
 
 impl Life {
@@ -85,7 +102,19 @@ impl Life {
         let t = terms.start;
         let (intent, charge, dispute, silenced) = (None, None, None, silenced.to_vec());
         let stripe = stripe.clone();
-        let mut life = Life { stripe, terms, t, invoice, intent, charge, dispute, charges: 0, parts: 0, refunds: 0, silenced };
+        let mut life = Life {
+            stripe,
+            terms,
+            t,
+            invoice,
+            intent,
+            charge,
+            dispute,
+            charges: 0,
+            parts: 0,
+            refunds: 0,
+            silenced,
+        };
         life.tell_invoice("invoice.created", None);
         life
     }
@@ -129,7 +158,10 @@ impl Life {
             self.tell_intent("payment_intent.created");
             self.put_payment(0, None);
         }
-        self.tell_invoice("invoice.updated", Some(json!({"status": "draft", "number": null, "effective_at": null})));
+        self.tell_invoice(
+            "invoice.updated",
+            Some(json!({"status": "draft", "number": null, "effective_at": null})),
+        );
         self.tell_invoice("invoice.finalized", None)
     }
 
@@ -146,7 +178,8 @@ impl Life {
         let intent = self.intent.as_mut().expect("it is finalized");
         intent.status = "requires_payment_method";
         intent.error = charge.failure.clone();
-        let before = json!({"attempt_count": self.invoice.attempts, "attempted": self.invoice.attempted});
+        let before =
+            json!({"attempt_count": self.invoice.attempts, "attempted": self.invoice.attempted});
         self.invoice.attempts += 1;
         self.invoice.attempted = true;
         self.invoice.next_attempt = next_in.map(|seconds| self.t + seconds);
@@ -177,13 +210,16 @@ impl Life {
     }
 
     pub fn paid_by_card(&mut self) -> &mut Life {
-        if self.charge.as_ref().is_none_or(|charge| charge.status != "pending") {
+        if self
+            .charge
+            .as_ref()
+            .is_none_or(|charge| charge.status != "pending")
+        {
             self.charge_made("succeeded");
         }
         self.charge.as_mut().expect("a charge was made").status = "succeeded";
         self.confirmed("succeeded");
-        let before =
-            json!({"amount_paid": self.invoice.paid, "attempted": self.invoice.attempted, "status": self.invoice.status});
+        let before = json!({"amount_paid": self.invoice.paid, "attempted": self.invoice.attempted, "status": self.invoice.status});
         self.invoice.attempts += 1;
         self.settle();
         self.tell_charge("charge.succeeded");
@@ -356,7 +392,11 @@ impl Life {
 
     /// What joins the invoice and its PaymentIntent, whatever the version.
     fn put_payment(&mut self, part: usize, paid: Option<i64>) -> Object {
-        let suffix = if part == 0 { String::new() } else { format!("p{part}") };
+        let suffix = if part == 0 {
+            String::new()
+        } else {
+            format!("p{part}")
+        };
         let payment = Object::InvoicePayment(InvoicePayment {
             id: format!("{}{suffix}", self.invoice.id.replace("in_", "inpay_")),
             invoice: self.invoice.id.clone(),

@@ -120,12 +120,19 @@ impl Stripe {
         let served = state.clone();
         // A thread of its own: it answers also while a test waits for a command to end.
         std::thread::spawn(move || wire::serve(listener, served, end));
-        Stripe { base, state, _running: Arc::new(Running(Some(ended))) }
+        Stripe {
+            base,
+            state,
+            _running: Arc::new(Running(Some(ended))),
+        }
     }
 
     /// The program's settings for it.
     pub fn settings(&self) -> [(&str, &str); 2] {
-        [("STRIPE_API_KEY", LIVE_KEY), ("STRIPE_API_BASE", &self.base)]
+        [
+            ("STRIPE_API_KEY", LIVE_KEY),
+            ("STRIPE_API_BASE", &self.base),
+        ]
     }
 
     /// An invoice's life, from its draft on.
@@ -158,7 +165,12 @@ impl Stripe {
     #[allow(dead_code, reason = "only the simulator asks")]
     pub fn listed(&self) -> Vec<Event> {
         let state = self.state();
-        state.events.iter().filter(|event| state.is_shown(event)).cloned().collect()
+        state
+            .events
+            .iter()
+            .filter(|event| state.is_shown(event))
+            .cloned()
+            .collect()
     }
 
     pub fn calls(&self) -> Vec<Call> {
@@ -200,8 +212,18 @@ impl Stripe {
         let order = scrambled(state.objects.len());
         let (account, livemode, id) = (terms.account, terms.livemode, object.id().to_owned());
         let kept = match state.objects.remove(&id) {
-            Some(kept) => Kept { before: Some(kept.object), object, ..kept },
-            None => Kept { object, before: None, account, livemode, order },
+            Some(kept) => Kept {
+                before: Some(kept.object),
+                object,
+                ..kept
+            },
+            None => Kept {
+                object,
+                before: None,
+                account,
+                livemode,
+                order,
+            },
         };
         state.objects.insert(id, kept);
     }
@@ -209,7 +231,12 @@ impl Stripe {
     fn emit(&self, event: Event) {
         let mut state = self.state();
         let order = scrambled(state.events.len());
-        let origin = if event.kind.starts_with("payment_intent.") || event.kind.starts_with("charge.") { 3 } else { 1 };
+        let origin =
+            if event.kind.starts_with("payment_intent.") || event.kind.starts_with("charge.") {
+                3
+            } else {
+                1
+            };
         let id = format!("evt_{origin}F{order:08x}{:x}", state.events.len());
         state.events.push(Event { id, order, ..event });
     }
@@ -285,7 +312,11 @@ impl Event {
 impl Endpoint {
     /// One that gets all there is.
     pub fn enabled(url: &str) -> Endpoint {
-        Endpoint { url: url.to_owned(), status: "enabled", enabled_events: vec!["*"] }
+        Endpoint {
+            url: url.to_owned(),
+            status: "enabled",
+            enabled_events: vec!["*"],
+        }
     }
 }
 
@@ -295,7 +326,11 @@ pub fn now_s() -> i64 {
 
 /// `2026-01-31T09:00:00`
 fn written(seconds: i64) -> String {
-    jiff::Timestamp::from_second(seconds).unwrap().to_string().trim_end_matches('Z').to_owned()
+    jiff::Timestamp::from_second(seconds)
+        .unwrap()
+        .to_string()
+        .trim_end_matches('Z')
+        .to_owned()
 }
 
 /// Numbers in an order that says nothing.

@@ -194,13 +194,23 @@ fn is_new(version: &str) -> bool {
 }
 
 fn add(object: &mut Value, fields: Value) {
-    let (Value::Object(object), Value::Object(fields)) = (object, fields) else { unreachable!("both are objects") };
+    let (Value::Object(object), Value::Object(fields)) = (object, fields) else {
+        unreachable!("both are objects")
+    };
     object.extend(fields);
 }
 
 fn invoice(o: &Invoice, version: &str) -> Value {
-    let remaining = if o.status == "paid" { 0 } else { o.due - o.paid };
-    let collection = if o.sent { "send_invoice" } else { "charge_automatically" };
+    let remaining = if o.status == "paid" {
+        0
+    } else {
+        o.due - o.paid
+    };
+    let collection = if o.sent {
+        "send_invoice"
+    } else {
+        "charge_automatically"
+    };
     let line = json!({"id": o.id.replace("in_", "il_"), "object": "line_item", "amount": o.due, "currency": o.currency, "description": "Core hours",
         "invoice": o.id, "livemode": o.livemode, "period": {"start": o.created - 86_400, "end": o.created}, "quantity": 1});
     let mut shown = json!({
@@ -225,9 +235,15 @@ fn invoice(o: &Invoice, version: &str) -> Value {
         }),
     );
     if is_new(version) {
-        add(&mut shown, json!({"amount_overpaid": o.overpaid, "confirmation_secret": null, "parent": null, "total_taxes": []}));
+        add(
+            &mut shown,
+            json!({"amount_overpaid": o.overpaid, "confirmation_secret": null, "parent": null, "total_taxes": []}),
+        );
         if version >= "2026-05-27" {
-            add(&mut shown, json!({"amount_paid_off_stripe": o.paid_outside}));
+            add(
+                &mut shown,
+                json!({"amount_paid_off_stripe": o.paid_outside}),
+            );
         }
     } else {
         let outside = o.paid_outside > 0;
@@ -267,7 +283,10 @@ fn payment_intent(o: &PaymentIntent, version: &str) -> Value {
     if !is_new(version) {
         add(&mut shown, json!({"invoice": o.invoice}));
     } else if version >= "2025-10-29" {
-        add(&mut shown, json!({"payment_details": {"customer_reference": null, "order_reference": o.order_reference}}));
+        add(
+            &mut shown,
+            json!({"payment_details": {"customer_reference": null, "order_reference": o.order_reference}}),
+        );
     }
     shown
 }
@@ -280,8 +299,10 @@ fn charge(o: &Charge, version: &str) -> Value {
             json!({"advice_code": "try_again_later", "network_status": "declined_by_network", "reason": failure.decline_code,
             "risk_level": "normal", "seller_message": "The bank did not return any further details.", "type": "issuer_declined"})
         }
-        None => json!({"network_status": "approved_by_network", "reason": null, "risk_level": "normal",
-            "seller_message": "Payment complete.", "type": "authorized"}),
+        None => {
+            json!({"network_status": "approved_by_network", "reason": null, "risk_level": "normal",
+            "seller_message": "Payment complete.", "type": "authorized"})
+        }
     };
     let mut shown = json!({
         "id": o.id, "object": "charge", "amount": o.amount, "amount_captured": if succeeded { o.amount } else { 0 },
@@ -310,7 +331,14 @@ fn credit_note(o: &CreditNote, version: &str) -> Value {
         "post_payment_amount": o.amount, "pre_payment_amount": 0, "reason": "order_change", "status": "issued", "subtotal": o.amount,
         "total": o.amount, "type": "post_payment", "voided_at": null,
     });
-    add(&mut shown, if is_new(version) { json!({"refunds": []}) } else { json!({"refund": null}) });
+    add(
+        &mut shown,
+        if is_new(version) {
+            json!({"refunds": []})
+        } else {
+            json!({"refund": null})
+        },
+    );
     shown
 }
 

@@ -34,7 +34,11 @@ pub fn tell(stripe: &Stripe, invoices: usize) -> Vec<Stored> {
     (0..invoices)
         .map(|n| {
             let life = live(stripe, n);
-            Stored { uid: format!("inv-{n:04}"), stripe_id: life.id().to_owned(), due: life.invoice.due }
+            Stored {
+                uid: format!("inv-{n:04}"),
+                stripe_id: life.id().to_owned(),
+                due: life.invoice.due,
+            }
         })
         .collect()
 }
@@ -54,7 +58,11 @@ fn terms(n: usize) -> Terms {
     Terms {
         account: (n % 7 == 3 && kind != 12).then_some(CONNECTED),
         livemode: true,
-        due: if kind == 11 { 0 } else { 10_000 + 100 * n as i64 },
+        due: if kind == 11 {
+            0
+        } else {
+            10_000 + 100 * n as i64
+        },
         currency: "usd",
         sent: matches!(kind, 7 | 8),
         start: now_s() / HOUR * HOUR - 28 * DAY + (n % STARTS) as i64 * DAY,
@@ -66,9 +74,19 @@ fn terms(n: usize) -> Terms {
 
 fn live(stripe: &Stripe, n: usize) -> Life {
     let (kind, gap) = (n % KINDS, n / KINDS % GAPS);
-    let when = |wanted: usize, gap_in: &'static [&'static str]| if gap == wanted { gap_in } else { NOTHING };
+    let when = |wanted: usize, gap_in: &'static [&'static str]| {
+        if gap == wanted { gap_in } else { NOTHING }
+    };
     let from_the_draft_on = kind == 12 && gap == 2;
-    let mut life = Life::begin(stripe, terms(n), if from_the_draft_on { EVERYTHING } else { NOTHING });
+    let mut life = Life::begin(
+        stripe,
+        terms(n),
+        if from_the_draft_on {
+            EVERYTHING
+        } else {
+            NOTHING
+        },
+    );
     match kind {
         11 => drop(life.later(HOUR).silence(when(1, EVERYTHING)).paid_at_zero()),
         14 => {}
@@ -96,44 +114,84 @@ fn after_finalization(
     match kind {
         0 => drop(life.silence(when(2, EVERYTHING)).paid_by_card()),
         1 => {
-            life.silence([NOTHING, &["charge."], &["payment_intent."]][gap]).declined("insufficient_funds", Some(3 * DAY));
-            life.later(3 * DAY).silence(when(1, &["invoice."])).paid_by_card();
+            life.silence([NOTHING, &["charge."], &["payment_intent."]][gap])
+                .declined("insufficient_funds", Some(3 * DAY));
+            life.later(3 * DAY)
+                .silence(when(1, &["invoice."]))
+                .paid_by_card();
         }
         2 => {
-            life.declined("insufficient_funds", Some(3 * DAY)).later(3 * DAY).declined("expired_card", None);
+            life.declined("insufficient_funds", Some(3 * DAY))
+                .later(3 * DAY)
+                .declined("expired_card", None);
             life.later(DAY).silence(when(1, EVERYTHING)).voided();
         }
         3 => {
-            life.silence([NOTHING, &["payment_intent."], &["invoice."]][gap]).action_required();
+            life.silence([NOTHING, &["payment_intent."], &["invoice."]][gap])
+                .action_required();
             life.silence(NOTHING).later(600).paid_by_card();
         }
         4 => {
-            life.silence([NOTHING, &["payment_intent."], &["charge."]][gap]).processing();
+            life.silence([NOTHING, &["payment_intent."], &["charge."]][gap])
+                .processing();
             life.silence(NOTHING).later(4 * DAY).paid_by_card();
         }
-        5 => drop(life.processing().later(3 * DAY).returned().later(DAY).processing().later(4 * DAY).paid_by_card()),
+        5 => drop(
+            life.processing()
+                .later(3 * DAY)
+                .returned()
+                .later(DAY)
+                .processing()
+                .later(4 * DAY)
+                .paid_by_card(),
+        ),
         6 => {
             let (half, quarter) = (life.invoice.due / 2, life.invoice.due / 4);
             let rest = life.invoice.due - half - quarter;
-            life.part(half).later(DAY).part(quarter).later(DAY).silence(when(1, &["invoice."])).part(rest);
+            life.part(half)
+                .later(DAY)
+                .part(quarter)
+                .later(DAY)
+                .silence(when(1, &["invoice."]))
+                .part(rest);
         }
-        7 => drop(life.later(9 * DAY).silence(when(1, EVERYTHING)).paid_outside()),
+        7 => drop(
+            life.later(9 * DAY)
+                .silence(when(1, EVERYTHING))
+                .paid_outside(),
+        ),
         8 => {
-            life.later(10 * DAY).overdue().later(5 * DAY).silence(when(1, EVERYTHING)).written_off();
+            life.later(10 * DAY)
+                .overdue()
+                .later(5 * DAY)
+                .silence(when(1, EVERYTHING))
+                .written_off();
             if gap != 0 {
-                life.later(2 * DAY).silence(when(2, EVERYTHING)).paid_by_card();
+                life.later(2 * DAY)
+                    .silence(when(2, EVERYTHING))
+                    .paid_by_card();
             }
         }
         9 => {
             let quarter = life.invoice.due / 4;
-            life.paid_by_card().later(3 * DAY).silence([NOTHING, &["refund."], &["charge."]][gap]).refunded(quarter);
+            life.paid_by_card()
+                .later(3 * DAY)
+                .silence([NOTHING, &["refund."], &["charge."]][gap])
+                .refunded(quarter);
             life.silence(NOTHING).later(DAY).credited(1200);
         }
         10 => {
             life.silence(when(1, EVERYTHING)).paid_by_card();
-            life.silence(NOTHING).later(10 * DAY).disputed().later(5 * DAY).dispute_won();
+            life.silence(NOTHING)
+                .later(10 * DAY)
+                .disputed()
+                .later(5 * DAY)
+                .dispute_won();
         }
-        13 => drop(life.silence(when(2, &["charge."])).declined("insufficient_funds", None)),
+        13 => drop(
+            life.silence(when(2, &["charge."]))
+                .declined("insufficient_funds", None),
+        ),
         _ => {}
     }
 }

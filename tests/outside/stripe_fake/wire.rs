@@ -65,11 +65,23 @@ type Body = UnsyncBoxBody<Bytes, io::Error>;
 
 impl Troubles {
     pub fn all(seed: u64) -> Troubles {
-        Troubles { seed, rate_limited: 0.06, failing: 0.06, resets: 0.05, truncated: 0.05, slow: 0.05, ..Troubles::default() }
+        Troubles {
+            seed,
+            rate_limited: 0.06,
+            failing: 0.06,
+            resets: 0.05,
+            truncated: 0.05,
+            slow: 0.05,
+            ..Troubles::default()
+        }
     }
 
     fn draw(&self, call: usize) -> Option<Trouble> {
-        let failing = if call.is_multiple_of(2) { Trouble::Failing } else { Trouble::BadGateway };
+        let failing = if call.is_multiple_of(2) {
+            Trouble::Failing
+        } else {
+            Trouble::BadGateway
+        };
         let shares = [
             (Trouble::RateLimited, self.rate_limited),
             (failing, self.failing),
@@ -88,7 +100,10 @@ impl Troubles {
 
 /// Runs until it is told to end.
 pub fn serve(listener: TcpListener, state: Arc<Mutex<State>>, end: oneshot::Receiver<()>) {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
     runtime.block_on(async {
         listener.set_nonblocking(true).unwrap();
         let listener = tokio::net::TcpListener::from_std(listener).unwrap();
@@ -109,7 +124,10 @@ async fn accept(listener: tokio::net::TcpListener, state: Arc<Mutex<State>>) {
 
 async fn connection(stream: TcpStream, state: Arc<Mutex<State>>) {
     let doomed: Arc<AtomicBool> = Arc::default();
-    let wire = Wire { stream, doomed: doomed.clone() };
+    let wire = Wire {
+        stream,
+        doomed: doomed.clone(),
+    };
     let service = service_fn(|request: Request<Incoming>| {
         let (state, doomed) = (state.clone(), doomed.clone());
         async move {
@@ -121,7 +139,10 @@ async fn connection(stream: TcpStream, state: Arc<Mutex<State>>) {
         }
     });
     // It ends when the client has enough, or badly, by our own will.
-    let _ = http1::Builder::new().timer(TokioTimer::new()).serve_connection(TokioIo::new(wire), service).await;
+    let _ = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .serve_connection(TokioIo::new(wire), service)
+        .await;
 }
 
 /// # Errors
@@ -129,34 +150,64 @@ async fn connection(stream: TcpStream, state: Arc<Mutex<State>>) {
 fn answer(state: &mut State, head: &Parts) -> Result<Response<Body>, io::Error> {
     let (endpoint, url) = api::names_of(head);
     let in_a_row = state.in_a_row.entry(url.clone()).or_default();
-    let trouble = state.troubles.draw(state.calls.len()).filter(|_| state.troubles.lasting || *in_a_row < IN_A_ROW);
-    *in_a_row = if trouble.is_some_and(|trouble| trouble != Trouble::Slow) { *in_a_row + 1 } else { 0 };
+    let trouble = state
+        .troubles
+        .draw(state.calls.len())
+        .filter(|_| state.troubles.lasting || *in_a_row < IN_A_ROW);
+    *in_a_row = if trouble.is_some_and(|trouble| trouble != Trouble::Slow) {
+        *in_a_row + 1
+    } else {
+        0
+    };
     let (status, body) = match trouble {
         Some(Trouble::RateLimited) => of_refusal(api::rate_limited()),
         Some(Trouble::Failing) => of_refusal(api::failing()),
-        Some(Trouble::BadGateway) => (502, "<html><head><title>502 Bad Gateway</title></head></html>".to_owned()),
+        Some(Trouble::BadGateway) => (
+            502,
+            "<html><head><title>502 Bad Gateway</title></head></html>".to_owned(),
+        ),
         _ => {
             let mut faults = Vec::new();
             let told = Ask::read(head, &mut faults).and_then(|ask| state.answer(&ask));
             state.faults.extend(faults);
-            told.map_or_else(of_refusal, |value| (200, serde_json::to_string_pretty(&value).unwrap()))
+            told.map_or_else(of_refusal, |value| {
+                (200, serde_json::to_string_pretty(&value).unwrap())
+            })
         }
     };
     let whole = !matches!(trouble, Some(Trouble::Reset | Trouble::Truncated));
     let at_ms = Clock::system().now_ms();
-    let key = api::header(head, "authorization").unwrap_or_default().trim_start_matches("Bearer ").to_owned();
-    state.calls.push(Call { at_ms, key, endpoint, url, status: whole.then_some(status) });
+    let key = api::header(head, "authorization")
+        .unwrap_or_default()
+        .trim_start_matches("Bearer ")
+        .to_owned();
+    state.calls.push(Call {
+        at_ms,
+        key,
+        endpoint,
+        url,
+        status: whole.then_some(status),
+    });
     if trouble == Some(Trouble::Reset) {
         return Err(io::ErrorKind::ConnectionReset.into());
     }
-    let content_type = if status == 502 { "text/html" } else { "application/json" };
-    let date = jiff::Timestamp::from_second(state.clock.now_s()).unwrap().strftime("%a, %d %b %Y %H:%M:%S GMT");
+    let content_type = if status == 502 {
+        "text/html"
+    } else {
+        "application/json"
+    };
+    let date = jiff::Timestamp::from_second(state.clock.now_s())
+        .unwrap()
+        .strftime("%a, %d %b %Y %H:%M:%S GMT");
     let response = Response::builder()
         .header("date", date.to_string())
         .status(status)
         .header("content-type", content_type)
         .header("request-id", "req_Fake");
-    Ok(response.header("content-length", body.len()).body(in_pieces(body, trouble)).unwrap())
+    Ok(response
+        .header("content-length", body.len())
+        .body(in_pieces(body, trouble))
+        .unwrap())
 }
 
 fn of_refusal(refusal: api::Refusal) -> (u16, String) {
@@ -170,10 +221,20 @@ fn in_pieces(text: String, trouble: Option<Trouble>) -> Body {
     let second = match trouble {
         Some(Trouble::Truncated) => Err(io::Error::from(io::ErrorKind::BrokenPipe)),
         Some(Trouble::Slow) => Ok(second),
-        _ => return Full::new(text).map_err(|never| match never {}).boxed_unsync(),
+        _ => {
+            return Full::new(text)
+                .map_err(|never| match never {})
+                .boxed_unsync();
+        }
     };
     let pieces = stream::unfold(0, move |piece| {
-        let (first, second) = (first.clone(), second.as_ref().map(Bytes::clone).map_err(|error| io::Error::from(error.kind())));
+        let (first, second) = (
+            first.clone(),
+            second
+                .as_ref()
+                .map(Bytes::clone)
+                .map_err(|error| io::Error::from(error.kind())),
+        );
         async move {
             match piece {
                 0 => Some((Ok(Frame::data(first)), 1)),
@@ -205,13 +266,21 @@ impl Drop for Wire {
 }
 
 impl AsyncRead for Wire {
-    fn poll_read(mut self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_read(context, buffer)
     }
 }
 
 impl AsyncWrite for Wire {
-    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.stream).poll_write(context, bytes)
     }
 

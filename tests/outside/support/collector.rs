@@ -37,12 +37,22 @@ impl Collector {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let base = format!("http://{}", listener.local_addr().unwrap());
         listener.set_nonblocking(true).unwrap();
-        let collector = Collector { base, taken: Arc::default() };
-        let router = Router::new().route("/v1/traces", post(take)).with_state(collector.clone());
+        let collector = Collector {
+            base,
+            taken: Arc::default(),
+        };
+        let router = Router::new()
+            .route("/v1/traces", post(take))
+            .with_state(collector.clone());
         // A thread of its own, to the end of all tests: it takes spans also while a test waits for a command to end.
         std::thread::spawn(move || {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-            runtime.block_on(async { axum::serve(tokio::net::TcpListener::from_std(listener).unwrap(), router).await })
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .unwrap();
+            runtime.block_on(async {
+                axum::serve(tokio::net::TcpListener::from_std(listener).unwrap(), router).await
+            })
         });
         collector
     }
@@ -61,7 +71,9 @@ impl Collector {
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
         };
-        tokio::time::timeout(PATIENCE, found).await.unwrap_or_else(|_| panic!("no such span in {:#?}", self.spans()))
+        tokio::time::timeout(PATIENCE, found)
+            .await
+            .unwrap_or_else(|_| panic!("no such span in {:#?}", self.spans()))
     }
 
     /// The names of the services that sent anything.
@@ -81,7 +93,12 @@ async fn take(State(collector): State<Collector>, headers: HeaderMap, body: Byte
     for resource in request.resource_spans {
         let attributes = resource.resource.unwrap().attributes;
         taken.service_names.push(value(&attributes, "service.name"));
-        taken.spans.extend(resource.scope_spans.into_iter().flat_map(|scope| scope.spans));
+        taken.spans.extend(
+            resource
+                .scope_spans
+                .into_iter()
+                .flat_map(|scope| scope.spans),
+        );
     }
     StatusCode::OK
 }

@@ -22,7 +22,11 @@ pub fn binary(environment: &[(&str, &str)]) -> Command {
 
 pub fn run(environment: &[(&str, &str)], arguments: &[&str], input: &[u8]) -> Ran {
     let mut command = binary(environment);
-    command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+        .args(arguments)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
     let mut child = command.spawn().unwrap();
     let mut stdin = child.stdin.take().unwrap();
     let input = input.to_vec();
@@ -31,7 +35,10 @@ pub fn run(environment: &[(&str, &str)], arguments: &[&str], input: &[u8]) -> Ra
     let output = child.wait_with_output().unwrap();
     writer.join().unwrap();
     Ran {
-        code: output.status.code().expect("no command is ended by a signal"),
+        code: output
+            .status
+            .code()
+            .expect("no command is ended by a signal"),
         stdout: String::from_utf8(output.stdout).unwrap(),
         stderr: String::from_utf8(output.stderr).unwrap(),
     }
@@ -41,19 +48,29 @@ impl Ran {
     /// Checks the exit code, and shows what was printed when it is another.
     #[track_caller]
     pub fn with_code(self, code: i32) -> Ran {
-        assert_eq!(self.code, code, "stdout:\n{}\nstderr:\n{}", self.stdout, self.stderr);
+        assert_eq!(
+            self.code, code,
+            "stdout:\n{}\nstderr:\n{}",
+            self.stdout, self.stderr
+        );
         self
     }
 
     /// Standard output as one JSON document.
     #[track_caller]
     pub fn json(&self) -> Value {
-        serde_json::from_str(&self.stdout).unwrap_or_else(|error| panic!("{error} in\n{}", self.stdout))
+        serde_json::from_str(&self.stdout)
+            .unwrap_or_else(|error| panic!("{error} in\n{}", self.stdout))
     }
 
     /// Standard output as one JSON document a line.
     #[track_caller]
     pub fn json_lines(&self) -> Vec<Value> {
-        self.stdout.lines().map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error} in\n{line}"))).collect()
+        self.stdout
+            .lines()
+            .map(|line| {
+                serde_json::from_str(line).unwrap_or_else(|error| panic!("{error} in\n{line}"))
+            })
+            .collect()
     }
 }

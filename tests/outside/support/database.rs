@@ -23,7 +23,10 @@ pub struct Database {
 
 enum Place {
     Folder(#[expect(dead_code, reason = "it is removed when it is dropped")] TempDir),
-    Server { server: Arc<PostgresServer>, name: String },
+    Server {
+        server: Arc<PostgresServer>,
+        name: String,
+    },
 }
 
 impl Database {
@@ -32,7 +35,11 @@ impl Database {
             Engine::Sqlite => {
                 let folder = tempfile::tempdir().unwrap();
                 let url = format!("sqlite://{}/test.db", folder.path().display());
-                Database { engine, url, place: Place::Folder(folder) }
+                Database {
+                    engine,
+                    url,
+                    place: Place::Folder(folder),
+                }
             }
             Engine::Postgres => Database::create_on(PostgresServer::shared()),
         }
@@ -40,12 +47,21 @@ impl Database {
 
     pub fn create_on(server: &Arc<PostgresServer>) -> Database {
         let name = server.create_database();
-        Database { engine: Engine::Postgres, url: server.url(&name), place: Place::Server { server: server.clone(), name } }
+        Database {
+            engine: Engine::Postgres,
+            url: server.url(&name),
+            place: Place::Server {
+                server: server.clone(),
+                name,
+            },
+        }
     }
 
     /// The same database, by another way than straight to its server.
     pub fn by_way_of(mut self, url: impl FnOnce(&str) -> String) -> Database {
-        let Place::Server { name, .. } = &self.place else { unreachable!("SQLite has no other way") };
+        let Place::Server { name, .. } = &self.place else {
+            unreachable!("SQLite has no other way")
+        };
         self.url = url(name);
         self
     }
@@ -68,13 +84,17 @@ impl Database {
 
     /// Of a PostgreSQL: into a file.
     pub fn dump(&self, file: &Path) {
-        let Place::Server { server, name } = &self.place else { unreachable!("SQLite is copied") };
+        let Place::Server { server, name } = &self.place else {
+            unreachable!("SQLite is copied")
+        };
         server.dump(name, file);
     }
 
     /// Of a PostgreSQL: out of a file.
     pub fn restore(&self, file: &Path) {
-        let Place::Server { server, name } = &self.place else { unreachable!("SQLite is copied") };
+        let Place::Server { server, name } = &self.place else {
+            unreachable!("SQLite is copied")
+        };
         server.restore(name, file);
     }
 
@@ -83,12 +103,18 @@ impl Database {
         match self.engine {
             Engine::Sqlite => {
                 let mut connection = SqliteConnection::connect(&self.url).await.unwrap();
-                sqlx::query("begin immediate").execute(&mut connection).await.unwrap();
+                sqlx::query("begin immediate")
+                    .execute(&mut connection)
+                    .await
+                    .unwrap();
                 Held::Sqlite(connection)
             }
             Engine::Postgres => {
                 let mut connection = PgConnection::connect(&self.url).await.unwrap();
-                sqlx::raw_sql("begin; lock table events in exclusive mode").execute(&mut connection).await.unwrap();
+                sqlx::raw_sql("begin; lock table events in exclusive mode")
+                    .execute(&mut connection)
+                    .await
+                    .unwrap();
                 Held::Postgres(connection)
             }
         }
@@ -103,8 +129,18 @@ pub enum Held {
 impl Held {
     pub async fn release(self) {
         match self {
-            Held::Sqlite(mut connection) => drop(sqlx::query("rollback").execute(&mut connection).await.unwrap()),
-            Held::Postgres(mut connection) => drop(sqlx::query("rollback").execute(&mut connection).await.unwrap()),
+            Held::Sqlite(mut connection) => drop(
+                sqlx::query("rollback")
+                    .execute(&mut connection)
+                    .await
+                    .unwrap(),
+            ),
+            Held::Postgres(mut connection) => drop(
+                sqlx::query("rollback")
+                    .execute(&mut connection)
+                    .await
+                    .unwrap(),
+            ),
         }
     }
 }

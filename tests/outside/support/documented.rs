@@ -9,13 +9,18 @@ use stripe_reconciler::http::openapi;
 
 use super::Answer;
 
-pub static DOCUMENT: LazyLock<Value> = LazyLock::new(|| serde_json::from_str(openapi::document()).unwrap());
+pub static DOCUMENT: LazyLock<Value> =
+    LazyLock::new(|| serde_json::from_str(openapi::document()).unwrap());
 static VALIDATORS: LazyLock<Mutex<HashMap<String, Arc<Validator>>>> = LazyLock::new(Mutex::default);
 
 /// A part of the document, or what it refers to.
 pub fn resolved(part: &Value) -> &Value {
     match part["$ref"].as_str() {
-        Some(path) => resolved(DOCUMENT.pointer(path.trim_start_matches('#')).unwrap_or_else(|| panic!("{path} leads nowhere"))),
+        Some(path) => resolved(
+            DOCUMENT
+                .pointer(path.trim_start_matches('#'))
+                .unwrap_or_else(|| panic!("{path} leads nowhere")),
+        ),
         None => part,
     }
 }
@@ -26,12 +31,17 @@ pub fn faults(schema: &Value, value: &Value) -> Vec<String> {
     let known = VALIDATORS.lock().unwrap().get(&name).cloned();
     let validator = known.unwrap_or_else(|| {
         let whole = json!({"allOf": [schema], "components": DOCUMENT["components"]});
-        let built = jsonschema::options().should_validate_formats(true).build(&whole);
+        let built = jsonschema::options()
+            .should_validate_formats(true)
+            .build(&whole);
         let built = Arc::new(built.unwrap_or_else(|error| panic!("{error} in {schema}")));
         VALIDATORS.lock().unwrap().insert(name, built.clone());
         built
     });
-    validator.iter_errors(value).map(|error| format!("{}: {error}", error.instance_path())).collect()
+    validator
+        .iter_errors(value)
+        .map(|error| format!("{}: {error}", error.instance_path()))
+        .collect()
 }
 
 /// Checks status, headers and body of an answer to this method and path.
@@ -40,27 +50,50 @@ pub fn assert_documented(method: &str, path: &str, answer: &Answer) {
     let path = path.split('?').next().unwrap();
     let told = || format!("{method} {path} is answered {} {answer:?}", answer.status);
     let paths = DOCUMENT["paths"].as_object().unwrap();
-    let operation = paths.iter().find(|(template, _)| fits(template, path)).map(|(_, item)| item).map(|item| {
-        let method = if method == "HEAD" { "get".to_owned() } else { method.to_ascii_lowercase() };
-        item.get(method)
-    });
+    let operation = paths
+        .iter()
+        .find(|(template, _)| fits(template, path))
+        .map(|(_, item)| item)
+        .map(|item| {
+            let method = if method == "HEAD" {
+                "get".to_owned()
+            } else {
+                method.to_ascii_lowercase()
+            };
+            item.get(method)
+        });
     let undocumented = |status: u16, code: &str| {
         assert_eq!(answer.status, status, "{}", told());
-        assert!(method == "HEAD" || answer.json()["code"] == code, "{}", told());
+        assert!(
+            method == "HEAD" || answer.json()["code"] == code,
+            "{}",
+            told()
+        );
     };
     let operation = match operation {
         None => return undocumented(404, "ResourceNotFound"),
         Some(None) => return undocumented(405, "MethodNotAllowed"),
         Some(Some(operation)) => operation,
     };
-    let response = operation["responses"].get(answer.status.as_str()).unwrap_or_else(|| panic!("undocumented: {}", told()));
+    let response = operation["responses"]
+        .get(answer.status.as_str())
+        .unwrap_or_else(|| panic!("undocumented: {}", told()));
     let response = resolved(response);
     for (name, header) in response["headers"].as_object().into_iter().flatten() {
         let header = resolved(header);
-        let value = answer.headers.get(name).map(|value| value.to_str().unwrap());
-        assert!(value.is_some() || header["required"] != true, "{name} is missing: {}", told());
+        let value = answer
+            .headers
+            .get(name)
+            .map(|value| value.to_str().unwrap());
+        assert!(
+            value.is_some() || header["required"] != true,
+            "{name} is missing: {}",
+            told()
+        );
         if header["schema"]["type"] == "string" {
-            let faults = value.map(|value| faults(&header["schema"], &json!(value))).unwrap_or_default();
+            let faults = value
+                .map(|value| faults(&header["schema"], &json!(value)))
+                .unwrap_or_default();
             assert!(faults.is_empty(), "{name}: {faults:?}: {}", told());
         }
     }
@@ -71,7 +104,9 @@ pub fn assert_documented(method: &str, path: &str, answer: &Answer) {
         return assert!(answer.body.is_empty(), "a body: {}", told());
     };
     let media_type = answer.header("content-type").split(';').next().unwrap();
-    let content = contents.get(media_type).unwrap_or_else(|| panic!("another content: {}", told()));
+    let content = contents
+        .get(media_type)
+        .unwrap_or_else(|| panic!("another content: {}", told()));
     if media_type == "application/json" {
         let faults = faults(&content["schema"], &answer.json());
         assert!(faults.is_empty(), "{faults:#?}: {}", told());
@@ -79,6 +114,11 @@ pub fn assert_documented(method: &str, path: &str, answer: &Answer) {
 }
 
 fn fits(template: &str, path: &str) -> bool {
-    let (template, path): (Vec<&str>, Vec<&str>) = (template.split('/').collect(), path.split('/').collect());
-    template.len() == path.len() && template.iter().zip(&path).all(|(wanted, is)| wanted.starts_with('{') || wanted == is)
+    let (template, path): (Vec<&str>, Vec<&str>) =
+        (template.split('/').collect(), path.split('/').collect());
+    template.len() == path.len()
+        && template
+            .iter()
+            .zip(&path)
+            .all(|(wanted, is)| wanted.starts_with('{') || wanted == is)
 }

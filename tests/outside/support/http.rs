@@ -20,7 +20,9 @@ pub struct Answer {
 impl Answer {
     /// A header's value; empty when there is none.
     pub fn header(&self, name: &str) -> &str {
-        self.headers.get(name).map_or("", |value| value.to_str().unwrap())
+        self.headers
+            .get(name)
+            .map_or("", |value| value.to_str().unwrap())
     }
 
     #[track_caller]
@@ -38,11 +40,21 @@ impl Answer {
     #[track_caller]
     pub fn with_error(self, status: u16, code: &str) -> Answer {
         let answer = self.with_status(status);
-        assert_eq!(answer.header("content-type"), "application/json", "{answer:?}");
+        assert_eq!(
+            answer.header("content-type"),
+            "application/json",
+            "{answer:?}"
+        );
         let body = answer.json();
         assert_eq!(body["code"], code, "{body}");
         assert_eq!(body["ref"], answer.header("x-request-id"), "{body}");
-        assert!(body["message"].as_str().is_some_and(|message| !message.is_empty()) && body["details"].is_object(), "{body}");
+        assert!(
+            body["message"]
+                .as_str()
+                .is_some_and(|message| !message.is_empty())
+                && body["details"].is_object(),
+            "{body}"
+        );
         assert_eq!(body.as_object().unwrap().len(), 4, "{body}");
         answer
     }
@@ -59,9 +71,18 @@ pub fn client() -> Transport {
     Transport::new(Duration::from_secs(30), 64 << 20)
 }
 
-pub async fn send(client: &Transport, method: &str, url: &str, headers: &[(&str, &str)], body: Vec<u8>) -> Answer {
+pub async fn send(
+    client: &Transport,
+    method: &str,
+    url: &str,
+    headers: &[(&str, &str)],
+    body: Vec<u8>,
+) -> Answer {
     let answer = try_send(client, method, url, headers, body).await.unwrap();
-    assert!(!answer.header("x-request-id").is_empty(), "every answer names its request: {answer:?}");
+    assert!(
+        !answer.header("x-request-id").is_empty(),
+        "every answer names its request: {answer:?}"
+    );
     answer
 }
 
@@ -77,8 +98,15 @@ pub async fn try_send(
     for (name, value) in headers {
         request = request.header(*name, *value);
     }
-    let (head, body) = client.send(request.body(Full::from(body)).unwrap()).await?.into_parts();
-    Ok(Answer { status: head.status, headers: head.headers, body })
+    let (head, body) = client
+        .send(request.body(Full::from(body)).unwrap())
+        .await?
+        .into_parts();
+    Ok(Answer {
+        status: head.status,
+        headers: head.headers,
+        body,
+    })
 }
 
 /// Sends these bytes, and reads until the server closes the connection: ask it to with `Connection: close`.
@@ -113,7 +141,9 @@ impl Wire {
     /// Reads a head, and the body whose length it tells.
     pub async fn read_answer(&mut self) -> String {
         let head = self.read_head().await.to_lowercase();
-        let length = head.split_once("content-length: ").map_or("0", |(_, rest)| rest.split("\r\n").next().unwrap());
+        let length = head
+            .split_once("content-length: ")
+            .map_or("0", |(_, rest)| rest.split("\r\n").next().unwrap());
         let mut body = vec![0; length.parse().unwrap()];
         self.0.read_exact(&mut body).await.unwrap();
         head + std::str::from_utf8(&body).unwrap()
@@ -123,7 +153,12 @@ impl Wire {
     pub async fn read_head(&mut self) -> String {
         let mut head = Vec::new();
         while !head.ends_with(b"\r\n\r\n") {
-            head.push(self.0.read_u8().await.expect("a head ends with an empty line"));
+            head.push(
+                self.0
+                    .read_u8()
+                    .await
+                    .expect("a head ends with an empty line"),
+            );
         }
         String::from_utf8(head).unwrap()
     }

@@ -36,7 +36,10 @@ const LIFE: usize = 8;
 
 /// The nth event: of invoices each with a life of its own, a few of them at a time.
 pub fn event(n: usize) -> Value {
-    let (invoice, step) = (AT_ONCE * (n / (AT_ONCE * LIFE)) + n % AT_ONCE, (n / AT_ONCE) % LIFE);
+    let (invoice, step) = (
+        AT_ONCE * (n / (AT_ONCE * LIFE)) + n % AT_ONCE,
+        (n / AT_ONCE) % LIFE,
+    );
     let (kind, object) = match step {
         LIFE.. => unreachable!("a remainder"),
         7 => ("invoice.paid", invoice_object(invoice, "paid", 5000, step)),
@@ -51,8 +54,14 @@ pub fn event(n: usize) -> Value {
                 json!({"id": format!("ch_{invoice}_{step}"), "object": "charge",
                 "invoice": format!("in_{invoice}"), "amount": 5000, "currency": "eur", "failure_code": "card_declined"}),
             ),
-            2 => ("invoice.payment_failed", invoice_object(invoice, "open", 0, step)),
-            _ => ("customer.updated", json!({"id": format!("cus_{invoice}"), "object": "customer"})),
+            2 => (
+                "invoice.payment_failed",
+                invoice_object(invoice, "open", 0, step),
+            ),
+            _ => (
+                "customer.updated",
+                json!({"id": format!("cus_{invoice}"), "object": "customer"}),
+            ),
         },
     };
     json!({"id": event_id(n), "object": "event", "type": kind, "created": 1_769_850_000 + 100 * step, "livemode": true,
@@ -112,8 +121,13 @@ impl Load {
             heard: Mutex::default(),
             acknowledged: watch::Sender::new(BTreeSet::new()),
         });
-        let connections = (0..CONNECTIONS).map(|_| tokio::spawn(shared.clone().deliver_on())).collect();
-        Load { shared, connections }
+        let connections = (0..CONNECTIONS)
+            .map(|_| tokio::spawn(shared.clone().deliver_on()))
+            .collect();
+        Load {
+            shared,
+            connections,
+        }
     }
 
     /// Where deliveries go from now on.
@@ -130,8 +144,11 @@ impl Load {
     pub async fn acknowledge(&self, more: usize) {
         let mut acknowledged = self.shared.acknowledged.subscribe();
         let enough = acknowledged.borrow().len() + more;
-        let waited = tokio::time::timeout(PATIENCE, acknowledged.wait_for(|all| all.len() >= enough)).await;
-        waited.unwrap_or_else(|_| panic!("{more} more are not acknowledged within {PATIENCE:?}")).unwrap();
+        let waited =
+            tokio::time::timeout(PATIENCE, acknowledged.wait_for(|all| all.len() >= enough)).await;
+        waited
+            .unwrap_or_else(|_| panic!("{more} more are not acknowledged within {PATIENCE:?}"))
+            .unwrap();
     }
 
     /// Begins nothing new, and returns when all is acknowledged.
@@ -141,7 +158,11 @@ impl Load {
             connection.await.unwrap();
         }
         let mut heard = self.shared.heard.lock().unwrap();
-        assert!(heard.len() < INVOICES * LIFE, "{} events: too few invoices are stored for them", heard.len());
+        assert!(
+            heard.len() < INVOICES * LIFE,
+            "{} events: too few invoices are stored for them",
+            heard.len()
+        );
         Told(std::mem::take(&mut heard))
     }
 }
@@ -149,7 +170,12 @@ impl Load {
 fn import(world: &World) {
     let document = |n| json!({"metadata": {"uid": format!("inv-{n}")}, "status": {"stripeInvoiceId": format!("in_{n}")}});
     let lines: Vec<String> = (0..INVOICES).map(|n| document(n).to_string()).collect();
-    world.run_with_input(&["invoices", "import", "--tenant", "acme", "-"], lines.join("\n").as_bytes()).with_code(0);
+    world
+        .run_with_input(
+            &["invoices", "import", "--tenant", "acme", "-"],
+            lines.join("\n").as_bytes(),
+        )
+        .with_code(0);
 }
 
 impl Shared {
@@ -159,7 +185,10 @@ impl Shared {
             let n = self.next.fetch_add(1, Ordering::Relaxed);
             let body = event(n).to_string();
             if n.is_multiple_of(TWICE) {
-                tokio::join!(self.until_acknowledged(&client, n, n, &body), self.until_acknowledged(&client, n, n + 1, &body));
+                tokio::join!(
+                    self.until_acknowledged(&client, n, n, &body),
+                    self.until_acknowledged(&client, n, n + 1, &body)
+                );
             } else {
                 self.until_acknowledged(&client, n, n, &body).await;
             }
@@ -175,12 +204,21 @@ impl Shared {
                 bases[turn % bases.len()].clone()
             };
             let heard = deliver(client, &base, body).await;
-            self.heard.lock().unwrap().entry(n).or_default().push(heard.clone());
+            self.heard
+                .lock()
+                .unwrap()
+                .entry(n)
+                .or_default()
+                .push(heard.clone());
             if !heard.is_nothing() {
-                self.acknowledged.send_if_modified(|acknowledged| acknowledged.insert(event_id(n)));
+                self.acknowledged
+                    .send_if_modified(|acknowledged| acknowledged.insert(event_id(n)));
                 return;
             }
-            assert!(Instant::now() < deadline, "event {n} is not acknowledged within {PATIENCE:?}");
+            assert!(
+                Instant::now() < deadline,
+                "event {n} is not acknowledged within {PATIENCE:?}"
+            );
             tokio::time::sleep(AGAIN).await;
             turn += 1;
         }
@@ -190,7 +228,15 @@ impl Shared {
 async fn deliver(client: &Transport, base: &str, body: &str) -> Heard {
     let signature = signature(SECRET, Clock::system().now_s(), body.as_bytes());
     let url = format!("{base}/webhooks/stripe");
-    match try_send(client, "POST", &url, &[("Stripe-Signature", &signature)], body.as_bytes().to_vec()).await {
+    match try_send(
+        client,
+        "POST",
+        &url,
+        &[("Stripe-Signature", &signature)],
+        body.as_bytes().to_vec(),
+    )
+    .await
+    {
         Ok(answer) if answer.status == 503 => {
             assert!(!answer.header("retry-after").is_empty(), "{answer:?}");
             Heard::Nothing(base.to_owned())
@@ -223,13 +269,24 @@ impl Told {
         let kept: BTreeSet<String> = log.iter().cloned().collect();
         assert_eq!(kept.len(), log.len(), "{told}: an event is there twice");
         let delivered: BTreeSet<String> = self.0.keys().map(|n| event_id(*n)).collect();
-        assert_eq!(kept, delivered, "{told}: what was acknowledged and what is kept are the same");
+        assert_eq!(
+            kept, delivered,
+            "{told}: what was acknowledged and what is kept are the same"
+        );
         for (n, heard) in &self.0 {
-            let new: Vec<&Heard> = heard.iter().filter(|heard| matches!(heard, Heard::New(_))).collect();
+            let new: Vec<&Heard> = heard
+                .iter()
+                .filter(|heard| matches!(heard, Heard::New(_)))
+                .collect();
             let is_right = match new[..] {
                 [] => heard.iter().any(Heard::is_nothing),
                 [Heard::New(outcome)] => {
-                    outcome == if event(*n)["type"] == "customer.updated" { "no_payment_fact" } else { "recorded" }
+                    outcome
+                        == if event(*n)["type"] == "customer.updated" {
+                            "no_payment_fact"
+                        } else {
+                            "recorded"
+                        }
                 }
                 _ => false,
             };
@@ -242,10 +299,24 @@ impl Told {
         let undisturbed = World::start(super::database::Engine::Sqlite).await;
         import(&undisturbed);
         let events: Vec<String> = self.0.keys().map(|n| event(*n).to_string()).collect();
-        undisturbed.run_with_input(&["replay", "-"], events.join("\n").as_bytes()).with_code(0);
+        undisturbed
+            .run_with_input(&["replay", "-"], events.join("\n").as_bytes())
+            .with_code(0);
         let expected = undisturbed.all_histories();
-        assert!(expected.values().any(|states| states.contains("PaymentFailed")), "{expected:?}");
-        let other: Vec<_> = expected.iter().filter(|(uid, states)| histories.get(*uid) != Some(*states)).take(3).collect();
-        assert!(other.is_empty() && expected.len() == histories.len(), "{told}: expected {other:?}");
+        assert!(
+            expected
+                .values()
+                .any(|states| states.contains("PaymentFailed")),
+            "{expected:?}"
+        );
+        let other: Vec<_> = expected
+            .iter()
+            .filter(|(uid, states)| histories.get(*uid) != Some(*states))
+            .take(3)
+            .collect();
+        assert!(
+            other.is_empty() && expected.len() == histories.len(),
+            "{told}: expected {other:?}"
+        );
     }
 }

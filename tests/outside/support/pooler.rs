@@ -28,7 +28,11 @@ pub struct Pooler {
 impl Pooler {
     /// Before this server, on a port of its own: it can be told from the server by that.
     pub fn start(server: &PostgresServer) -> Pooler {
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let port = TcpListener::bind("127.0.0.1:0")
+            .unwrap()
+            .local_addr()
+            .unwrap()
+            .port();
         Pooler::start_at("127.0.0.1", port, server)
     }
 
@@ -38,8 +42,14 @@ impl Pooler {
     }
 
     fn start_at(host: &str, port: u16, server: &PostgresServer) -> Pooler {
-        assert!(std::path::Path::new(BINARY).exists(), "PgBouncer is needed for the tests: apt-get install pgbouncer");
-        let folder = tempfile::Builder::new().prefix("stripe-reconciler-pooler-").tempdir().unwrap();
+        assert!(
+            std::path::Path::new(BINARY).exists(),
+            "PgBouncer is needed for the tests: apt-get install pgbouncer"
+        );
+        let folder = tempfile::Builder::new()
+            .prefix("stripe-reconciler-pooler-")
+            .tempdir()
+            .unwrap();
         let file = |name: &str, text: &str| {
             let path = folder.path().join(name);
             std::fs::write(&path, text).unwrap();
@@ -55,9 +65,19 @@ impl Pooler {
         file("pgbouncer.ini", &settings);
         give_to_nobody(folder.path(), 0o700);
         let mut shell = as_nobody(Command::new("sh"));
-        shell.args(["-c", UNTIL_WE_DIE, "sh", BINARY]).arg(folder.path());
-        let shell = shell.stdin(Stdio::piped()).process_group(0).spawn().unwrap();
-        let pooler = Pooler { address: format!("{host}:{port}"), folder, shell };
+        shell
+            .args(["-c", UNTIL_WE_DIE, "sh", BINARY])
+            .arg(folder.path());
+        let shell = shell
+            .stdin(Stdio::piped())
+            .process_group(0)
+            .spawn()
+            .unwrap();
+        let pooler = Pooler {
+            address: format!("{host}:{port}"),
+            folder,
+            shell,
+        };
         pooler.wait_until_ready();
         pooler
     }
@@ -69,8 +89,13 @@ impl Pooler {
     fn wait_until_ready(&self) {
         let deadline = Instant::now() + Duration::from_secs(20);
         while TcpStream::connect(&self.address).is_err() {
-            let log = || std::fs::read_to_string(self.folder.path().join("log")).unwrap_or_default();
-            assert!(Instant::now() < deadline, "PgBouncer does not start: {}", log());
+            let log =
+                || std::fs::read_to_string(self.folder.path().join("log")).unwrap_or_default();
+            assert!(
+                Instant::now() < deadline,
+                "PgBouncer does not start: {}",
+                log()
+            );
             std::thread::sleep(Duration::from_millis(10));
         }
     }

@@ -41,17 +41,32 @@ impl PostgresServer {
     /// One for all tests of this process: it forgets what it has acknowledged when the machine dies.
     pub fn shared() -> &'static Arc<PostgresServer> {
         static SERVER: OnceLock<Arc<PostgresServer>> = OnceLock::new();
-        SERVER.get_or_init(|| Arc::new(PostgresServer::start("-c fsync=off -c max_connections=400")))
+        SERVER
+            .get_or_init(|| Arc::new(PostgresServer::start("-c fsync=off -c max_connections=400")))
     }
 
     /// A server with these options; it ends with the process.
     pub fn start(options: &str) -> PostgresServer {
         PostgresServer::start_in(options, |binaries, data| {
             let mut initdb = as_nobody(Command::new(binaries.join("initdb")));
-            initdb.arg("-D").arg(data).args(["-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C.UTF-8", "--no-sync"]);
+            initdb.arg("-D").arg(data).args([
+                "-U",
+                "postgres",
+                "-A",
+                "trust",
+                "-E",
+                "UTF8",
+                "--locale=C.UTF-8",
+                "--no-sync",
+            ]);
             succeed(&mut initdb);
             // Before it is used: what others begin with.
-            succeed(as_nobody(Command::new("cp")).arg("-a").arg(data).arg(data.with_file_name("template")));
+            succeed(
+                as_nobody(Command::new("cp"))
+                    .arg("-a")
+                    .arg(data)
+                    .arg(data.with_file_name("template")),
+            );
         })
     }
 
@@ -59,7 +74,12 @@ impl PostgresServer {
     pub fn of_its_own(options: &str, files: &[(&str, String)]) -> PostgresServer {
         let template = PostgresServer::shared().folder.join("template");
         PostgresServer::start_in(options, |_, data| {
-            succeed(as_nobody(Command::new("cp")).arg("-a").arg(template).arg(data));
+            succeed(
+                as_nobody(Command::new("cp"))
+                    .arg("-a")
+                    .arg(template)
+                    .arg(data),
+            );
             for (name, text) in files {
                 let path = data.join(name);
                 std::fs::write(&path, text).unwrap();
@@ -72,33 +92,69 @@ impl PostgresServer {
     pub fn standby_of(primary: &PostgresServer) -> PostgresServer {
         PostgresServer::start_in("-c fsync=on", |binaries, data| {
             let mut backup = as_nobody(Command::new(binaries.join("pg_basebackup")));
-            backup.arg("-D").arg(data).args(["-R", "-X", "stream", "--checkpoint=fast", "--no-sync", "-d"]);
-            succeed(backup.arg(format!("host=127.0.0.1 port={} user=postgres", primary.port)));
+            backup.arg("-D").arg(data).args([
+                "-R",
+                "-X",
+                "stream",
+                "--checkpoint=fast",
+                "--no-sync",
+                "-d",
+            ]);
+            succeed(backup.arg(format!(
+                "host=127.0.0.1 port={} user=postgres",
+                primary.port
+            )));
         })
     }
 
     /// `prepare` is given the server's binaries, and the folder that it shall fill.
     fn start_in(options: &str, prepare: impl FnOnce(&Path, &Path)) -> PostgresServer {
         let binaries = newest_binaries();
-        let folder = tempfile::Builder::new().prefix("stripe-reconciler-pg-").tempdir().unwrap().keep();
+        let folder = tempfile::Builder::new()
+            .prefix("stripe-reconciler-pg-")
+            .tempdir()
+            .unwrap()
+            .keep();
         give_to_nobody(&folder, 0o700);
         let port = free_port();
         let mut shell = as_nobody(Command::new("sh"));
-        shell.args(["-c", UNTIL_WE_DIE, "sh"]).arg(&binaries).arg(&folder).arg(port.to_string()).arg(options);
-        let shell = shell.stdin(Stdio::piped()).process_group(0).spawn().unwrap();
+        shell
+            .args(["-c", UNTIL_WE_DIE, "sh"])
+            .arg(&binaries)
+            .arg(&folder)
+            .arg(port.to_string())
+            .arg(options);
+        let shell = shell
+            .stdin(Stdio::piped())
+            .process_group(0)
+            .spawn()
+            .unwrap();
         // Under the eyes of the shell: it removes what is half prepared, too.
         prepare(&binaries, &folder.join("d"));
-        let server = PostgresServer { binaries, folder, port, databases: AtomicU32::new(0), shell };
+        let server = PostgresServer {
+            binaries,
+            folder,
+            port,
+            databases: AtomicU32::new(0),
+            shell,
+        };
         server.start_again();
         server
     }
 
     /// On the same folder and port, after it was stopped. Returns when it takes connections.
     pub fn start_again(&self) {
-        self.shell.stdin.as_ref().expect("taken when it is dropped").write_all(b"start\n").unwrap();
+        self.shell
+            .stdin
+            .as_ref()
+            .expect("taken when it is dropped")
+            .write_all(b"start\n")
+            .unwrap();
         let mut ready = Command::new(self.binaries.join("pg_isready"));
         ready.args(["-q", "-h", "127.0.0.1", "-p", &self.port.to_string()]);
-        self.wait_until("PostgreSQL does not start", || ready.status().unwrap().success());
+        self.wait_until("PostgreSQL does not start", || {
+            ready.status().unwrap().success()
+        });
     }
 
     /// As `pg_ctl stop -m immediate`: it ends without a word to anybody, and recovers when it starts again.
@@ -123,8 +179,13 @@ impl PostgresServer {
         // First the one that starts others.
         signal("-STOP", &paused.0);
         let of_server = format!("PPid:\t{}\n", self.pid());
-        let is_child = |pid: &u32| std::fs::read_to_string(format!("/proc/{pid}/status")).is_ok_and(|s| s.contains(&of_server));
-        let all = std::fs::read_dir("/proc").unwrap().filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok());
+        let is_child = |pid: &u32| {
+            std::fs::read_to_string(format!("/proc/{pid}/status"))
+                .is_ok_and(|s| s.contains(&of_server))
+        };
+        let all = std::fs::read_dir("/proc")
+            .unwrap()
+            .filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok());
         let children: Vec<u32> = all.filter(is_child).collect();
         signal("-STOP", &children);
         paused.0.extend(children);
@@ -134,7 +195,10 @@ impl PostgresServer {
     /// The server's own process, whose children serve the connections.
     pub fn pid(&self) -> u32 {
         let text = std::fs::read_to_string(self.folder.join("d/postmaster.pid")).unwrap();
-        text.lines().next().and_then(|line| line.parse().ok()).expect("its first line is the process")
+        text.lines()
+            .next()
+            .and_then(|line| line.parse().ok())
+            .expect("its first line is the process")
     }
 
     pub fn port(&self) -> u16 {
@@ -157,7 +221,18 @@ impl PostgresServer {
 
     /// What a statement answers, in plain text.
     pub fn sql(&self, database: &str, statement: &str) -> String {
-        self.run("psql", &["-XAtq", "-v", "ON_ERROR_STOP=1", "-d", database, "-c", statement])
+        self.run(
+            "psql",
+            &[
+                "-XAtq",
+                "-v",
+                "ON_ERROR_STOP=1",
+                "-d",
+                database,
+                "-c",
+                statement,
+            ],
+        )
     }
 
     /// Sessions of a database that wait for a lock.
@@ -168,27 +243,64 @@ impl PostgresServer {
 
     /// As `pg_dump` and `pg_restore` do it.
     pub fn dump(&self, database: &str, file: &Path) {
-        self.run("pg_dump", &["--format=custom", "--file", file.to_str().expect("the paths of tests are UTF-8"), database]);
+        self.run(
+            "pg_dump",
+            &[
+                "--format=custom",
+                "--file",
+                file.to_str().expect("the paths of tests are UTF-8"),
+                database,
+            ],
+        );
     }
 
     pub fn restore(&self, database: &str, file: &Path) {
-        self.run("pg_restore", &["--exit-on-error", "--dbname", database, file.to_str().expect("the paths of tests are UTF-8")]);
+        self.run(
+            "pg_restore",
+            &[
+                "--exit-on-error",
+                "--dbname",
+                database,
+                file.to_str().expect("the paths of tests are UTF-8"),
+            ],
+        );
     }
 
     /// A process that has done this, and neither commits nor rolls back until it is killed.
     pub fn hold(&self, database: &str, statement: &str) -> Child {
         let mut psql = Command::new(self.binaries.join("psql"));
-        psql.args(["-XAtq", "-d", database]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        psql.args(["-XAtq", "-d", database])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped());
         let mut psql = psql.spawn().unwrap();
-        writeln!(psql.stdin.as_ref().expect("it is piped"), "begin; {statement}; select 'done';").unwrap();
+        writeln!(
+            psql.stdin.as_ref().expect("it is piped"),
+            "begin; {statement}; select 'done';"
+        )
+        .unwrap();
         let mut done = [0; 5];
-        psql.stdout.as_mut().expect("it is piped").read_exact(&mut done).unwrap();
+        psql.stdout
+            .as_mut()
+            .expect("it is piped")
+            .read_exact(&mut done)
+            .unwrap();
         psql
     }
 
     fn run(&self, program: &str, arguments: &[&str]) -> String {
         let mut command = Command::new(self.binaries.join(program));
-        succeed(command.args(["-h", "127.0.0.1", "-U", "postgres", "-p", &self.port.to_string()]).args(arguments))
+        succeed(
+            command
+                .args([
+                    "-h",
+                    "127.0.0.1",
+                    "-U",
+                    "postgres",
+                    "-p",
+                    &self.port.to_string(),
+                ])
+                .args(arguments),
+        )
     }
 
     pub fn wait_until(&self, or_else: &str, mut is_so: impl FnMut() -> bool) {
@@ -216,18 +328,30 @@ impl Drop for Paused {
 
 fn signal(name: &str, pids: &[u32]) {
     // One of them may have ended meanwhile.
-    let _ = Command::new("kill").arg(name).args(pids.iter().map(u32::to_string)).stderr(Stdio::null()).status().unwrap();
+    let _ = Command::new("kill")
+        .arg(name)
+        .args(pids.iter().map(u32::to_string))
+        .stderr(Stdio::null())
+        .status()
+        .unwrap();
 }
 
 /// Gone, or waited for by nobody yet.
 fn has_ended(pid: u32) -> bool {
-    std::fs::read_to_string(format!("/proc/{pid}/status")).map_or(true, |status| status.contains("State:\tZ"))
+    std::fs::read_to_string(format!("/proc/{pid}/status"))
+        .map_or(true, |status| status.contains("State:\tZ"))
 }
 
 /// Its output; it must end well.
 fn succeed(command: &mut Command) -> String {
-    let ran = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
-    assert!(ran.status.success(), "{command:?}: {}", String::from_utf8_lossy(&ran.stderr));
+    let ran = command
+        .output()
+        .unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    assert!(
+        ran.status.success(),
+        "{command:?}: {}",
+        String::from_utf8_lossy(&ran.stderr)
+    );
     String::from_utf8(ran.stdout).unwrap().trim_end().to_owned()
 }
 
@@ -252,12 +376,28 @@ pub fn give_to_nobody(path: &Path, mode: u32) {
 }
 
 fn newest_binaries() -> PathBuf {
-    let version = |path: &Path| path.file_name().and_then(|name| name.to_str()).and_then(|name| name.parse::<u32>().ok());
-    let versions = std::fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten().map(|entry| entry.path());
-    let newest = versions.filter(|path| path.join("bin/initdb").exists()).max_by_key(|path| version(path));
-    newest.expect("PostgreSQL's server is needed for the tests: apt-get install postgresql").join("bin")
+    let version = |path: &Path| {
+        path.file_name()
+            .and_then(|name| name.to_str())
+            .and_then(|name| name.parse::<u32>().ok())
+    };
+    let versions = std::fs::read_dir("/usr/lib/postgresql")
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|entry| entry.path());
+    let newest = versions
+        .filter(|path| path.join("bin/initdb").exists())
+        .max_by_key(|path| version(path));
+    newest
+        .expect("PostgreSQL's server is needed for the tests: apt-get install postgresql")
+        .join("bin")
 }
 
 pub fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+    TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap()
+        .port()
 }

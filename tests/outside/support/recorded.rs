@@ -6,12 +6,17 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 pub const INVOICES: &str = include_str!("../../../fixtures/invoices.jsonl");
-const STORY: &str = include_str!("../../../fixtures/stories/declined-twice-then-paid.2025-11-17.clover.jsonl");
+const STORY: &str =
+    include_str!("../../../fixtures/stories/declined-twice-then-paid.2025-11-17.clover.jsonl");
 
 /// The stored invoice that `STORY` is about, and its uid.
 pub fn told_invoice() -> (Value, String) {
-    let documents = INVOICES.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
-    let is_told = |document: &Value| document["metadata"]["annotations"]["story"] == "declined-twice-then-paid.2025-11-17.clover";
+    let documents = INVOICES
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(line).unwrap());
+    let is_told = |document: &Value| {
+        document["metadata"]["annotations"]["story"] == "declined-twice-then-paid.2025-11-17.clover"
+    };
     let document = documents.into_iter().find(is_told).unwrap();
     let uid = document["metadata"]["uid"].as_str().unwrap().to_owned();
     (document, uid)
@@ -29,7 +34,10 @@ pub fn lines() -> Vec<&'static str> {
 }
 
 pub fn events() -> Vec<Value> {
-    lines().into_iter().map(|line| serde_json::from_str(line).unwrap()).collect()
+    lines()
+        .into_iter()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect()
 }
 
 pub fn event_id(event: &Value) -> &str {

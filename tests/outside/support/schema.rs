@@ -8,7 +8,10 @@ use serde_json::Value;
 /// The facts of the API's schema, in a layout of our own.
 static V1_INVOICE: LazyLock<Validator> = LazyLock::new(|| {
     let schema: Value = serde_json::from_str(include_str!("../v1_invoice.schema.json")).unwrap();
-    jsonschema::options().should_validate_formats(true).build(&schema).unwrap()
+    jsonschema::options()
+        .should_validate_formats(true)
+        .build(&schema)
+        .unwrap()
 });
 
 /// To JSON Schema, `2500.0` is an integer; to a client that decodes into an `int64`, it is none.
@@ -25,9 +28,12 @@ const INTEGERS: [&str; 8] = [
 
 #[track_caller]
 pub fn assert_is_invoice(text: &str) -> Value {
-    let invoice: Value = serde_json::from_str(text).unwrap_or_else(|error| panic!("{error} in {text}"));
-    let faults: Vec<String> =
-        V1_INVOICE.iter_errors(&invoice).map(|error| format!("{}: {error}", error.instance_path())).collect();
+    let invoice: Value =
+        serde_json::from_str(text).unwrap_or_else(|error| panic!("{error} in {text}"));
+    let faults: Vec<String> = V1_INVOICE
+        .iter_errors(&invoice)
+        .map(|error| format!("{}: {error}", error.instance_path()))
+        .collect();
     assert!(faults.is_empty(), "{faults:#?} in {text}");
     for name in INTEGERS {
         for (at, field) in text.match_indices(&format!("\"{name}\":")) {

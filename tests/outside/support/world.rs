@@ -50,11 +50,22 @@ impl World {
     pub async fn on(database: Database) -> World {
         let key = |arguments: &[&str]| {
             let arguments = [&["keys", "create"], arguments].concat();
-            command::run(&[("DATABASE_URL", &database.url)], &arguments, b"").with_code(0).stdout.trim().to_owned()
+            command::run(&[("DATABASE_URL", &database.url)], &arguments, b"")
+                .with_code(0)
+                .stdout
+                .trim()
+                .to_owned()
         };
         let (operator_key, acme_key) = (key(&["--operator"]), key(&["--tenant", "acme"]));
         let server = Server::start(&database.url);
-        World { engine: database.engine, database, operator_key, acme_key, server, client: http::client() }
+        World {
+            engine: database.engine,
+            database,
+            operator_key,
+            acme_key,
+            server,
+            client: http::client(),
+        }
     }
 
     /// A world of its own on the same engine, to compare with.
@@ -69,12 +80,18 @@ impl World {
 
     /// Makes a key as `keys create` does with these arguments.
     pub fn key(&self, arguments: &[&str]) -> String {
-        self.run(&[&["keys", "create"], arguments].concat()).with_code(0).stdout.trim().to_owned()
+        self.run(&[&["keys", "create"], arguments].concat())
+            .with_code(0)
+            .stdout
+            .trim()
+            .to_owned()
     }
 
     /// A key of tenant `acme` that opened this path, and has been revoked.
     pub async fn revoked_key(&self, path: &str) -> String {
-        let ran = self.run(&["keys", "create", "--tenant", "acme"]).with_code(0);
+        let ran = self
+            .run(&["keys", "create", "--tenant", "acme"])
+            .with_code(0);
         let (key, id) = (ran.stdout.trim(), ran.stderr.split_once(':').unwrap().0);
         self.get(path, key).await.with_status(200);
         self.run(&["keys", "revoke", id]).with_code(0);
@@ -92,10 +109,20 @@ impl World {
             let status = self.get(path, &key).await.status;
             let answered = Clock::system().now_ms();
             if answered < created_before + 2000 {
-                assert_eq!(status, 200, "{} ms before it expires", created_before + 2000 - answered);
+                assert_eq!(
+                    status,
+                    200,
+                    "{} ms before it expires",
+                    created_before + 2000 - answered
+                );
             }
             if asked >= created_after + 2000 {
-                assert_eq!(status, 401, "{} ms after it expired", asked - created_after - 2000);
+                assert_eq!(
+                    status,
+                    401,
+                    "{} ms after it expired",
+                    asked - created_after - 2000
+                );
                 return key;
             }
             tokio::time::sleep(std::time::Duration::from_millis(20)).await;
@@ -113,20 +140,43 @@ impl World {
     }
 
     pub fn run_with_input(&self, arguments: &[&str], input: &[u8]) -> Ran {
-        command::run(&[("DATABASE_URL", &self.database.url), ("STRIPE_WEBHOOK_SECRET", SECRET)], arguments, input)
+        command::run(
+            &[
+                ("DATABASE_URL", &self.database.url),
+                ("STRIPE_WEBHOOK_SECRET", SECRET),
+            ],
+            arguments,
+            input,
+        )
     }
 
     /// The same world with another server in it, that is set up in another way.
     pub fn with_server(mut self, environment: &[(&str, &str)]) -> World {
         let secrets = format!("live={SECRET},old={OLD_SECRET}");
-        let usual = [("DATABASE_URL", self.database.url.as_str()), ("STRIPE_WEBHOOK_SECRET", &secrets)];
+        let usual = [
+            ("DATABASE_URL", self.database.url.as_str()),
+            ("STRIPE_WEBHOOK_SECRET", &secrets),
+        ];
         self.server = Server::start_with(&[&usual, environment].concat());
         self
     }
 
     /// The answer is checked against the OpenAPI document, whatever it is.
-    pub async fn send(&self, method: &str, path: &str, headers: &[(&str, &str)], body: Vec<u8>) -> Answer {
-        let answer = http::send(&self.client, method, &format!("{}{path}", self.server.base), headers, body).await;
+    pub async fn send(
+        &self,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: Vec<u8>,
+    ) -> Answer {
+        let answer = http::send(
+            &self.client,
+            method,
+            &format!("{}{path}", self.server.base),
+            headers,
+            body,
+        )
+        .await;
         assert_documented(method, path, &answer);
         answer
     }
@@ -137,14 +187,26 @@ impl World {
 
     /// The payment states of each invoice of tenant `acme` that has any, by its uid, as `invoices list` prints them.
     pub fn all_histories(&self) -> BTreeMap<String, String> {
-        let listed = self.run(&["invoices", "list", "--tenant", "acme", "--json"]).with_code(0).json_lines();
-        listed.iter().map(uid_and_states).filter(|(_, states)| states != "[]").collect()
+        let listed = self
+            .run(&["invoices", "list", "--tenant", "acme", "--json"])
+            .with_code(0)
+            .json_lines();
+        listed
+            .iter()
+            .map(uid_and_states)
+            .filter(|(_, states)| states != "[]")
+            .collect()
     }
 
     /// The ids of all events that are kept, as often as they are there.
     pub fn logged_ids(&self) -> Vec<String> {
-        let log = self.run(&["events", "list", "--limit", "100000", "--json"]).with_code(0).json_lines();
-        log.iter().map(|event| event["id"].as_str().unwrap().to_owned()).collect()
+        let log = self
+            .run(&["events", "list", "--limit", "100000", "--json"])
+            .with_code(0)
+            .json_lines();
+        log.iter()
+            .map(|event| event["id"].as_str().unwrap().to_owned())
+            .collect()
     }
 
     pub async fn get(&self, path: &str, key: &str) -> Answer {
@@ -153,12 +215,22 @@ impl World {
 
     /// As the operator.
     pub async fn put(&self, path: &str, document: &Value) -> Answer {
-        self.send("PUT", path, &[("ApiKey", &self.operator_key)], document.to_string().into_bytes()).await
+        self.send(
+            "PUT",
+            path,
+            &[("ApiKey", &self.operator_key)],
+            document.to_string().into_bytes(),
+        )
+        .await
     }
 
     /// Stores an invoice of tenant `acme` that says nothing but its Stripe invoice.
     pub async fn store(&self, uid: &str, stripe_invoice_id: &str) -> Answer {
-        self.put(&invoice_path(uid), &json!({"status": {"stripeInvoiceId": stripe_invoice_id}})).await
+        self.put(
+            &invoice_path(uid),
+            &json!({"status": {"stripeInvoiceId": stripe_invoice_id}}),
+        )
+        .await
     }
 
     /// Delivers an event, signed now with the live secret.
@@ -172,23 +244,47 @@ impl World {
     }
 
     pub async fn deliver_signed(&self, signature: &str, body: &[u8]) -> Answer {
-        self.send("POST", "/webhooks/stripe", &[("Stripe-Signature", signature)], body.to_vec()).await
+        self.send(
+            "POST",
+            "/webhooks/stripe",
+            &[("Stripe-Signature", signature)],
+            body.to_vec(),
+        )
+        .await
     }
 
     /// `State time` of each entry of an invoice of tenant `acme`, as its key reads it.
     pub async fn history(&self, uid: &str) -> Vec<String> {
         let states = self.states(uid).await;
-        let line = |state: &Value| format!("{} {}", state["state"].as_str().unwrap(), state["timestamp"].as_str().unwrap());
-        states.as_array().expect("states are always there").iter().map(line).collect()
+        let line = |state: &Value| {
+            format!(
+                "{} {}",
+                state["state"].as_str().unwrap(),
+                state["timestamp"].as_str().unwrap()
+            )
+        };
+        states
+            .as_array()
+            .expect("states are always there")
+            .iter()
+            .map(line)
+            .collect()
     }
 
     pub async fn states(&self, uid: &str) -> Value {
-        self.get(&invoice_path(uid), &self.acme_key).await.with_status(200).invoice()["status"]["states"].clone()
+        self.get(&invoice_path(uid), &self.acme_key)
+            .await
+            .with_status(200)
+            .invoice()["status"]["states"]
+            .clone()
     }
 }
 
 pub fn uid_and_states(invoice: &Value) -> (String, String) {
-    (invoice["metadata"]["uid"].as_str().unwrap().to_owned(), invoice["status"]["states"].to_string())
+    (
+        invoice["metadata"]["uid"].as_str().unwrap().to_owned(),
+        invoice["status"]["states"].to_string(),
+    )
 }
 
 pub fn invoice_path(uid: &str) -> String {
@@ -203,7 +299,10 @@ pub fn signature(secret: &str, time_s: i64, body: &[u8]) -> String {
 impl Server {
     pub fn start(database_url: &str) -> Server {
         let secrets = format!("live={SECRET},old={OLD_SECRET}");
-        Server::start_with(&[("DATABASE_URL", database_url), ("STRIPE_WEBHOOK_SECRET", &secrets)])
+        Server::start_with(&[
+            ("DATABASE_URL", database_url),
+            ("STRIPE_WEBHOOK_SECRET", &secrets),
+        ])
     }
 
     /// Returns when it says that it listens.
@@ -215,11 +314,27 @@ impl Server {
     pub fn start_command(mut command: Command) -> Server {
         command.env("LISTEN_ADDR", "127.0.0.1:0");
         let log = NamedTempFile::new().unwrap();
-        let mut process = command.arg("serve").stdout(Stdio::piped()).stderr(log.reopen().unwrap()).spawn().unwrap();
+        let mut process = command
+            .arg("serve")
+            .stdout(Stdio::piped())
+            .stderr(log.reopen().unwrap())
+            .spawn()
+            .unwrap();
         let mut line = String::new();
-        BufReader::new(process.stdout.take().unwrap()).read_line(&mut line).unwrap();
-        let told = || format!("first line: {line:?}, and {}", std::fs::read_to_string(log.path()).unwrap());
-        let base = line.trim().strip_prefix("listening on ").unwrap_or_else(|| panic!("{}", told())).to_owned();
+        BufReader::new(process.stdout.take().unwrap())
+            .read_line(&mut line)
+            .unwrap();
+        let told = || {
+            format!(
+                "first line: {line:?}, and {}",
+                std::fs::read_to_string(log.path()).unwrap()
+            )
+        };
+        let base = line
+            .trim()
+            .strip_prefix("listening on ")
+            .unwrap_or_else(|| panic!("{}", told()))
+            .to_owned();
         Server { base, process, log }
     }
 
@@ -239,7 +354,12 @@ impl Server {
     /// Memory in MB: what it has alone, and its share of what it shares.
     pub fn memory_mb(&self) -> u64 {
         let text = std::fs::read_to_string(format!("/proc/{}/smaps_rollup", self.pid())).unwrap();
-        let kb = text.lines().find_map(|line| line.strip_prefix("Pss:")).unwrap().trim().trim_end_matches(" kB");
+        let kb = text
+            .lines()
+            .find_map(|line| line.strip_prefix("Pss:"))
+            .unwrap()
+            .trim()
+            .trim_end_matches(" kB");
         kb.parse::<u64>().unwrap() / 1024
     }
 
@@ -251,7 +371,10 @@ impl Server {
 
     /// SIGTERM, without waiting.
     pub fn ask_to_stop(&self) {
-        let sent = std::process::Command::new("kill").args(["-TERM", &self.pid().to_string()]).status().unwrap();
+        let sent = std::process::Command::new("kill")
+            .args(["-TERM", &self.pid().to_string()])
+            .status()
+            .unwrap();
         assert!(sent.success());
     }
 
@@ -269,7 +392,11 @@ impl Drop for Server {
         if std::thread::panicking() {
             let log = self.log();
             let last: Vec<&str> = log.lines().rev().take(SHOWN).collect();
-            eprintln!("what {} logged, its last lines:\n{}", self.base, last.into_iter().rev().collect::<Vec<_>>().join("\n"));
+            eprintln!(
+                "what {} logged, its last lines:\n{}",
+                self.base,
+                last.into_iter().rev().collect::<Vec<_>>().join("\n")
+            );
         }
     }
 }
