@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use stripe_reconciler::clock::Clock;
-use stripe_reconciler::domain::signature::{SigningSecrets, sign};
+use stripe_reconciler::domain::stripe::signature::{SigningSecrets, sign};
 
 use crate::load::Requests;
 

@@ -15,7 +15,7 @@ use sqlx::postgres::PgPoolOptions;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
 use sqlx::{PgPool, Row, SqlitePool};
 use stripe_reconciler::clock::Clock;
-use stripe_reconciler::domain::signature::{SignatureHeader, SigningSecrets};
+use stripe_reconciler::domain::stripe::signature::{SignatureHeader, SigningSecrets};
 
 use crate::deliveries;
 

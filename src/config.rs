@@ -4,7 +4,7 @@
 use std::io::IsTerminal;
 use std::net::{SocketAddr, ToSocketAddrs};
 
-use crate::domain::signature::SigningSecrets;
+use crate::domain::stripe::signature::SigningSecrets;
 use crate::store::Store;
 use crate::stripe_api::{self, ApiKey};
 use crate::telemetry::{self, LogFormat, OtlpSettings};

@@ -41,22 +41,23 @@
 pub mod domain;
 
 pub mod clock;
-pub mod transport;
-
-pub mod stripe_api;
-
-pub mod store;
+pub mod http_client;
 
 pub mod metrics;
-
-pub mod inbox;
-
-pub mod flows;
-
-pub mod http;
-
+pub mod store;
+pub mod stripe_api;
 pub mod telemetry;
 
 pub mod config;
+pub mod ingest;
+pub mod monitoring;
+pub mod queries;
+
+pub mod reconcile;
+
+pub mod doctor;
+pub mod jobs;
+
+pub mod http;
 
 pub mod cli;

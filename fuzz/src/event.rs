@@ -6,11 +6,11 @@ use std::collections::HashSet;
 
 use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
-use stripe_reconciler::domain::comparison::differences;
-use stripe_reconciler::domain::event::{self, Event, EventKey, FETCHED, Reading, Telling};
-use stripe_reconciler::domain::fact::tells_a_fact;
+use stripe_reconciler::domain::history::fact::tells_a_fact;
 use stripe_reconciler::domain::history::{Entry, Known, fold, lacks_reason};
-use stripe_reconciler::domain::invoice::{ImportedState, State, render, validate};
+use stripe_reconciler::domain::invoice::comparison::differences;
+use stripe_reconciler::domain::invoice::document::{ImportedState, State, render, validate};
+use stripe_reconciler::domain::stripe::event::{self, Event, EventKey, FETCHED, Reading, Telling};
 use stripe_reconciler::domain::time::LAST_SECOND;
 
 use super::message::is_fit;

@@ -4,8 +4,8 @@
 use serde::Deserialize;
 use serde_json::Value;
 use stripe_reconciler::domain::history::fold;
-use stripe_reconciler::domain::invoice::{Fault, ValidInvoice, render, validate};
-use stripe_reconciler::flows::invoices::new_invoice;
+use stripe_reconciler::domain::invoice::document::{Fault, ValidInvoice, render, validate};
+use stripe_reconciler::queries::invoices::new_invoice;
 
 /// Documents of an input that are looked at: JSON values one after another.
 const DOCUMENTS: usize = 32;

@@ -5,7 +5,7 @@
 //! header stands for what the first secret signs, `$1` for the second: nobody guesses these.
 
 use sha2::{Digest, Sha256};
-use stripe_reconciler::domain::signature::{
+use stripe_reconciler::domain::stripe::signature::{
     Refusal, SignatureHeader, SigningSecrets, TOLERANCE_S, sign,
 };
 

@@ -11,13 +11,14 @@ use hyper::service::Service;
 use hyper::{Method, Request, StatusCode, Uri};
 use hyper_util::service::TowerToHyperService;
 use stripe_reconciler::clock::Clock;
-use stripe_reconciler::domain::signature::{SigningSecrets, sign};
-use stripe_reconciler::domain::{api_key, session};
-use stripe_reconciler::flows::ingest::{Delivery, prepare};
-use stripe_reconciler::flows::invoices::new_invoice;
+use stripe_reconciler::domain::api_key;
+use stripe_reconciler::domain::stripe::signature::{SigningSecrets, sign};
+use stripe_reconciler::http::session_token;
 use stripe_reconciler::http::{AppState, MetricsAt, Ui, router};
-use stripe_reconciler::inbox::{Inbox, Writer};
+use stripe_reconciler::ingest::batch_writer::{Inbox, Writer};
+use stripe_reconciler::ingest::{Delivery, prepare};
 use stripe_reconciler::metrics::Metrics;
+use stripe_reconciler::queries::invoices::new_invoice;
 use stripe_reconciler::store::{ApiKey, NewInvoice, Scope, Source, Store};
 use tempfile::TempDir;
 use tokio::runtime::{Builder, Runtime};
@@ -137,7 +138,7 @@ impl World {
 
     /// The cookie of who has signed in with a key.
     pub fn session(&self, key: &str) -> String {
-        session::issue(
+        session_token::issue(
             &secrets(),
             key,
             &api_key::hash(key.as_bytes()),

@@ -3,10 +3,11 @@
 use clap::Args;
 use serde_json::json;
 
-use super::{Exit, Settings, output};
+use super::output;
+use super::{Exit, Settings};
 use crate::clock::Clock;
 use crate::config::{Config, Flags, Mistakes, Purpose};
-use crate::flows::copy::{self, Carried, CopyError, Differing, How, Report};
+use crate::jobs::copy::{self, Carried, CopyError, Differing, How, Report};
 use crate::store::{Store, StoreError};
 use crate::telemetry;
 

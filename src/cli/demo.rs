@@ -14,16 +14,18 @@ use tempfile::TempDir;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
+use super::keys;
+use super::output;
 use super::serve::{Service, serve};
-use super::{Exit, Settings, keys, output};
+use super::{Exit, Settings};
 use crate::clock::Clock;
-use crate::domain::signature::SigningSecrets;
-use crate::flows::ingest::Outcome;
-use crate::flows::invoices::new_invoice;
-use crate::flows::replay::Endpoint;
+use crate::domain::stripe::signature::SigningSecrets;
 use crate::http::{self, Ui};
+use crate::http_client::Transport;
+use crate::ingest::Outcome;
+use crate::jobs::replay::Endpoint;
+use crate::queries::invoices::new_invoice;
 use crate::store::{Scope, Store};
-use crate::transport::Transport;
 
 const TENANT: &str = "acme";
 /// Of the server: this is all that talks to it.

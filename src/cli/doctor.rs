@@ -3,11 +3,12 @@
 use clap::Args;
 use serde_json::json;
 
+use super::output;
 use super::reconcile::StripeFlags;
-use super::{Exit, Settings, output};
+use super::{Exit, Settings};
 use crate::clock::Clock;
 use crate::config::{Config, Flags, Purpose};
-use crate::flows::doctor::{self, Check, Patient, State};
+use crate::doctor::{self, Check, Patient, State};
 use crate::store::Store;
 use crate::stripe_api::{self, StripeApi};
 use crate::telemetry;

@@ -3,10 +3,11 @@
 use clap::{Args, Subcommand};
 use serde_json::json;
 
-use super::{Access, Exit, Settings, duration_ms, output};
+use super::output;
+use super::{Access, Exit, Settings, duration_ms};
 use crate::clock::Clock;
 use crate::config::Mistakes;
-use crate::flows::events::{self, Body, OutcomeFilter, PageRequest, Shown};
+use crate::queries::events::{self, Body, OutcomeFilter, PageRequest, Shown};
 use crate::store::{LoggedEvent, Outcome, Store};
 
 /// List, show, export and prune what was received

@@ -8,9 +8,10 @@ use clap::Args;
 use http_body_util::Full;
 use hyper::Request;
 
-use super::{Exit, Settings, output};
+use super::output;
+use super::{Exit, Settings};
 use crate::config::{Config, Flags, Purpose};
-use crate::transport::Transport;
+use crate::http_client::Transport;
 
 const PATIENCE: Duration = Duration::from_secs(3);
 /// More than its answer ever is.

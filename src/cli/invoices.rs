@@ -7,12 +7,13 @@ use clap::{Args, Subcommand};
 use indicatif::ProgressBar;
 use serde_json::json;
 
-use super::{Access, Exit, Settings, output};
+use super::output;
+use super::{Access, Exit, Settings};
 use crate::clock::Clock;
 use crate::config::Mistakes;
-use crate::domain::invoice::validate_uid;
-use crate::flows::import::{self, Counts, Refused, Watcher};
-use crate::flows::invoices::{PageRequest, StateFilter, history, page, render};
+use crate::domain::invoice::document::validate_uid;
+use crate::jobs::import::{self, Counts, Refused, Watcher};
+use crate::queries::invoices::{PageRequest, StateFilter, history, page, render};
 use crate::store::{Store, StoredInvoice};
 
 /// Import, show and list invoices

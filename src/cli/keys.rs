@@ -4,11 +4,12 @@ use clap::{Args, Subcommand};
 use serde_json::json;
 use uuid::Uuid;
 
-use super::{Access, Exit, Settings, duration_ms, output};
+use super::output;
+use super::{Access, Exit, Settings, duration_ms};
 use crate::clock::Clock;
 use crate::config::Mistakes;
 use crate::domain::api_key;
-use crate::domain::invoice::validate_uid;
+use crate::domain::invoice::document::validate_uid;
 use crate::store::{ApiKey, Scope, Store, StoreError};
 
 /// Make, list and revoke API keys

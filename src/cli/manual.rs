@@ -7,7 +7,8 @@ use clap::{Args, CommandFactory};
 use clap_complete::Shell;
 use roff::{Roff, roman};
 
-use super::{Arguments, Exit, output};
+use super::output;
+use super::{Arguments, Exit};
 
 /// Print completions for a shell
 #[derive(Args)]

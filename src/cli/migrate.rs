@@ -3,7 +3,8 @@
 use clap::Args;
 use serde_json::json;
 
-use super::{Exit, Settings, output};
+use super::output;
+use super::{Exit, Settings};
 use crate::config::{Config, Purpose};
 use crate::store::Store;
 use crate::telemetry;

@@ -23,9 +23,9 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::clock::Clock;
 use crate::config::{Config, Flags, Mistakes, Purpose};
-use crate::flows::reconcile::ReconcileError;
-use crate::flows::replay::ReplayError;
-use crate::inbox::InboxError;
+use crate::ingest::batch_writer::InboxError;
+use crate::jobs::replay::ReplayError;
+use crate::reconcile::ReconcileError;
 use crate::store::{Store, StoreError};
 use crate::stripe_api::StripeApiError;
 use crate::telemetry;

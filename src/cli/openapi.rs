@@ -2,7 +2,8 @@
 
 use clap::Args;
 
-use super::{Exit, output};
+use super::Exit;
+use super::output;
 use crate::http;
 
 /// Print the OpenAPI 3.1 document of the HTTP API, as GET /openapi.json answers it

@@ -5,8 +5,9 @@ use std::collections::BTreeMap;
 use clap::Args;
 use serde_json::json;
 
-use super::{Access, Exit, Settings, output};
-use crate::flows::rebuild::{self, Difference, Mode, Report};
+use super::output;
+use super::{Access, Exit, Settings};
+use crate::jobs::rebuild::{self, Difference, Mode, Report};
 use crate::store::Store;
 
 /// Derive all facts again from the stored bytes, and print what differs, by invoice

@@ -7,13 +7,14 @@ use anyhow::Context;
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::{Access, Exit, Settings, open, output};
+use super::output;
+use super::{Access, Exit, Settings, open};
 use crate::clock::Clock;
 use crate::config::{Config, Flags, Mistakes, Purpose};
-use crate::flows::reconcile::{
+use crate::ingest::batch_writer::Inbox;
+use crate::reconcile::{
     self, Differing, Extent, Healed, Lease, Mode, Plan, ReconcileError, Report, Tools, UnknownHere,
 };
-use crate::inbox::Inbox;
 use crate::store::{Run, Store};
 use crate::stripe_api::StripeApi;
 

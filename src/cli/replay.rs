@@ -8,11 +8,12 @@ use clap::Args;
 use indicatif::ProgressBar;
 use serde_json::json;
 
-use super::{Access, Exit, Settings, output};
+use super::output;
+use super::{Access, Exit, Settings};
 use crate::clock::Clock;
 use crate::config::{Config, Flags, Mistakes, Purpose};
-use crate::flows::replay::{self, Counts, Endpoint, Target, Watcher};
-use crate::inbox::Inbox;
+use crate::ingest::batch_writer::Inbox;
+use crate::jobs::replay::{self, Counts, Endpoint, Target, Watcher};
 
 /// Deliver recorded payloads again: to the database, or signed afresh to a URL
 #[derive(Args)]

@@ -12,15 +12,16 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use super::output;
 use super::reconcile::StripeFlags;
-use super::{Access, Exit, Settings, open, output};
+use super::{Access, Exit, Settings, open};
 use crate::clock::Clock;
 use crate::config::{Config, Flags, Mistakes, Purpose};
-use crate::domain::signature::SigningSecrets;
-use crate::flows::reconcile::{self, Tools};
+use crate::domain::stripe::signature::SigningSecrets;
 use crate::http::{self, AppState, MetricsAt, Ui};
-use crate::inbox::Inbox;
+use crate::ingest::batch_writer::Inbox;
 use crate::metrics::Metrics;
+use crate::reconcile::{self, Tools};
 use crate::store::Store;
 use crate::stripe_api::StripeApi;
 

@@ -2,10 +2,11 @@
 
 use clap::Args;
 
-use super::{Access, Exit, Settings, output};
+use super::output;
+use super::{Access, Exit, Settings};
 use crate::clock::Clock;
 use crate::config::Mistakes;
-use crate::flows::evidence::{self, Evidence, Proven};
+use crate::queries::evidence::{self, Evidence, Proven};
 use crate::store::LoggedEvent;
 
 /// Show why an invoice is in the state it is in: each entry of its history, and the events that prove it

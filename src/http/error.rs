@@ -8,8 +8,8 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
-use crate::domain::invoice::Fault;
-use crate::inbox::InboxError;
+use crate::domain::invoice::document::Fault;
+use crate::ingest::batch_writer::InboxError;
 use crate::store::StoreError;
 
 #[derive(Clone, Debug)]

@@ -10,8 +10,9 @@ use serde::{Deserialize, Serialize};
 use super::AppState;
 use super::auth::authenticate_operator;
 use super::error::ApiError;
-use super::{invoices, query};
-use crate::flows::events::{self, Cursor, Listed, OutcomeFilter, PageRequest, Shown};
+use super::invoices;
+use super::pagination;
+use crate::queries::events::{self, Cursor, Listed, OutcomeFilter, PageRequest, Shown};
 
 const NOT_SHARED: [(HeaderName, &str); 1] = [(header::CACHE_CONTROL, "private, no-cache")];
 
@@ -64,7 +65,7 @@ pub async fn show(
     authenticate_operator(&state, &headers).await?;
     let id = invoices::valid_id("id", path)?;
     let Query(query) = query?;
-    let after = query::cursor(query.cursor.as_deref(), Cursor::parse)?;
+    let after = pagination::cursor(query.cursor.as_deref(), Cursor::parse)?;
     let found = events::renderings(&state.store, &id, after).await?;
     if found.renderings.is_empty() && after.is_none() {
         return Err(ApiError::NotFound);
@@ -86,14 +87,14 @@ impl ListQuery {
     fn into_request(self) -> Result<PageRequest, ApiError> {
         let unfit = |reason: String| ApiError::InvalidQuery(format!("outcome {reason}"));
         Ok(PageRequest {
-            event_type: query::sought("type", self.event_type)?,
-            stripe_invoice_id: query::sought("invoice", self.invoice)?,
+            event_type: pagination::sought("type", self.event_type)?,
+            stripe_invoice_id: pagination::sought("invoice", self.invoice)?,
             outcome: match self.outcome.as_deref() {
                 None => OutcomeFilter::Any,
                 Some(text) => OutcomeFilter::parse(text).map_err(unfit)?,
             },
-            limit: query::limit(self.limit.as_deref())?,
-            after: query::cursor(self.cursor.as_deref(), Cursor::parse)?,
+            limit: pagination::limit(self.limit.as_deref())?,
+            after: pagination::cursor(self.cursor.as_deref(), Cursor::parse)?,
         })
     }
 }

@@ -10,7 +10,7 @@ use super::AppState;
 use super::auth::authenticate;
 use super::error::ApiError;
 use super::invoices::{TenantAndInvoice, valid};
-use crate::flows::evidence;
+use crate::queries::evidence;
 
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]

@@ -12,9 +12,9 @@ use sha2::{Digest, Sha256};
 use super::AppState;
 use super::auth::{authenticate, key_hashes, scope};
 use super::error::ApiError;
-use super::query;
-use crate::domain::invoice::{self, Fault};
-use crate::flows::invoices::{self as flow, Page, PageRequest, StateFilter};
+use super::pagination;
+use crate::domain::invoice::document::{self, Fault};
+use crate::queries::invoices::{self as flow, Page, PageRequest, StateFilter};
 use crate::store::{Put, Scope, StoredInvoice};
 
 pub type TenantAndInvoice = Result<Path<(String, String)>, PathRejection>;
@@ -151,9 +151,9 @@ impl ListQuery {
             None => StateFilter::Any,
             Some(text) => StateFilter::parse(text).map_err(ApiError::InvalidQuery)?,
         };
-        let stripe_invoice_id = query::sought("stripeInvoiceId", self.stripe_invoice_id)?;
-        let limit = query::limit(self.limit.as_deref())?;
-        let after = query::cursor(self.cursor.as_deref(), flow::Cursor::parse)?;
+        let stripe_invoice_id = pagination::sought("stripeInvoiceId", self.stripe_invoice_id)?;
+        let limit = pagination::limit(self.limit.as_deref())?;
+        let after = pagination::cursor(self.cursor.as_deref(), flow::Cursor::parse)?;
         Ok(PageRequest {
             tenant_uid: Some(tenant_uid),
             stripe_invoice_id,
@@ -186,7 +186,7 @@ pub fn valid_id(name: &str, path: Result<Path<String>, PathRejection>) -> Result
 }
 
 fn valid_uid(name: &str, uid: &str) -> Result<(), ApiError> {
-    invoice::validate_uid(uid).map_err(|reason| ApiError::InvalidPath(format!("{name} {reason}")))
+    document::validate_uid(uid).map_err(|reason| ApiError::InvalidPath(format!("{name} {reason}")))
 }
 
 fn not_utf8() -> ApiError {

@@ -6,7 +6,6 @@
 //! goes through. Below them, `serve` accepts connections, and `places` says how many there may be, how long they may take, and who
 //! gives way.
 
-mod around;
 mod auth;
 mod error;
 mod events;
@@ -14,11 +13,10 @@ mod evidence;
 mod health;
 mod invoices;
 mod metrics;
+mod middleware;
 pub mod openapi;
-mod place;
-mod places;
-mod query;
-mod serve;
+mod pagination;
+mod server;
 mod ui;
 mod webhook;
 
@@ -32,15 +30,16 @@ use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::compression::CompressionLayer;
 
 use crate::clock::Clock;
-use crate::domain::signature::SigningSecrets;
-use crate::flows::signs::Signs;
-use crate::inbox::Inbox;
+use crate::domain::stripe::signature::SigningSecrets;
+use crate::ingest::batch_writer::Inbox;
 use crate::metrics::Metrics;
+use crate::monitoring::monitor::Signs;
 use crate::store::Store;
 use error::ApiError;
 use metrics::Scrapers;
 
-pub use serve::{listen, serve};
+pub use server::{listen, serve};
+pub use ui::session_token;
 
 /// The largest body that is read, in bytes.
 const BODY_LIMIT: usize = 1024 * 1024;
@@ -152,10 +151,10 @@ fn finish(routes: Router<AppState>, state: AppState) -> Router {
         .with_state(state)
         .layer(DefaultBodyLimit::max(BODY_LIMIT))
         .layer(CatchPanicLayer::custom(error::panicked))
-        .layer(axum::middleware::from_fn(around::note_status))
+        .layer(axum::middleware::from_fn(middleware::note_status))
         .layer(CompressionLayer::new())
         .layer(axum::middleware::from_fn_with_state(
             metrics,
-            around::request,
+            middleware::request,
         ))
 }

@@ -16,9 +16,9 @@ use serde_json::{Value, json};
 
 use super::error::ApiError;
 use super::{AppState, BODY_LIMIT};
-use crate::domain::signature::{Refusal, SignatureHeader};
-use crate::flows::ingest::{self, Delivery, Outcome};
-use crate::inbox::InboxError;
+use crate::domain::stripe::signature::{Refusal, SignatureHeader};
+use crate::ingest::batch_writer::InboxError;
+use crate::ingest::{self, Delivery, Outcome};
 use crate::metrics::{Metrics, Rejection};
 use crate::store::Source;
 

@@ -5,7 +5,7 @@
 //! `flows/signs`, and never by a delivery.
 
 mod process;
-mod registering;
+mod registry;
 
 use std::time::Duration;
 
@@ -14,9 +14,9 @@ use prometheus::{
     TextEncoder,
 };
 
-use crate::domain::signature::Refusal;
+use crate::domain::stripe::signature::Refusal;
 use process::Process;
-use registering::Registering;
+use registry::Registering;
 
 /// Seconds: from half a millisecond to ten seconds.
 const SECONDS: [f64; 14] = [

@@ -2,9 +2,9 @@
 
 use std::collections::HashSet;
 
-use super::session::{Session, execute, rows};
+use super::engine::connection::{Session, execute, rows};
 use super::{Engine, Store, StoreError};
-use crate::domain::event::{EventKey, Mention};
+use crate::domain::stripe::event::{EventKey, Mention};
 
 /// The way a delivery came.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -4,10 +4,10 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::histories::{self, Reader};
-use super::session::{Session, execute, rows};
+use super::engine::connection::{Session, execute, rows};
+use super::invoice_reads::{self, Reader};
 use super::{Engine, Store, StoreError};
-use crate::domain::event::EventKey;
+use crate::domain::stripe::event::EventKey;
 
 /// An invoice as stored, and what is told about it.
 #[derive(Clone, Debug)]
@@ -168,7 +168,7 @@ impl Store {
         let mut answers = Vec::with_capacity(batch.len());
         for new in batch {
             let (stored, _) =
-                histories::read(&mut session, &new.tenant_uid, &new.invoice_uid, Reader::Us)
+                invoice_reads::read(&mut session, &new.tenant_uid, &new.invoice_uid, Reader::Us)
                     .await?;
             answers.push(match precondition(stored.as_ref()) {
                 true => write(&mut session, new, stored, now_ms).await?,
@@ -253,7 +253,7 @@ impl Store {
             }
         }?;
         let mut invoices: Vec<StoredInvoice> = found.into_iter().map(stored_invoice).collect();
-        histories::tell(&mut session, &mut invoices).await?;
+        invoice_reads::tell(&mut session, &mut invoices).await?;
         session.done().await?;
         Ok(invoices)
     }
@@ -281,7 +281,7 @@ impl Store {
             None => rows!(session, fetch_all, InvoiceRow, BY_UID, start, end, limit),
         }?;
         let mut invoices: Vec<StoredInvoice> = found.into_iter().map(stored_invoice).collect();
-        histories::tell(&mut session, &mut invoices).await?;
+        invoice_reads::tell(&mut session, &mut invoices).await?;
         session.done().await?;
         Ok(invoices)
     }

@@ -1,6 +1,6 @@
 //! API keys: only the hash of each is kept.
 
-use super::session::{execute, rows};
+use super::engine::connection::{execute, rows};
 use super::{Store, StoreError};
 
 /// What a key opens.

@@ -5,41 +5,37 @@
 //! of SQL for both engines, run through `session`, on connections that `pool` keeps ready. What differs between them, opening and
 //! appending, is in `sqlite` and `postgres`. What the rows mean to a payment is not known here: that is `domain`.
 
-mod copying;
+mod copy;
+mod engine;
 mod error;
 mod events;
-mod histories;
+mod invoice_reads;
 mod invoices;
 mod keys;
-mod pool;
-mod postgres;
-mod reconciling;
-mod session;
-mod signs;
-mod sqlite;
-mod tables;
+mod monitoring;
+mod reconcile;
 
 use std::cmp::Ordering;
 
 use sqlx::migrate::{Migrate, Migration, MigrationType, Migrator};
 use sqlx::{Connection, SqlSafeStr};
 
-pub use copying::{Cell, CopyTarget, Page, Row};
+pub use copy::rows::{Cell, CopyTarget, Page, Row};
+pub use copy::tables::Table;
 pub use error::StoreError;
 pub use events::{
     Appended, EventFilter, LoggedEvent, NewEvent, Outcome, PackedBody, Source, StoredBody,
 };
 pub use invoices::{InvoiceCursor, NewInvoice, Put, StoredInvoice, StoredTelling};
 pub use keys::{ApiKey, Scope};
-pub use reconciling::{
+pub use monitoring::{Awaited, COUNTED, Counted, Disk, LogLine, News, Space};
+pub use reconcile::{
     Asked, AskedAbout, Backlog, CLOCKS_DIFFER_MS, Checked, Comparison, Run, ToAsk, ToCheck,
 };
-pub use signs::{Awaited, COUNTED, Counted, Disk, LogLine, News, Space};
-pub use tables::Table;
 
-use postgres::PostgresStore;
-use session::{Session, rows};
-use sqlite::SqliteStore;
+use engine::connection::{Session, rows};
+use engine::postgres::PostgresStore;
+use engine::sqlite::SqliteStore;
 
 /// Embedded into the binary, in the words of each engine. An applied migration is never edited.
 const MIGRATIONS: [(i64, &str, [&str; 2]); 4] = [
@@ -112,7 +108,7 @@ impl Store {
         Store::check_url(url).map_err(StoreError::Refused)?;
         if let Some(file) = url
             .strip_prefix("sqlite://")
-            .map(sqlite::file)
+            .map(engine::sqlite::file)
             .transpose()?
             && !file.exists()
         {
@@ -140,7 +136,7 @@ impl Store {
             Some(path) if path.starts_with(":memory:") || path.contains("mode=memory") => {
                 Err("a database in memory keeps nothing: write sqlite://PATH".to_owned())
             }
-            Some(path) => sqlite::file(path)
+            Some(path) => engine::sqlite::file(path)
                 .map(drop)
                 .map_err(|e| format!("it cannot be read: {e}")),
             None => {

@@ -5,7 +5,7 @@
 //! and jitter, while Stripe is busy or away. What is asked, and what an answer means, is not known here: that is
 //! `flows/reconcile`. Nothing here ever sends anything but GET.
 
-mod budget;
+mod rate_limit;
 mod settings;
 
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
@@ -25,8 +25,8 @@ use stripe_client_core::{
 use tracing::{Instrument, field};
 
 use crate::domain::redact;
-use crate::transport::{Transport, TransportError};
-use budget::Budget;
+use crate::http_client::{Transport, TransportError};
+use rate_limit::Budget;
 pub use settings::{ApiKey, Settings};
 
 /// Stated with every call, so that what comes back does not change when Stripe's default does.

@@ -4,7 +4,7 @@
 //! What shows the way of a single delivery is at `debug`, and costs nothing while nobody looks. Spans of `debug` go to the
 //! collector whatever is logged.
 
-mod flood;
+mod log_rate_limit;
 mod otlp;
 mod settings;
 
@@ -22,7 +22,7 @@ use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer, Registry};
 
-use flood::Flood;
+use log_rate_limit::Flood;
 pub use otlp::dropped as dropped_spans;
 pub use settings::OtlpSettings;
 

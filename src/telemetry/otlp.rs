@@ -19,7 +19,7 @@ use prost::Message as _;
 use tokio::sync::{mpsc, oneshot};
 
 use super::settings::OtlpSettings;
-use crate::transport::Transport;
+use crate::http_client::Transport;
 
 /// Spans that may wait.
 const QUEUE: usize = 4096;

@@ -1,8 +1,8 @@
 //! Objects that Stripe's API returned: what they tell, and what they never tell.
 
 use serde_json::{Value, json};
-use stripe_reconciler::domain::event::{self, Reading, envelope};
 use stripe_reconciler::domain::history::lacks_reason;
+use stripe_reconciler::domain::stripe::event::{self, Reading, envelope};
 
 use crate::stripe::{
     INTENT, INVOICE, Shape, event as event_of, history, intent, invoice, known, with,

@@ -5,9 +5,9 @@ use std::collections::HashSet;
 
 use proptest::prelude::*;
 use serde_json::{Value, json};
-use stripe_reconciler::domain::event;
 use stripe_reconciler::domain::history::{Known, fold};
-use stripe_reconciler::domain::invoice::State;
+use stripe_reconciler::domain::invoice::document::State;
+use stripe_reconciler::domain::stripe::event;
 
 use crate::stripe::*;
 

@@ -2,7 +2,7 @@
 
 use serde_json::json;
 use stripe_reconciler::domain::history::fold;
-use stripe_reconciler::domain::invoice::{ImportedState, State};
+use stripe_reconciler::domain::invoice::document::{ImportedState, State};
 
 use crate::stripe::*;
 use Shape::{New, Old};

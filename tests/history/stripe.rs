@@ -1,8 +1,8 @@
 //! Small payloads in two shapes of Stripe's API, with only the fields that matter to a test. Full-size ones are in `fixtures/`.
 
 use serde_json::{Value, json};
-use stripe_reconciler::domain::event::{self, Reading};
 use stripe_reconciler::domain::history::{Entry, Known, fold};
+use stripe_reconciler::domain::stripe::event::{self, Reading};
 
 pub const INVOICE: &str = "in_1Q";
 pub const INTENT: &str = "pi_1Q";

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use stripe_reconciler::clock::Clock;
-use stripe_reconciler::flows::ingest::{Delivery, prepare};
+use stripe_reconciler::ingest::{Delivery, prepare};
 use stripe_reconciler::store::{Source, Store};
 use tokio::task::block_in_place;
 

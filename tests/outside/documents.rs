@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-use stripe_reconciler::domain::invoice;
+use stripe_reconciler::domain::invoice::document;
 
 use crate::support::run;
 

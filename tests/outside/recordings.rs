@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
-use stripe_reconciler::flows::ingest::{Delivery, prepare};
+use stripe_reconciler::ingest::{Delivery, prepare};
 use stripe_reconciler::store::{NewEvent, Outcome, Store};
 
 use crate::each_database;

@@ -10,7 +10,7 @@ mod signs;
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use stripe_reconciler::domain::event::{EventKey, Mention};
+use stripe_reconciler::domain::stripe::event::{EventKey, Mention};
 use stripe_reconciler::store::{NewEvent, NewInvoice, Outcome, PackedBody, Source, Store};
 
 use crate::support::{Database, Engine};

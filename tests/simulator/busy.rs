@@ -5,7 +5,7 @@ use std::cell::{Cell, RefCell};
 use futures_util::future::{join, join_all};
 use rand::RngExt;
 use rand::rngs::StdRng;
-use stripe_reconciler::flows::reconcile::{self, Lease, Mode, Plan, ReconcileError, Report};
+use stripe_reconciler::reconcile::{self, Lease, Mode, Plan, ReconcileError, Report};
 
 use super::process::Replica;
 use super::watch::Watch;

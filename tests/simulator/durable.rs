@@ -4,8 +4,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use stripe_reconciler::domain::event::{EventKey, FETCHED, Reading, Telling, read};
-use stripe_reconciler::flows::ingest::{Delivery, prepare};
+use stripe_reconciler::domain::stripe::event::{EventKey, FETCHED, Reading, Telling, read};
+use stripe_reconciler::ingest::{Delivery, prepare};
 use stripe_reconciler::store::{Asked, Cell, LoggedEvent, NewEvent, Store, StoredBody, Table};
 
 use crate::stripe_fake::{Event, Stripe};

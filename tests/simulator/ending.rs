@@ -5,10 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::Value;
 use stripe_reconciler::clock::Clock;
-use stripe_reconciler::domain::event::EventKey;
-use stripe_reconciler::flows::ingest::{Delivery, ingest};
-use stripe_reconciler::flows::rebuild;
-use stripe_reconciler::flows::reconcile::{self, Extent, Mode, Plan};
+use stripe_reconciler::domain::stripe::event::EventKey;
+use stripe_reconciler::ingest::{Delivery, ingest};
+use stripe_reconciler::jobs::rebuild;
+use stripe_reconciler::reconcile::{self, Extent, Mode, Plan};
 use stripe_reconciler::store::Source;
 
 use super::busy::End;

@@ -5,7 +5,7 @@ use std::cell::LazyCell;
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::Value;
-use stripe_reconciler::domain::event::EventKey;
+use stripe_reconciler::domain::stripe::event::EventKey;
 use stripe_reconciler::store::{Source, StoredBody};
 
 use crate::stripe_fake::{Event, Stripe};

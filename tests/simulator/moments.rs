@@ -1,7 +1,7 @@
 //! The same small story again and again, with a crash at one moment after the other: wherever the program waits for the world, and in
 //! the middle of what it was told.
 
-use stripe_reconciler::flows::reconcile::{Extent, Mode, Plan};
+use stripe_reconciler::reconcile::{Extent, Mode, Plan};
 
 use super::busy::{Busy, End};
 use super::ending::{calm_down, check_truth, read_all};

@@ -10,7 +10,7 @@ use rand::{RngExt, SeedableRng};
 use serde_json::Value;
 use stripe_reconciler::clock::Clock;
 use stripe_reconciler::domain::api_key;
-use stripe_reconciler::flows::reconcile::{Extent, Mode, Plan};
+use stripe_reconciler::reconcile::{Extent, Mode, Plan};
 use stripe_reconciler::store::{ApiKey, Scope, Store};
 
 use super::busy::{Busy, End};

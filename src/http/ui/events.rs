@@ -9,10 +9,11 @@ use serde::Deserialize;
 use super::layout::{self, Here, came_by, event_address, pager};
 use super::session::{Operator, Visitor};
 use super::text::{address, id, marked, quoted, time, time_s, visible_lines};
-use crate::domain::invoice::validate_uid;
-use crate::flows::events::{self, Cursor, OutcomeFilter, Page, PageRequest};
+use crate::domain::invoice::document::validate_uid;
+use crate::http::AppState;
 use crate::http::error::ApiError;
-use crate::http::{AppState, query};
+use crate::http::pagination;
+use crate::queries::events::{self, Cursor, OutcomeFilter, Page, PageRequest};
 use crate::store::{LoggedEvent, Outcome, Scope, StoredBody};
 
 const IN_A_PAGE: usize = 50;
@@ -36,7 +37,7 @@ pub async fn list(
 ) -> Result<Html<String>, ApiError> {
     let Query(asked) = asked?;
     let invoice = asked.invoice.filter(|invoice| !invoice.trim().is_empty());
-    let named = query::sought("invoice", invoice.map(|invoice| invoice.trim().to_owned()))?;
+    let named = pagination::sought("invoice", invoice.map(|invoice| invoice.trim().to_owned()))?;
     let page = page(
         &state,
         named.clone(),
@@ -101,7 +102,7 @@ async fn page(
     outcome: OutcomeFilter,
     cursor: Option<&str>,
 ) -> Result<Page, ApiError> {
-    let after = query::cursor(cursor, Cursor::parse)?;
+    let after = pagination::cursor(cursor, Cursor::parse)?;
     let request = PageRequest {
         event_type: None,
         stripe_invoice_id,
@@ -173,7 +174,7 @@ pub async fn show(
         return Err(ApiError::NotFound);
     };
     validate_uid(&event_id).map_err(|_| ApiError::NotFound)?;
-    let after = query::cursor(cursor.as_deref(), Cursor::parse)?;
+    let after = pagination::cursor(cursor.as_deref(), Cursor::parse)?;
     let found = events::renderings(&state.store, &event_id, after).await?;
     if found.renderings.is_empty() && after.is_none() {
         return Err(ApiError::NotFound);

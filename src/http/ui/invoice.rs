@@ -10,13 +10,13 @@ use serde_json::Value;
 use super::layout::{self, Here, badge};
 use super::session::Visitor;
 use super::text::{self, address, duration, encoded, id, quoted, sentence, time, time_s};
-use crate::domain::invoice::{State, validate_uid};
+use crate::domain::invoice::document::{State, validate_uid};
 use crate::domain::money;
 use crate::domain::time::timestamp;
-use crate::flows::evidence::{self, Evidence, Missing, Proven};
-use crate::flows::verdict::verdict;
 use crate::http::AppState;
 use crate::http::error::ApiError;
+use crate::queries::evidence::{self, Evidence, Missing, Proven};
+use crate::queries::payment_summary::verdict;
 
 /// Proofs of an entry that are shown at once; the others unfold.
 const AT_ONCE: usize = 3;

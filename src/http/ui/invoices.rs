@@ -10,10 +10,11 @@ use super::layout::{self, Here, badge, pager};
 use super::session::Visitor;
 use super::text::{address, id, quoted, time};
 use crate::domain::history::Entry;
-use crate::domain::invoice::State;
-use crate::flows::invoices::{self as flow, Cursor, Page, PageRequest, StateFilter};
+use crate::domain::invoice::document::State;
+use crate::http::AppState;
 use crate::http::error::ApiError;
-use crate::http::{AppState, query};
+use crate::http::pagination;
+use crate::queries::invoices::{self as flow, Cursor, Page, PageRequest, StateFilter};
 use crate::store::StoredInvoice;
 
 const IN_A_PAGE: usize = 50;
@@ -45,7 +46,7 @@ pub async fn list(
             StateFilter::parse(filter).map_err(ApiError::InvalidQuery)?
         },
         limit: IN_A_PAGE,
-        after: query::cursor(asked.cursor.as_deref(), Cursor::parse)?,
+        after: pagination::cursor(asked.cursor.as_deref(), Cursor::parse)?,
     };
     let is_first = request.after.is_none();
     let Page { invoices, next } = flow::page(&state.store, &request).await?;

@@ -5,7 +5,7 @@ use maud::{DOCTYPE, Markup, html};
 
 use super::session::Visitor;
 use super::text::{address, id, quoted, time, time_s};
-use crate::domain::invoice::{State, validate_uid};
+use crate::domain::invoice::document::{State, validate_uid};
 use crate::store::{LoggedEvent, Source};
 
 /// Which part of the pages one belongs to.

@@ -10,6 +10,7 @@ mod invoices;
 mod layout;
 mod operations;
 mod session;
+pub mod session_token;
 mod text;
 
 use std::sync::LazyLock;

@@ -8,8 +8,8 @@ use serde_json::Value;
 use super::layout::{self, Here};
 use super::session::{Operator, Visitor};
 use super::text::{address, duration, id, marked, quoted, time};
+use crate::doctor::{self, Check, Patient, State};
 use crate::domain::time::parse_time;
-use crate::flows::doctor::{self, Check, Patient, State};
 use crate::http::AppState;
 use crate::http::error::ApiError;
 use crate::store::{Run, Scope};
@@ -85,7 +85,7 @@ pub async fn alarms(Given(state): Given<AppState>, _: Operator) -> Html<String> 
 }
 
 fn check_up(check: &Check) -> Markup {
-    use crate::domain::invoice::State as Payment;
+    use crate::domain::invoice::document::State as Payment;
     // The signs of the states of a payment serve here, too: done, not known, wrong.
     let (tone, word, sign) = match check.state {
         State::Ok => ("good", "Ok", Some(Payment::Paid)),

@@ -15,10 +15,10 @@ use serde::Deserialize;
 use super::layout::{self, Here};
 use super::text::address;
 use crate::domain::api_key;
-use crate::domain::session::{Claim, LIFE_S, issue};
 use crate::http::AppState;
 use crate::http::auth;
 use crate::http::error::ApiError;
+use crate::http::ui::session_token::{Claim, LIFE_S, issue};
 use crate::store::Scope;
 
 const COOKIE: &str = "stripe_reconciler_session";

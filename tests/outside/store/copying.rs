@@ -1,6 +1,6 @@
 //! What `copy` does with two databases: pages of rows, what is written over what, and who may write.
 
-use stripe_reconciler::flows::copy::{CopyError, Copying, How};
+use stripe_reconciler::jobs::copy::{CopyError, Copying, How};
 use stripe_reconciler::store::{
     Appended, Cell, Checked, CopyTarget, NewEvent, News, PackedBody, Row, Scope, Store, Table,
 };

@@ -2,8 +2,8 @@
 
 use std::collections::BTreeSet;
 
-use stripe_reconciler::domain::event::EventKey;
-use stripe_reconciler::inbox::{Inbox, InboxError};
+use stripe_reconciler::domain::stripe::event::EventKey;
+use stripe_reconciler::ingest::batch_writer::{Inbox, InboxError};
 use stripe_reconciler::store::{
     Appended, EventFilter, LoggedEvent, NewEvent, Outcome, PackedBody, Source, Store, StoreError,
 };
@@ -285,10 +285,10 @@ each_store! {
 
 /// As `Telling` has it.
 fn object(n: usize) -> String {
-    let payment = stripe_reconciler::domain::event::read(
+    let payment = stripe_reconciler::domain::stripe::event::read(
         format!(r#"{{"id":"evt_{n}","type":"charge.failed","created":1,"data":{{"object":{{"id":"ch_{n}","object":"charge","invoice":"in_9"}}}}}}"#).as_bytes(),
     );
-    let stripe_reconciler::domain::event::Reading::Event(event) = payment else {
+    let stripe_reconciler::domain::stripe::event::Reading::Event(event) = payment else {
         unreachable!("it is an event")
     };
     serde_json::to_value(event.telling.unwrap()).unwrap()["object"].to_string()

@@ -3,8 +3,8 @@
 use std::collections::BTreeSet;
 
 use serde_json::Value;
-use stripe_reconciler::domain::event::{EventKey, Reading, read};
-use stripe_reconciler::flows::ingest::{Delivery, prepare};
+use stripe_reconciler::domain::stripe::event::{EventKey, Reading, read};
+use stripe_reconciler::ingest::{Delivery, prepare};
 use stripe_reconciler::store::{
     ApiKey, InvoiceCursor, NewEvent, NewInvoice, Put, Scope, Source, Store, StoredInvoice,
 };

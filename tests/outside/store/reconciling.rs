@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use serde_json::value::RawValue;
-use stripe_reconciler::domain::event::EventKey;
+use stripe_reconciler::domain::stripe::event::EventKey;
 use stripe_reconciler::store::{
     Asked, Checked, Comparison, NewEvent, Outcome, Run, Store, ToAsk, ToCheck,
 };

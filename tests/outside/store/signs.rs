@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use stripe_reconciler::clock::Clock;
-use stripe_reconciler::flows::signs::{DELIVERED, SECRET, Signs};
 use stripe_reconciler::metrics::{Metrics, Rejection};
+use stripe_reconciler::monitoring::monitor::{DELIVERED, SECRET, Signs};
 use stripe_reconciler::store::{
     Awaited, Backlog, Checked, Counted, LogLine, NewEvent, News, Outcome, Source,
 };

@@ -6,7 +6,7 @@ use rand::SeedableRng;
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 use serde_json::Value;
-use stripe_reconciler::transport::Transport;
+use stripe_reconciler::http_client::Transport;
 
 use super::{Event, Stripe, chance, now_s};
 use crate::support::{SECRET, client, send, signature};

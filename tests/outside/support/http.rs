@@ -6,7 +6,7 @@ use bytes::Bytes;
 use http_body_util::Full;
 use hyper::{HeaderMap, Request, StatusCode};
 use serde_json::Value;
-use stripe_reconciler::transport::{Transport, TransportError};
+use stripe_reconciler::http_client::{Transport, TransportError};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use stripe_reconciler::clock::Clock;
-use stripe_reconciler::transport::Transport;
+use stripe_reconciler::http_client::Transport;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 

@@ -6,8 +6,8 @@ use std::process::{Child, Command, Stdio};
 
 use serde_json::{Value, json};
 use stripe_reconciler::clock::Clock;
-use stripe_reconciler::domain::signature::{SigningSecrets, sign};
-use stripe_reconciler::transport::Transport;
+use stripe_reconciler::domain::stripe::signature::{SigningSecrets, sign};
+use stripe_reconciler::http_client::Transport;
 use tempfile::NamedTempFile;
 
 use super::command::{self, Ran, binary};

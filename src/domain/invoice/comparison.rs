@@ -1,0 +1,268 @@
+//! A stored invoice beside Stripe's: where the two say different things about money, mode or state.
+//!
+//! Only what both sides say is compared. What a difference means, and since when there is one, is not known here.
+
+use serde_json::Value;
+
+use super::document::State;
+use crate::domain::history::{Entry, Known};
+use crate::domain::money;
+use crate::domain::stripe::object::{boolean, text, whole};
+
+/// One thing that the two sides say differently.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Difference {
+    pub field: Field,
+    pub ours: String,
+    pub stripes: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Field {
+    Amount,
+    Currency,
+    Mode,
+    State,
+}
+
+impl Field {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Field::Amount => "amount",
+            Field::Currency => "currency",
+            Field::Mode => "livemode",
+            Field::State => "state",
+        }
+    }
+}
+
+/// Stripe's status of an invoice, as far as it decides anything.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Status {
+    Draft,
+    Open,
+    Uncollectible,
+    Void,
+    Paid,
+}
+
+impl Status {
+    /// Of an invoice as Stripe's API returns it; None: it has none that is known.
+    pub fn of(stripes: &Value) -> Option<Status> {
+        Some(match text(stripes, "status")?.as_str() {
+            "draft" => Status::Draft,
+            "open" => Status::Open,
+            "uncollectible" => Status::Uncollectible,
+            "void" => Status::Void,
+            "paid" => Status::Paid,
+            _ => return None,
+        })
+    }
+
+    /// Nothing leads out of it at Stripe.
+    pub fn is_settled(self) -> bool {
+        matches!(self, Status::Paid | Status::Void)
+    }
+
+    fn as_str(self) -> &'static str {
+        match self {
+            Status::Draft => "draft",
+            Status::Open => "open",
+            Status::Uncollectible => "uncollectible",
+            Status::Void => "void",
+            Status::Paid => "paid",
+        }
+    }
+}
+
+/// What differs between a stored document, with what is told about it, and Stripe's invoice.
+pub fn differences(
+    document: &Value,
+    known: &[Known],
+    history: &[Entry],
+    stripes: &Value,
+) -> Vec<Difference> {
+    let found = [
+        currency(document, stripes),
+        amount(document, stripes),
+        mode(known, stripes),
+        state(history, stripes),
+    ];
+    found.into_iter().flatten().collect()
+}
+
+fn currency(document: &Value, stripes: &Value) -> Option<Difference> {
+    let (ours, theirs) = (unit(document)?, text(stripes, "currency")?);
+    let differs = !ours.eq_ignore_ascii_case(&theirs);
+    differs.then(|| Difference {
+        field: Field::Currency,
+        ours: ours.to_uppercase(),
+        stripes: theirs.to_uppercase(),
+    })
+}
+
+fn unit(document: &Value) -> Option<String> {
+    document
+        .get("spec")
+        .and_then(|spec| text(spec, "paymentUnit"))
+}
+
+/// The stored amount may be what was billed or what was left to pay, with or without tax: where it is none of them, it is wrong.
+fn amount(document: &Value, stripes: &Value) -> Option<Difference> {
+    let ours = document.pointer("/status/billableAmount")?.as_f64()?;
+    let currency = text(stripes, "currency")?;
+    if unit(document).is_some_and(|unit| !unit.eq_ignore_ascii_case(&currency)) {
+        return None;
+    }
+    let named = ["amount_due", "total", "total_excluding_tax"].map(|name| whole(stripes, name));
+    let (_, unit) = money::unit_of(&currency);
+    // Documents carry amounts as floats: they are the same when they round to the same minor unit.
+    let ours_minor = (ours * unit as f64).round();
+    let is_same = |theirs: i64| (ours_minor - theirs as f64).abs() < 0.5;
+    let shown = named.into_iter().flatten().next()?;
+    let differs = !named.into_iter().flatten().any(is_same);
+    differs.then(|| Difference {
+        field: Field::Amount,
+        ours: if ours_minor.abs() < 9e15 {
+            money::amount(ours_minor as i64, Some(&currency))
+        } else {
+            ours.to_string()
+        },
+        stripes: money::amount(shown, Some(&currency)),
+    })
+}
+
+fn mode(known: &[Known], stripes: &Value) -> Option<Difference> {
+    let theirs = boolean(stripes, "livemode")?;
+    let told =
+        |k: &&Known| !k.telling.fetched && k.telling.livemode.is_some_and(|ours| ours != theirs);
+    known.iter().find(told)?;
+    let name = |live: bool| if live { "live mode" } else { "test mode" }.to_owned();
+    Some(Difference {
+        field: Field::Mode,
+        ours: name(!theirs),
+        stripes: name(theirs),
+    })
+}
+
+fn state(history: &[Entry], stripes: &Value) -> Option<Difference> {
+    let (ours, status) = (
+        history.last().map(|entry| entry.state),
+        Status::of(stripes)?,
+    );
+    let agrees = match status {
+        Status::Paid => ours == Some(State::Paid),
+        Status::Void => ours.is_some() && ours != Some(State::Paid),
+        Status::Draft | Status::Open | Status::Uncollectible => ours != Some(State::Paid),
+    };
+    let ours = ours.map_or("no state", State::as_str).to_owned();
+    (!agrees).then(|| Difference {
+        field: Field::State,
+        ours,
+        stripes: status.as_str().to_owned(),
+    })
+}
+
+/// What makes two histories tell the same facts: states and times. How they are said may differ.
+pub fn same_facts(a: &[Entry], b: &[Entry]) -> bool {
+    let facts = |entries: &[Entry]| {
+        entries
+            .iter()
+            .map(|e| (e.state, e.timestamp_ms))
+            .collect::<Vec<_>>()
+    };
+    facts(a) == facts(b)
+}
+
+/// What a reader sees of two histories is the same.
+pub fn same_entries(a: &[Entry], b: &[Entry]) -> bool {
+    let shown = |e: &Entry| (e.state, e.timestamp_ms, e.message.clone());
+    a.len() == b.len() && a.iter().zip(b).all(|(a, b)| shown(a) == shown(b))
+}
+
+const MINUTE_MS: i64 = 60_000;
+const DAY_MS: i64 = 24 * 60 * MINUTE_MS;
+
+/// When an invoice that is not settled is to be compared next: often while it is young, once a day when it is old.
+pub fn next_check_ms(created_s: i64, now_ms: i64) -> i64 {
+    let age_ms = now_ms.saturating_sub(created_s.saturating_mul(1000));
+    now_ms + (age_ms / 8).clamp(10 * MINUTE_MS, DAY_MS)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn entry(state: State) -> Entry {
+        Entry {
+            state,
+            timestamp_ms: 1,
+            message: None,
+            proofs: Vec::new(),
+        }
+    }
+
+    fn fields(
+        document: Value,
+        history: &[Entry],
+        stripes: Value,
+    ) -> Vec<(&'static str, String, String)> {
+        let found = differences(&document, &[], history, &stripes);
+        found
+            .into_iter()
+            .map(|d| (d.field.as_str(), d.ours, d.stripes))
+            .collect()
+    }
+
+    #[test]
+    fn money_is_compared_to_the_minor_unit_and_only_where_both_sides_say_it() {
+        let document = |amount: f64| json!({"spec": {"paymentUnit": "usd"}, "status": {"billableAmount": amount}});
+        let stripes =
+            json!({"currency": "usd", "amount_due": 123_450, "total": 133_450, "status": "open"});
+        assert_eq!(fields(document(1234.5), &[], stripes.clone()), []);
+        assert_eq!(
+            fields(document(1_234.500_000_000_1), &[], stripes.clone()),
+            []
+        );
+        assert_eq!(fields(document(1334.5), &[], stripes.clone()), []);
+        assert_eq!(
+            fields(document(1234.51), &[], stripes.clone()),
+            [("amount", "1234.51 USD".to_owned(), "1234.50 USD".to_owned())]
+        );
+        assert_eq!(fields(json!({}), &[], stripes), []);
+        let euros = json!({"currency": "eur", "amount_due": 1});
+        assert_eq!(
+            fields(document(1234.5), &[], euros),
+            [("currency", "USD".to_owned(), "EUR".to_owned())]
+        );
+    }
+
+    #[test]
+    fn a_state_agrees_with_the_status_that_stripe_says() {
+        let agrees = |state: Option<State>, status: &str| {
+            let history: Vec<Entry> = state.map(entry).into_iter().collect();
+            fields(json!({}), &history, json!({"status": status})).is_empty()
+        };
+        assert!(agrees(Some(State::Paid), "paid"));
+        assert!(!agrees(Some(State::PaymentPending), "paid"));
+        assert!(!agrees(None, "paid"));
+        assert!(agrees(None, "draft"));
+        assert!(agrees(Some(State::PaymentFailed), "open"));
+        assert!(!agrees(Some(State::Paid), "open"));
+        assert!(agrees(Some(State::PaymentFailed), "void"));
+        assert!(!agrees(None, "void"));
+        assert!(agrees(Some(State::Paid), "a status not yet invented"));
+    }
+
+    #[test]
+    fn checks_back_off_with_age() {
+        let now_ms = 100 * DAY_MS;
+        let wait = |age_ms: i64| next_check_ms((now_ms - age_ms) / 1000, now_ms) - now_ms;
+        assert_eq!(wait(0), 10 * MINUTE_MS);
+        assert_eq!(wait(-DAY_MS), 10 * MINUTE_MS);
+        assert_eq!(wait(DAY_MS), DAY_MS / 8);
+        assert_eq!(wait(90 * DAY_MS), DAY_MS);
+    }
+}

@@ -1,0 +1,289 @@
+//! What a `v1Invoice` may hold: one description of the document, field by field, drives both the check and the normalising.
+
+use serde_json::{Map, Value};
+
+use super::document::{Fault, validate_uid};
+use crate::domain::time::{parse_time, timestamp};
+
+/// Notes every fault of a document, and puts what is right into its normal form.
+pub fn check_invoice(document: &mut Value, faults: &mut Vec<Fault>) {
+    check(document, &Kind::Object(&INVOICE), "", faults);
+    check_names(document, "", faults);
+}
+
+/// serde_json takes an object whose first field has this name for the text of another document.
+const NAME_OF_A_DOCUMENT: &str = "$serde_json::private::RawValue";
+
+/// Notes the fields, at any depth, by whose name the document would be another one, or none, when it is read again.
+fn check_names(value: &Value, pointer: &str, faults: &mut Vec<Fault>) {
+    match value {
+        Value::Object(fields) => {
+            for (name, field) in fields {
+                let here = child(pointer, name);
+                check_names(field, &here, faults);
+                if name == NAME_OF_A_DOCUMENT {
+                    faults.push(Fault {
+                        pointer: here,
+                        reason: "has a name that cannot be stored".to_owned(),
+                    });
+                }
+            }
+        }
+        Value::Array(items) => {
+            for (index, item) in items.iter().enumerate() {
+                check_names(item, &format!("{pointer}/{index}"), faults);
+            }
+        }
+        _ => {}
+    }
+}
+
+/// What a field of the document may hold.
+enum Kind {
+    Text,
+    /// A name of something at Stripe: text that is not empty, not over 255 bytes and has no control characters.
+    Id,
+    OneOf(&'static [&'static str]),
+    Time,
+    /// A whole number from the first to the last.
+    Whole(i64, i64),
+    Number,
+    TextMap,
+    List(&'static Kind),
+    Object(&'static Shape),
+}
+
+struct Shape {
+    fields: &'static [(&'static str, Kind)],
+    required: &'static [&'static str],
+}
+
+const fn shape(fields: &'static [(&'static str, Kind)]) -> Shape {
+    Shape {
+        fields,
+        required: &[],
+    }
+}
+
+const INT64: Kind = Kind::Whole(i64::MIN, i64::MAX);
+const INT8: Kind = Kind::Whole(-128, 127);
+
+static INVOICE: Shape = shape(&[
+    ("metadata", Kind::Object(&METADATA)),
+    ("spec", Kind::Object(&SPEC)),
+    ("status", Kind::Object(&STATUS)),
+]);
+
+static METADATA: Shape = shape(&[
+    ("annotations", Kind::TextMap),
+    ("creationTimestamp", Kind::Time),
+    ("deletionTimestamp", Kind::Time),
+    ("labels", Kind::TextMap),
+    ("lastModifiedTimestamp", Kind::Time),
+    ("name", Kind::Text),
+    ("uid", Kind::Text),
+]);
+
+static SPEC: Shape = shape(&[
+    ("address", Kind::Object(&ADDRESS)),
+    ("billingPeriod", Kind::Object(&BILLING_PERIOD)),
+    ("credits", Kind::Object(&CREDITS)),
+    ("envType", Kind::Text),
+    ("month", Kind::Time),
+    ("paymentUnit", Kind::OneOf(&["usd"])),
+    ("plan", Kind::Object(&PLAN)),
+]);
+
+static ADDRESS: Shape = shape(&[
+    ("addressLine1", Kind::Text),
+    ("addressLine2", Kind::Text),
+    ("city", Kind::Text),
+    ("country", Kind::Text),
+    ("pincode", Kind::Text),
+    ("state", Kind::Text),
+]);
+
+static BILLING_PERIOD: Shape = shape(&[("end", Kind::Time), ("start", Kind::Time)]);
+
+static CREDITS: Shape = shape(&[("alloyFreeCredits", INT64), ("pureFreeCredits", INT64)]);
+
+static PLAN: Shape = shape(&[
+    ("freeCredits", Kind::List(&Kind::Object(&PLAN_CREDIT_USE))),
+    (
+        "plantype",
+        Kind::OneOf(&["Trial", "MonthlyOnDemand", "AnnualSubscription"]),
+    ),
+    ("slaCredits", Kind::List(&Kind::Object(&PLAN_CREDIT_USE))),
+]);
+
+static PLAN_CREDIT_USE: Shape = shape(&[
+    ("planCredit", Kind::Object(&PLAN_CREDIT)),
+    ("totalCpuCoreHours", INT64),
+]);
+
+static PLAN_CREDIT: Shape = Shape {
+    fields: &[
+        ("cpuCoreHours", INT64),
+        ("creditUid", Kind::Text),
+        ("expiry", Kind::Time),
+        ("name", Kind::Text),
+        ("start", Kind::Time),
+        ("type", Kind::OneOf(&["Pure", "Alloy"])),
+    ],
+    required: &["type"],
+};
+
+static STATUS: Shape = shape(&[
+    ("billableAmount", Kind::Number),
+    ("productInvoice", Kind::Object(&PRODUCTS)),
+    ("projects", Kind::List(&Kind::Object(&PROJECT))),
+    ("states", Kind::List(&Kind::Object(&STATE))),
+    ("stripeInvoiceId", Kind::Id),
+]);
+
+static PRODUCTS: Shape = shape(&[
+    ("alloy", Kind::Object(&PRODUCT)),
+    ("pure", Kind::Object(&PRODUCT)),
+]);
+
+static PRODUCT: Shape = shape(&[
+    ("allocatedCredits", INT64),
+    ("amount", Kind::Number),
+    ("billableCredits", Kind::Number),
+    ("breachedCredits", Kind::Number),
+    ("discount", INT64),
+    ("freeCredits", INT64),
+    ("overageLimitPercentage", INT8),
+    ("tierName", Kind::Text),
+    ("tierPrice", Kind::Number),
+    ("totalUsedCredits", Kind::Number),
+    ("usedCredits", Kind::Number),
+]);
+
+static PROJECT: Shape = shape(&[
+    ("amount", Kind::Number),
+    ("projectName", Kind::Text),
+    ("projectUid", Kind::Text),
+    ("usage", Kind::Object(&PROJECT_USAGE)),
+]);
+
+static PROJECT_USAGE: Shape = shape(&[
+    ("alloy", Kind::Object(&USAGE)),
+    ("pure", Kind::Object(&USAGE)),
+]);
+
+static USAGE: Shape = shape(&[
+    ("amount", Kind::Number),
+    ("tierPrice", Kind::Number),
+    ("usedCredits", Kind::Number),
+]);
+
+static STATE: Shape = Shape {
+    fields: &[
+        ("paymentMsg", Kind::Text),
+        (
+            "state",
+            Kind::OneOf(&[
+                "Paid",
+                "PaymentPending",
+                "PaymentInProgress",
+                "PaymentFailed",
+            ]),
+        ),
+        ("timestamp", Kind::Time),
+    ],
+    required: &["state", "timestamp"],
+};
+
+/// Notes what is wrong with `value`, and puts what is right into its normal form.
+fn check(value: &mut Value, kind: &Kind, pointer: &str, faults: &mut Vec<Fault>) {
+    let reason = match kind {
+        Kind::Object(shape) => match value {
+            Value::Object(fields) => return check_fields(fields, shape, pointer, faults),
+            _ => "must be an object".to_owned(),
+        },
+        Kind::List(item) => match value {
+            Value::Array(items) => {
+                for (index, value) in items.iter_mut().enumerate() {
+                    check(value, item, &format!("{pointer}/{index}"), faults);
+                }
+                return;
+            }
+            _ => "must be a list".to_owned(),
+        },
+        Kind::TextMap => match value {
+            Value::Object(fields) => {
+                for (name, _) in fields.iter().filter(|(_, value)| !value.is_string()) {
+                    faults.push(Fault {
+                        pointer: child(pointer, name),
+                        reason: "must be a string".to_owned(),
+                    });
+                }
+                return;
+            }
+            _ => "must be an object of strings".to_owned(),
+        },
+        Kind::Time => match value.as_str().map(parse_time) {
+            Some(Ok(ms)) => return *value = timestamp(ms).into(),
+            Some(Err(reason)) => reason,
+            None => "must be a date-time (RFC 3339) in a string".to_owned(),
+        },
+        Kind::Whole(first, last) => match whole(value) {
+            Some(number) if (*first..=*last).contains(&number) => return *value = number.into(),
+            _ => format!("must be a whole number from {first} to {last}"),
+        },
+        Kind::Text if value.is_string() => return,
+        Kind::Text => "must be a string".to_owned(),
+        Kind::Number if value.is_number() => return,
+        Kind::Number => "must be a number".to_owned(),
+        Kind::OneOf(words) if value.as_str().is_some_and(|text| words.contains(&text)) => return,
+        Kind::OneOf(words) => format!("must be one of {}", words.join(", ")),
+        Kind::Id => match value.as_str().map(validate_uid) {
+            Some(Ok(())) => return,
+            Some(Err(reason)) => reason,
+            None => "must be a string".to_owned(),
+        },
+    };
+    faults.push(Fault {
+        pointer: pointer.to_owned(),
+        reason,
+    });
+}
+
+fn check_fields(
+    fields: &mut Map<String, Value>,
+    shape: &Shape,
+    pointer: &str,
+    faults: &mut Vec<Fault>,
+) {
+    for (name, kind) in shape.fields {
+        match fields.get_mut(*name) {
+            // Strict clients know no null: an absent field says the same.
+            Some(Value::Null) => drop(fields.shift_remove(*name)),
+            Some(value) => check(value, kind, &child(pointer, name), faults),
+            None => {}
+        }
+    }
+    for name in shape
+        .required
+        .iter()
+        .filter(|name| !fields.contains_key(**name))
+    {
+        faults.push(Fault {
+            pointer: child(pointer, name),
+            reason: "is required".to_owned(),
+        });
+    }
+}
+
+fn child(pointer: &str, name: &str) -> String {
+    format!("{pointer}/{}", name.replace('~', "~0").replace('/', "~1"))
+}
+
+/// `2500` and `2500.0`.
+fn whole(value: &Value) -> Option<i64> {
+    let exact = |f: f64| (f.fract() == 0.0 && f.abs() < 9.2e18).then_some(f as i64);
+    value
+        .as_i64()
+        .or_else(|| value.as_f64().filter(|_| value.is_f64()).and_then(exact))
+}

@@ -1,0 +1,120 @@
+//! A signed-in browser: what its cookie says, and how it is known to be ours.
+//!
+//! `<id of the API key>.<end, Unix seconds>.<tag>`. The tag is an HMAC by the first signing secret, over the end, the id, and the
+//! hash that is kept of the key. All replicas know these, so there is no table of sessions; a session outlives a restart, and ends
+//! with its key. Neither the database alone nor the cookie of another key is enough to make one, and none holds a key.
+
+use subtle::{Choice, ConstantTimeEq};
+
+use crate::domain::stripe::signature::SigningSecrets;
+
+/// How long it lasts.
+pub const LIFE_S: i64 = 12 * 3600;
+
+/// What a cookie claims.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Claim<'c> {
+    pub key_id: &'c str,
+    until_s: i64,
+    tag: [u8; 32],
+}
+
+/// The cookie of who showed this key.
+pub fn issue(secrets: &SigningSecrets, key_id: &str, key_sha256: &[u8], now_s: i64) -> String {
+    let until_s = now_s.saturating_add(LIFE_S);
+    let tag = secrets.tags(&message(key_id, key_sha256, until_s))[0];
+    format!("{key_id}.{until_s}.{}", hex::encode(tag))
+}
+
+impl<'c> Claim<'c> {
+    pub fn read(cookie: &'c str) -> Option<Claim<'c>> {
+        let mut parts = cookie.split('.');
+        let (Some(key_id), Some(until), Some(hex), None) =
+            (parts.next(), parts.next(), parts.next(), parts.next())
+        else {
+            return None;
+        };
+        let mut tag = [0; 32];
+        hex::decode_to_slice(hex, &mut tag).ok()?;
+        Some(Claim {
+            key_id,
+            until_s: until.parse().ok()?,
+            tag,
+        })
+    }
+
+    /// Made by one of our secrets for the key with this hash, and not over.
+    pub fn holds(&self, secrets: &SigningSecrets, key_sha256: &[u8], now_s: i64) -> bool {
+        let tags = secrets.tags(&message(self.key_id, key_sha256, self.until_s));
+        let is_ours = tags
+            .iter()
+            .fold(Choice::from(0), |any, tag| any | tag.ct_eq(&self.tag));
+        // One that ends later than any was made for was made by a clock that is ahead.
+        bool::from(is_ours)
+            && (now_s..=now_s.saturating_add(2 * LIFE_S)).contains(&self.until_s)
+            && now_s != self.until_s
+    }
+}
+
+/// It begins with no number: what Stripe signs does.
+fn message(key_id: &str, key_sha256: &[u8], until_s: i64) -> Vec<u8> {
+    [
+        b"session of a browser\n",
+        &until_s.to_be_bytes()[..],
+        key_sha256,
+        key_id.as_bytes(),
+    ]
+    .concat()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NOW: i64 = 1_769_850_000;
+
+    fn secrets(text: &str) -> SigningSecrets {
+        SigningSecrets::parse(text).unwrap()
+    }
+
+    #[test]
+    fn a_session_holds_for_its_key_until_its_end() {
+        let (ours, hash) = (secrets("whsec_a"), [7; 32]);
+        let cookie = issue(&ours, "key_1", &hash, NOW);
+        let claim = Claim::read(&cookie).unwrap();
+        assert_eq!(claim.key_id, "key_1");
+        assert!(claim.holds(&ours, &hash, NOW) && claim.holds(&ours, &hash, NOW + LIFE_S - 1));
+        assert!(!claim.holds(&ours, &hash, NOW + LIFE_S), "it is over");
+        assert!(!claim.holds(&ours, &[8; 32], NOW), "it is of another key");
+        assert!(
+            !claim.holds(&secrets("whsec_b"), &hash, NOW),
+            "the database alone makes none"
+        );
+        assert!(
+            claim.holds(&secrets("whsec_b,whsec_a"), &hash, NOW),
+            "a rotated secret still counts"
+        );
+        let longer = cookie.replace(&(NOW + LIFE_S).to_string(), &(NOW + LIFE_S + 1).to_string());
+        assert!(!Claim::read(&longer).unwrap().holds(&ours, &hash, NOW));
+        let other = cookie.replace("key_1", "key_2");
+        assert!(!Claim::read(&other).unwrap().holds(&ours, &hash, NOW));
+    }
+
+    #[test]
+    fn what_is_no_session_claims_nothing() {
+        let cookie = issue(&secrets("whsec_a"), "key_1", &[7; 32], NOW);
+        let shorter = &cookie[..cookie.len() - 2];
+        for wrong in [
+            "",
+            "key_1",
+            "key_1.5",
+            "key_1.x.00",
+            shorter,
+            &format!("{cookie}00"),
+            &format!("{cookie}."),
+            "é.1.é",
+        ] {
+            assert_eq!(Claim::read(wrong), None, "{wrong}");
+        }
+    }
+}

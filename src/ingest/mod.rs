@@ -1,0 +1,131 @@
+//! A delivery, from its bytes to the disk: read, decide what it tells, append. The one door for webhook, replay and API.
+
+pub mod batch_writer;
+
+use bytes::Bytes;
+use tracing::{Instrument, field};
+
+use crate::domain::history::fact;
+use crate::domain::stripe::event::{self, Reading};
+use crate::ingest::batch_writer::{Inbox, InboxError};
+use crate::store::{self, Appended, NewEvent, PackedBody, Source};
+
+/// Bytes known to be Stripe's: by their signature (webhook), by the operator's word (replay), or by TLS (API).
+#[derive(Clone, Debug)]
+pub struct Delivery {
+    pub body: Bytes,
+    pub source: Source,
+    /// Which secret matched: its label, never the secret.
+    pub secret_label: Option<String>,
+    pub received_ms: i64,
+}
+
+/// What a 2xx answer says happened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    Recorded,
+    Duplicate,
+    NoPaymentFact,
+    Unreadable,
+}
+
+impl Outcome {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Outcome::Recorded => "recorded",
+            Outcome::Duplicate => "duplicate",
+            Outcome::NoPaymentFact => "no_payment_fact",
+            Outcome::Unreadable => "unreadable",
+        }
+    }
+}
+
+/// Everything that costs time (parse, hash, compress) happens here, before the queue.
+pub fn prepare(delivery: Delivery) -> NewEvent {
+    let body = PackedBody::pack(&delivery.body);
+    let Delivery {
+        source,
+        secret_label,
+        received_ms,
+        ..
+    } = delivery;
+    match event::read(&delivery.body) {
+        Reading::Unreadable { key, reason } => NewEvent {
+            key,
+            id: None,
+            event_type: None,
+            api_version: None,
+            object_id: None,
+            created_s: None,
+            received_ms,
+            source,
+            secret_label,
+            outcome: store::Outcome::Unreadable,
+            unreadable_reason: Some(reason),
+            telling: None,
+            mentions: Vec::new(),
+            body,
+        },
+        Reading::Event(event) => NewEvent {
+            key: event.key,
+            outcome: if fact::tells_a_fact(&event) {
+                store::Outcome::Recorded
+            } else {
+                store::Outcome::NoPaymentFact
+            },
+            mentions: event
+                .telling
+                .as_ref()
+                .map(|t| t.mentions())
+                .unwrap_or_default(),
+            telling: event.telling.as_ref().map(|t| {
+                serde_json::to_string(t).expect("strings, numbers and booleans always serialise")
+            }),
+            id: Some(event.id),
+            event_type: Some(event.event_type),
+            api_version: event.api_version,
+            object_id: event.object_id,
+            created_s: Some(event.created),
+            received_ms,
+            source,
+            secret_label,
+            unreadable_reason: None,
+            body,
+        },
+    }
+}
+
+/// Returns when the delivery is durable on disk, or not at all.
+///
+/// # Errors
+/// The queue is full or closed, or the store cannot be reached: nothing is promised, Stripe delivers again.
+pub async fn ingest(inbox: &Inbox, delivery: Delivery) -> Result<Outcome, InboxError> {
+    let event =
+        tracing::debug_span!("read", bytes = delivery.body.len()).in_scope(|| prepare(delivery));
+    keep(inbox, event).await
+}
+
+/// As [`ingest`], for who had to look at it first.
+pub async fn keep(inbox: &Inbox, event: NewEvent) -> Result<Outcome, InboxError> {
+    let outcome = match event.outcome {
+        store::Outcome::Recorded => Outcome::Recorded,
+        store::Outcome::NoPaymentFact => Outcome::NoPaymentFact,
+        store::Outcome::Unreadable => Outcome::Unreadable,
+    };
+    // The inbox says which batch it is in.
+    let span = tracing::debug_span!(
+        "keep",
+        event.id = event.id.as_deref(),
+        event.type = event.event_type.as_deref(),
+        batch.id = field::Empty
+    );
+    let keeping = async {
+        let outcome = match inbox.append(event).await? {
+            Appended::New => outcome,
+            Appended::Duplicate => Outcome::Duplicate,
+        };
+        tracing::debug!(outcome = outcome.as_str(), "durable");
+        Ok(outcome)
+    };
+    keeping.instrument(span).await
+}

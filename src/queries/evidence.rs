@@ -1,0 +1,349 @@
+//! The evidence for an invoice's history: each entry with the events that prove it, and how fresh all of it is. What `why`
+//! prints, what HTTP answers and what the page shows.
+//!
+//! As of a moment in the past, what was received by then counts, as this version of the program reads it: received times never
+//! change, and `rebuild` keeps them. The Stripe invoice that an invoice holds counts at any time; the states that came with it,
+//! since it was first stored.
+
+use std::collections::{HashMap, HashSet};
+
+use serde_json::{Value, json};
+
+use super::invoices::{imported_states, read_tellings};
+use crate::domain::history::payment_links::Links;
+use crate::domain::history::{Known, fold, lacks_reason};
+use crate::domain::invoice::document::State;
+use crate::domain::stripe::event::{EventKey, Telling};
+use crate::domain::stripe::object::Object;
+use crate::domain::time::{parse_time, timestamp};
+use crate::store::{AskedAbout, Comparison, LoggedEvent, Store, StoreError, StoredInvoice};
+
+/// Times in Unix milliseconds.
+#[derive(Clone, Debug)]
+pub struct Evidence {
+    pub tenant_uid: String,
+    pub invoice_uid: String,
+    pub stripe_invoice_id: Option<String>,
+    /// What was received later is left out; None: all counts.
+    pub as_of_ms: Option<i64>,
+    /// When the invoice was first stored.
+    pub stored_ms: i64,
+    /// When Stripe's API last agreed. Earlier agreements are not kept.
+    pub confirmed_ms: Option<i64>,
+    /// Since when Stripe's API says something else.
+    pub differs_since_ms: Option<i64>,
+    /// When the latest event about this invoice was received.
+    pub last_event_ms: Option<i64>,
+    pub missing: Vec<Missing>,
+    pub at_stripe: AtStripe,
+    /// In the order of the history.
+    pub entries: Vec<Proven>,
+}
+
+/// What Stripe last said of the invoice itself.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct AtStripe {
+    pub number: Option<String>,
+    pub currency: Option<String>,
+    /// In minor units, as the next.
+    pub amount_due: Option<i64>,
+    pub amount_paid: Option<i64>,
+    /// Unix seconds.
+    pub due_s: Option<i64>,
+    pub livemode: Option<bool>,
+    /// The connected account.
+    pub account: Option<String>,
+}
+
+/// An entry of the history, with its proofs.
+#[derive(Clone, Debug)]
+pub struct Proven {
+    pub state: State,
+    pub timestamp_ms: i64,
+    pub message: Option<String>,
+    /// It came with the stored invoice; no event proves it.
+    pub is_imported: bool,
+    /// The earliest first.
+    pub proofs: Vec<LoggedEvent>,
+}
+
+/// What Stripe's API has still to be asked for.
+#[derive(Clone, Debug)]
+pub struct Missing {
+    /// The event that points to it.
+    pub event: Option<LoggedEvent>,
+    /// In words for a person in finance.
+    pub message: String,
+}
+
+/// The moment that a question names: RFC 3339 with an offset. One to come is now.
+///
+/// # Errors
+/// In words, what it must be.
+pub fn as_of(text: &str, now_ms: i64) -> Result<i64, String> {
+    parse_time(text).map(|ms| ms.min(now_ms))
+}
+
+/// None: this tenant has no such invoice.
+pub async fn gather(
+    store: &Store,
+    tenant_uid: &str,
+    invoice_uid: &str,
+    as_of_ms: Option<i64>,
+) -> Result<Option<Evidence>, StoreError> {
+    match store.invoice(tenant_uid, invoice_uid).await? {
+        Some(invoice) => of(store, invoice, as_of_ms).await.map(Some),
+        None => Ok(None),
+    }
+}
+
+/// The same, of an invoice that was read.
+pub async fn of(
+    store: &Store,
+    invoice: StoredInvoice,
+    as_of_ms: Option<i64>,
+) -> Result<Evidence, StoreError> {
+    let comparison = store
+        .comparison(&invoice.tenant_uid, &invoice.invoice_uid)
+        .await?
+        .unwrap_or_default();
+    let until_ms = as_of_ms.unwrap_or(i64::MAX);
+    let told = read_tellings(&invoice.tellings)?;
+    let keys: Vec<EventKey> = told.iter().map(|known| known.key).collect();
+    let events: HashMap<EventKey, LoggedEvent> = store
+        .events_by_keys(&keys)
+        .await?
+        .into_iter()
+        .map(|event| (event.key, event))
+        .collect();
+    let is_known = |known: &&Known| {
+        events
+            .get(&known.key)
+            .is_some_and(|event| event.received_ms <= until_ms)
+    };
+    let known: Vec<Known> = told.iter().filter(is_known).cloned().collect();
+
+    let imported = if invoice.stored_ms <= until_ms {
+        imported_states(&invoice)?
+    } else {
+        Vec::new()
+    };
+    let stripe_invoice_id = invoice.stripe_invoice_id.as_deref();
+    let entries = fold(stripe_invoice_id, &imported, &known)
+        .into_iter()
+        .map(|entry| Proven {
+            state: entry.state,
+            timestamp_ms: entry.timestamp_ms,
+            message: entry.message,
+            is_imported: entry.proofs.is_empty(),
+            proofs: entry
+                .proofs
+                .iter()
+                .filter_map(|key| events.get(key))
+                .cloned()
+                .collect(),
+        });
+    let entries = entries.collect();
+
+    let links = Links::read(known.iter().map(|known| &known.telling));
+    let is_own = |known: &&Known| {
+        stripe_invoice_id.is_some() && links.invoice_of(&known.telling.object) == stripe_invoice_id
+    };
+    let own: Vec<&Known> = known.iter().filter(is_own).collect();
+    let received = own
+        .iter()
+        .filter(|known| !known.telling.fetched)
+        .filter_map(|known| events.get(&known.key));
+    let thin: Vec<EventKey> = own
+        .iter()
+        .filter(|known| known.telling.thin)
+        .map(|known| known.key)
+        .collect();
+    let asked = store.asked_about(&thin).await?;
+    let mut missing = unfetched(&own, &told, &events, &asked, until_ms);
+    missing.extend(stripe_invoice_id.and_then(|id| unexplained(id, &known, &comparison)));
+    Ok(Evidence {
+        as_of_ms,
+        stored_ms: invoice.stored_ms,
+        confirmed_ms: comparison.confirmed_ms.filter(|ms| *ms <= until_ms),
+        differs_since_ms: comparison.differs_since_ms.filter(|ms| *ms <= until_ms),
+        last_event_ms: received.map(|event| event.received_ms).max(),
+        missing,
+        at_stripe: at_stripe(&own),
+        entries,
+        tenant_uid: invoice.tenant_uid,
+        invoice_uid: invoice.invoice_uid,
+        stripe_invoice_id: invoice.stripe_invoice_id,
+    })
+}
+
+/// What the newest that says it says.
+fn at_stripe(own: &[&Known]) -> AtStripe {
+    let mut told: Vec<&Telling> = own.iter().map(|known| &known.telling).collect();
+    told.sort_by_key(|telling| std::cmp::Reverse(telling.created));
+    let snapshots = || told.iter().filter(|telling| !telling.thin);
+    let invoices = || {
+        snapshots().filter_map(|telling| match &telling.object {
+            Object::Invoice(invoice) => Some(invoice),
+            _ => None,
+        })
+    };
+    AtStripe {
+        number: invoices().find_map(|invoice| invoice.number.clone()),
+        currency: invoices().find_map(|invoice| invoice.currency.clone()),
+        amount_due: invoices().find_map(|invoice| invoice.amount_due),
+        amount_paid: invoices().find_map(|invoice| invoice.amount_paid),
+        due_s: invoices().find_map(|invoice| invoice.due_date),
+        livemode: told.iter().find_map(|telling| telling.livemode),
+        account: told.iter().find_map(|telling| telling.account.clone()),
+    }
+}
+
+/// Thin events whose object is not fetched yet. `told` is what is known now: what was fetched later was missing then.
+fn unfetched(
+    own: &[&Known],
+    told: &[Known],
+    events: &HashMap<EventKey, LoggedEvent>,
+    asked: &[AskedAbout],
+    until_ms: i64,
+) -> Vec<Missing> {
+    let snapshots: HashSet<&str> = own
+        .iter()
+        .filter(|known| !known.telling.thin)
+        .map(|known| known.telling.id.as_str())
+        .collect();
+    let has_twin = |known: &Known| {
+        known
+            .telling
+            .snapshot_event
+            .as_deref()
+            .is_some_and(|id| snapshots.contains(id))
+    };
+    let mut missing = Vec::new();
+    for known in own
+        .iter()
+        .filter(|known| known.telling.thin && !has_twin(known))
+    {
+        let (Some(asked), Some(event)) = (
+            asked.iter().find(|asked| asked.key == known.key),
+            events.get(&known.key),
+        ) else {
+            continue;
+        };
+        let is_its_object = |other: &&Known| {
+            other.telling.fetched && event.object_id.as_deref() == Some(&other.telling.id)
+        };
+        let fetched_ms: Vec<i64> = told
+            .iter()
+            .filter(is_its_object)
+            .filter_map(|other| Some(events.get(&other.key)?.received_ms))
+            .collect();
+        let what = name_of(&known.telling.object);
+        let announced = format!(
+            "Stripe announced {} without its details",
+            known.telling.kind
+        );
+        let message = match asked.due_ms {
+            _ if fetched_ms
+                .iter()
+                .any(|ms| (event.received_ms..=until_ms).contains(ms))
+                && asked.due_ms.is_none() =>
+            {
+                continue;
+            }
+            Some(_) => format!("{announced}: {what} is still to be fetched from Stripe's API"),
+            None if fetched_ms.iter().any(|ms| *ms > until_ms) => {
+                format!("{announced}: {what} was fetched from Stripe's API later")
+            }
+            None if fetched_ms.is_empty() && asked.attempts > 0 => {
+                format!(
+                    "{announced}: Stripe's API was asked for {what} {} times and does not show it",
+                    asked.attempts
+                )
+            }
+            None => continue,
+        };
+        missing.push(Missing {
+            event: Some(event.clone()),
+            message,
+        });
+    }
+    missing
+}
+
+/// The reason of the latest failure, where no event told it and Stripe's API will be asked.
+fn unexplained(
+    stripe_invoice_id: &str,
+    known: &[Known],
+    comparison: &Comparison,
+) -> Option<Missing> {
+    let is_missing = comparison.check_due_ms.is_some() && lacks_reason(stripe_invoice_id, known);
+    let message = "No event told why the latest attempt failed: the reason is still to be fetched from Stripe's API".to_owned();
+    is_missing.then_some(Missing {
+        event: None,
+        message,
+    })
+}
+
+fn name_of(object: &Object) -> &'static str {
+    match object {
+        Object::Invoice(_) => "the invoice",
+        Object::InvoicePayment(_) | Object::PaymentIntent(_) => "the payment",
+        Object::Charge(_) => "the charge",
+        Object::Refund(_) => "the refund",
+        Object::CreditNote(_) => "the credit note",
+        Object::Dispute(_) => "the dispute",
+    }
+}
+
+impl Evidence {
+    pub fn to_json(&self) -> Value {
+        let time = |ms: Option<i64>| ms.map(timestamp);
+        json!({
+            "tenantUid": self.tenant_uid,
+            "invoiceUid": self.invoice_uid,
+            "stripeInvoiceId": self.stripe_invoice_id,
+            "asOf": time(self.as_of_ms),
+            "storedAt": timestamp(self.stored_ms),
+            "confirmedAt": time(self.confirmed_ms),
+            "differsSince": time(self.differs_since_ms),
+            "lastEventAt": time(self.last_event_ms),
+            "missing": self.missing.iter().map(Missing::to_json).collect::<Vec<_>>(),
+            "entries": self.entries.iter().map(Proven::to_json).collect::<Vec<_>>(),
+        })
+    }
+}
+
+impl Missing {
+    fn to_json(&self) -> Value {
+        let event = self.event.as_ref();
+        json!({
+            "eventId": event.and_then(|event| event.id.as_deref()),
+            "eventType": event.and_then(|event| event.event_type.as_deref()),
+            "objectId": event.and_then(|event| event.object_id.as_deref()),
+            "message": self.message,
+        })
+    }
+}
+
+impl Proven {
+    fn to_json(&self) -> Value {
+        let proof = |event: &LoggedEvent| {
+            json!({
+                "id": event.id,
+                "type": event.event_type,
+                "createdAt": event.created_s.map(|s| timestamp(s.saturating_mul(1000))),
+                "receivedAt": timestamp(event.received_ms),
+                "source": event.source.as_str(),
+                "secretLabel": event.secret_label,
+            })
+        };
+        json!({
+            "state": self.state.as_str(),
+            "timestamp": timestamp(self.timestamp_ms),
+            "paymentMsg": self.message,
+            "imported": self.is_imported,
+            "proofs": self.proofs.iter().map(proof).collect::<Vec<_>>(),
+        })
+    }
+}

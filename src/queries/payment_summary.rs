@@ -1,0 +1,295 @@
+//! Is this invoice paid, and how do we know? In plain sentences, from the evidence, for somebody in finance.
+
+use super::evidence::Evidence;
+use crate::domain::invoice::document::State;
+use crate::domain::time::readable;
+use crate::store::Source;
+
+/// The answer, and what it rests on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Verdict {
+    /// None: nothing is known.
+    pub state: Option<State>,
+    /// Whether it is paid, and since when.
+    pub answer: String,
+    /// How we know.
+    pub grounds: String,
+    /// What is still open about it.
+    pub waits: String,
+    /// Somebody should look at it before relying on the answer.
+    pub is_doubtful: bool,
+}
+
+pub fn verdict(evidence: &Evidence) -> Verdict {
+    let state = evidence.entries.last().map(|entry| entry.state);
+    Verdict {
+        state,
+        answer: answer(evidence),
+        grounds: grounds(evidence),
+        waits: waits(evidence),
+        is_doubtful: evidence.differs_since_ms.is_some(),
+    }
+}
+
+fn answer(evidence: &Evidence) -> String {
+    let answer = state_in_words(evidence);
+    // Whoever reads no further must not take play money for money.
+    let is_test = evidence.at_stripe.livemode == Some(false) && !evidence.entries.is_empty();
+    if is_test {
+        format!("{answer} In test mode: no real money.")
+    } else {
+        answer
+    }
+}
+
+fn state_in_words(evidence: &Evidence) -> String {
+    let Some(last) = evidence.entries.last() else {
+        return match (&evidence.stripe_invoice_id, evidence.as_of_ms) {
+            (None, _) => {
+                "Nothing is known about its payment: the stored invoice names no invoice at Stripe."
+                    .to_owned()
+            }
+            (Some(_), None) => {
+                "Nothing is known about its payment: Stripe has told nothing about it yet."
+                    .to_owned()
+            }
+            (Some(_), Some(_)) => "Nothing was known about its payment at that time.".to_owned(),
+        };
+    };
+    let (_, before) = evidence.entries.split_last().expect("there is a last");
+    let since = readable(last.timestamp_ms);
+    // What happens to money after it was paid is told by further entries, maybe within the same second.
+    match (
+        last.state,
+        before.iter().find(|entry| entry.state == State::Paid),
+    ) {
+        (State::Paid, Some(first)) => {
+            format!(
+                "Paid on {}. Money was returned, contested or added since, last on {since}.",
+                readable(first.timestamp_ms)
+            )
+        }
+        (State::Paid, _) => format!("Paid on {since}."),
+        (State::PaymentPending, _) => format!("Not paid: it waits for payment since {since}."),
+        (State::PaymentInProgress, _) => {
+            format!(
+                "Not paid in full: a payment is under way, or a part has arrived, since {since}."
+            )
+        }
+        (State::PaymentFailed, _) => {
+            format!("Not paid: collecting it failed or was given up on {since}.")
+        }
+    }
+}
+
+fn grounds(evidence: &Evidence) -> String {
+    let last = evidence.entries.last();
+    let proofs = last.map_or(&[][..], |last| &last.proofs);
+    let imported = last.is_some_and(|last| last.is_imported);
+    let is_past = evidence.as_of_ms.is_some();
+    // What Stripe's API showed in the comparison itself is kept a moment after it began.
+    let is_newer = |confirmed_ms: i64| {
+        !proofs.is_empty()
+            && proofs
+                .iter()
+                .all(|event| event.source != Source::Api && event.received_ms > confirmed_ms)
+    };
+    let proved = match proofs.len() {
+        1 => "Proved by one event from Stripe".to_owned(),
+        n => format!("Proved by {n} events from Stripe"),
+    };
+    match (evidence.differs_since_ms, evidence.confirmed_ms) {
+        (Some(since_ms), _) => {
+            format!(
+                "Do not rely on it: Stripe's API says something else since {}.",
+                readable(since_ms)
+            )
+        }
+        (None, Some(confirmed_ms)) if is_newer(confirmed_ms) => {
+            format!(
+                "{proved}; last compared with Stripe's API before that, at {}.",
+                readable(confirmed_ms)
+            )
+        }
+        (None, Some(confirmed_ms)) => {
+            format!("Confirmed with Stripe at {}.", readable(confirmed_ms))
+        }
+        (None, None) if evidence.entries.is_empty() => String::new(),
+        // Only the last agreement is kept: before it there may have been others.
+        (None, None) if imported && is_past => {
+            "It came with the stored invoice; whether Stripe's API agreed by then is not known."
+                .to_owned()
+        }
+        (None, None) if is_past => {
+            format!("{proved}; whether Stripe's API agreed by then is not known.")
+        }
+        (None, None) if imported => {
+            "It came with the stored invoice, and was not compared with Stripe.".to_owned()
+        }
+        (None, None) => format!("{proved}; not compared with Stripe's API."),
+    }
+}
+
+fn waits(evidence: &Evidence) -> String {
+    match evidence.missing.len() {
+        0 if evidence.entries.is_empty() => String::new(),
+        0 => "Nothing waits to be fetched.".to_owned(),
+        1 => "One thing is still to be fetched from Stripe; it stands below.".to_owned(),
+        n => format!("{n} things are still to be fetched from Stripe; they stand below."),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::stripe::event::EventKey;
+    use crate::queries::evidence::{Missing, Proven};
+    use crate::store::{LoggedEvent, Outcome};
+
+    const NINE: i64 = 1_769_850_000_000;
+
+    fn evidence(states: &[(State, i64)]) -> Evidence {
+        let entry = |(state, after_s): &(State, i64)| Proven {
+            state: *state,
+            timestamp_ms: NINE + after_s * 1000,
+            message: None,
+            is_imported: false,
+            proofs: Vec::new(),
+        };
+        Evidence {
+            tenant_uid: "acme".to_owned(),
+            invoice_uid: "inv-1".to_owned(),
+            stripe_invoice_id: Some("in_1".to_owned()),
+            as_of_ms: None,
+            stored_ms: NINE,
+            confirmed_ms: Some(NINE + 5_000),
+            differs_since_ms: None,
+            last_event_ms: None,
+            missing: Vec::new(),
+            at_stripe: Default::default(),
+            entries: states.iter().map(entry).collect(),
+        }
+    }
+
+    #[test]
+    fn the_answer_says_whether_it_is_paid_and_since_when() {
+        let cases: [(&[(State, i64)], &str); 7] = [
+            (
+                &[(State::PaymentPending, 0), (State::Paid, 1)],
+                "Paid on 2026-01-31 09:00:01 UTC.",
+            ),
+            (
+                &[(State::Paid, 1), (State::Paid, 9)],
+                "Paid on 2026-01-31 09:00:01 UTC. Money was returned, contested or added since, last on 2026-01-31 09:00:09 UTC.",
+            ),
+            (
+                &[(State::Paid, 1), (State::Paid, 1)],
+                "Paid on 2026-01-31 09:00:01 UTC. Money was returned, contested or added since, last on 2026-01-31 09:00:01 UTC.",
+            ),
+            (
+                &[(State::PaymentPending, 0)],
+                "Not paid: it waits for payment since 2026-01-31 09:00:00 UTC.",
+            ),
+            (
+                &[(State::PaymentInProgress, 0)],
+                "Not paid in full: a payment is under way, or a part has arrived, since 2026-01-31 09:00:00 UTC.",
+            ),
+            (
+                &[(State::PaymentFailed, 0)],
+                "Not paid: collecting it failed or was given up on 2026-01-31 09:00:00 UTC.",
+            ),
+            (
+                &[],
+                "Nothing is known about its payment: Stripe has told nothing about it yet.",
+            ),
+        ];
+        for (states, answer) in cases {
+            assert_eq!(verdict(&evidence(states)).answer, answer);
+        }
+    }
+
+    #[test]
+    fn play_money_is_not_taken_for_money() {
+        let mut paid = evidence(&[(State::Paid, 1)]);
+        paid.at_stripe.livemode = Some(true);
+        assert_eq!(verdict(&paid).answer, "Paid on 2026-01-31 09:00:01 UTC.");
+        paid.at_stripe.livemode = Some(false);
+        assert_eq!(
+            verdict(&paid).answer,
+            "Paid on 2026-01-31 09:00:01 UTC. In test mode: no real money."
+        );
+    }
+
+    #[test]
+    fn what_came_after_the_last_comparison_is_not_said_to_be_confirmed() {
+        let proof = |source, received_ms| LoggedEvent {
+            key: EventKey([0; EventKey::LENGTH]),
+            id: None,
+            event_type: None,
+            api_version: None,
+            object_id: None,
+            created_s: None,
+            received_ms,
+            source,
+            secret_label: None,
+            outcome: Outcome::Recorded,
+            unreadable_reason: None,
+        };
+        let (before, after) = (NINE, NINE + 5_001);
+        let newer = "Proved by one event from Stripe; last compared with Stripe's API before that, at 2026-01-31 09:00:05 UTC.";
+        let confirmed = "Confirmed with Stripe at 2026-01-31 09:00:05 UTC.";
+        for (proofs, grounds) in [
+            (vec![proof(Source::Webhook, after)], newer),
+            (vec![proof(Source::Webhook, before)], confirmed),
+            (
+                vec![
+                    proof(Source::Webhook, before),
+                    proof(Source::Webhook, after),
+                ],
+                confirmed,
+            ),
+            (vec![proof(Source::Api, after)], confirmed),
+        ] {
+            let mut paid = evidence(&[(State::PaymentPending, 0), (State::Paid, 1)]);
+            paid.entries[1].proofs = proofs;
+            assert_eq!(verdict(&paid).grounds, grounds);
+        }
+    }
+
+    #[test]
+    fn it_says_what_the_answer_rests_on_and_what_waits() {
+        let mut paid = evidence(&[(State::Paid, 0)]);
+        let told = verdict(&paid);
+        assert_eq!(
+            (&*told.grounds, &*told.waits),
+            (
+                "Confirmed with Stripe at 2026-01-31 09:00:05 UTC.",
+                "Nothing waits to be fetched."
+            )
+        );
+        paid.confirmed_ms = None;
+        paid.missing = vec![Missing {
+            event: None,
+            message: String::new(),
+        }];
+        let told = verdict(&paid);
+        assert_eq!(
+            told.waits,
+            "One thing is still to be fetched from Stripe; it stands below."
+        );
+        assert!(told.grounds.ends_with("not compared with Stripe's API.") && !told.is_doubtful);
+        paid.as_of_ms = Some(NINE);
+        assert!(
+            verdict(&paid)
+                .grounds
+                .ends_with("; whether Stripe's API agreed by then is not known.")
+        );
+        paid.differs_since_ms = Some(NINE);
+        let told = verdict(&paid);
+        assert!(
+            told.is_doubtful
+                && told.grounds
+                    == "Do not rely on it: Stripe's API says something else since 2026-01-31 09:00:00 UTC."
+        );
+    }
+}

@@ -1,0 +1,377 @@
+//! What `copy` does with a database: tables are read in pages by primary key, as rows of cells, and written over what stands in
+//! another. Who may write to a copy is noted in its `progress`, so that nothing is lost that anybody else wrote.
+
+use futures_util::{Stream, TryStreamExt};
+use sqlx::{AssertSqlSafe, ColumnIndex, Decode, Type};
+
+use super::tables::{Column, Kind, Table};
+use crate::store::engine::connection::{Connection, Session, execute, rows};
+use crate::store::{Store, StoreError};
+
+/// After so many bytes a page ends.
+const PAGE_BYTES: usize = 2 << 20;
+
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Cell {
+    Text(Option<String>),
+    Number(Option<i64>),
+    Bytes(Option<Vec<u8>>),
+}
+
+/// A row of a [`Table`]; its payload may be there, or only its length.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Row {
+    cells: Vec<Cell>,
+    key: usize,
+}
+
+/// Some rows, in the order of their keys.
+#[derive(Clone, Debug)]
+pub struct Page {
+    pub rows: Vec<Row>,
+    /// None follows.
+    pub is_last: bool,
+}
+
+/// What `copy` may do with a database that it shall write to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CopyTarget {
+    Ready,
+    /// It was written to by another command than `copy`.
+    InUse,
+    /// This table holds something that no copy brought.
+    HoldsOther(&'static str),
+    CopyOfAnother,
+}
+
+impl Row {
+    /// Rows are ordered by it, in both engines.
+    pub fn key(&self) -> &[Cell] {
+        &self.cells[..self.key]
+    }
+}
+
+impl Cell {
+    fn bytes(&self) -> usize {
+        8 + match self {
+            Cell::Text(text) => text.as_ref().map_or(0, String::len),
+            Cell::Bytes(bytes) => bytes.as_ref().map_or(0, Vec::len),
+            Cell::Number(_) => 0,
+        }
+    }
+
+    fn text(&self) -> Option<&str> {
+        if let Cell::Text(text) = self {
+            text.as_deref()
+        } else {
+            None
+        }
+    }
+
+    fn number(&self) -> Option<i64> {
+        if let Cell::Number(number) = self {
+            *number
+        } else {
+            None
+        }
+    }
+
+    fn blob(&self) -> Option<&[u8]> {
+        if let Cell::Bytes(bytes) = self {
+            bytes.as_deref()
+        } else {
+            None
+        }
+    }
+}
+
+const COPY_ID: &str = "select value from progress where name = 'copy id'";
+const SET_COPY_ID: &str =
+    "insert into progress (name, value) values ('copy id', $1) on conflict (name) do nothing";
+const COPY_NOTES: &str = "select name, value from progress where name in ('copy of', 'copy over')";
+const BEGIN_COPY: &str = "
+    insert into progress (name, value) values ('copy of', $1), ('copy run', $2)
+    on conflict (name) do update set value = excluded.value";
+/// No row: another `copy` has begun since, or another command writes here now.
+const IS_STILL_MINE: &str = "
+    update progress set value = $1 where name = 'copy run' and value = $1
+                                     and not exists (select 1 from progress as noted where noted.name = 'copy over')";
+const END_COPYING: &str =
+    "insert into progress (name, value) values ('copy over', $1) on conflict (name) do nothing";
+/// Waits for the page that a run is writing, and is what the next page waits for: that one no longer finds its run.
+const END_RUN: &str = "update progress set value = 0 where name = 'copy run'";
+
+impl Store {
+    /// What this database is known by to its copies; `new_id` where it has no name yet.
+    pub async fn copy_id(&self, new_id: i64) -> Result<i64, StoreError> {
+        let mut session = self.writing().await?;
+        execute!(session, SET_COPY_ID, new_id)?;
+        let (id,) = rows!(session, fetch_one, (i64,), COPY_ID)?;
+        session.commit().await?;
+        Ok(id)
+    }
+
+    /// Makes this database a copy of another if it is empty, or was one before; from now on, only `run` may write to it. A run
+    /// that began earlier may no longer.
+    pub async fn begin_copy(&self, of: i64, run: i64) -> Result<CopyTarget, StoreError> {
+        let mut session = self.transaction().await?;
+        let notes = rows!(session, fetch_all, (String, i64), COPY_NOTES)?;
+        let note = |name: &str| {
+            notes
+                .iter()
+                .find(|(noted, _)| noted == name)
+                .map(|(_, value)| *value)
+        };
+        let held = self.first_that_holds_rows(&mut session).await?;
+        let target = match (note("copy over"), note("copy of"), held) {
+            (Some(_), ..) => CopyTarget::InUse,
+            (None, _, None) => CopyTarget::Ready,
+            (None, Some(known), Some(_)) if known == of => CopyTarget::Ready,
+            (None, Some(_), Some(_)) => CopyTarget::CopyOfAnother,
+            (None, None, Some(table)) => CopyTarget::HoldsOther(table),
+        };
+        if target == CopyTarget::Ready {
+            execute!(session, BEGIN_COPY, of, run)?;
+        }
+        session.commit().await?;
+        Ok(target)
+    }
+
+    /// From now on, this database is no longer a copy that `copy` may change: something else writes to it.
+    pub async fn end_copying(&self, now_ms: i64) -> Result<(), StoreError> {
+        let mut session = self.writing().await?;
+        execute!(session, END_RUN)?;
+        execute!(session, END_COPYING, now_ms)?;
+        session.commit().await
+    }
+
+    /// Whether there is anything to copy.
+    pub async fn holds_rows(&self) -> Result<bool, StoreError> {
+        let mut session = self.session().await?;
+        let held = self.first_that_holds_rows(&mut session).await?;
+        session.done().await?;
+        Ok(held.is_some())
+    }
+
+    async fn first_that_holds_rows(
+        &self,
+        session: &mut Session,
+    ) -> Result<Option<&'static str>, StoreError> {
+        for table in Table::ALL {
+            let found = read(
+                session,
+                table.any(),
+                &[],
+                &table.columns[..table.key],
+                table.key,
+            )
+            .await?;
+            if !found.rows.is_empty() {
+                return Ok(Some(table.name));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The rows after this key, as they are compared: of a payload, its length.
+    pub async fn rows_after(
+        &self,
+        table: Table,
+        after: Option<&[Cell]>,
+    ) -> Result<Page, StoreError> {
+        let sql = if after.is_some() {
+            table.next_page()
+        } else {
+            table.first_page()
+        };
+        let compared = read_as(table, Kind::Number);
+        let mut session = self.session().await?;
+        let binds = [after.unwrap_or_default(), &[Cell::Number(Some(table.page))]].concat();
+        let mut page = read(&mut session, sql, &binds, &compared, table.key).await?;
+        session.done().await?;
+        page.is_last &= (page.rows.len() as i64) < table.page;
+        Ok(page)
+    }
+
+    /// The rows from this key to that, whole; some of them, when they are too large to be read at once.
+    pub async fn rows_between(
+        &self,
+        table: Table,
+        from: &[Cell],
+        to: &[Cell],
+    ) -> Result<Page, StoreError> {
+        let mut session = self.session().await?;
+        let page = read(
+            &mut session,
+            table.between(),
+            &[from, to].concat(),
+            &read_as(table, Kind::Bytes),
+            table.key,
+        )
+        .await?;
+        session.done().await?;
+        Ok(page)
+    }
+
+    /// Writes rows, whole, over what stands there, and removes others, in one transaction. False: nothing was done, because
+    /// this run may no longer write here.
+    pub async fn carry(
+        &self,
+        run: i64,
+        table: Table,
+        rows: &[Row],
+        gone: &[Row],
+    ) -> Result<bool, StoreError> {
+        let mut session = self.writing().await?;
+        if execute!(session, IS_STILL_MINE, run)? != 1 {
+            session.commit().await?;
+            return Ok(false);
+        }
+        for row in gone {
+            change(&mut session, table.delete(), row.key()).await?;
+        }
+        if !rows.is_empty() {
+            write(&mut session, table, rows).await?;
+        }
+        session.commit().await?;
+        Ok(true)
+    }
+}
+
+/// The columns of a table, where a payload is read as this.
+fn read_as(table: Table, payload: Kind) -> Vec<Column> {
+    table
+        .columns
+        .iter()
+        .map(|(name, kind)| {
+            (
+                *name,
+                if *kind == Kind::Payload {
+                    payload
+                } else {
+                    *kind
+                },
+            )
+        })
+        .collect()
+}
+
+macro_rules! bound {
+    ($query:expr, $cells:expr) => {{
+        let mut query = $query;
+        for cell in $cells {
+            query = match cell {
+                Cell::Text(text) => query.bind(text),
+                Cell::Number(number) => query.bind(number),
+                Cell::Bytes(bytes) => query.bind(bytes),
+            };
+        }
+        query
+    }};
+}
+
+/// Reads rows until they are enough bytes: however large the rows are, one page fits into memory.
+async fn read(
+    session: &mut Session,
+    sql: String,
+    binds: &[Cell],
+    columns: &[Column],
+    key: usize,
+) -> Result<Page, StoreError> {
+    let sql = AssertSqlSafe(sql);
+    match &mut session.connection {
+        Connection::Sqlite(connection) => {
+            let query = bound!(sqlx::query(sql), binds);
+            Ok(page_of(query.fetch(&mut **connection), columns, key).await?)
+        }
+        Connection::Postgres(connection) => {
+            let (inner, named, gate) = connection.start();
+            let query = bound!(sqlx::query(sql).persistent(named), binds);
+            let ended = gate
+                .limited(page_of(query.fetch(inner), columns, key))
+                .await;
+            connection.end(ended)
+        }
+    }
+}
+
+async fn page_of<R>(
+    mut found: impl Stream<Item = Result<R, sqlx::Error>> + Unpin,
+    columns: &[Column],
+    key: usize,
+) -> Result<Page, sqlx::Error>
+where
+    R: sqlx::Row,
+    usize: ColumnIndex<R>,
+    String: Type<R::Database> + for<'r> Decode<'r, R::Database>,
+    i64: Type<R::Database> + for<'r> Decode<'r, R::Database>,
+    Vec<u8>: Type<R::Database> + for<'r> Decode<'r, R::Database>,
+{
+    let (mut rows, mut bytes) = (Vec::new(), 0);
+    while let Some(row) = found.try_next().await? {
+        let cell = |(n, (_, kind)): (usize, &Column)| match kind {
+            Kind::Text => row.try_get(n).map(Cell::Text),
+            Kind::Number => row.try_get(n).map(Cell::Number),
+            Kind::Bytes | Kind::Payload => row.try_get(n).map(Cell::Bytes),
+        };
+        let cells = columns
+            .iter()
+            .enumerate()
+            .map(cell)
+            .collect::<Result<Vec<Cell>, _>>()?;
+        bytes += cells.iter().map(Cell::bytes).sum::<usize>();
+        rows.push(Row { cells, key });
+        if bytes >= PAGE_BYTES {
+            return Ok(Page {
+                rows,
+                is_last: false,
+            });
+        }
+    }
+    Ok(Page {
+        rows,
+        is_last: true,
+    })
+}
+
+async fn change(session: &mut Session, sql: String, binds: &[Cell]) -> Result<(), StoreError> {
+    let sql = AssertSqlSafe(sql);
+    match &mut session.connection {
+        Connection::Sqlite(connection) => {
+            bound!(sqlx::query(sql), binds)
+                .execute(&mut **connection)
+                .await?;
+            Ok(())
+        }
+        Connection::Postgres(connection) => {
+            let (inner, named, gate) = connection.start();
+            let query = bound!(sqlx::query(sql).persistent(named), binds);
+            let ended = gate.limited(query.execute(inner)).await;
+            connection.end(ended).map(drop)
+        }
+    }
+}
+
+/// One by one in SQLite, where a statement is no journey; in PostgreSQL all in one, column by column.
+async fn write(session: &mut Session, table: Table, rows: &[Row]) -> Result<(), StoreError> {
+    if let Connection::Postgres(connection) = &mut session.connection {
+        let (inner, named, gate) = connection.start();
+        let mut query = sqlx::query(AssertSqlSafe(table.write_in_postgres())).persistent(named);
+        for (n, (_, kind)) in table.columns.iter().enumerate() {
+            let cells = rows.iter().map(|row| &row.cells[n]);
+            query = match kind {
+                Kind::Text => query.bind(cells.map(Cell::text).collect::<Vec<_>>()),
+                Kind::Number => query.bind(cells.map(Cell::number).collect::<Vec<_>>()),
+                Kind::Bytes | Kind::Payload => {
+                    query.bind(cells.map(Cell::blob).collect::<Vec<_>>())
+                }
+            };
+        }
+        let ended = gate.limited(query.execute(inner)).await;
+        return connection.end(ended).map(drop);
+    }
+    for row in rows {
+        change(session, table.write_in_sqlite(), &row.cells).await?;
+    }
+    Ok(())
+}

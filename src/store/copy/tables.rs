@@ -1,0 +1,375 @@
+//! The tables that `copy` carries to another database, and the statements for it.
+//!
+//! A table or column that a migration adds is added to [`Table::ALL`]: a test below holds it against the migrations. Not carried:
+//! `leases` (who holds one holds it in its own database), and what `copy` itself notes in `progress`.
+
+/// A table that is carried. All its statements are made of these words, which no input reaches.
+#[derive(Clone, Copy, Debug)]
+pub struct Table {
+    pub name: &'static str,
+    /// The primary key first.
+    pub(in crate::store) columns: &'static [Column],
+    /// How many columns the primary key has.
+    pub(in crate::store) key: usize,
+    /// Which of its rows are carried.
+    only: &'static str,
+    /// Rows read at a time, at most.
+    pub(in crate::store) page: i64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::store) enum Kind {
+    Text,
+    Number,
+    Bytes,
+    /// Bytes that are large, and never change but by being forgotten: their length tells whether they are the same.
+    Payload,
+}
+use Kind::{Bytes, Number, Payload, Text};
+
+pub(in crate::store) type Column = (&'static str, Kind);
+
+const ALL_ROWS: &str = "1 = 1";
+
+impl Table {
+    /// In the order in which they are carried. What says how far some work has come goes before what that work adds: where
+    /// others write meanwhile, the copy then repeats some of it, and leaves nothing out. Events go before what they mention, so
+    /// that none is there without its mentions.
+    pub const ALL: [Table; 9] = [
+        Table {
+            name: "api_keys",
+            columns: &[
+                ("id", Text),
+                ("secret_sha256", Bytes),
+                ("tenant_uid", Text),
+                ("created_ms", Number),
+                ("expires_ms", Number),
+                ("revoked_ms", Number),
+            ],
+            key: 1,
+            only: ALL_ROWS,
+            page: 500,
+        },
+        Table {
+            name: "progress",
+            columns: &[("name", Text), ("value", Number)],
+            key: 1,
+            only: "substr(name, 1, 5) <> 'copy '",
+            page: 500,
+        },
+        Table {
+            name: "moments",
+            columns: &[("name", Text), ("at_ms", Number)],
+            key: 1,
+            only: ALL_ROWS,
+            page: 500,
+        },
+        Table {
+            name: "delivery_hours",
+            columns: &[("hour", Number)],
+            key: 1,
+            only: ALL_ROWS,
+            page: 5000,
+        },
+        Table {
+            name: "awaited",
+            columns: &[("stripe_invoice_id", Text), ("received_ms", Number)],
+            key: 1,
+            only: ALL_ROWS,
+            page: 5000,
+        },
+        Table {
+            name: "runs",
+            columns: &[
+                ("id", Text),
+                ("started_ms", Number),
+                ("ended_ms", Number),
+                ("report", Text),
+            ],
+            key: 1,
+            only: ALL_ROWS,
+            page: 50,
+        },
+        Table {
+            name: "invoices",
+            columns: &[
+                ("tenant_uid", Text),
+                ("invoice_uid", Text),
+                ("stripe_invoice_id", Text),
+                ("document", Text),
+                ("imported_states", Text),
+                ("stored_ms", Number),
+                ("revision", Number),
+                ("check_due_ms", Number),
+                ("checked_ms", Number),
+                ("confirmed_ms", Number),
+                ("differs_since_ms", Number),
+            ],
+            key: 2,
+            only: ALL_ROWS,
+            page: 500,
+        },
+        Table {
+            name: "events",
+            columns: &[
+                ("key", Bytes),
+                ("id", Text),
+                ("event_type", Text),
+                ("api_version", Text),
+                ("object_id", Text),
+                ("created_s", Number),
+                ("received_ms", Number),
+                ("source", Text),
+                ("secret_label", Text),
+                ("outcome", Text),
+                ("unreadable_reason", Text),
+                ("telling", Text),
+                ("linked", Text),
+                ("ask_due_ms", Number),
+                ("ask_attempts", Number),
+                ("body", Payload),
+            ],
+            key: 1,
+            only: ALL_ROWS,
+            page: 1000,
+        },
+        Table {
+            name: "mentions",
+            columns: &[("object_id", Text), ("event_key", Bytes)],
+            key: 2,
+            only: ALL_ROWS,
+            page: 5000,
+        },
+    ];
+
+    /// Whether its rows have to be read once more, by [`Store::rows_between`], to be written elsewhere.
+    pub fn has_payload(&self) -> bool {
+        self.columns.iter().any(|(_, kind)| *kind == Payload)
+    }
+
+    fn names(&self) -> String {
+        self.columns
+            .iter()
+            .map(|(name, _)| *name)
+            .collect::<Vec<_>>()
+            .join(", ")
+    }
+
+    fn key_names(&self) -> String {
+        self.columns[..self.key]
+            .iter()
+            .map(|(name, _)| *name)
+            .collect::<Vec<_>>()
+            .join(", ")
+    }
+
+    /// `$1, $2` for the cells of a key.
+    fn binds(first: usize, count: usize) -> String {
+        (first..first + count)
+            .map(|n| format!("${n}"))
+            .collect::<Vec<_>>()
+            .join(", ")
+    }
+
+    /// The rows as they are compared: of a payload, its length.
+    fn select(&self) -> String {
+        let column = |(name, kind): &Column| match kind {
+            Payload => format!("cast(length({name}) as bigint)"),
+            Text | Number | Bytes => (*name).to_owned(),
+        };
+        format!(
+            "select {} from {}",
+            self.columns
+                .iter()
+                .map(column)
+                .collect::<Vec<_>>()
+                .join(", "),
+            self.name
+        )
+    }
+
+    pub(in crate::store) fn first_page(&self) -> String {
+        format!(
+            "{} where {} order by {} limit $1",
+            self.select(),
+            self.only,
+            self.key_names()
+        )
+    }
+
+    pub(in crate::store) fn next_page(&self) -> String {
+        let (key, after, limit) = (self.key_names(), Table::binds(1, self.key), self.key + 1);
+        format!(
+            "{} where {} and ({key}) > ({after}) order by {key} limit ${limit}",
+            self.select(),
+            self.only
+        )
+    }
+
+    pub(in crate::store) fn between(&self) -> String {
+        let (names, key, from, to) = (
+            self.names(),
+            self.key_names(),
+            Table::binds(1, self.key),
+            Table::binds(self.key + 1, self.key),
+        );
+        format!(
+            "select {names} from {} where ({key}) >= ({from}) and ({key}) <= ({to}) order by {key}",
+            self.name
+        )
+    }
+
+    /// One row, or none.
+    pub(in crate::store) fn any(&self) -> String {
+        format!(
+            "select {} from {} where {} limit 1",
+            self.key_names(),
+            self.name,
+            self.only
+        )
+    }
+
+    pub(in crate::store) fn delete(&self) -> String {
+        format!(
+            "delete from {} where ({}) = ({})",
+            self.name,
+            self.key_names(),
+            Table::binds(1, self.key)
+        )
+    }
+
+    /// What follows the rows that are to be written.
+    fn over_what_is_there(&self) -> String {
+        let mut sql = format!(" on conflict ({}) do ", self.key_names());
+        let others = &self.columns[self.key..];
+        if others.is_empty() {
+            sql.push_str("nothing");
+        } else {
+            let set = others
+                .iter()
+                .map(|(name, _)| format!("{name} = excluded.{name}"))
+                .collect::<Vec<_>>()
+                .join(", ");
+            sql.push_str("update set ");
+            sql.push_str(&set);
+        }
+        sql
+    }
+
+    /// One row.
+    pub(in crate::store) fn write_in_sqlite(&self) -> String {
+        let (names, values) = (self.names(), Table::binds(1, self.columns.len()));
+        format!(
+            "insert into {} ({names}) values ({values}){}",
+            self.name,
+            self.over_what_is_there()
+        )
+    }
+
+    /// All rows at once, column by column.
+    pub(in crate::store) fn write_in_postgres(&self) -> String {
+        let array = |(n, (_, kind)): (usize, &Column)| match kind {
+            Text => format!("${}::text[]", n + 1),
+            Number => format!("${}::bigint[]", n + 1),
+            Bytes | Payload => format!("${}::bytea[]", n + 1),
+        };
+        let (names, arrays) = (
+            self.names(),
+            self.columns
+                .iter()
+                .enumerate()
+                .map(array)
+                .collect::<Vec<_>>()
+                .join(", "),
+        );
+        let over = self.over_what_is_there();
+        format!(
+            "insert into {} ({names}) select * from unnest({arrays}) as incoming ({names}){over}",
+            self.name
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::{BTreeMap, BTreeSet};
+
+    use super::*;
+    use crate::store::MIGRATIONS;
+
+    /// The columns of each table, and its primary key, as the migrations make them.
+    fn made(engine: usize) -> BTreeMap<String, (BTreeSet<String>, Vec<String>)> {
+        let (mut made, mut table) = (BTreeMap::new(), None);
+        for line in MIGRATIONS
+            .iter()
+            .flat_map(|(_, _, sql)| sql[engine].lines())
+        {
+            let words: Vec<&str> = line
+                .trim_matches([' ', ',', ';', '('])
+                .split_whitespace()
+                .collect();
+            match words[..] {
+                ["create", "table", name, ..] => {
+                    made.insert(name.to_owned(), (BTreeSet::new(), Vec::new()));
+                    table = Some(name.to_owned());
+                }
+                ["alter", "table", name, "add", "column", column, ..] => {
+                    made.get_mut(name).unwrap().0.insert(column.to_owned());
+                }
+                [")", ..] => table = None,
+                ["primary", "key", ..] => {
+                    let key = line
+                        .split(['(', ')'])
+                        .nth(1)
+                        .unwrap()
+                        .split(", ")
+                        .map(str::to_owned)
+                        .collect();
+                    made.get_mut(table.as_ref().unwrap()).unwrap().1 = key;
+                }
+                [column, ..] => {
+                    if let Some((columns, key)) =
+                        table.as_ref().and_then(|table| made.get_mut(table))
+                    {
+                        columns.insert(column.to_owned());
+                        if line.contains("primary key") {
+                            *key = vec![column.to_owned()];
+                        }
+                    }
+                }
+                [] => {}
+            }
+        }
+        made
+    }
+
+    #[test]
+    fn every_column_of_every_table_is_carried() {
+        for engine in [0, 1] {
+            let mut made = made(engine);
+            assert!(made.remove("leases").is_some(), "it belongs to a database");
+            for table in Table::ALL {
+                let (columns, key) = made
+                    .remove(table.name)
+                    .unwrap_or_else(|| panic!("{} is there", table.name));
+                let carried: Vec<String> = table
+                    .columns
+                    .iter()
+                    .map(|(name, _)| (*name).to_owned())
+                    .collect();
+                assert_eq!(carried[..table.key], key, "{}: the key", table.name);
+                assert_eq!(
+                    carried.into_iter().collect::<BTreeSet<_>>(),
+                    columns,
+                    "{}",
+                    table.name
+                );
+            }
+            assert!(
+                made.is_empty(),
+                "not carried to another database: {:?}",
+                made.keys()
+            );
+        }
+    }
+}
