@@ -8,7 +8,7 @@
 mod deliveries;
 mod load;
 mod picture;
-#[path = "../tests/outside/support/postgres.rs"]
+#[path = "../tests/api/support/postgres.rs"]
 #[expect(
     dead_code,
     clippy::unwrap_used,

@@ -6,7 +6,7 @@ use std::net::{SocketAddr, ToSocketAddrs};
 
 use crate::domain::stripe::signature::SigningSecrets;
 use crate::store::Store;
-use crate::stripe_api::{self, ApiKey};
+use crate::stripe_api::{self, StripeApiKey};
 use crate::telemetry::{self, LogFormat, OtlpSettings};
 
 /// What was given on the command line.
@@ -28,7 +28,7 @@ pub struct Flags {
 
 pub struct Config {
     pub database_url: String,
-    pub telemetry: telemetry::Settings,
+    pub telemetry: telemetry::TelemetrySettings,
     pub listen_addr: SocketAddr,
     /// Of the main listener, at a time.
     pub max_connections: usize,
@@ -37,7 +37,7 @@ pub struct Config {
     /// None: not configured.
     pub secrets: Option<SigningSecrets>,
     /// None: not configured.
-    pub stripe_api: Option<stripe_api::Settings>,
+    pub stripe_api: Option<stripe_api::StripeSettings>,
     /// The pages at `/ui` are served.
     pub ui: bool,
     /// None: not configured.
@@ -64,12 +64,12 @@ pub enum Purpose {
 /// Everything that is wrong with the configuration.
 #[derive(Debug, thiserror::Error)]
 #[error("{}", .0.join("\n       "))]
-pub struct Mistakes(pub Vec<String>);
+pub struct ConfigErrors(pub Vec<String>);
 
 impl Config {
     /// # Errors
     /// Every mistake, in words that show no secret.
-    pub fn load(flags: &Flags, purpose: Purpose) -> Result<Config, Mistakes> {
+    pub fn load(flags: &Flags, purpose: Purpose) -> Result<Config, ConfigErrors> {
         let mut mistakes = Vec::new();
         let mut reader = Reader {
             mistakes: &mut mistakes,
@@ -137,7 +137,7 @@ impl Config {
                     ui,
                 })
             }
-            _ => Err(Mistakes(mistakes)),
+            _ => Err(ConfigErrors(mistakes)),
         }
     }
 }
@@ -184,7 +184,7 @@ impl Reader<'_> {
         }
     }
 
-    fn telemetry(&mut self, flags: &Flags) -> Option<telemetry::Settings> {
+    fn telemetry(&mut self, flags: &Flags) -> Option<telemetry::TelemetrySettings> {
         let filter = self
             .setting("RUST_LOG", &flags.log_filter)
             .unwrap_or("info".to_owned());
@@ -194,7 +194,7 @@ impl Reader<'_> {
         let before = self.mistakes.len();
         let otlp = self.otlp();
         (self.mistakes.len() == before).then_some(())?;
-        Some(telemetry::Settings {
+        Some(telemetry::TelemetrySettings {
             filter: filter?,
             format: format?,
             otlp,
@@ -280,7 +280,11 @@ impl Reader<'_> {
         url
     }
 
-    fn stripe_api(&mut self, flags: &Flags, purpose: Purpose) -> Option<stripe_api::Settings> {
+    fn stripe_api(
+        &mut self,
+        flags: &Flags,
+        purpose: Purpose,
+    ) -> Option<stripe_api::StripeSettings> {
         let before = self.mistakes.len();
         let key = self.setting("STRIPE_API_KEY", &flags.stripe_api_key);
         if key.is_none() && purpose == Purpose::StripeApi && self.mistakes.len() == before {
@@ -294,14 +298,14 @@ impl Reader<'_> {
         let rate = self.setting("STRIPE_API_RATE", &flags.stripe_api_rate);
         let base = self.valid(
             "STRIPE_API_BASE",
-            stripe_api::Settings::parse_base(base.as_deref()),
+            stripe_api::StripeSettings::parse_base(base.as_deref()),
         );
         let rate = self.valid(
             "STRIPE_API_RATE",
-            stripe_api::Settings::parse_rate(rate.as_deref()),
+            stripe_api::StripeSettings::parse_rate(rate.as_deref()),
         );
-        let key = key.and_then(|key| self.valid("STRIPE_API_KEY", ApiKey::parse(&key)));
-        Some(stripe_api::Settings {
+        let key = key.and_then(|key| self.valid("STRIPE_API_KEY", StripeApiKey::parse(&key)));
+        Some(stripe_api::StripeSettings {
             key: key?,
             base: base?,
             rate: rate?,

@@ -16,7 +16,7 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Cheap to clone; clones share the connections.
 #[derive(Clone)]
-pub struct Transport {
+pub struct HttpClient {
     client: Client<HttpsConnector<HttpConnector>, Full<Bytes>>,
     timeout: Duration,
     /// The largest answer that is read, in bytes.
@@ -26,11 +26,11 @@ pub struct Transport {
 /// No answer, or none that could be read to its end. In words, without what was sent.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
-pub struct TransportError(String);
+pub struct HttpClientError(String);
 
-impl Transport {
+impl HttpClient {
     /// `timeout` holds for an exchange as a whole, its body included.
-    pub fn new(timeout: Duration, limit: usize) -> Transport {
+    pub fn new(timeout: Duration, limit: usize) -> HttpClient {
         let tls = hyper_rustls::HttpsConnectorBuilder::new()
             .with_webpki_roots()
             .https_or_http()
@@ -40,7 +40,7 @@ impl Transport {
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(IDLE_TIMEOUT)
             .build(tls);
-        Transport {
+        HttpClient {
             client: pool,
             timeout,
             limit,
@@ -50,11 +50,11 @@ impl Transport {
     /// The whole answer, whatever its status.
     ///
     /// # Errors
-    /// See [`TransportError`].
+    /// See [`HttpClientError`].
     pub async fn send(
         &self,
         request: Request<Full<Bytes>>,
-    ) -> Result<Response<Bytes>, TransportError> {
+    ) -> Result<Response<Bytes>, HttpClientError> {
         let exchange = async {
             let (head, body) = self
                 .client
@@ -79,8 +79,8 @@ impl Transport {
     }
 }
 
-fn failed(reason: impl Display) -> TransportError {
-    TransportError(reason.to_string())
+fn failed(reason: impl Display) -> HttpClientError {
+    HttpClientError(reason.to_string())
 }
 
 /// hyper's own message says only that something failed; the deepest cause says what.

@@ -23,7 +23,7 @@
 //! | [`config`] | settings and secrets | `cli` |
 //! | [`cli`] | one file per command | `main` |
 //!
-//! `tests/law_of_imports.rs` holds this table.
+//! `tests/import_law.rs` holds this table.
 //!
 //! # The paths
 //!
@@ -33,7 +33,7 @@
 //! * **A replay**: recorded payloads → `flows/ingest`, without a signature, marked as replayed.
 //! * **A pass against Stripe's API**: `stripe_api` → `flows/reconcile` (events, thin events' objects, links, invoices) → the same
 //!   reading and the same append; `domain/comparison` says what differs.
-//! * **A scrape, and `doctor`**: `flows/signs` reads on in the log, and what it has come to from `store/signs`; nothing in the path of a
+//! * **A scrape, and `doctor`**: `flows/monitor` reads on in the log, and what it has come to from `store/monitor`; nothing in the path of a
 //!   delivery but counters.
 //! * **A rebuild**: stored bytes → `domain/event` again → compare → report, and save.
 //! * **A copy**: `store/copying` on two databases, page beside page → `flows/copy` → what differs is written over → all histories compared.

@@ -6,11 +6,13 @@ use std::collections::HashSet;
 
 use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
-use stripe_reconciler::domain::history::fact::tells_a_fact;
-use stripe_reconciler::domain::history::{Entry, Known, fold, lacks_reason};
+use stripe_reconciler::domain::history::fact::asserts_fact;
+use stripe_reconciler::domain::history::{Entry, StoredObservation, fold, lacks_reason};
 use stripe_reconciler::domain::invoice::comparison::differences;
-use stripe_reconciler::domain::invoice::document::{ImportedState, State, render, validate};
-use stripe_reconciler::domain::stripe::event::{self, Event, EventKey, FETCHED, Reading, Telling};
+use stripe_reconciler::domain::invoice::document::{ImportedState, PaymentState, render, validate};
+use stripe_reconciler::domain::stripe::event::{
+    self, Event, EventKey, FETCHED, Observation, Reading,
+};
 use stripe_reconciler::domain::time::LAST_SECOND;
 
 use super::message::is_fit;
@@ -22,7 +24,7 @@ const INVOICES: usize = 4;
 const LONGEST_ID: usize = 255;
 
 pub fn check(input: &[u8]) {
-    let mut known: Vec<Known> = Vec::new();
+    let mut known: Vec<StoredObservation> = Vec::new();
     for body in bodies(input) {
         let reading = event::read(body);
         assert_eq!(event::read(body), reading, "the same bytes tell the same");
@@ -35,10 +37,15 @@ pub fn check(input: &[u8]) {
                 check_event(&event);
                 // As the store does: what is known already adds nothing.
                 let is_new = known.iter().all(|k| k.key != event.key);
-                known.extend(event.telling.filter(|_| is_new).map(|telling| Known {
-                    key: event.key,
-                    telling,
-                }));
+                known.extend(
+                    event
+                        .telling
+                        .filter(|_| is_new)
+                        .map(|telling| StoredObservation {
+                            key: event.key,
+                            telling,
+                        }),
+                );
             }
         }
     }
@@ -148,13 +155,13 @@ fn check_event(event: &Event) {
         first <= event.key && event.key <= last,
         "it is found by its id"
     );
-    tells_a_fact(event);
+    asserts_fact(event);
     let Some(telling) = &event.telling else {
         return;
     };
     let kept = serde_json::to_string(telling).expect("a telling can be written");
     assert_eq!(
-        &serde_json::from_str::<Telling>(&kept).expect("what was written can be read"),
+        &serde_json::from_str::<Observation>(&kept).expect("what was written can be read"),
         telling
     );
     assert!(!kept.contains("\\u0000"), "PostgreSQL takes no NUL: {kept}");
@@ -170,7 +177,7 @@ fn check_event(event: &Event) {
     }
 }
 
-fn check_history(invoice: &str, known: &[Known]) {
+fn check_history(invoice: &str, known: &[StoredObservation]) {
     let history = fold(Some(invoice), &[], known);
     lacks_reason(invoice, known);
     for other in orders(known) {
@@ -188,7 +195,7 @@ fn check_history(invoice: &str, known: &[Known]) {
     differences(&rendered, known, &history, &stripes);
 }
 
-fn orders(known: &[Known]) -> [Vec<Known>; 4] {
+fn orders(known: &[StoredObservation]) -> [Vec<StoredObservation>; 4] {
     let mut reversed = known.to_vec();
     reversed.reverse();
     let mut turned = known.to_vec();
@@ -208,7 +215,7 @@ fn orders(known: &[Known]) -> [Vec<Known>; 4] {
     [reversed, turned, shuffled, doubled]
 }
 
-fn check_entries(history: &[Entry], known: &[Known]) {
+fn check_entries(history: &[Entry], known: &[StoredObservation]) {
     let mut told = HashSet::new();
     let mut is_paid = false;
     for entry in history {
@@ -217,10 +224,10 @@ fn check_entries(history: &[Entry], known: &[Known]) {
             "no entry stands twice: {entry:?}"
         );
         assert!(
-            !is_paid || entry.state == State::Paid,
+            !is_paid || entry.state == PaymentState::Paid,
             "nothing leads out of Paid: {history:?}"
         );
-        is_paid = entry.state == State::Paid;
+        is_paid = entry.state == PaymentState::Paid;
         assert!(
             (0..=LAST_SECOND * 1000).contains(&entry.timestamp_ms),
             "{entry:?}"
@@ -243,14 +250,14 @@ fn check_entries(history: &[Entry], known: &[Known]) {
     // Not after Paid: what comes of a payment stands behind it, whenever it was.
     let times: Vec<i64> = history
         .iter()
-        .filter(|e| e.state == State::PaymentPending)
+        .filter(|e| e.state == PaymentState::PaymentPending)
         .map(|e| e.timestamp_ms)
         .collect();
     assert!(times.is_sorted(), "{history:?}");
 }
 
 /// Once an invoice is known to be paid, whatever else is told does not take it away.
-fn check_growth(invoice: &str, known: &[Known], history: &[Entry]) {
+fn check_growth(invoice: &str, known: &[StoredObservation], history: &[Entry]) {
     // A thin event gives way to the snapshot that it names, which may say something else.
     if known.iter().any(|k| k.telling.snapshot_event.is_some()) {
         return;
@@ -258,7 +265,7 @@ fn check_growth(invoice: &str, known: &[Known], history: &[Entry]) {
     let is_paid = |history: &[Entry]| {
         history
             .last()
-            .is_some_and(|entry| entry.state == State::Paid)
+            .is_some_and(|entry| entry.state == PaymentState::Paid)
     };
     for upto in [known.len() / 2, known.len().saturating_sub(1)] {
         assert!(
@@ -269,7 +276,7 @@ fn check_growth(invoice: &str, known: &[Known], history: &[Entry]) {
 }
 
 /// What was rendered once comes first when it is stored elsewhere, as it was.
-fn check_imported(invoice: &str, known: &[Known], history: &[Entry]) {
+fn check_imported(invoice: &str, known: &[StoredObservation], history: &[Entry]) {
     let Ok(valid) = validate(render(&json!({}), history)) else {
         let kinds: HashSet<_> = history
             .iter()

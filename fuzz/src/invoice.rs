@@ -4,7 +4,7 @@
 use serde::Deserialize;
 use serde_json::Value;
 use stripe_reconciler::domain::history::fold;
-use stripe_reconciler::domain::invoice::document::{Fault, ValidInvoice, render, validate};
+use stripe_reconciler::domain::invoice::document::{InvalidField, ValidInvoice, render, validate};
 use stripe_reconciler::queries::invoices::new_invoice;
 
 /// Documents of an input that are looked at: JSON values one after another.
@@ -49,7 +49,7 @@ fn check_accepted(valid: &ValidInvoice) {
 
 /// Each pointer is one (RFC 6901), and leads to what is wrong; and where all that is wrong is taken away, what is left is right: no fault
 /// hides another.
-fn check_refused(document: &Value, faults: &[Fault]) {
+fn check_refused(document: &Value, faults: &[InvalidField]) {
     assert!(!faults.is_empty());
     let mut mended = document.clone();
     let mut pointers: Vec<&str> = faults
@@ -74,7 +74,7 @@ fn check_refused(document: &Value, faults: &[Fault]) {
 }
 
 /// What has to go so that the fault is gone: where a field is required, all that it is required in.
-fn fault_to_take_away<'f>(document: &Value, fault: &'f Fault) -> &'f str {
+fn fault_to_take_away<'f>(document: &Value, fault: &'f InvalidField) -> &'f str {
     let pointer = &fault.pointer;
     let escapes = pointer
         .match_indices('~')

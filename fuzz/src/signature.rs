@@ -6,7 +6,7 @@
 
 use sha2::{Digest, Sha256};
 use stripe_reconciler::domain::stripe::signature::{
-    Refusal, SignatureHeader, SigningSecrets, TOLERANCE_S, sign,
+    SignatureError, SignatureHeader, SigningSecrets, TOLERANCE_S, sign,
 };
 
 const NOW_S: i64 = 1_700_000_000;
@@ -47,7 +47,7 @@ fn verify<'s>(
     body: &[u8],
     part: usize,
     now_s: i64,
-) -> Result<&'s str, Refusal> {
+) -> Result<&'s str, SignatureError> {
     let header = SignatureHeader::read(lines)?;
     let mut verifier = secrets.verifier(&header);
     body.chunks(part).for_each(|part| verifier.update(part));
@@ -146,11 +146,11 @@ fn second_opinion(
     body: &[u8],
     keys: &Keys,
     now_s: i64,
-) -> Result<String, Refusal> {
+) -> Result<String, SignatureError> {
     let line = match lines {
-        [] => return Err(Refusal::Missing),
+        [] => return Err(SignatureError::Missing),
         [line] => *line,
-        _ => return Err(Refusal::Several),
+        _ => return Err(SignatureError::Several),
     };
     // One byte, one character: so that anything can be split as text.
     let text: String = line.iter().map(|byte| char::from(*byte)).collect();
@@ -167,7 +167,7 @@ fn second_opinion(
             .collect::<Vec<String>>()
     };
     let [time] = &values("t")[..] else {
-        return Err(Refusal::Malformed);
+        return Err(SignatureError::Malformed);
     };
     let is_hex = |tag: &String| tag.len() == 64 && tag.chars().all(|c| c.is_ascii_hexdigit());
     let tags: Vec<String> = values("v1")
@@ -180,18 +180,18 @@ fn second_opinion(
         || !time.chars().all(|c| c.is_ascii_digit())
         || tags.is_empty()
     {
-        return Err(Refusal::Malformed);
+        return Err(SignatureError::Malformed);
     }
     let signed = [time.as_bytes(), b".", body].concat();
     let label = keys
         .iter()
         .find(|(_, key)| tags.contains(&hex(&hmac(key, &signed))))
         .map(|(label, _)| label.clone());
-    let label = label.ok_or(Refusal::Mismatch)?;
-    let seconds: i128 = time.parse().map_err(|_| Refusal::Malformed)?;
+    let label = label.ok_or(SignatureError::Mismatch)?;
+    let seconds: i128 = time.parse().map_err(|_| SignatureError::Malformed)?;
     match i128::from(now_s) - seconds {
-        age if age > i128::from(TOLERANCE_S) => Err(Refusal::Stale),
-        age if age < -i128::from(TOLERANCE_S) => Err(Refusal::Future),
+        age if age > i128::from(TOLERANCE_S) => Err(SignatureError::Stale),
+        age if age < -i128::from(TOLERANCE_S) => Err(SignatureError::Future),
         _ => Ok(label),
     }
 }

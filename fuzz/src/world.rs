@@ -15,7 +15,7 @@ use stripe_reconciler::domain::api_key;
 use stripe_reconciler::domain::stripe::signature::{SigningSecrets, sign};
 use stripe_reconciler::http::session_token;
 use stripe_reconciler::http::{AppState, MetricsAt, Ui, router};
-use stripe_reconciler::ingest::batch_writer::{Inbox, Writer};
+use stripe_reconciler::ingest::batch_writer::{BatchWriter, Writer};
 use stripe_reconciler::ingest::{Delivery, prepare};
 use stripe_reconciler::metrics::Metrics;
 use stripe_reconciler::queries::invoices::new_invoice;
@@ -167,7 +167,7 @@ impl Running {
             .await
             .expect("a database can be opened");
         let metrics = std::sync::Arc::<Metrics>::default();
-        let (inbox, writer) = Inbox::start(store.clone(), metrics.clone());
+        let (inbox, writer) = BatchWriter::start(store.clone(), metrics.clone());
         let (clock, stopping) = (Clock::fixed(NOW_MS), CancellationToken::new());
         let state = AppState::new(store.clone(), inbox, secrets(), clock, metrics, stopping);
         let service = TowerToHyperService::new(router(state, MetricsAt::MainListener, Ui::Shown));

@@ -4,10 +4,10 @@ use clap::Args;
 use serde_json::json;
 
 use super::output;
-use super::{Exit, Settings};
+use super::{Exit, GlobalArgs};
 use crate::clock::Clock;
-use crate::config::{Config, Flags, Mistakes, Purpose};
-use crate::jobs::copy::{self, Carried, CopyError, Differing, How, Report};
+use crate::config::{Config, ConfigErrors, Flags, Purpose};
+use crate::jobs::copy::{self, Carried, CopyError, CopyReport, Differing, Mismatch};
 use crate::store::{Store, StoreError};
 use crate::telemetry;
 
@@ -41,7 +41,7 @@ struct Took {
 }
 
 impl Copy {
-    pub(super) async fn run(self, settings: Settings) -> anyhow::Result<Exit> {
+    pub(super) async fn run(self, settings: GlobalArgs) -> anyhow::Result<Exit> {
         let mut config = Config::load(
             &Flags {
                 copy_to: self.to.clone(),
@@ -58,8 +58,8 @@ impl Copy {
         .await?;
         let target = opened("COPY_TO", Store::connect(&to).await).await?;
         let (report, took) = copy(&source, &target).await.map_err(|error| match error {
-            CopyError::Refused(_) | CopyError::Overtaken => {
-                Mistakes(vec![error.to_string()]).into()
+            CopyError::Refused(_) | CopyError::Superseded => {
+                ConfigErrors(vec![error.to_string()]).into()
             }
             CopyError::Store(error) => anyhow::Error::from(error),
         })?;
@@ -90,7 +90,7 @@ async fn opened(name: &str, connected: Result<Store, StoreError>) -> anyhow::Res
         .map_err(|error| anyhow::Error::from(error).context(format!("{name} cannot be opened")))
 }
 
-async fn copy(source: &Store, target: &Store) -> Result<(Report, Took), CopyError> {
+async fn copy(source: &Store, target: &Store) -> Result<(CopyReport, Took), CopyError> {
     let clock = Clock::system();
     let mut copy = copy::Copying::begin(source, target).await?;
     let started_ms = clock.now_ms();
@@ -117,7 +117,7 @@ async fn copy(source: &Store, target: &Store) -> Result<(Report, Took), CopyErro
     ))
 }
 
-fn print(report: &Report, took: &Took) -> anyhow::Result<()> {
+fn print(report: &CopyReport, took: &Took) -> anyhow::Result<()> {
     let row = |(
         table,
         Carried {
@@ -156,9 +156,9 @@ fn print(report: &Report, took: &Took) -> anyhow::Result<()> {
     } in report.named.iter().take(SHOWN)
     {
         let how = match how {
-            How::NotInCopy => "is not in the copy",
-            How::OnlyInCopy => "is only in the copy",
-            How::AnswersOtherwise => "is answered otherwise by the copy",
+            Mismatch::NotInCopy => "is not in the copy",
+            Mismatch::OnlyInCopy => "is only in the copy",
+            Mismatch::AnswersOtherwise => "is answered otherwise by the copy",
         };
         output::line(format!(
             "  invoice {invoice_uid} of {tenant_uid} ({}) {how}",
@@ -183,15 +183,15 @@ fn rate(count: u64, ms: i64) -> String {
     format!("{seconds:.1} s ({:.0} a second)", count as f64 / seconds)
 }
 
-fn as_json(report: &Report, took: &Took) -> serde_json::Value {
+fn as_json(report: &CopyReport, took: &Took) -> serde_json::Value {
     let tables = report.tables.iter().map(|(table, Carried { rows, new, changed, removed })| {
         json!({"table": table, "rows": rows, "new": new, "changed": changed, "removed": removed})
     });
     let differing = report.named.iter().map(|differing| {
         let how = match differing.how {
-            How::NotInCopy => "notInCopy",
-            How::OnlyInCopy => "onlyInCopy",
-            How::AnswersOtherwise => "answersOtherwise",
+            Mismatch::NotInCopy => "notInCopy",
+            Mismatch::OnlyInCopy => "onlyInCopy",
+            Mismatch::AnswersOtherwise => "answersOtherwise",
         };
         json!({"tenantUid": differing.tenant_uid, "invoiceUid": differing.invoice_uid,
             "stripeInvoiceId": differing.stripe_invoice_id, "how": how})

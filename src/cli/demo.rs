@@ -17,11 +17,11 @@ use tokio_util::sync::CancellationToken;
 use super::keys;
 use super::output;
 use super::serve::{Service, serve};
-use super::{Exit, Settings};
+use super::{Exit, GlobalArgs};
 use crate::clock::Clock;
 use crate::domain::stripe::signature::SigningSecrets;
 use crate::http::{self, Ui};
-use crate::http_client::Transport;
+use crate::http_client::HttpClient;
 use crate::ingest::Outcome;
 use crate::jobs::replay::Endpoint;
 use crate::queries::invoices::new_invoice;
@@ -135,7 +135,7 @@ pub struct Demo {
 }
 
 impl Demo {
-    pub(super) async fn run(self, _settings: Settings) -> anyhow::Result<Exit> {
+    pub(super) async fn run(self, _settings: GlobalArgs) -> anyhow::Result<Exit> {
         let stage = Stage::build().await?;
         output::line(format!(
             "A server listens on {}, with an empty SQLite database in {}.",
@@ -189,7 +189,7 @@ struct Stage {
     base: String,
     store: Store,
     endpoint: Endpoint,
-    transport: Transport,
+    transport: HttpClient,
     operator_key: String,
     tenant_key: String,
     signing_secret: String,
@@ -234,7 +234,7 @@ impl Stage {
             secrets()?,
             Clock::system(),
         );
-        let transport = Transport::new(Duration::from_secs(10), 1024 * 1024);
+        let transport = HttpClient::new(Duration::from_secs(10), 1024 * 1024);
         Ok(Stage {
             folder,
             base,

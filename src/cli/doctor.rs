@@ -5,10 +5,10 @@ use serde_json::json;
 
 use super::output;
 use super::reconcile::StripeFlags;
-use super::{Exit, Settings};
+use super::{Exit, GlobalArgs};
 use crate::clock::Clock;
 use crate::config::{Config, Flags, Purpose};
-use crate::doctor::{self, Check, Patient, State};
+use crate::doctor::{self, Check, CheckStatus, DoctorInput};
 use crate::store::Store;
 use crate::stripe_api::{self, StripeApi};
 use crate::telemetry;
@@ -43,18 +43,18 @@ pub struct Doctor {
 }
 
 impl Doctor {
-    pub(super) async fn run(self, settings: Settings) -> anyhow::Result<Exit> {
+    pub(super) async fn run(self, settings: GlobalArgs) -> anyhow::Result<Exit> {
         let flags = Flags {
             stripe_webhook_secret: self.stripe_webhook_secret.clone(),
             ..self.stripe.clone().fill(settings.flags())
         };
         let config = Config::load(&flags, Purpose::Diagnosis)?;
         telemetry::start(config.telemetry);
-        let patient = Patient {
+        let patient = DoctorInput {
             store: Store::connect_to_existing(&config.database_url).await,
             reconciles: config.stripe_api.is_some(),
             api: config.stripe_api.map(|settings| {
-                StripeApi::new(stripe_api::Settings {
+                StripeApi::new(stripe_api::StripeSettings {
                     retries: FEW,
                     ..settings
                 })
@@ -66,7 +66,7 @@ impl Doctor {
         if let Ok(store) = &patient.store {
             store.close().await;
         }
-        let state = doctor::worst(&checks);
+        let state = doctor::overall(&checks);
         if self.json {
             output::line(serde_json::to_string_pretty(
                 &json!({"state": verdict(state), "checks": checks}),
@@ -75,25 +75,25 @@ impl Doctor {
             self.print(&checks)?;
         }
         Ok(match state {
-            State::Ok | State::Unknown => Exit::Done,
+            CheckStatus::Ok | CheckStatus::Unknown => Exit::Done,
             _ if is_database_away(&checks) => Exit::Unreachable,
-            State::Warning | State::Failing => Exit::Differs,
+            CheckStatus::Warning | CheckStatus::Failing => Exit::Differs,
         })
     }
 
     fn print(&self, checks: &[Check]) -> anyhow::Result<()> {
-        let is_wrong = |check: &&Check| check.state >= State::Warning;
+        let is_wrong = |check: &&Check| check.state >= CheckStatus::Warning;
         let wrong = checks.iter().filter(is_wrong).count();
         for check in checks.iter().filter(|check| !self.quiet || is_wrong(check)) {
             let word = match check.state {
-                State::Ok => "ok".to_owned(),
-                State::Unknown => "?".to_owned(),
-                State::Warning => output::bold("warning"),
-                State::Failing => output::bold("FAILING"),
+                CheckStatus::Ok => "ok".to_owned(),
+                CheckStatus::Unknown => "?".to_owned(),
+                CheckStatus::Warning => output::bold("warning"),
+                CheckStatus::Failing => output::bold("FAILING"),
             };
             // The codes that make it bold take no room.
             let padding = " ".repeat(9 - visible(check.state));
-            let words = [Some(&check.finding), check.cure.as_ref()]
+            let words = [Some(&check.finding), check.remedy.as_ref()]
                 .into_iter()
                 .flatten();
             for (at, text) in words
@@ -117,18 +117,18 @@ impl Doctor {
     }
 }
 
-fn visible(state: State) -> usize {
+fn visible(state: CheckStatus) -> usize {
     match state {
-        State::Ok => 2,
-        State::Unknown => 1,
-        State::Warning | State::Failing => 7,
+        CheckStatus::Ok => 2,
+        CheckStatus::Unknown => 1,
+        CheckStatus::Warning | CheckStatus::Failing => 7,
     }
 }
 
 /// What cannot be told is nothing wrong.
-fn verdict(state: State) -> State {
-    if state == State::Unknown {
-        State::Ok
+fn verdict(state: CheckStatus) -> CheckStatus {
+    if state == CheckStatus::Unknown {
+        CheckStatus::Ok
     } else {
         state
     }
@@ -137,5 +137,5 @@ fn verdict(state: State) -> State {
 fn is_database_away(checks: &[Check]) -> bool {
     checks
         .iter()
-        .any(|check| check.name == "database" && check.state == State::Failing)
+        .any(|check| check.name == "database" && check.state == CheckStatus::Failing)
 }

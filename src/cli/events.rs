@@ -4,9 +4,9 @@ use clap::{Args, Subcommand};
 use serde_json::json;
 
 use super::output;
-use super::{Access, Exit, Settings, duration_ms};
+use super::{Access, Exit, GlobalArgs, duration_ms};
 use crate::clock::Clock;
-use crate::config::Mistakes;
+use crate::config::ConfigErrors;
 use crate::queries::events::{self, Body, OutcomeFilter, PageRequest, Shown};
 use crate::store::{LoggedEvent, Outcome, Store};
 
@@ -79,7 +79,7 @@ struct List {
 }
 
 impl Events {
-    pub(super) async fn run(self, settings: Settings) -> anyhow::Result<Exit> {
+    pub(super) async fn run(self, settings: GlobalArgs) -> anyhow::Result<Exit> {
         match self.command {
             Command::List(list) => list.run(settings).await,
             Command::Show { id, json } => {
@@ -95,11 +95,13 @@ impl Events {
 const PAGE: u32 = 500;
 
 impl List {
-    async fn run(self, settings: Settings) -> anyhow::Result<Exit> {
+    async fn run(self, settings: GlobalArgs) -> anyhow::Result<Exit> {
         let outcome = match self.outcome.as_deref().map(OutcomeFilter::parse) {
             None => OutcomeFilter::Any,
             Some(Ok(outcome)) => outcome,
-            Some(Err(reason)) => return Err(Mistakes(vec![format!("--outcome {reason}")]).into()),
+            Some(Err(reason)) => {
+                return Err(ConfigErrors(vec![format!("--outcome {reason}")]).into());
+            }
         };
         let (event_type, stripe_invoice_id) = (self.event_type, self.invoice);
         let mut request = PageRequest {
@@ -141,7 +143,7 @@ impl List {
 
 impl Prune {
     /// In small steps: deliveries go on in between.
-    async fn run(self, settings: Settings) -> anyhow::Result<Exit> {
+    async fn run(self, settings: GlobalArgs) -> anyhow::Result<Exit> {
         let before_ms = Clock::system()
             .now_ms()
             .saturating_sub(duration_ms("--older-than", &self.older_than)?);

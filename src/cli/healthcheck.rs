@@ -9,11 +9,11 @@ use http_body_util::Full;
 use hyper::Request;
 
 use super::output;
-use super::{Exit, Settings};
+use super::{Exit, GlobalArgs};
 use crate::config::{Config, Flags, Purpose};
-use crate::http_client::Transport;
+use crate::http_client::HttpClient;
 
-const PATIENCE: Duration = Duration::from_secs(3);
+const TIMEOUT: Duration = Duration::from_secs(3);
 /// More than its answer ever is.
 const ANSWER_LIMIT: usize = 64 << 10;
 
@@ -31,7 +31,7 @@ pub struct Healthcheck {
 }
 
 impl Healthcheck {
-    pub(super) async fn run(self, settings: Settings) -> anyhow::Result<Exit> {
+    pub(super) async fn run(self, settings: GlobalArgs) -> anyhow::Result<Exit> {
         let config = Config::load(
             &Flags {
                 listen_addr: self.listen_addr,
@@ -41,7 +41,7 @@ impl Healthcheck {
         )?;
         let url = format!("http://{}/readyz", reachable(config.listen_addr));
         let request = Request::get(&url).body(Full::<Bytes>::default())?;
-        match Transport::new(PATIENCE, ANSWER_LIMIT).send(request).await {
+        match HttpClient::new(TIMEOUT, ANSWER_LIMIT).send(request).await {
             Ok(answer) if answer.status().is_success() => {
                 output::line("ready")?;
                 Ok(Exit::Done)

@@ -8,11 +8,11 @@ use indicatif::ProgressBar;
 use serde_json::json;
 
 use super::output;
-use super::{Access, Exit, Settings};
+use super::{Access, Exit, GlobalArgs};
 use crate::clock::Clock;
-use crate::config::Mistakes;
+use crate::config::ConfigErrors;
 use crate::domain::invoice::document::validate_uid;
-use crate::jobs::import::{self, Counts, Refused, Watcher};
+use crate::jobs::import::{self, ImportCounts, ProgressSink, Refused};
 use crate::queries::invoices::{PageRequest, StateFilter, history, page, render};
 use crate::store::{Store, StoredInvoice};
 
@@ -72,7 +72,7 @@ struct List {
 }
 
 impl Invoices {
-    pub(super) async fn run(self, settings: Settings) -> anyhow::Result<Exit> {
+    pub(super) async fn run(self, settings: GlobalArgs) -> anyhow::Result<Exit> {
         match self.command {
             Command::Import(import) => import.run(settings).await,
             Command::Get { tenant, uid } => {
@@ -84,11 +84,11 @@ impl Invoices {
 }
 
 impl Import {
-    async fn run(self, settings: Settings) -> anyhow::Result<Exit> {
+    async fn run(self, settings: GlobalArgs) -> anyhow::Result<Exit> {
         validate_uid(&self.tenant)
-            .map_err(|reason| Mistakes(vec![format!("--tenant {reason}")]))?;
+            .map_err(|reason| ConfigErrors(vec![format!("--tenant {reason}")]))?;
         let store = settings.store(Access::Writes).await?;
-        let mut counts = Counts::default();
+        let mut counts = ImportCounts::default();
         let mut screen = Screen(output::progress("invoices"));
         for file in &self.files {
             import::file(
@@ -102,7 +102,7 @@ impl Import {
             .await?;
         }
         screen.0.finish_and_clear();
-        let Counts {
+        let ImportCounts {
             created,
             replaced,
             refused,
@@ -125,7 +125,7 @@ impl Import {
 
 struct Screen(ProgressBar);
 
-impl Watcher for Screen {
+impl ProgressSink for Screen {
     fn refused(&mut self, refused: Refused) {
         let file = if refused.file.as_os_str() == "-" {
             "standard input".into()
@@ -149,7 +149,7 @@ impl Watcher for Screen {
         });
     }
 
-    fn progress(&mut self, counts: Counts) {
+    fn progress(&mut self, counts: ImportCounts) {
         self.0
             .set_position(counts.created + counts.replaced + counts.refused);
     }
@@ -169,12 +169,12 @@ async fn get(store: &Store, tenant: &str, uid: &str) -> anyhow::Result<Exit> {
 }
 
 impl List {
-    async fn run(self, settings: Settings) -> anyhow::Result<Exit> {
+    async fn run(self, settings: GlobalArgs) -> anyhow::Result<Exit> {
         let state = self
             .state
             .as_deref()
             .map_or(Ok(StateFilter::Any), StateFilter::parse);
-        let state = state.map_err(|mistake| Mistakes(vec![format!("--{mistake}")]))?;
+        let state = state.map_err(|mistake| ConfigErrors(vec![format!("--{mistake}")]))?;
         let store = settings.store(Access::Reads).await?;
         let mut request = PageRequest {
             tenant_uid: self.tenant,

@@ -5,9 +5,9 @@ use serde_json::json;
 use uuid::Uuid;
 
 use super::output;
-use super::{Access, Exit, Settings, duration_ms};
+use super::{Access, Exit, GlobalArgs, duration_ms};
 use crate::clock::Clock;
-use crate::config::Mistakes;
+use crate::config::ConfigErrors;
 use crate::domain::api_key;
 use crate::domain::invoice::document::validate_uid;
 use crate::store::{ApiKey, Scope, Store, StoreError};
@@ -62,7 +62,7 @@ struct Create {
 }
 
 impl Keys {
-    pub(super) async fn run(self, settings: Settings) -> anyhow::Result<Exit> {
+    pub(super) async fn run(self, settings: GlobalArgs) -> anyhow::Result<Exit> {
         match self.command {
             Command::Create(create) => create.run(settings).await,
             Command::List { json } => list(&settings.store(Access::Reads).await?, json).await,
@@ -72,12 +72,12 @@ impl Keys {
 }
 
 impl Create {
-    async fn run(self, settings: Settings) -> anyhow::Result<Exit> {
+    async fn run(self, settings: GlobalArgs) -> anyhow::Result<Exit> {
         let now_ms = Clock::system().now_ms();
         let scope = match self.tenant {
             Some(tenant_uid) => {
                 validate_uid(&tenant_uid)
-                    .map_err(|reason| Mistakes(vec![format!("--tenant {reason}")]))?;
+                    .map_err(|reason| ConfigErrors(vec![format!("--tenant {reason}")]))?;
                 Scope::Tenant(tenant_uid)
             }
             None => Scope::Operator,

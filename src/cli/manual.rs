@@ -76,7 +76,7 @@ fn write_pages(command: &clap::Command, folder: &Path) -> anyhow::Result<usize> 
         man.render_subcommands_section(&mut page)?;
     }
     if let Some(text) = command.get_after_help() {
-        as_it_stands(&text.to_string()).to_writer(&mut page)?;
+        verbatim(&text.to_string()).to_writer(&mut page)?;
     }
     let path = folder.join(man.get_filename());
     std::fs::write(&path, page).with_context(|| format!("{} cannot be written", path.display()))?;
@@ -88,7 +88,7 @@ fn write_pages(command: &clap::Command, folder: &Path) -> anyhow::Result<usize> 
 }
 
 /// Examples, and what follows them, with their lines and blanks.
-fn as_it_stands(text: &str) -> Roff {
+fn verbatim(text: &str) -> Roff {
     let mut section = Roff::new();
     let (title, rest) = text.split_once(":\n").unwrap_or(("Examples", text));
     section

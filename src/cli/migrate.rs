@@ -4,7 +4,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::output;
-use super::{Exit, Settings};
+use super::{Exit, GlobalArgs};
 use crate::config::{Config, Purpose};
 use crate::store::Store;
 use crate::telemetry;
@@ -21,7 +21,7 @@ pub struct Migrate {
 }
 
 impl Migrate {
-    pub(super) async fn run(self, settings: Settings) -> anyhow::Result<Exit> {
+    pub(super) async fn run(self, settings: GlobalArgs) -> anyhow::Result<Exit> {
         let config = Config::load(&settings.flags(), Purpose::Database)?;
         telemetry::start(config.telemetry);
         let store = Store::connect(&config.database_url).await?;

@@ -22,8 +22,8 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 
 use crate::clock::Clock;
-use crate::config::{Config, Flags, Mistakes, Purpose};
-use crate::ingest::batch_writer::InboxError;
+use crate::config::{Config, ConfigErrors, Flags, Purpose};
+use crate::ingest::batch_writer::AppendError;
 use crate::jobs::replay::ReplayError;
 use crate::reconcile::ReconcileError;
 use crate::store::{Store, StoreError};
@@ -51,13 +51,13 @@ would change or is wrong, 4 the database, the server or Stripe cannot be reached
 )]
 pub struct Arguments {
     #[command(flatten)]
-    settings: Settings,
+    settings: GlobalArgs,
     #[command(subcommand)]
     command: Command,
 }
 
 #[derive(Args, Clone)]
-struct Settings {
+struct GlobalArgs {
     /// Where everything is kept: sqlite://PATH, created when missing [env: DATABASE_URL] [default: sqlite://stripe-reconciler.db]
     #[arg(long, global = true, value_name = "URL")]
     database_url: Option<String>,
@@ -144,7 +144,7 @@ pub fn fail(error: &anyhow::Error) -> ExitCode {
     let is = |found: &(dyn std::error::Error + 'static)| {
         found.is::<StoreError>()
             || found.is::<ReplayError>()
-            || found.is::<InboxError>()
+            || found.is::<AppendError>()
             || found.is::<ReconcileError>()
     };
     let is_wrong_key = |found: &ReconcileError| {
@@ -155,13 +155,13 @@ pub fn fail(error: &anyhow::Error) -> ExitCode {
     };
     match error {
         error if error.downcast_ref().is_some_and(is_wrong_key) => ExitCode::from(2),
-        error if error.chain().any(|cause| cause.is::<Mistakes>()) => ExitCode::from(2),
+        error if error.chain().any(|cause| cause.is::<ConfigErrors>()) => ExitCode::from(2),
         error if error.chain().any(is) => ExitCode::from(4),
         _ => ExitCode::from(1),
     }
 }
 
-impl Settings {
+impl GlobalArgs {
     fn flags(&self) -> Flags {
         Flags {
             database_url: self.database_url.clone(),
@@ -197,9 +197,9 @@ async fn open(config: Config, access: Access) -> anyhow::Result<Store> {
 }
 
 /// `90d`, `12h`, `30m`, `10s` in milliseconds.
-fn duration_ms(flag: &str, text: &str) -> Result<i64, Mistakes> {
+fn duration_ms(flag: &str, text: &str) -> Result<i64, ConfigErrors> {
     let mistake = || {
-        Mistakes(vec![format!(
+        ConfigErrors(vec![format!(
             "{flag}: `{text}` is no duration such as 90d, 12h, 30m or 10s"
         )])
     };

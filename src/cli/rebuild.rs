@@ -6,8 +6,8 @@ use clap::Args;
 use serde_json::json;
 
 use super::output;
-use super::{Access, Exit, Settings};
-use crate::jobs::rebuild::{self, Difference, Mode, Report};
+use super::{Access, Exit, GlobalArgs};
+use crate::jobs::rebuild::{self, RebuildDifference, RebuildReport, WriteMode};
 use crate::store::Store;
 
 /// Derive all facts again from the stored bytes, and print what differs, by invoice
@@ -25,11 +25,11 @@ pub struct Rebuild {
 }
 
 impl Rebuild {
-    pub(super) async fn run(self, settings: Settings) -> anyhow::Result<Exit> {
+    pub(super) async fn run(self, settings: GlobalArgs) -> anyhow::Result<Exit> {
         let (mode, access) = if self.dry_run {
-            (Mode::DryRun, Access::Reads)
+            (WriteMode::DryRun, Access::Reads)
         } else {
-            (Mode::Save, Access::Writes)
+            (WriteMode::Save, Access::Writes)
         };
         let store = settings.store(access).await?;
         let bar = output::progress("events");
@@ -53,7 +53,7 @@ impl Rebuild {
 /// Tenant and uid by Stripe invoice.
 type Holders = BTreeMap<String, (String, String)>;
 
-async fn holders(store: &Store, report: &Report) -> anyhow::Result<Holders> {
+async fn holders(store: &Store, report: &RebuildReport) -> anyhow::Result<Holders> {
     let ids: Vec<String> = report.differing.keys().cloned().collect();
     let holders = store.holders(&ids).await?;
     Ok(holders
@@ -62,7 +62,7 @@ async fn holders(store: &Store, report: &Report) -> anyhow::Result<Holders> {
         .collect())
 }
 
-fn print_text(report: &Report, holders: &Holders, mode: Mode) -> anyhow::Result<()> {
+fn print_text(report: &RebuildReport, holders: &Holders, mode: WriteMode) -> anyhow::Result<()> {
     for (stripe_invoice_id, differences) in &report.differing {
         output::line(
             match (stripe_invoice_id.as_str(), holders.get(stripe_invoice_id)) {
@@ -71,7 +71,7 @@ fn print_text(report: &Report, holders: &Holders, mode: Mode) -> anyhow::Result<
                 (id, None) => format!("{id}, which no stored invoice holds"),
             },
         )?;
-        for Difference {
+        for RebuildDifference {
             event_id,
             event_type,
             was,
@@ -89,7 +89,7 @@ fn print_text(report: &Report, holders: &Holders, mode: Mode) -> anyhow::Result<
     }
     let differing = report.differing.len();
     let (events, pruned) = (report.events, report.pruned);
-    let verb = if mode == Mode::DryRun {
+    let verb = if mode == WriteMode::DryRun {
         "would change"
     } else {
         "changed"
@@ -99,9 +99,9 @@ fn print_text(report: &Report, holders: &Holders, mode: Mode) -> anyhow::Result<
     ))
 }
 
-fn print_json(report: &Report, holders: &Holders) -> anyhow::Result<()> {
-    let difference = |d: &Difference| json!({"eventId": d.event_id, "type": d.event_type, "was": d.was, "is": d.is});
-    let invoice = |(id, differences): (&String, &Vec<Difference>)| {
+fn print_json(report: &RebuildReport, holders: &Holders) -> anyhow::Result<()> {
+    let difference = |d: &RebuildDifference| json!({"eventId": d.event_id, "type": d.event_type, "was": d.was, "is": d.is});
+    let invoice = |(id, differences): (&String, &Vec<RebuildDifference>)| {
         let holder = holders.get(id);
         json!({
             "stripeInvoiceId": Some(id).filter(|id| !id.is_empty()),

@@ -8,12 +8,13 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::output;
-use super::{Access, Exit, Settings, open};
+use super::{Access, Exit, GlobalArgs, open};
 use crate::clock::Clock;
-use crate::config::{Config, Flags, Mistakes, Purpose};
-use crate::ingest::batch_writer::Inbox;
+use crate::config::{Config, ConfigErrors, Flags, Purpose};
+use crate::ingest::batch_writer::BatchWriter;
 use crate::reconcile::{
-    self, Differing, Extent, Healed, Lease, Mode, Plan, ReconcileError, Report, Tools, UnknownHere,
+    self, Differing, Extent, Healed, Lease, Plan, ReconcileContext, ReconcileError, Report,
+    UnknownHere, WriteMode,
 };
 use crate::store::{Run, Store};
 use crate::stripe_api::StripeApi;
@@ -81,7 +82,7 @@ impl StripeFlags {
 }
 
 impl Reconcile {
-    pub(super) async fn run(self, settings: Settings) -> anyhow::Result<Exit> {
+    pub(super) async fn run(self, settings: GlobalArgs) -> anyhow::Result<Exit> {
         if self.list {
             return list(&settings.store(Access::Reads).await?, self.json).await;
         }
@@ -97,9 +98,9 @@ impl Reconcile {
                 .context("checked with the configuration")?,
         );
         let (mode, access) = if self.dry_run {
-            (Mode::DryRun, Access::Reads)
+            (WriteMode::DryRun, Access::Reads)
         } else {
-            (Mode::Save, Access::Writes)
+            (WriteMode::Save, Access::Writes)
         };
         let store = open(config, access).await?;
         let report = reconcile(
@@ -126,8 +127,8 @@ impl Reconcile {
 }
 
 async fn reconcile(store: &Store, api: StripeApi, plan: Plan) -> anyhow::Result<Report> {
-    let (inbox, writer) = Inbox::start(store.clone(), Arc::default());
-    let tools = Tools {
+    let (inbox, writer) = BatchWriter::start(store.clone(), Arc::default());
+    let tools = ReconcileContext {
         store: store.clone(),
         inbox,
         api,
@@ -152,8 +153,8 @@ async fn reconcile(store: &Store, api: StripeApi, plan: Plan) -> anyhow::Result<
     Ok(ended?)
 }
 
-async fn under_lease(tools: &Tools, plan: Plan) -> Result<Report, ReconcileError> {
-    if plan.mode == Mode::DryRun {
+async fn under_lease(tools: &ReconcileContext, plan: Plan) -> Result<Report, ReconcileError> {
+    if plan.mode == WriteMode::DryRun {
         Lease::wait_until_free(&tools.store, &tools.clock).await?;
         return reconcile::run(tools, plan).await;
     }
@@ -166,9 +167,9 @@ async fn under_lease(tools: &Tools, plan: Plan) -> Result<Report, ReconcileError
     ended
 }
 
-fn parse_since(text: &str) -> Result<i64, Mistakes> {
+fn parse_since(text: &str) -> Result<i64, ConfigErrors> {
     let unfit = || {
-        Mistakes(vec![format!(
+        ConfigErrors(vec![format!(
             "--since: `{text}` is no duration such as 30d, 12h or 90m"
         )])
     };
@@ -194,7 +195,7 @@ fn print(report: &Report) -> anyhow::Result<()> {
         (report.agreeing.len(), "agree with Stripe"),
         (
             report.healed.len(),
-            if report.plan.mode == Mode::DryRun {
+            if report.plan.mode == WriteMode::DryRun {
                 "would be healed"
             } else {
                 "healed"
@@ -207,7 +208,7 @@ fn print(report: &Report) -> anyhow::Result<()> {
     for (count, what) in counts {
         output::line(format!("{count:>8} {what}"))?;
     }
-    let title = if report.plan.mode == Mode::DryRun {
+    let title = if report.plan.mode == WriteMode::DryRun {
         "Would be healed"
     } else {
         "Healed"

@@ -9,11 +9,11 @@ use indicatif::ProgressBar;
 use serde_json::json;
 
 use super::output;
-use super::{Access, Exit, Settings};
+use super::{Access, Exit, GlobalArgs};
 use crate::clock::Clock;
-use crate::config::{Config, Flags, Mistakes, Purpose};
-use crate::ingest::batch_writer::Inbox;
-use crate::jobs::replay::{self, Counts, Endpoint, Target, Watcher};
+use crate::config::{Config, ConfigErrors, Flags, Purpose};
+use crate::ingest::batch_writer::BatchWriter;
+use crate::jobs::replay::{self, Endpoint, ProgressSink, ReplayCounts, Target};
 
 /// Deliver recorded payloads again: to the database, or signed afresh to a URL
 #[derive(Args)]
@@ -38,9 +38,9 @@ pub struct Replay {
 }
 
 impl Replay {
-    pub(super) async fn run(self, settings: Settings) -> anyhow::Result<Exit> {
+    pub(super) async fn run(self, settings: GlobalArgs) -> anyhow::Result<Exit> {
         let clock = Clock::system();
-        let mut counts = Counts::default();
+        let mut counts = ReplayCounts::default();
         let mut screen = Screen(output::progress("events"));
         match self.to.clone() {
             Some(url) => {
@@ -50,7 +50,7 @@ impl Replay {
             }
             None => {
                 let store = settings.store(Access::Writes).await?;
-                let (inbox, writer) = Inbox::start(store.clone(), Arc::default());
+                let (inbox, writer) = BatchWriter::start(store.clone(), Arc::default());
                 let target = Target::Store(inbox);
                 self.deliver(&target, &clock, &mut screen, &mut counts)
                     .await?;
@@ -68,7 +68,7 @@ impl Replay {
         target: &Target,
         clock: &Clock,
         screen: &mut Screen,
-        counts: &mut Counts,
+        counts: &mut ReplayCounts,
     ) -> anyhow::Result<()> {
         for path in &self.paths {
             let files = match replay::walk(path) {
@@ -86,8 +86,8 @@ impl Replay {
         Ok(())
     }
 
-    fn report(&self, counts: Counts) -> anyhow::Result<Exit> {
-        let Counts {
+    fn report(&self, counts: ReplayCounts) -> anyhow::Result<Exit> {
+        let ReplayCounts {
             recorded,
             duplicate,
             no_payment_fact,
@@ -118,7 +118,7 @@ fn endpoint(url: String, flags: &Flags, clock: &Clock) -> anyhow::Result<Endpoin
         .ok()
         .filter(|uri| uri.scheme().is_some() && uri.authority().is_some());
     if uri.is_none() {
-        return Err(Mistakes(vec![format!(
+        return Err(ConfigErrors(vec![format!(
             "--to: `{url}` is no URL such as http://127.0.0.1:8080/webhooks/stripe"
         )])
         .into());
@@ -134,7 +134,7 @@ fn endpoint(url: String, flags: &Flags, clock: &Clock) -> anyhow::Result<Endpoin
 
 struct Screen(ProgressBar);
 
-impl Watcher for Screen {
+impl ProgressSink for Screen {
     fn refused(&mut self, file: &Path, line: usize, reason: &str) {
         let place = if line == 0 {
             file.display().to_string()
@@ -145,8 +145,8 @@ impl Watcher for Screen {
             .suspend(|| output::note(format!("{place}: {reason}")));
     }
 
-    fn progress(&mut self, counts: Counts) {
-        let Counts {
+    fn progress(&mut self, counts: ReplayCounts) {
+        let ReplayCounts {
             recorded,
             duplicate,
             no_payment_fact,

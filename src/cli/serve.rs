@@ -14,14 +14,14 @@ use tokio_util::sync::CancellationToken;
 
 use super::output;
 use super::reconcile::StripeFlags;
-use super::{Access, Exit, Settings, open};
+use super::{Access, Exit, GlobalArgs, open};
 use crate::clock::Clock;
-use crate::config::{Config, Flags, Mistakes, Purpose};
+use crate::config::{Config, ConfigErrors, Flags, Purpose};
 use crate::domain::stripe::signature::SigningSecrets;
 use crate::http::{self, AppState, MetricsAt, Ui};
-use crate::ingest::batch_writer::Inbox;
+use crate::ingest::batch_writer::BatchWriter;
 use crate::metrics::Metrics;
-use crate::reconcile::{self, Tools};
+use crate::reconcile::{self, ReconcileContext};
 use crate::store::Store;
 use crate::stripe_api::StripeApi;
 
@@ -66,7 +66,7 @@ pub struct Serve {
 }
 
 impl Serve {
-    pub(super) async fn run(self, settings: Settings) -> anyhow::Result<Exit> {
+    pub(super) async fn run(self, settings: GlobalArgs) -> anyhow::Result<Exit> {
         let Serve {
             listen_addr,
             max_connections,
@@ -182,9 +182,9 @@ fn allowed_connections(wanted: usize) -> usize {
     connections
 }
 
-fn listen(address: SocketAddr) -> Result<TcpListener, Mistakes> {
+fn listen(address: SocketAddr) -> Result<TcpListener, ConfigErrors> {
     http::listen(address)
-        .map_err(|error| Mistakes(vec![format!("cannot listen on {address}: {error}")]))
+        .map_err(|error| ConfigErrors(vec![format!("cannot listen on {address}: {error}")]))
 }
 
 /// What a service is made of.
@@ -213,12 +213,12 @@ pub(super) async fn serve(service: Service, stopping: CancellationToken) {
         ui,
     } = service;
     let metrics: Arc<Metrics> = Arc::default();
-    let (inbox, writer) = Inbox::start(store.clone(), metrics.clone());
+    let (inbox, writer) = BatchWriter::start(store.clone(), metrics.clone());
     metrics.reconcile.enabled.set(i64::from(api.is_some()));
     let mut beside = JoinSet::new();
     if let Some(api) = api {
         let (inbox, metrics) = (inbox.clone(), metrics.clone());
-        let tools = Tools {
+        let tools = ReconcileContext {
             store: store.clone(),
             inbox,
             api,
@@ -235,7 +235,7 @@ pub(super) async fn serve(service: Service, stopping: CancellationToken) {
         metrics,
         stopping.clone(),
     );
-    beside.spawn(state.signs.clone().keep_reading(stopping.clone()));
+    beside.spawn(state.monitor.clone().run(stopping.clone()));
     let metrics_at = match metrics_listener {
         Some(listener) => {
             beside.spawn(http::serve(

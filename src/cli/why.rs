@@ -3,9 +3,9 @@
 use clap::Args;
 
 use super::output;
-use super::{Access, Exit, Settings};
+use super::{Access, Exit, GlobalArgs};
 use crate::clock::Clock;
-use crate::config::Mistakes;
+use crate::config::ConfigErrors;
 use crate::queries::evidence::{self, Evidence, Proven};
 use crate::store::LoggedEvent;
 
@@ -27,9 +27,9 @@ pub struct Why {
 }
 
 impl Why {
-    pub(super) async fn run(self, settings: Settings) -> anyhow::Result<Exit> {
+    pub(super) async fn run(self, settings: GlobalArgs) -> anyhow::Result<Exit> {
         let now_ms = Clock::system().now_ms();
-        let mistaken = |reason: String| Mistakes(vec![format!("--as-of {reason}")]);
+        let mistaken = |reason: String| ConfigErrors(vec![format!("--as-of {reason}")]);
         let as_of_ms = self
             .as_of
             .as_deref()

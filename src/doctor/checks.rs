@@ -10,7 +10,7 @@ use super::format::{
 use crate::domain::time::timestamp;
 use crate::monitoring::delivery_gap::{self, Unusual};
 use crate::monitoring::monitor::{
-    DELIVERED, Pass, RECONCILING_FAILED, RECONCILING_FAILED_BY, REFUSED, Vitals,
+    DELIVERED, FailedRun, HealthSnapshot, RECONCILING_FAILED, RECONCILING_FAILED_BY, REFUSED,
 };
 use crate::reconcile::NOT_LOOKED_AT;
 use crate::store::COUNTED;
@@ -43,11 +43,11 @@ pub fn clock(database_ahead_ms: Option<i64>, stripe_ahead_ms: Option<i64>) -> Ch
             .filter_map(|(whose, ahead_ms)| ahead_ms.map(|ahead_ms| (whose, ahead_ms)))
     };
     let Some((whose, ahead_ms)) = known().max_by_key(|(_, ahead_ms)| ahead_ms.abs()) else {
-        let cure = "Run `doctor` with STRIPE_API_KEY: Stripe's answers say what time it is.";
+        let remedy = "Run `doctor` with STRIPE_API_KEY: Stripe's answers say what time it is.";
         return unknown(
             "clock",
             "There is nothing to compare it with.".to_owned(),
-            cure,
+            remedy,
         );
     };
     let (off, side) = (
@@ -55,10 +55,10 @@ pub fn clock(database_ahead_ms: Option<i64>, stripe_ahead_ms: Option<i64>) -> Ch
         if ahead_ms > 0 { "behind" } else { "ahead of" },
     );
     let found = format!("This machine's clock is {off} {side} {whose}.");
-    let cure = "Set the clock, and let NTP keep it (`timedatectl`, `chronyc tracking`). Deliveries are refused when it is 5 minutes off.";
+    let remedy = "Set the clock, and let NTP keep it (`timedatectl`, `chronyc tracking`). Deliveries are refused when it is 5 minutes off.";
     match ahead_ms.abs() {
-        CLOCKS_FAIL_MS.. => failing("clock", found, cure),
-        CLOCKS_DIFFER_MS.. => warning("clock", found, cure),
+        CLOCKS_FAIL_MS.. => failing("clock", found, remedy),
+        CLOCKS_DIFFER_MS.. => warning("clock", found, remedy),
         _ => {
             let whose: Vec<&str> = known().map(|(whose, _)| *whose).collect();
             ok("clock", format!("It agrees with {}.", whose.join(" and ")))
@@ -68,22 +68,22 @@ pub fn clock(database_ahead_ms: Option<i64>, stripe_ahead_ms: Option<i64>) -> Ch
 
 /// `missed_ms`: when Stripe made the first event since that no webhook brought.
 pub fn deliveries(
-    vitals: &Vitals,
+    snapshot: &HealthSnapshot,
     hours: &BTreeSet<i64>,
     missed_ms: Option<i64>,
     now_ms: i64,
 ) -> Check {
-    let last_ms = vitals.moment(DELIVERED, "");
-    if let Some(check) = not_taken(vitals, last_ms, now_ms) {
+    let last_ms = snapshot.moment(DELIVERED, "");
+    if let Some(check) = not_taken(snapshot, last_ms, now_ms) {
         return check;
     }
     let Some(last_ms) = last_ms else {
-        let cure =
+        let remedy =
             "Point a webhook endpoint in Stripe's Dashboard at /webhooks/stripe of this service.";
-        return unknown("deliveries", "No webhook has come yet.".to_owned(), cure);
+        return unknown("deliveries", "No webhook has come yet.".to_owned(), remedy);
     };
     let since = format!("The last webhook came {}", ago(last_ms, now_ms));
-    let cure = "Look at the endpoint's deliveries in Stripe's Dashboard (Developers, Webhooks): is it enabled, is its URL right, what is \
+    let remedy = "Look at the endpoint's deliveries in Stripe's Dashboard (Developers, Webhooks): is it enabled, is its URL right, what is \
                 answered? Then at what stands in front of this service: DNS, certificate, proxy, firewall. Stripe repeats for three \
                 days; what is older, `reconcile` finds.";
     if let Some(missed_ms) = missed_ms {
@@ -91,7 +91,7 @@ pub fn deliveries(
             "{since}, and Stripe made events since, the first {}.",
             ago(missed_ms, now_ms)
         );
-        return failing("deliveries", found, cure);
+        return failing("deliveries", found, remedy);
     }
     match delivery_gap::judge(hours, last_ms, now_ms) {
         Some(Unusual::Missed(hours)) => warning(
@@ -100,7 +100,7 @@ pub fn deliveries(
                 "{since}: {} went by that had webhooks in each of the last three weeks.",
                 count(hours, "hour")
             ),
-            cure,
+            remedy,
         ),
         Some(Unusual::Longest(hours)) => warning(
             "deliveries",
@@ -108,19 +108,19 @@ pub fn deliveries(
                 "{since}: the longest silence before was {}.",
                 count(hours, "hour")
             ),
-            cure,
+            remedy,
         ),
         None => ok("deliveries", format!("{since}.")),
     }
 }
 
 /// Deliveries are answered 503.
-fn not_taken(vitals: &Vitals, last_ms: Option<i64>, now_ms: i64) -> Option<Check> {
+fn not_taken(snapshot: &HealthSnapshot, last_ms: Option<i64>, now_ms: i64) -> Option<Check> {
     let at_ms = NOT_TAKEN
         .iter()
-        .filter_map(|reason| vitals.moment(REFUSED, reason))
+        .filter_map(|reason| snapshot.moment(REFUSED, reason))
         .max()?;
-    let cure = "The log of `serve` says why (`request failed`): a full disk or a lock of the database, or more than it can commit. \
+    let remedy = "The log of `serve` says why (`request failed`): a full disk or a lock of the database, or more than it can commit. \
                 Nothing is lost: Stripe delivers them again for three days.";
     let accepted = last_ms.map_or("none was accepted yet".to_owned(), |last_ms| {
         format!("the last that was accepted came {}", ago(last_ms, now_ms))
@@ -131,30 +131,32 @@ fn not_taken(vitals: &Vitals, last_ms: Option<i64>, now_ms: i64) -> Option<Check
     );
     match now_ms - at_ms {
         ..NOT_TAKEN_MS if last_ms.is_none_or(|last_ms| last_ms < at_ms - NOTED_MS) => {
-            Some(failing("deliveries", format!("Deliveries {found}"), cure))
+            Some(failing("deliveries", format!("Deliveries {found}"), remedy))
         }
         // What is known already needs no room: it is accepted all the time.
         ..NOTED_TWICE_MS => Some(warning(
             "deliveries",
             format!("Some deliveries {found}"),
-            cure,
+            remedy,
         )),
         _ => None,
     }
 }
 
 /// `is_read`: the log was read to its end.
-pub fn unmatched(vitals: &Vitals, is_read: bool, now_ms: i64) -> Check {
-    let Some(oldest_ms) = vitals.oldest_without_invoice_ms else {
+pub fn unmatched(snapshot: &HealthSnapshot, is_read: bool, now_ms: i64) -> Check {
+    let Some(oldest_ms) = snapshot.oldest_without_invoice_ms else {
         if !is_read {
-            let until = vitals.read_until_ms.map_or("not at all".to_owned(), |ms| {
-                format!("up to {}", timestamp(ms))
-            });
-            let cure = "Ask again: every time, and by a running `serve`, it is read on.";
+            let until = snapshot
+                .read_until_ms
+                .map_or("not at all".to_owned(), |ms| {
+                    format!("up to {}", timestamp(ms))
+                });
+            let remedy = "Ask again: every time, and by a running `serve`, it is read on.";
             return unknown(
                 "unmatched",
                 format!("None that is known; but the log is read {until} yet."),
-                cure,
+                remedy,
             );
         }
         return ok(
@@ -162,7 +164,7 @@ pub fn unmatched(vitals: &Vitals, is_read: bool, now_ms: i64) -> Check {
             "Every event of the last 30 days found its invoice.".to_owned(),
         );
     };
-    let (events, invoices) = (vitals.events_without_invoice, vitals.awaited_invoices);
+    let (events, invoices) = (snapshot.events_without_invoice, snapshot.awaited_invoices);
     let at_least = if invoices >= COUNTED as usize {
         "at least "
     } else {
@@ -185,8 +187,8 @@ pub fn unmatched(vitals: &Vitals, is_read: bool, now_ms: i64) -> Check {
     )
 }
 
-pub fn unreadable(vitals: &Vitals) -> Check {
-    let Some(since_ms) = vitals.unreadable.since_ms else {
+pub fn unreadable(snapshot: &HealthSnapshot) -> Check {
+    let Some(since_ms) = snapshot.unreadable.since_ms else {
         return ok(
             "unreadable",
             "Every event of the last 30 days could be read.".to_owned(),
@@ -196,7 +198,7 @@ pub fn unreadable(vitals: &Vitals) -> Check {
         "unreadable",
         format!(
             "{} could not be read, the first of {}.",
-            count(vitals.unreadable.count, "event"),
+            count(snapshot.unreadable.count, "event"),
             timestamp(since_ms)
         ),
         "`events list --outcome unreadable` says why, and `events show` with the id that it prints shows the bytes: they are kept. Install a \
@@ -207,7 +209,7 @@ pub fn unreadable(vitals: &Vitals) -> Check {
 /// `asked`: what Stripe says now; else, what the last pass found.
 pub fn endpoint(
     asked: Option<&Result<Vec<String>, StripeApiError>>,
-    passes: &[Pass],
+    passes: &[FailedRun],
     now_ms: i64,
 ) -> Check {
     const CURE: &str = "In Stripe's Dashboard: Developers, Webhooks. What was missed meanwhile, `reconcile` finds.";
@@ -253,7 +255,7 @@ pub fn endpoint(
             remarks
         }
     };
-    let cure = if remarks.iter().any(|remark| remark.contains(NOT_LOOKED_AT)) {
+    let remedy = if remarks.iter().any(|remark| remark.contains(NOT_LOOKED_AT)) {
         RIGHTS
     } else {
         CURE
@@ -263,7 +265,7 @@ pub fn endpoint(
             "endpoint",
             "It is enabled and sends all event types that are read.".to_owned(),
         ),
-        false => failing("endpoint", remarks.join(" "), cure),
+        false => failing("endpoint", remarks.join(" "), remedy),
     }
 }
 
@@ -293,10 +295,10 @@ const WHY_FAILED: [(&str, &str, &str); 5] = [
 ];
 
 /// `is_on`: here, there is a key for it.
-pub fn reconciliation(vitals: &Vitals, is_on: bool, now_ms: i64) -> Check {
-    let failed_ms = vitals.moment(RECONCILING_FAILED, "");
-    let last = vitals.passes.first();
-    let cure = "The log of `serve` says why; `reconcile` makes a pass at once, and says it too.";
+pub fn reconciliation(snapshot: &HealthSnapshot, is_on: bool, now_ms: i64) -> Check {
+    let failed_ms = snapshot.moment(RECONCILING_FAILED, "");
+    let last = snapshot.passes.first();
+    let remedy = "The log of `serve` says why; `reconcile` makes a pass at once, and says it too.";
     match (last, failed_ms) {
         (None, None) if is_on => warning(
             "reconciliation",
@@ -317,22 +319,23 @@ pub fn reconciliation(vitals: &Vitals, is_on: bool, now_ms: i64) -> Check {
             });
             let why = WHY_FAILED
                 .iter()
-                .find(|(by, ..)| vitals.moment(RECONCILING_FAILED_BY, by) == Some(failed_ms));
-            let (why, cure) = why.map_or(("", cure), |(_, why, cure)| (*why, *cure));
+                .find(|(by, ..)| snapshot.moment(RECONCILING_FAILED_BY, by) == Some(failed_ms));
+            let (why, remedy) = why.map_or(("", remedy), |(_, why, remedy)| (*why, *remedy));
             failing(
                 "reconciliation",
                 format!(
                     "The last pass failed{why}, {}; {succeeded}.",
                     ago(failed_ms, now_ms)
                 ),
-                cure,
+                remedy,
             )
         }
         (Some(pass), _) => {
             let ended = format!("The last pass ended {}", ago(pass.ended_ms, now_ms));
-            let waiting = vitals.backlog.objects + vitals.backlog.links + vitals.backlog.checks;
+            let waiting =
+                snapshot.backlog.objects + snapshot.backlog.links + snapshot.backlog.checks;
             match () {
-                () if now_ms - pass.ended_ms > overdue_after_ms(&vitals.passes) => warning(
+                () if now_ms - pass.ended_ms > overdue_after_ms(&snapshot.passes) => warning(
                     "reconciliation",
                     format!("{ended}: the next is overdue."),
                     "Start `serve` with STRIPE_API_KEY, or run `reconcile`.",
@@ -350,7 +353,7 @@ pub fn reconciliation(vitals: &Vitals, is_on: bool, now_ms: i64) -> Check {
 }
 
 /// Three times as long as was usual between two passes: they may be made by `serve`, or by cron once a day.
-fn overdue_after_ms(passes: &[Pass]) -> i64 {
+fn overdue_after_ms(passes: &[FailedRun]) -> i64 {
     let mut between: Vec<i64> = passes
         .windows(2)
         .map(|pair| pair[0].started_ms - pair[1].started_ms)
@@ -361,18 +364,18 @@ fn overdue_after_ms(passes: &[Pass]) -> i64 {
         .map_or(OVERDUE_MS, |usual| (3 * usual).max(OVERDUE_MS))
 }
 
-pub fn drift(vitals: &Vitals) -> Check {
+pub fn drift(snapshot: &HealthSnapshot) -> Check {
     const CURE: &str = "Run `reconcile`: it names each, with both values. Find out which side is wrong; correct the stored invoice (PUT it again), \
                         or credit, void or replace it at Stripe.";
-    let unknown_at_stripe = vitals
+    let unknown_at_stripe = snapshot
         .passes
         .first()
         .map_or(0, |pass| pass.count("unknownAtStripe"));
     let found: Vec<String> = [
-        vitals.differing.since_ms.map(|since_ms| {
+        snapshot.differing.since_ms.map(|since_ms| {
             format!(
                 "Not as Stripe has it: {}, the first since {}.",
-                count(vitals.differing.count, "invoice"),
+                count(snapshot.differing.count, "invoice"),
                 timestamp(since_ms)
             )
         }),
@@ -386,7 +389,7 @@ pub fn drift(vitals: &Vitals) -> Check {
     .into_iter()
     .flatten()
     .collect();
-    match vitals.passes.first() {
+    match snapshot.passes.first() {
         _ if !found.is_empty() => warning("drift", found.join(" "), CURE),
         Some(_) => ok(
             "drift",
@@ -407,8 +410,8 @@ mod tests {
 
     #[test]
     fn a_pass_is_overdue_by_how_often_there_was_one() {
-        let at = |minutes: &[i64]| -> Vec<Pass> {
-            let pass = |m: &i64| Pass {
+        let at = |minutes: &[i64]| -> Vec<FailedRun> {
+            let pass = |m: &i64| FailedRun {
                 started_ms: m * MINUTE_MS,
                 ended_ms: m * MINUTE_MS,
                 report: Default::default(),

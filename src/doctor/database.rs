@@ -2,7 +2,7 @@
 
 use super::Check;
 use super::format::{bytes, failing, ok, sentence, unknown, warning};
-use crate::monitoring::monitor::Vitals;
+use crate::monitoring::monitor::HealthSnapshot;
 use crate::store::{Space, StoreError};
 
 /// While the room that is left is more than this, no share of a disk is too little.
@@ -12,17 +12,17 @@ const LONG_LOG: u64 = 1 << 30;
 
 /// Nothing can be read from it.
 pub fn away(error: &StoreError) -> Check {
-    failing("database", sentence(&error.to_string()), &cure(error))
+    failing("database", sentence(&error.to_string()), &remedy(error))
 }
 
 /// `refused`: why it takes nothing. `has_keys`: somebody has begun to use it.
-pub fn reached(vitals: &Vitals, refused: Option<&StoreError>, has_keys: bool) -> Check {
-    let size = bytes(vitals.space.database + vitals.space.log.unwrap_or_default());
+pub fn reached(snapshot: &HealthSnapshot, refused: Option<&StoreError>, has_keys: bool) -> Check {
+    let size = bytes(snapshot.space.database + snapshot.space.log.unwrap_or_default());
     match refused {
         Some(error) => failing(
             "database",
             format!("It can be read, but takes nothing: {}.", error.reason()),
-            &cure(error),
+            &remedy(error),
         ),
         None if !has_keys => warning(
             "database",
@@ -41,10 +41,10 @@ const NOT_THE_ONE: &str = "Where there was one before, this is not it: DATABASE_
                            lost or replaced. Stop `serve`, and put it back, or restore the backup (docs/backup.md).";
 
 /// Told by the words of the engines and of the store: there are more causes than kinds of [`StoreError`].
-fn cure(error: &StoreError) -> String {
+fn remedy(error: &StoreError) -> String {
     const MEANWHILE: &str = "Meanwhile deliveries are answered 503 and nothing is lost: Stripe delivers them again for three days.";
     let says = |words: &[&str]| words.iter().any(|words| error.reason().contains(words));
-    let cure = match error {
+    let remedy = match error {
         _ if says(&["newer version"]) => {
             return "Run that version: a database does not go back to an older one.".to_owned();
         }
@@ -79,7 +79,7 @@ fn cure(error: &StoreError) -> String {
         StoreError::Refused(_) => "Put DATABASE_URL right: server, database, user and password.",
         _ => "Start it (its own log says why it does not run), or put DATABASE_URL right.",
     };
-    format!("{cure} {MEANWHILE}")
+    format!("{remedy} {MEANWHILE}")
 }
 
 pub fn disk(space: &Space) -> Check {
@@ -97,15 +97,15 @@ pub fn disk(space: &Space) -> Check {
         bytes(disk.size),
         share * 100.0
     );
-    let cure = "Make room: enlarge the disk, or move away what else is on it. To keep the file from growing, forget old payloads \
+    let remedy = "Make room: enlarge the disk, or move away what else is on it. To keep the file from growing, forget old payloads \
                 (`events prune --older-than 90d`), while there is some room: that takes some, too. When it is full, deliveries are \
                 answered 503, and Stripe repeats them for three days.";
     match share {
         share if share < 0.03 && disk.free < ROOMY => {
-            failing("disk", format!("It is nearly full: {left}."), cure)
+            failing("disk", format!("It is nearly full: {left}."), remedy)
         }
         share if share < 0.1 && disk.free < ROOMY => {
-            warning("disk", format!("It fills up: {left}."), cure)
+            warning("disk", format!("It fills up: {left}."), remedy)
         }
         _ if space.log.is_some_and(|log| log > LONG_LOG) => warning(
             "disk",
@@ -122,7 +122,7 @@ pub fn disk(space: &Space) -> Check {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::doctor::State;
+    use crate::doctor::CheckStatus;
     use crate::store::Disk;
 
     #[test]
@@ -134,15 +134,15 @@ mod tests {
             })
             .state
         };
-        assert_eq!(judged(50 << 30, 100 << 30), State::Ok);
-        assert_eq!(judged(9 << 30, 100 << 30), State::Warning);
+        assert_eq!(judged(50 << 30, 100 << 30), CheckStatus::Ok);
+        assert_eq!(judged(9 << 30, 100 << 30), CheckStatus::Warning);
         assert_eq!(
             judged(20 << 30, 1000 << 30),
-            State::Ok,
+            CheckStatus::Ok,
             "two in a hundred, and much room"
         );
-        assert_eq!(judged(1 << 20, 3 << 30), State::Failing);
-        assert_eq!(judged(0, 0), State::Failing);
+        assert_eq!(judged(1 << 20, 3 << 30), CheckStatus::Failing);
+        assert_eq!(judged(0, 0), CheckStatus::Failing);
         let long = Space {
             log: Some(2 << 30),
             disk: Some(Disk {
@@ -151,12 +151,12 @@ mod tests {
             }),
             ..Space::default()
         };
-        assert_eq!(disk(&long).state, State::Warning);
+        assert_eq!(disk(&long).state, CheckStatus::Warning);
     }
 
     #[test]
     fn what_cures_a_failure_is_told_by_its_words() {
-        let unavailable = |reason: &str| cure(&StoreError::Unavailable(reason.to_owned()));
+        let unavailable = |reason: &str| remedy(&StoreError::Unavailable(reason.to_owned()));
         assert!(unavailable("database is locked").contains("fuser"));
         assert!(unavailable("database or disk is full").contains("Make room"));
         assert!(
@@ -172,11 +172,11 @@ mod tests {
             newer.contains("Run that version") && !newer.contains("503"),
             "{newer}"
         );
-        let refused = |reason: &str| cure(&StoreError::Refused(reason.to_owned()));
+        let refused = |reason: &str| remedy(&StoreError::Refused(reason.to_owned()));
         assert!(refused("password authentication failed for user \"x\"").contains("password"));
         assert!(refused("a.db: file is not a database").contains("restore the backup"));
         assert!(
-            cure(&StoreError::Away(
+            remedy(&StoreError::Away(
                 "Connection refused (os error 111)".to_owned()
             ))
             .starts_with("Start it")

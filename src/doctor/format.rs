@@ -1,6 +1,6 @@
 //! How findings are worded: states, times, sizes and numbers.
 
-use super::{Check, State};
+use super::{Check, CheckStatus};
 use crate::domain::time::timestamp;
 
 pub const SECOND_MS: i64 = 1_000;
@@ -16,36 +16,36 @@ pub fn count(number: i64, what: &str) -> String {
 pub fn ok(name: &'static str, finding: String) -> Check {
     Check {
         name,
-        state: State::Ok,
+        state: CheckStatus::Ok,
         finding,
-        cure: None,
+        remedy: None,
     }
 }
 
-pub fn unknown(name: &'static str, finding: String, cure: &str) -> Check {
+pub fn unknown(name: &'static str, finding: String, remedy: &str) -> Check {
     Check {
         name,
-        state: State::Unknown,
+        state: CheckStatus::Unknown,
         finding,
-        cure: Some(cure.to_owned()),
+        remedy: Some(remedy.to_owned()),
     }
 }
 
-pub fn warning(name: &'static str, finding: String, cure: &str) -> Check {
+pub fn warning(name: &'static str, finding: String, remedy: &str) -> Check {
     Check {
         name,
-        state: State::Warning,
+        state: CheckStatus::Warning,
         finding,
-        cure: Some(cure.to_owned()),
+        remedy: Some(remedy.to_owned()),
     }
 }
 
-pub fn failing(name: &'static str, finding: String, cure: &str) -> Check {
+pub fn failing(name: &'static str, finding: String, remedy: &str) -> Check {
     Check {
         name,
-        state: State::Failing,
+        state: CheckStatus::Failing,
         finding,
-        cure: Some(cure.to_owned()),
+        remedy: Some(remedy.to_owned()),
     }
 }
 

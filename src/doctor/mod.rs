@@ -14,16 +14,16 @@ use std::time::Duration;
 use serde::Serialize;
 
 use super::monitoring::missed_webhooks::first_missed;
-use super::monitoring::monitor::{self, DELIVERED, EXAMINED, Vitals};
+use super::monitoring::monitor::{self, DELIVERED, EXAMINED, HealthSnapshot};
 use super::reconcile::look_at_endpoints;
 use crate::clock::Clock;
 use crate::domain::stripe::signature::SecretName;
 use crate::monitoring::delivery_gap;
-use crate::store::{News, Store, StoreError};
+use crate::store::{ActivityDelta, Store, StoreError};
 use crate::stripe_api::{StripeApi, StripeApiError};
 
 /// What is looked at.
-pub struct Patient {
+pub struct DoctorInput {
     /// Or why it could not be opened.
     pub store: Result<Store, StoreError>,
     /// None: only what the last passes said is known of Stripe.
@@ -37,7 +37,7 @@ pub struct Patient {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum State {
+pub enum CheckStatus {
     Ok,
     /// It cannot be told.
     Unknown,
@@ -51,21 +51,22 @@ pub enum State {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Check {
     pub name: &'static str,
-    pub state: State,
+    pub state: CheckStatus,
     /// What was found, in words.
     pub finding: String,
-    /// What to do about it.
-    pub cure: Option<String>,
+    /// What to do about it. `cure` is the name in the JSON output, which scripts rely on.
+    #[serde(rename = "cure")]
+    pub remedy: Option<String>,
 }
 
 /// How long the database, and Stripe, may take.
-const PATIENCE: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(10);
 /// Steps that are read on in the log at most.
 const STEPS: usize = 20;
 
 /// Looks at everything, and says of each thing how it is. The first is always `database`.
-pub async fn examine(patient: &Patient) -> Vec<Check> {
-    let looked = tokio::time::timeout(PATIENCE, look(patient)).await;
+pub async fn examine(patient: &DoctorInput) -> Vec<Check> {
+    let looked = tokio::time::timeout(TIMEOUT, look(patient)).await;
     let seen =
         looked.unwrap_or_else(|_| Err(StoreError::Unavailable("it does not answer".to_owned())));
     let endpoints = match &patient.api {
@@ -89,33 +90,33 @@ pub async fn examine(patient: &Patient) -> Vec<Check> {
             ];
         }
     };
-    let vitals = &seen.vitals;
+    let snapshot = &seen.snapshot;
     vec![
-        database::reached(vitals, seen.refused.as_ref(), seen.has_keys),
-        database::disk(&vitals.space),
+        database::reached(snapshot, seen.refused.as_ref(), seen.has_keys),
+        database::disk(&snapshot.space),
         checks::clock(seen.database_ahead_ms, stripe_ahead_ms),
-        checks::deliveries(vitals, &seen.hours, seen.missed_ms, now_ms),
-        signing::signatures(vitals, now_ms),
-        signing::secrets(vitals, patient.secrets.as_deref(), now_ms),
-        checks::unmatched(vitals, seen.is_read, now_ms),
-        checks::unreadable(vitals),
-        about_stripe(&vitals.passes),
-        checks::reconciliation(vitals, patient.reconciles, now_ms),
-        checks::drift(vitals),
+        checks::deliveries(snapshot, &seen.hours, seen.missed_ms, now_ms),
+        signing::signatures(snapshot, now_ms),
+        signing::secrets(snapshot, patient.secrets.as_deref(), now_ms),
+        checks::unmatched(snapshot, seen.is_read, now_ms),
+        checks::unreadable(snapshot),
+        about_stripe(&snapshot.passes),
+        checks::reconciliation(snapshot, patient.reconciles, now_ms),
+        checks::drift(snapshot),
     ]
 }
 
 /// The worst of these.
-pub fn worst(checks: &[Check]) -> State {
+pub fn overall(checks: &[Check]) -> CheckStatus {
     checks
         .iter()
         .map(|check| check.state)
         .max()
-        .unwrap_or(State::Ok)
+        .unwrap_or(CheckStatus::Ok)
 }
 
 struct Seen {
-    vitals: Vitals,
+    snapshot: HealthSnapshot,
     /// In which webhooks came.
     hours: BTreeSet<i64>,
     /// When Stripe made the first event that no webhook brought since.
@@ -128,7 +129,7 @@ struct Seen {
     refused: Option<StoreError>,
 }
 
-async fn look(patient: &Patient) -> Result<Seen, StoreError> {
+async fn look(patient: &DoctorInput) -> Result<Seen, StoreError> {
     let store = patient.store.as_ref().map_err(Clone::clone)?;
     store.ping().await?;
     let now_ms = patient.clock.now_ms();
@@ -144,9 +145,9 @@ async fn look(patient: &Patient) -> Result<Seen, StoreError> {
     if let Some(error @ StoreError::Away(_)) = refused {
         return Err(error);
     }
-    let (mut read, mut is_read) = (News::default(), false);
+    let (mut read, mut is_read) = (ActivityDelta::default(), false);
     for _ in 0..STEPS {
-        let step = monitor::read_step(store, now_ms).await?;
+        let step = monitor::scan_page(store, now_ms).await?;
         if refused.is_none() {
             refused = monitor::keep_step(store, &step, now_ms).await.err();
         }
@@ -156,21 +157,21 @@ async fn look(patient: &Patient) -> Result<Seen, StoreError> {
             break;
         }
     }
-    let mut vitals = Vitals::read(store, now_ms).await?;
+    let mut snapshot = HealthSnapshot::read(store, now_ms).await?;
     let mut hours = store
         .delivery_hours(delivery_gap::first_hour(
-            vitals.moment(DELIVERED, "").unwrap_or_default(),
+            snapshot.moment(DELIVERED, "").unwrap_or_default(),
         ))
         .await?;
-    vitals.add(&read);
+    snapshot.add(&read);
     hours.extend(read.hours);
-    let missed_ms = match vitals.moment(DELIVERED, "") {
+    let missed_ms = match snapshot.moment(DELIVERED, "") {
         Some(last_ms) => first_missed(store, last_ms, now_ms).await?,
         None => None,
     };
     let has_keys = !store.keys().await?.is_empty();
     Ok(Seen {
-        vitals,
+        snapshot,
         hours,
         missed_ms,
         has_keys,
@@ -181,11 +182,11 @@ async fn look(patient: &Patient) -> Result<Seen, StoreError> {
 }
 
 async fn ask(api: &StripeApi) -> Result<Vec<String>, StripeApiError> {
-    let answered = tokio::time::timeout(PATIENCE, look_at_endpoints(api)).await;
+    let answered = tokio::time::timeout(TIMEOUT, look_at_endpoints(api)).await;
     answered.unwrap_or_else(|_| {
         Err(StripeApiError::Away(format!(
             "no answer within {} s",
-            PATIENCE.as_secs()
+            TIMEOUT.as_secs()
         )))
     })
 }

@@ -3,7 +3,7 @@
 use super::Check;
 use super::format::{DAY_MS, HOUR_MS, MINUTE_MS, ago, failing, ok, unknown, warning};
 use crate::domain::stripe::signature::SecretName;
-use crate::monitoring::monitor::{DELIVERED, REFUSED, SECRET, Vitals};
+use crate::monitoring::monitor::{DELIVERED, HealthSnapshot, REFUSED, SECRET};
 use crate::monitoring::signing_secrets::{configured_since, last_used};
 
 /// How long nothing may be accepted beside what is refused; and how long others are accepted after it until it is over.
@@ -12,13 +12,13 @@ const NOTHING_ACCEPTED_MS: i64 = 10 * MINUTE_MS;
 const ROLLED_MS: i64 = 25 * HOUR_MS;
 const SECRET_UNUSED_MS: i64 = 30 * DAY_MS;
 
-pub fn signatures(vitals: &Vitals, now_ms: i64) -> Check {
+pub fn signatures(snapshot: &HealthSnapshot, now_ms: i64) -> Check {
     let recently = |reason: &str| {
-        vitals
+        snapshot
             .moment(REFUSED, reason)
             .filter(|at_ms| now_ms - at_ms < DAY_MS)
     };
-    let accepted_ms = vitals.moment(DELIVERED, "");
+    let accepted_ms = snapshot.moment(DELIVERED, "");
     let accepted = accepted_ms.map_or("none was ever accepted".to_owned(), |ms| {
         format!("the last that was accepted came {}", ago(ms, now_ms))
     });
@@ -58,11 +58,11 @@ pub fn signatures(vitals: &Vitals, now_ms: i64) -> Check {
             "Authentic deliveries are refused as {found}. The last came {}; {accepted}.",
             ago(at_ms, now_ms)
         );
-        let cure = "Set the clock, and let NTP keep it (`timedatectl`, `chronyc tracking`).";
+        let remedy = "Set the clock, and let NTP keep it (`timedatectl`, `chronyc tracking`).";
         return if alone(at_ms) {
-            failing("signatures", found, cure)
+            failing("signatures", found, remedy)
         } else {
-            warning("signatures", found, cure)
+            warning("signatures", found, remedy)
         };
     }
     ok(
@@ -77,16 +77,16 @@ pub fn signatures(vitals: &Vitals, now_ms: i64) -> Check {
     )
 }
 
-pub fn secrets(vitals: &Vitals, secrets: Option<&[SecretName]>, now_ms: i64) -> Check {
+pub fn secrets(snapshot: &HealthSnapshot, secrets: Option<&[SecretName]>, now_ms: i64) -> Check {
     let when =
         |used_ms: Option<i64>| used_ms.map_or("never".to_owned(), |at_ms| ago(at_ms, now_ms));
     let Some(secrets) = secrets else {
-        let labels = vitals
+        let labels = snapshot
             .moments
             .keys()
             .filter_map(|name| name.strip_prefix(SECRET));
         let known: Vec<String> = labels
-            .map(|label| format!("`{label}` ({})", when(vitals.moment(SECRET, label))))
+            .map(|label| format!("`{label}` ({})", when(snapshot.moment(SECRET, label))))
             .collect();
         let found = if known.is_empty() {
             "None was used yet.".to_owned()
@@ -102,12 +102,12 @@ pub fn secrets(vitals: &Vitals, secrets: Option<&[SecretName]>, now_ms: i64) -> 
     let told = |secrets: &[&SecretName]| {
         let each: Vec<String> = secrets
             .iter()
-            .map(|secret| format!("`{}` ({})", secret.label, when(last_used(vitals, secret))))
+            .map(|secret| format!("`{}` ({})", secret.label, when(last_used(snapshot, secret))))
             .collect();
         each.join(", ")
     };
     let is_used = |secret: &SecretName, within_ms: i64| {
-        last_used(vitals, secret).is_some_and(|at_ms| now_ms - at_ms < within_ms)
+        last_used(snapshot, secret).is_some_and(|at_ms| now_ms - at_ms < within_ms)
     };
     let others_are_used = |secret: &SecretName| {
         secrets
@@ -115,7 +115,7 @@ pub fn secrets(vitals: &Vitals, secrets: Option<&[SecretName]>, now_ms: i64) -> 
             .any(|other| other != secret && is_used(other, SECRET_UNUSED_MS))
     };
     let is_settled = |secret: &SecretName| {
-        configured_since(vitals, secret).is_none_or(|since_ms| now_ms - since_ms > ROLLED_MS)
+        configured_since(snapshot, secret).is_none_or(|since_ms| now_ms - since_ms > ROLLED_MS)
     };
     let (old, current): (Vec<&SecretName>, Vec<&SecretName>) =
         secrets.iter().partition(|secret| is_old(&secret.label));

@@ -1,7 +1,7 @@
 //! Text that comes from Stripe, made fit for a message that many may read: no addresses, links, secrets or card numbers, on one line.
 
 /// Longest text of Stripe's that a message repeats, in characters.
-const MOST_CHARACTERS: usize = 300;
+const MAX_CHARACTERS: usize = 300;
 
 /// A number or an id from outside, fit for a message: on one line, not endless, and no address.
 pub fn name(text: &str) -> String {
@@ -29,7 +29,7 @@ fn shown(line: &str) -> String {
         .map(|word| if is_private(word) { REMOVED } else { word })
         .collect();
     shown.dedup_by(|word, before| *word == REMOVED && *before == REMOVED);
-    shown.join(" ").chars().take(MOST_CHARACTERS).collect()
+    shown.join(" ").chars().take(MAX_CHARACTERS).collect()
 }
 
 /// Addresses, links, tokens of hosted pages, and secrets.

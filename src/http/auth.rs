@@ -35,8 +35,8 @@ pub async fn authenticate_operator(state: &AppState, headers: &HeaderMap) -> Res
 /// The hashes of what the request carries as a key, by either header.
 pub fn key_hashes(headers: &HeaderMap) -> [Option<[u8; 32]>; 2] {
     let keys = [
-        the_only(headers, &API_KEY),
-        the_only(headers, &header::AUTHORIZATION).map(without_scheme),
+        single_header(headers, &API_KEY),
+        single_header(headers, &header::AUTHORIZATION).map(without_scheme),
     ];
     keys.map(|key| key.map(api_key::hash))
 }
@@ -58,7 +58,7 @@ pub fn scope(state: &AppState, found: Vec<ApiKey>) -> Result<Scope, ApiError> {
 }
 
 /// A header that is repeated is no key: nobody knows which one another party looked at.
-fn the_only<'h>(headers: &'h HeaderMap, name: &HeaderName) -> Option<&'h [u8]> {
+fn single_header<'h>(headers: &'h HeaderMap, name: &HeaderName) -> Option<&'h [u8]> {
     let mut values = headers.get_all(name).iter();
     let value = values.next()?.as_bytes().trim_ascii();
     (values.next().is_none() && !value.is_empty()).then_some(value)

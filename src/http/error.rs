@@ -8,8 +8,8 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
-use crate::domain::invoice::document::Fault;
-use crate::ingest::batch_writer::InboxError;
+use crate::domain::invoice::document::InvalidField;
+use crate::ingest::batch_writer::AppendError;
 use crate::store::StoreError;
 
 #[derive(Clone, Debug)]
@@ -22,7 +22,7 @@ pub enum ApiError {
     /// Which part of the path, and why it cannot be an id.
     InvalidPath(String),
     InvalidQuery(String),
-    InvalidInvoice(Vec<Fault>),
+    InvalidInvoice(Vec<InvalidField>),
     /// A webhook delivery that is not Stripe's. No detail: the sender is not to learn from it.
     InvalidSignature,
     /// The body ended early or could not be read.
@@ -157,8 +157,8 @@ impl From<QueryRejection> for ApiError {
 }
 
 /// Whatever keeps a delivery from the disk: Stripe shall deliver it again.
-impl From<InboxError> for ApiError {
-    fn from(error: InboxError) -> ApiError {
+impl From<AppendError> for ApiError {
+    fn from(error: AppendError) -> ApiError {
         ApiError::Unavailable(error.to_string())
     }
 }

@@ -13,7 +13,7 @@ use super::AppState;
 use super::auth::{authenticate, key_hashes, scope};
 use super::error::ApiError;
 use super::pagination;
-use crate::domain::invoice::document::{self, Fault};
+use crate::domain::invoice::document::{self, InvalidField};
 use crate::queries::invoices::{self as flow, Page, PageRequest, StateFilter};
 use crate::store::{Put, Scope, StoredInvoice};
 
@@ -201,7 +201,7 @@ fn parse(body: &[u8]) -> Result<Value, ApiError> {
             error.line(),
             error.column()
         );
-        ApiError::InvalidInvoice(vec![Fault {
+        ApiError::InvalidInvoice(vec![InvalidField {
             pointer: String::new(),
             reason,
         }])
@@ -220,7 +220,7 @@ fn answer(status: StatusCode, invoice: &StoredInvoice, tag: String) -> Result<Re
 
 /// Names what would be answered, without folding or rendering it: document, tellings, and the program that words them.
 fn etag(invoice: &StoredInvoice) -> String {
-    let mut keys: Vec<_> = invoice.tellings.iter().map(|known| known.key).collect();
+    let mut keys: Vec<_> = invoice.observations.iter().map(|known| known.key).collect();
     keys.sort();
     let mut hash = Sha256::new();
     hash.update(env!("CARGO_PKG_VERSION"));

@@ -23,21 +23,21 @@ const SCRAPERS: usize = 4;
 /// The operator's keys, by their hashes, that scraped last. While the database is away, no key can be looked up; who was let in
 /// before stays in, so that Prometheus learns of it.
 #[derive(Clone, Default)]
-pub struct Scrapers(Arc<Mutex<Vec<Scraper>>>);
+pub struct ScrapeKeyCache(Arc<Mutex<Vec<CachedKey>>>);
 
-struct Scraper {
+struct CachedKey {
     hash: [u8; 32],
     key: ApiKey,
 }
 
-impl Scrapers {
+impl ScrapeKeyCache {
     fn remember(&self, hash: &[u8; 32], key: Option<&ApiKey>) {
         let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         known.retain(|scraper| scraper.hash != *hash);
         if let Some(key) = key.filter(|key| key.scope == Scope::Operator) {
             known.insert(
                 0,
-                Scraper {
+                CachedKey {
                     hash: *hash,
                     key: key.clone(),
                 },
@@ -90,7 +90,7 @@ async fn text(state: &AppState) -> Response {
         .metrics
         .spans_dropped
         .set(telemetry::dropped_spans() as i64);
-    state.signs.look().await;
+    state.monitor.look().await;
     (
         [
             (header::CONTENT_TYPE, TEXT),

@@ -11,7 +11,7 @@ use tracing::{Instrument, Level, Span, field};
 use uuid::Uuid;
 
 use super::error::{ApiError, of_status};
-use super::server::connection::Place;
+use super::server::connection::ConnectionState;
 use super::ui;
 use crate::metrics::Metrics;
 use crate::telemetry;
@@ -35,14 +35,14 @@ pub async fn request(
         .get::<MatchedPath>()
         .map_or("none", MatchedPath::as_str)
         .to_owned();
-    let place = request.extensions().get::<Arc<Place>>().cloned();
+    let place = request.extensions().get::<Arc<ConnectionState>>().cloned();
     let span = span(&id, &method, &route, request.headers());
     let answered = tokio::time::timeout(REQUEST_TIMEOUT, next.run(request))
         .instrument(span.clone())
         .await;
     let mut response = answered.unwrap_or_else(|_| too_long(place.as_deref()).into_response());
 
-    if let Some(Given(status)) = response.extensions_mut().remove() {
+    if let Some(StatusBeforeCompression(status)) = response.extensions_mut().remove() {
         *response.status_mut() = status;
     }
     let told = response.extensions_mut().remove::<ApiError>();
@@ -82,14 +82,14 @@ pub async fn request(
 /// What was answered, before compression looked at it. Where the client takes no encoding that there is, that makes a 406 of it,
 /// whatever has been done already: such a client gets the answer as it is.
 #[derive(Clone)]
-struct Given(StatusCode);
+struct StatusBeforeCompression(StatusCode);
 
 /// Within the compression.
 pub async fn note_status(request: Request, next: Next) -> Response {
     let is_negotiated = request.headers().contains_key(header::ACCEPT_ENCODING);
     let mut response = next.run(request).await;
     if is_negotiated {
-        let given = Given(response.status());
+        let given = StatusBeforeCompression(response.status());
         response.extensions_mut().insert(given);
     }
     response
@@ -115,7 +115,7 @@ fn span(id: &str, method: &Method, route: &str, headers: &HeaderMap) -> Span {
 }
 
 /// Whose fault it is: the peer's, as long as its body is under way.
-fn too_long(place: Option<&Place>) -> ApiError {
+fn too_long(place: Option<&ConnectionState>) -> ApiError {
     match place {
         Some(place) if place.is_reading_body() => ApiError::TooSlow,
         _ => ApiError::Unavailable("the request took too long".to_owned()),

@@ -31,12 +31,12 @@ use tower_http::compression::CompressionLayer;
 
 use crate::clock::Clock;
 use crate::domain::stripe::signature::SigningSecrets;
-use crate::ingest::batch_writer::Inbox;
+use crate::ingest::batch_writer::BatchWriter;
 use crate::metrics::Metrics;
-use crate::monitoring::monitor::Signs;
+use crate::monitoring::monitor::HealthMonitor;
 use crate::store::Store;
 use error::ApiError;
-use metrics::Scrapers;
+use metrics::ScrapeKeyCache;
 
 pub use server::{listen, serve};
 pub use ui::session_token;
@@ -48,12 +48,12 @@ const BODY_LIMIT: usize = 1024 * 1024;
 #[derive(Clone)]
 pub struct AppState {
     pub store: Store,
-    pub inbox: Inbox,
+    pub inbox: BatchWriter,
     pub secrets: Arc<SigningSecrets>,
     pub clock: Clock,
     pub metrics: Arc<Metrics>,
-    pub signs: Arc<Signs>,
-    scrapers: Scrapers,
+    pub monitor: Arc<HealthMonitor>,
+    scrapers: ScrapeKeyCache,
     /// Set when the server is asked to stop.
     pub stopping: CancellationToken,
 }
@@ -61,26 +61,26 @@ pub struct AppState {
 impl AppState {
     pub fn new(
         store: Store,
-        inbox: Inbox,
+        inbox: BatchWriter,
         secrets: SigningSecrets,
         clock: Clock,
         metrics: Arc<Metrics>,
         stopping: CancellationToken,
     ) -> AppState {
-        let signs = Arc::new(Signs::new(
+        let monitor = Arc::new(HealthMonitor::new(
             store.clone(),
             metrics.clone(),
             clock.clone(),
             secrets.names(),
         ));
-        let (secrets, scrapers) = (Arc::new(secrets), Scrapers::default());
+        let (secrets, scrapers) = (Arc::new(secrets), ScrapeKeyCache::default());
         AppState {
             store,
             inbox,
             secrets,
             clock,
             metrics,
-            signs,
+            monitor,
             scrapers,
             stopping,
         }

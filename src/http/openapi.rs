@@ -1,4 +1,4 @@
-//! The OpenAPI document of all this: kept by hand in `openapi.json`, and held against the code by `tests/outside/openapi.rs` and
+//! The OpenAPI document of all this: kept by hand in `openapi.json`, and held against the code by `tests/api/openapi.rs` and
 //! `tests/schemathesis`.
 //!
 //! What is not written twice by hand: an invoice that is to be stored is the invoice that is answered, with `null` for what is

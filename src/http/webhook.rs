@@ -16,8 +16,8 @@ use serde_json::{Value, json};
 
 use super::error::ApiError;
 use super::{AppState, BODY_LIMIT};
-use crate::domain::stripe::signature::{Refusal, SignatureHeader};
-use crate::ingest::batch_writer::InboxError;
+use crate::domain::stripe::signature::{SignatureError, SignatureHeader};
+use crate::ingest::batch_writer::AppendError;
 use crate::ingest::{self, Delivery, Outcome};
 use crate::metrics::{Metrics, Rejection};
 use crate::store::Source;
@@ -31,7 +31,7 @@ pub async fn receive(
     State(state): State<AppState>,
     request: Request,
 ) -> Result<Json<Value>, ApiError> {
-    let mut counting = Counting {
+    let mut counting = OutcomeGuard {
         metrics: state.metrics.clone(),
         ended: Err(Rejection::Abandoned),
     };
@@ -105,7 +105,7 @@ async fn take(
         );
     }
     if outcome == Outcome::Duplicate {
-        state.signs.note_repeated(&body, received_ms, label);
+        state.monitor.note_repeated(&body, received_ms, label);
     }
     Ok((outcome, started.elapsed()))
 }
@@ -117,21 +117,21 @@ fn unread(rejection: BytesRejection) -> (Rejection, ApiError) {
     }
 }
 
-fn reason(error: &InboxError) -> Rejection {
+fn reason(error: &AppendError) -> Rejection {
     match error {
-        InboxError::Full => Rejection::QueueFull,
-        InboxError::Closed => Rejection::ShuttingDown,
-        InboxError::Store(_) => Rejection::Unavailable,
+        AppendError::Full => Rejection::QueueFull,
+        AppendError::Closed => Rejection::ShuttingDown,
+        AppendError::Store(_) => Rejection::Unavailable,
     }
 }
 
 /// Counts a delivery when it is dropped: also one whose sender went away, or was too slow, in the middle.
-struct Counting {
+struct OutcomeGuard {
     metrics: Arc<Metrics>,
     ended: Result<(Outcome, Duration), Rejection>,
 }
 
-impl Drop for Counting {
+impl Drop for OutcomeGuard {
     fn drop(&mut self) {
         match self.ended {
             Ok((outcome, took)) => self.metrics.acknowledged(outcome.as_str(), took),
@@ -140,7 +140,7 @@ impl Drop for Counting {
     }
 }
 
-fn refused(refusal: Refusal) -> (Rejection, ApiError) {
+fn refused(refusal: SignatureError) -> (Rejection, ApiError) {
     tracing::warn!(
         reason = refusal.as_str(),
         meaning = refusal.meaning(),

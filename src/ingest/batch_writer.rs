@@ -24,16 +24,16 @@ const BATCH: usize = 256;
 
 /// The way in; cheap to clone.
 #[derive(Clone)]
-pub struct Inbox {
+pub struct BatchWriter {
     queue: mpsc::Sender<Waiting>,
 }
 
-/// To be waited for when all [`Inbox`]es are gone.
+/// To be waited for when all [`BatchWriter`]es are gone.
 pub struct Writer(JoinHandle<()>);
 
 /// The delivery was not kept.
 #[derive(Debug, thiserror::Error)]
-pub enum InboxError {
+pub enum AppendError {
     #[error("too many deliveries wait for the disk")]
     Full,
     #[error("the writer has stopped")]
@@ -48,16 +48,16 @@ struct Waiting {
 }
 
 struct Caller {
-    answer: oneshot::Sender<Result<Appended, InboxError>>,
+    answer: oneshot::Sender<Result<Appended, AppendError>>,
     /// What it is in the middle of. None where nobody follows single deliveries.
     span: Span,
 }
 
-impl Inbox {
-    pub fn start(store: Store, metrics: Arc<Metrics>) -> (Inbox, Writer) {
+impl BatchWriter {
+    pub fn start(store: Store, metrics: Arc<Metrics>) -> (BatchWriter, Writer) {
         let (queue, waiting) = mpsc::channel(QUEUE);
         (
-            Inbox { queue },
+            BatchWriter { queue },
             Writer(tokio::spawn(write(store, waiting, metrics))),
         )
     }
@@ -65,8 +65,8 @@ impl Inbox {
     /// Returns when the event is durable. When the caller goes away before its batch is written, it is not kept.
     ///
     /// # Errors
-    /// See [`InboxError`]: nothing is promised then.
-    pub async fn append(&self, event: NewEvent) -> Result<Appended, InboxError> {
+    /// See [`AppendError`]: nothing is promised then.
+    pub async fn append(&self, event: NewEvent) -> Result<Appended, AppendError> {
         let (answer, answered) = oneshot::channel();
         let span = if tracing::enabled!(Level::DEBUG) {
             Span::current()
@@ -79,10 +79,10 @@ impl Inbox {
                 caller: Caller { answer, span },
             })
             .map_err(|error| match error {
-                mpsc::error::TrySendError::Full(_) => InboxError::Full,
-                mpsc::error::TrySendError::Closed(_) => InboxError::Closed,
+                mpsc::error::TrySendError::Full(_) => AppendError::Full,
+                mpsc::error::TrySendError::Closed(_) => AppendError::Closed,
             })?;
-        answered.await.unwrap_or(Err(InboxError::Closed))
+        answered.await.unwrap_or(Err(AppendError::Closed))
     }
 
     /// How many wait, and how many may.
@@ -95,7 +95,7 @@ impl Inbox {
 }
 
 impl Writer {
-    /// Returns when all that was queued is written and answered. All [`Inbox`]es must be dropped, or it waits for them.
+    /// Returns when all that was queued is written and answered. All [`BatchWriter`]es must be dropped, or it waits for them.
     pub async fn finish(self) {
         if let Err(error) = self.0.await {
             tracing::error!(%error, "the writer of the log ended badly");
@@ -157,11 +157,15 @@ fn batch_span(callers: &[Caller]) -> Span {
 }
 
 /// One that the database refuses must not take the others with it.
-async fn one_by_one(store: &Store, events: &[NewEvent]) -> Vec<Result<Appended, InboxError>> {
+async fn one_by_one(store: &Store, events: &[NewEvent]) -> Vec<Result<Appended, AppendError>> {
     let mut answers = Vec::with_capacity(events.len());
     for event in events {
         let appended = store.append(std::slice::from_ref(event)).await;
-        answers.push(appended.map(|answers| answers[0]).map_err(InboxError::from));
+        answers.push(
+            appended
+                .map(|answers| answers[0])
+                .map_err(AppendError::from),
+        );
     }
     answers
 }

@@ -7,7 +7,7 @@ use tracing::{Instrument, field};
 
 use crate::domain::history::fact;
 use crate::domain::stripe::event::{self, Reading};
-use crate::ingest::batch_writer::{Inbox, InboxError};
+use crate::ingest::batch_writer::{AppendError, BatchWriter};
 use crate::store::{self, Appended, NewEvent, PackedBody, Source};
 
 /// Bytes known to be Stripe's: by their signature (webhook), by the operator's word (replay), or by TLS (API).
@@ -68,7 +68,7 @@ pub fn prepare(delivery: Delivery) -> NewEvent {
         },
         Reading::Event(event) => NewEvent {
             key: event.key,
-            outcome: if fact::tells_a_fact(&event) {
+            outcome: if fact::asserts_fact(&event) {
                 store::Outcome::Recorded
             } else {
                 store::Outcome::NoPaymentFact
@@ -99,14 +99,14 @@ pub fn prepare(delivery: Delivery) -> NewEvent {
 ///
 /// # Errors
 /// The queue is full or closed, or the store cannot be reached: nothing is promised, Stripe delivers again.
-pub async fn ingest(inbox: &Inbox, delivery: Delivery) -> Result<Outcome, InboxError> {
+pub async fn ingest(inbox: &BatchWriter, delivery: Delivery) -> Result<Outcome, AppendError> {
     let event =
         tracing::debug_span!("read", bytes = delivery.body.len()).in_scope(|| prepare(delivery));
     keep(inbox, event).await
 }
 
 /// As [`ingest`], for who had to look at it first.
-pub async fn keep(inbox: &Inbox, event: NewEvent) -> Result<Outcome, InboxError> {
+pub async fn keep(inbox: &BatchWriter, event: NewEvent) -> Result<Outcome, AppendError> {
     let outcome = match event.outcome {
         store::Outcome::Recorded => Outcome::Recorded,
         store::Outcome::NoPaymentFact => Outcome::NoPaymentFact,

@@ -6,7 +6,7 @@
 
 use crate::queries::invoices::render;
 use crate::store::{
-    Cell, CopyTarget, InvoiceCursor, Page, Row, Store, StoreError, StoredInvoice, Table,
+    CopyPage, CopyTarget, InvoiceCursor, Row, Store, StoreError, StoredInvoice, Table, Value,
 };
 
 /// Invoices whose histories are read at a time.
@@ -24,11 +24,11 @@ pub enum CopyError {
     #[error(
         "another copy into this database has begun, or a command that writes to it: this one stops"
     )]
-    Overtaken,
+    Superseded,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Report {
+pub struct CopyReport {
     pub tables: Vec<(&'static str, Carried)>,
     /// Invoices whose answers were compared.
     pub compared: u64,
@@ -53,11 +53,11 @@ pub struct Differing {
     pub tenant_uid: String,
     pub invoice_uid: String,
     pub stripe_invoice_id: Option<String>,
-    pub how: How,
+    pub how: Mismatch,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum How {
+pub enum Mismatch {
     NotInCopy,
     OnlyInCopy,
     AnswersOtherwise,
@@ -68,7 +68,7 @@ pub struct Copying<'s> {
     source: &'s Store,
     target: &'s Store,
     run: i64,
-    report: Report,
+    report: CopyReport,
 }
 
 impl<'s> Copying<'s> {
@@ -92,7 +92,7 @@ impl<'s> Copying<'s> {
                 source,
                 target,
                 run,
-                report: Report::default(),
+                report: CopyReport::default(),
             }),
             CopyTarget::InUse => refused(
                 "the database to copy to is in use: a command other than copy has written to it, and what it wrote would be lost. \
@@ -119,7 +119,7 @@ impl<'s> Copying<'s> {
     ) -> Result<(), CopyError> {
         for table in Table::ALL {
             let mut carried = Carried::default();
-            let mut after: Option<Vec<Cell>> = None;
+            let mut after: Option<Vec<Value>> = None;
             loop {
                 let (here, there) = tokio::try_join!(
                     self.source.rows_after(table, after.as_deref()),
@@ -191,7 +191,7 @@ impl<'s> Copying<'s> {
     async fn carry_whole(&self, table: Table, stretch: &[Row]) -> Result<(), CopyError> {
         let mut left = stretch;
         while let [first, .., last] | [first @ last] = left {
-            let Page { rows, is_last } = self
+            let CopyPage { rows, is_last } = self
                 .source
                 .rows_between(table, first.key(), last.key())
                 .await?;
@@ -211,7 +211,7 @@ impl<'s> Copying<'s> {
     async fn write(&self, table: Table, rows: &[Row], gone: &[Row]) -> Result<(), CopyError> {
         match self.target.carry(self.run, table, rows, gone).await? {
             true => Ok(()),
-            false => Err(CopyError::Overtaken),
+            false => Err(CopyError::Superseded),
         }
     }
 
@@ -219,7 +219,7 @@ impl<'s> Copying<'s> {
     ///
     /// # Errors
     /// A database cannot be reached.
-    pub async fn compare(mut self, mut progress: impl FnMut(u64)) -> Result<Report, CopyError> {
+    pub async fn compare(mut self, mut progress: impl FnMut(u64)) -> Result<CopyReport, CopyError> {
         let mut after: Option<InvoiceCursor> = None;
         loop {
             let (here, there) = tokio::try_join!(
@@ -278,9 +278,9 @@ fn difference(pair: Pair<StoredInvoice>) -> Option<Differing> {
     };
     match pair {
         (Some(here), Some(there)) if answer(&here) == answer(&there) => None,
-        (Some(here), Some(_)) => differs(here, How::AnswersOtherwise),
-        (Some(here), None) => differs(here, How::NotInCopy),
-        (None, Some(there)) => differs(there, How::OnlyInCopy),
+        (Some(here), Some(_)) => differs(here, Mismatch::AnswersOtherwise),
+        (Some(here), None) => differs(here, Mismatch::NotInCopy),
+        (None, Some(there)) => differs(there, Mismatch::OnlyInCopy),
         (None, None) => None,
     }
 }

@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use super::json_reader;
 use crate::clock::Clock;
-use crate::domain::invoice::document::Fault;
+use crate::domain::invoice::document::InvalidField;
 use crate::queries::invoices::new_invoice;
 use crate::store::{NewInvoice, Put, Store, StoreError};
 
@@ -19,22 +19,22 @@ pub struct Refused {
     pub file: PathBuf,
     /// 0: the file as a whole.
     pub line: usize,
-    pub faults: Vec<Fault>,
+    pub faults: Vec<InvalidField>,
 }
 
 /// How many documents met which end.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Counts {
+pub struct ImportCounts {
     pub created: u64,
     pub replaced: u64,
     pub refused: u64,
 }
 
 /// Gets to know what happens meanwhile.
-pub trait Watcher {
+pub trait ProgressSink {
     fn refused(&mut self, refused: Refused);
     /// Counts of all files so far.
-    fn progress(&mut self, counts: Counts);
+    fn progress(&mut self, counts: ImportCounts);
 }
 
 /// Imports one file (`-`: standard input), adding to `counts`.
@@ -46,22 +46,23 @@ pub async fn file(
     tenant_uid: &str,
     path: &Path,
     clock: &Clock,
-    watcher: &mut impl Watcher,
-    counts: &mut Counts,
+    watcher: &mut impl ProgressSink,
+    counts: &mut ImportCounts,
 ) -> Result<(), StoreError> {
     let mut documents = json_reader::stream(path);
     let mut batch: Vec<(usize, NewInvoice)> = Vec::with_capacity(BATCH);
-    let refuse = |line: usize, faults: Vec<Fault>, watcher: &mut _, counts: &mut Counts| {
-        counts.refused += 1;
-        Watcher::refused(
-            watcher,
-            Refused {
-                file: path.to_owned(),
-                line,
-                faults,
-            },
-        );
-    };
+    let refuse =
+        |line: usize, faults: Vec<InvalidField>, watcher: &mut _, counts: &mut ImportCounts| {
+            counts.refused += 1;
+            ProgressSink::refused(
+                watcher,
+                Refused {
+                    file: path.to_owned(),
+                    line,
+                    faults,
+                },
+            );
+        };
     loop {
         let document = documents.recv().await;
         let ended = document.is_none();
@@ -109,21 +110,21 @@ pub async fn file(
     }
 }
 
-fn parse(tenant_uid: &str, text: Result<String, String>) -> Result<NewInvoice, Vec<Fault>> {
+fn parse(tenant_uid: &str, text: Result<String, String>) -> Result<NewInvoice, Vec<InvalidField>> {
     let document: Value = serde_json::from_str(&text.map_err(whole)?)
         .map_err(|e| whole(format!("is not JSON: {e}")))?;
     new_invoice(tenant_uid, None, document)
 }
 
-fn whole(reason: String) -> Vec<Fault> {
-    vec![Fault {
+fn whole(reason: String) -> Vec<InvalidField> {
+    vec![InvalidField {
         pointer: String::new(),
         reason,
     }]
 }
 
-fn stripe_invoice(reason: &str) -> Vec<Fault> {
-    vec![Fault {
+fn stripe_invoice(reason: &str) -> Vec<InvalidField> {
+    vec![InvalidField {
         pointer: "/status/stripeInvoiceId".to_owned(),
         reason: reason.to_owned(),
     }]

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use bytes::Bytes;
 
-use crate::domain::stripe::event::{EventKey, Telling};
+use crate::domain::stripe::event::{EventKey, Observation};
 use crate::domain::stripe::object::Object;
 use crate::ingest::{Delivery, prepare};
 use crate::store::{NewEvent, Store, StoreError, StoredBody};
@@ -16,7 +16,7 @@ const NOT_FOUND: &str = ", and not found by all that it names";
 
 /// What differs about one event.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Difference {
+pub struct RebuildDifference {
     /// None: unreadable, then and now.
     pub event_id: Option<String>,
     pub event_type: Option<String>,
@@ -25,15 +25,15 @@ pub struct Difference {
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Report {
+pub struct RebuildReport {
     pub events: u64,
     /// Their bytes are forgotten: what was read in them stays as it is.
     pub pruned: u64,
     /// By Stripe invoice; empty: it names none.
-    pub differing: BTreeMap<String, Vec<Difference>>,
+    pub differing: BTreeMap<String, Vec<RebuildDifference>>,
 }
 
-impl Report {
+impl RebuildReport {
     pub fn differs(&self) -> bool {
         !self.differing.is_empty()
     }
@@ -41,7 +41,7 @@ impl Report {
 
 /// Whether what differs is put right.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mode {
+pub enum WriteMode {
     Save,
     DryRun,
 }
@@ -52,10 +52,10 @@ pub enum Mode {
 /// The store cannot be reached; what was put right before stays right, and the next run goes on.
 pub async fn run(
     store: &Store,
-    mode: Mode,
+    mode: WriteMode,
     mut progress: impl FnMut(u64),
-) -> Result<Report, StoreError> {
-    let mut report = Report::default();
+) -> Result<RebuildReport, StoreError> {
+    let mut report = RebuildReport::default();
     let mut after = None;
     loop {
         let page = store.stored_bodies(after, PAGE).await?;
@@ -78,7 +78,7 @@ pub async fn run(
                 changed.push((stored.logged.key, event));
             }
         }
-        if mode == Mode::Save && !changed.is_empty() {
+        if mode == WriteMode::Save && !changed.is_empty() {
             store.replace_readings(&changed).await?;
         }
         progress(report.events);
@@ -104,8 +104,8 @@ fn is_same(stored: &StoredBody, event: &NewEvent) -> bool {
 }
 
 /// Where nothing was read otherwise, the event was not found by all that it mentions.
-fn note(report: &mut Report, stored: &StoredBody, event: &NewEvent) {
-    let difference = Difference {
+fn note(report: &mut RebuildReport, stored: &StoredBody, event: &NewEvent) {
+    let difference = RebuildDifference {
         event_id: event.id.clone().or_else(|| stored.logged.id.clone()),
         event_type: event
             .event_type
@@ -121,7 +121,7 @@ fn note(report: &mut Report, stored: &StoredBody, event: &NewEvent) {
     };
     let invoices: BTreeSet<String> = [&stored.telling, &event.telling]
         .into_iter()
-        .flat_map(invoices_named)
+        .flat_map(invoice_ids)
         .collect();
     for invoice in if invoices.is_empty() {
         BTreeSet::from([String::new()])
@@ -143,10 +143,10 @@ fn describe(outcome: &str, telling: &Option<String>) -> String {
     }
 }
 
-fn invoices_named(telling: &Option<String>) -> Vec<String> {
+fn invoice_ids(telling: &Option<String>) -> Vec<String> {
     let telling = telling
         .as_deref()
-        .and_then(|text| serde_json::from_str::<Telling>(text).ok());
+        .and_then(|text| serde_json::from_str::<Observation>(text).ok());
     let Some(telling) = telling else {
         return Vec::new();
     };

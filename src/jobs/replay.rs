@@ -13,8 +13,8 @@ use super::json_reader;
 use crate::clock::Clock;
 use crate::domain::stripe::event::{Reading, read};
 use crate::domain::stripe::signature::{SigningSecrets, sign};
-use crate::http_client::Transport;
-use crate::ingest::batch_writer::{Inbox, InboxError};
+use crate::http_client::HttpClient;
+use crate::ingest::batch_writer::{AppendError, BatchWriter};
 use crate::ingest::{Delivery, Outcome, ingest};
 use crate::store::Source;
 
@@ -30,13 +30,13 @@ const ANSWER_LIMIT: usize = 64 * 1024;
 
 /// Where recorded payloads go.
 pub enum Target {
-    Store(Inbox),
+    Store(BatchWriter),
     Url(Box<Endpoint>),
 }
 
 /// How many payloads met which end.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Counts {
+pub struct ReplayCounts {
     pub recorded: u64,
     pub duplicate: u64,
     pub no_payment_fact: u64,
@@ -46,17 +46,17 @@ pub struct Counts {
 }
 
 /// Gets to know what happens meanwhile.
-pub trait Watcher {
+pub trait ProgressSink {
     /// `line` 0: the file as a whole.
     fn refused(&mut self, file: &Path, line: usize, reason: &str);
-    fn progress(&mut self, counts: Counts);
+    fn progress(&mut self, counts: ReplayCounts);
 }
 
 /// The target cannot be reached: replaying stops.
 #[derive(Debug, thiserror::Error)]
 pub enum ReplayError {
     #[error(transparent)]
-    Inbox(#[from] InboxError),
+    BatchWriter(#[from] AppendError),
     #[error("{url} cannot be reached: {reason}")]
     Unreachable { url: String, reason: String },
 }
@@ -72,8 +72,8 @@ pub async fn file(
     target: &Target,
     path: &Path,
     clock: &Clock,
-    watcher: &mut impl Watcher,
-    counts: &mut Counts,
+    watcher: &mut impl ProgressSink,
+    counts: &mut ReplayCounts,
 ) -> Result<(), ReplayError> {
     let at_once = match target {
         Target::Store(_) => INTO_STORE,
@@ -132,7 +132,13 @@ pub fn walk(path: &Path) -> std::io::Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-fn refuse(watcher: &mut impl Watcher, counts: &mut Counts, path: &Path, line: usize, reason: &str) {
+fn refuse(
+    watcher: &mut impl ProgressSink,
+    counts: &mut ReplayCounts,
+    path: &Path,
+    line: usize,
+    reason: &str,
+) {
     counts.refused += 1;
     watcher.refused(path, line, reason);
 }
@@ -169,7 +175,7 @@ pub struct Endpoint {
     url: String,
     secrets: SigningSecrets,
     clock: Clock,
-    transport: Transport,
+    transport: HttpClient,
 }
 
 impl Endpoint {
@@ -178,7 +184,7 @@ impl Endpoint {
             url,
             secrets,
             clock,
-            transport: Transport::new(ANSWER_TIMEOUT, ANSWER_LIMIT),
+            transport: HttpClient::new(ANSWER_TIMEOUT, ANSWER_LIMIT),
         }
     }
 

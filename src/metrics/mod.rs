@@ -2,7 +2,7 @@
 //! customers.
 //!
 //! Counting takes no lock that anybody waits for: counters and histograms are atomics. What needs the database is set from
-//! `flows/signs`, and never by a delivery.
+//! `flows/monitor`, and never by a delivery.
 
 mod process;
 mod registry;
@@ -14,9 +14,9 @@ use prometheus::{
     TextEncoder,
 };
 
-use crate::domain::stripe::signature::Refusal;
+use crate::domain::stripe::signature::SignatureError;
 use process::Process;
-use registry::Registering;
+use registry::MetricRegistrar;
 
 /// Seconds: from half a millisecond to ten seconds.
 const SECONDS: [f64; 14] = [
@@ -35,7 +35,7 @@ const BACKLOGS: [&str; 3] = ["objects", "links", "checks"];
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Rejection {
     /// Not believed.
-    Signature(Refusal),
+    Signature(SignatureError),
     TooLarge,
     /// The body ended early.
     Incomplete,
@@ -52,12 +52,12 @@ pub enum Rejection {
 
 impl Rejection {
     pub const ALL: [Rejection; 13] = [
-        Rejection::Signature(Refusal::Missing),
-        Rejection::Signature(Refusal::Several),
-        Rejection::Signature(Refusal::Malformed),
-        Rejection::Signature(Refusal::Mismatch),
-        Rejection::Signature(Refusal::Stale),
-        Rejection::Signature(Refusal::Future),
+        Rejection::Signature(SignatureError::Missing),
+        Rejection::Signature(SignatureError::Several),
+        Rejection::Signature(SignatureError::Malformed),
+        Rejection::Signature(SignatureError::Mismatch),
+        Rejection::Signature(SignatureError::Stale),
+        Rejection::Signature(SignatureError::Future),
         Rejection::TooLarge,
         Rejection::Incomplete,
         Rejection::QueueFull,
@@ -142,7 +142,7 @@ impl Default for Metrics {
     /// Every name is there from the start, with every value that its label may have.
     fn default() -> Metrics {
         let registry = Registry::new();
-        let r = Registering(&registry);
+        let r = MetricRegistrar(&registry);
         let reasons = Rejection::ALL.map(Rejection::as_str);
         r.gauges(
             "build_info",
@@ -206,7 +206,7 @@ impl Default for Metrics {
 }
 
 impl Database {
-    fn register(r: &Registering) -> Database {
+    fn register(r: &MetricRegistrar) -> Database {
         Database {
             up: r.gauge(
                 "database_up",
@@ -228,7 +228,7 @@ impl Database {
 }
 
 impl Log {
-    fn register(r: &Registering) -> Log {
+    fn register(r: &MetricRegistrar) -> Log {
         let (delivered, used) = (
             "When the last webhook of a mode came; 0: none is known",
             "When a configured secret last matched; 0: never",
@@ -251,7 +251,7 @@ impl Log {
 }
 
 impl Reconcile {
-    fn register(r: &Registering) -> Reconcile {
+    fn register(r: &MetricRegistrar) -> Reconcile {
         Reconcile {
             enabled: r.gauge(
                 "reconcile_enabled",

@@ -6,12 +6,12 @@ use prometheus::{
     Opts, Registry,
 };
 
-pub(super) struct Registering<'r>(pub &'r Registry);
+pub(super) struct MetricRegistrar<'r>(pub &'r Registry);
 
-/// Names are constants; `tests/outside/metrics.rs` sees them all.
+/// Names are constants; `tests/api/metrics.rs` sees them all.
 const RIGHT: &str = "names are well-formed and each is given once";
 
-impl Registering<'_> {
+impl MetricRegistrar<'_> {
     fn keep<C: Collector + Clone + 'static>(&self, made: prometheus::Result<C>) -> C {
         let metric = made.expect(RIGHT);
         self.0.register(Box::new(metric.clone())).expect(RIGHT);

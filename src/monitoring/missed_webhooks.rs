@@ -2,8 +2,8 @@
 //!
 //! The log is asked, not the reports of the passes: it also knows what those found that failed half way, for as long as nothing comes.
 
-use crate::domain::history::fact::TYPES_THAT_TELL;
-use crate::domain::stripe::event::Telling;
+use crate::domain::history::fact::PAYMENT_EVENT_TYPES;
+use crate::domain::stripe::event::Observation;
 use crate::store::{Source, Store, StoreError};
 
 /// While webhooks come, each that is late is on its way.
@@ -16,7 +16,7 @@ const PAGES: usize = 10;
 
 /// Whether an endpoint that sends all that it should sends events of this type: of others, Stripe's API alone may tell.
 pub fn should_be_sent(event_type: &str) -> bool {
-    TYPES_THAT_TELL.contains(&event_type.strip_prefix("v1.").unwrap_or(event_type))
+    PAYMENT_EVENT_TYPES.contains(&event_type.strip_prefix("v1.").unwrap_or(event_type))
 }
 
 /// Whether a webhook should have brought by now what Stripe made then. Unix milliseconds; `last_ms`: when the last webhook came.
@@ -40,12 +40,12 @@ pub async fn first_missed(
     let mut last = None;
     for _ in 0..PAGES {
         let page = store.log_lines(last_ms, last, now_ms, LINES).await?;
-        let tellings = page
+        let observations = page
             .iter()
             .filter(|line| line.source == Source::Api)
             .filter_map(|line| line.telling.as_deref());
-        let events = tellings
-            .filter_map(|text| serde_json::from_str::<Telling>(text).ok())
+        let events = observations
+            .filter_map(|text| serde_json::from_str::<Observation>(text).ok())
             .filter(|event| !event.fetched);
         let mut created_ms = events
             .filter(|event| should_be_sent(&event.kind))

@@ -1,7 +1,7 @@
 //! Vital signs: what the log comes to, for whoever watches over the service. `/metrics` and `doctor` read the same.
 //!
 //! No delivery pays for it. The log is read once more, in the order of receipt, a bounded step at a time, and what it adds is kept
-//! beside it (`store/signs`): so what was seen survives restarts, is the same for all replicas, and costs a few look-ups to read,
+//! beside it (`store/monitor`): so what was seen survives restarts, is the same for all replicas, and costs a few look-ups to read,
 //! however long the log is.
 
 use std::collections::BTreeMap;
@@ -14,16 +14,16 @@ use serde_json::Value;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::rejections::Refusals;
+use super::rejections::Rejections;
 use super::signing_secrets::{last_used, note_configured};
 use crate::clock::Clock;
-use crate::domain::stripe::event::Telling;
+use crate::domain::stripe::event::Observation;
 use crate::domain::stripe::signature::SecretName;
 use crate::metrics::Metrics;
 use crate::monitoring::delivery_gap;
 use crate::store::{
-    Backlog, CLOCKS_DIFFER_MS, COUNTED, Counted, EventFilter, LogLine, News, PackedBody, Run,
-    Source, Space, Store, StoreError,
+    ActivityDelta, Backlog, CLOCKS_DIFFER_MS, COUNTED, Counted, EventFilter, LogRow, PackedBody,
+    Run, Source, Space, Store, StoreError,
 };
 
 /// Names of moments. What follows is a label.
@@ -56,11 +56,11 @@ const FRESH: Duration = Duration::from_secs(1);
 const SHARE: u32 = 20;
 /// How long the database may take to answer at all, and to answer everything.
 const PING_PATIENCE: Duration = Duration::from_secs(1);
-const PATIENCE: Duration = Duration::from_secs(3);
+const TIMEOUT: Duration = Duration::from_secs(3);
 
 /// What the database says. Times in Unix milliseconds.
 #[derive(Clone, Debug, Default)]
-pub struct Vitals {
+pub struct HealthSnapshot {
     /// When things last happened, by the names above.
     pub moments: BTreeMap<String, i64>,
     pub awaited_invoices: usize,
@@ -70,29 +70,29 @@ pub struct Vitals {
     pub differing: Counted,
     pub backlog: Backlog,
     /// The passes against Stripe's API that ended last, the latest first.
-    pub passes: Vec<Pass>,
+    pub passes: Vec<FailedRun>,
     pub space: Space,
     /// So far the log was read.
     pub read_until_ms: Option<i64>,
 }
 
 #[derive(Clone, Debug)]
-pub struct Pass {
+pub struct FailedRun {
     pub started_ms: i64,
     pub ended_ms: i64,
     pub report: Value,
 }
 
-impl Vitals {
+impl HealthSnapshot {
     /// # Errors
     /// The database cannot be reached.
-    pub async fn read(store: &Store, now_ms: i64) -> Result<Vitals, StoreError> {
+    pub async fn read(store: &Store, now_ms: i64) -> Result<HealthSnapshot, StoreError> {
         let awaited = store.awaited(COUNTED).await?;
         let runs = store.last_runs(PASSES, now_ms + CLOCKS_DIFFER_MS).await?;
         let progress = store.progress(READ_UNTIL).await?;
         let mut moments = store.moments().await?;
         moments.retain(|_, at_ms| *at_ms <= now_ms + AHEAD_MS);
-        Ok(Vitals {
+        Ok(HealthSnapshot {
             moments,
             awaited_invoices: awaited.len(),
             events_without_invoice: awaited.iter().map(|awaited| awaited.events).sum(),
@@ -100,7 +100,7 @@ impl Vitals {
             unreadable: store.count_unreadable(now_ms - DAYS_30_MS).await?,
             differing: store.count_differing().await?,
             backlog: store.backlog(now_ms).await?,
-            passes: runs.iter().map(Pass::of).collect(),
+            passes: runs.iter().map(FailedRun::of).collect(),
             space: store.space().await?,
             read_until_ms: progress
                 .into_iter()
@@ -110,7 +110,7 @@ impl Vitals {
     }
 
     /// Adds what was read, but could not be kept.
-    pub fn add(&mut self, news: &News) {
+    pub fn add(&mut self, news: &ActivityDelta) {
         for (name, at_ms) in &news.moments {
             let known_ms = self.moments.entry(name.clone()).or_insert(*at_ms);
             *known_ms = (*at_ms).max(*known_ms);
@@ -123,10 +123,10 @@ impl Vitals {
     }
 }
 
-impl Pass {
-    fn of(run: &Run) -> Pass {
+impl FailedRun {
+    fn of(run: &Run) -> FailedRun {
         let report = serde_json::from_str(run.report.get()).unwrap_or_default();
-        Pass {
+        FailedRun {
             started_ms: run.started_ms,
             ended_ms: run.ended_ms,
             report,
@@ -155,15 +155,15 @@ impl Pass {
 ///
 /// # Errors
 /// The database cannot be reached, or takes nothing.
-pub async fn read_on(store: &Store, now_ms: i64) -> Result<bool, StoreError> {
-    let step = read_step(store, now_ms).await?;
+pub async fn scan(store: &Store, now_ms: i64) -> Result<bool, StoreError> {
+    let step = scan_page(store, now_ms).await?;
     keep_step(store, &step, now_ms).await?;
     Ok(step.is_more)
 }
 
 /// A part of the log that was read.
 pub struct Step {
-    pub news: News,
+    pub news: ActivityDelta,
     pub is_more: bool,
     known_ms: Option<i64>,
     /// So far everything was read; None: there was nothing to read.
@@ -172,7 +172,7 @@ pub struct Step {
 
 /// # Errors
 /// The database cannot be reached.
-pub async fn read_step(store: &Store, now_ms: i64) -> Result<Step, StoreError> {
+pub async fn scan_page(store: &Store, now_ms: i64) -> Result<Step, StoreError> {
     let progress = store.progress(READ_UNTIL).await?;
     let known_ms = progress
         .into_iter()
@@ -182,7 +182,7 @@ pub async fn read_step(store: &Store, now_ms: i64) -> Result<Step, StoreError> {
     let from_ms = known_ms
         .unwrap_or_default()
         .clamp(now_ms - DAYS_30_MS, now_ms - SETTLING_MS);
-    let (mut news, mut last, mut rows) = (News::default(), None, 0);
+    let (mut news, mut last, mut rows) = (ActivityDelta::default(), None, 0);
     let is_more = loop {
         let page = store.log_lines(from_ms, last, now_ms, PAGE).await?;
         page.iter().for_each(|line| note(line, &mut news));
@@ -246,7 +246,7 @@ pub async fn keep_step(store: &Store, step: &Step, now_ms: i64) -> Result<(), St
 }
 
 /// Hours are forgotten as others are added: while nothing comes they stay, or after some weeks there would be no silence to see.
-async fn keep(store: &Store, news: &News, now_ms: i64) -> Result<(), StoreError> {
+async fn keep(store: &Store, news: &ActivityDelta, now_ms: i64) -> Result<(), StoreError> {
     let first_hour = news
         .moments
         .get(DELIVERED)
@@ -258,14 +258,14 @@ async fn keep(store: &Store, news: &News, now_ms: i64) -> Result<(), StoreError>
         .await
 }
 
-fn note(line: &LogLine, news: &mut News) {
+fn note(line: &LogRow, news: &mut ActivityDelta) {
     let telling = line
         .telling
         .as_deref()
-        .and_then(|text| serde_json::from_str::<Telling>(text).ok());
+        .and_then(|text| serde_json::from_str::<Observation>(text).ok());
     let named = telling
         .iter()
-        .flat_map(Telling::mentions)
+        .flat_map(Observation::mentions)
         .filter(|mention| mention.is_invoice);
     for mention in named {
         let first_ms = news
@@ -295,7 +295,7 @@ fn note(line: &LogLine, news: &mut News) {
 }
 
 fn note_webhook(
-    news: &mut News,
+    news: &mut ActivityDelta,
     received_ms: i64,
     livemode: Option<bool>,
     secret_label: Option<&str>,
@@ -322,7 +322,7 @@ fn livemode(body: &[u8]) -> Option<bool> {
 }
 
 /// Looks for one running server, and shows what it sees in its metrics.
-pub struct Signs {
+pub struct HealthMonitor {
     store: Store,
     metrics: Arc<Metrics>,
     clock: Clock,
@@ -332,17 +332,17 @@ pub struct Signs {
     /// Until then, what was seen is fresh.
     fresh_until: tokio::sync::Mutex<Option<Instant>>,
     /// Webhooks that added nothing to the log.
-    repeated: Mutex<News>,
-    refusals: Mutex<Refusals>,
+    repeated: Mutex<ActivityDelta>,
+    refusals: Mutex<Rejections>,
 }
 
-impl Signs {
+impl HealthMonitor {
     pub fn new(
         store: Store,
         metrics: Arc<Metrics>,
         clock: Clock,
         secrets: Vec<SecretName>,
-    ) -> Signs {
+    ) -> HealthMonitor {
         for SecretName { label, .. } in &secrets {
             metrics
                 .log
@@ -352,7 +352,7 @@ impl Signs {
         }
         let started_ms = clock.now_ms();
         let (are_secrets_noted, fresh_until, repeated, refusals) = Default::default();
-        Signs {
+        HealthMonitor {
             store,
             metrics,
             clock,
@@ -396,8 +396,8 @@ impl Signs {
         if !reached || fresh_until.is_some_and(|until| started < until) {
             return;
         }
-        match tokio::time::timeout(PATIENCE, self.see()).await {
-            Ok(Ok(vitals)) => self.show(&vitals),
+        match tokio::time::timeout(TIMEOUT, self.see()).await {
+            Ok(Ok(snapshot)) => self.show(&snapshot),
             Ok(Err(error)) => {
                 tracing::warn!(%error, "what metrics say of the database is old: it could not be looked at")
             }
@@ -409,7 +409,7 @@ impl Signs {
     }
 
     /// Reads on in the log until it is told to stop.
-    pub async fn keep_reading(self: Arc<Signs>, stopping: CancellationToken) {
+    pub async fn run(self: Arc<HealthMonitor>, stopping: CancellationToken) {
         // At once: what comes from now on is signed with these.
         let mut done = self.note_secrets().await;
         loop {
@@ -424,12 +424,12 @@ impl Signs {
         }
     }
 
-    async fn see(&self) -> Result<Vitals, StoreError> {
+    async fn see(&self) -> Result<HealthSnapshot, StoreError> {
         if let Err(error) = self.read().await {
             // A disk that is full can still be read.
             tracing::debug!(%error, "the log could not be read on");
         }
-        Vitals::read(&self.store, self.clock.now_ms()).await
+        HealthSnapshot::read(&self.store, self.clock.now_ms()).await
     }
 
     async fn read(&self) -> Result<(), StoreError> {
@@ -442,7 +442,7 @@ impl Signs {
                 .iter()
                 .map(|(reason, (_, at_ms))| (format!("{REFUSED}{reason}"), *at_ms)),
         );
-        if news != News::default() {
+        if news != ActivityDelta::default() {
             keep(&self.store, &news, now_ms).await?;
             self.refusals().noted(&refused);
             // Only now, and only what was kept: more may have come meanwhile.
@@ -452,7 +452,7 @@ impl Signs {
                 .retain(|name, at_ms| news.moments.get(name) != Some(at_ms));
             repeated.hours.retain(|hour| !news.hours.contains(hour));
         }
-        read_on(&self.store, now_ms).await.map(drop)
+        scan(&self.store, now_ms).await.map(drop)
     }
 
     async fn note_secrets(&self) -> Result<(), StoreError> {
@@ -463,17 +463,17 @@ impl Signs {
         Ok(())
     }
 
-    fn repeated(&self) -> MutexGuard<'_, News> {
+    fn repeated(&self) -> MutexGuard<'_, ActivityDelta> {
         // Times, whatever happened.
         self.repeated.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn refusals(&self) -> MutexGuard<'_, Refusals> {
+    fn refusals(&self) -> MutexGuard<'_, Rejections> {
         // Counts and times, whatever happened.
         self.refusals.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn show(&self, vitals: &Vitals) {
+    fn show(&self, snapshot: &HealthSnapshot) {
         let now_ms = self.clock.now_ms();
         let seconds = |ms: Option<i64>| ms.unwrap_or_default() as f64 / 1000.0;
         let age = |since_ms: Option<i64>| {
@@ -486,50 +486,50 @@ impl Signs {
             ..
         } = &*self.metrics;
         database.looked_timestamp_seconds.set(seconds(Some(now_ms)));
-        database.size_bytes.set(vitals.space.database as f64);
+        database.size_bytes.set(snapshot.space.database as f64);
         database
             .wal_bytes
-            .set(vitals.space.log.unwrap_or_default() as f64);
+            .set(snapshot.space.log.unwrap_or_default() as f64);
         database
             .disk_free_bytes
-            .set(vitals.space.disk.map_or(0, |disk| disk.free) as f64);
+            .set(snapshot.space.disk.map_or(0, |disk| disk.free) as f64);
         database
             .disk_size_bytes
-            .set(vitals.space.disk.map_or(0, |disk| disk.size) as f64);
+            .set(snapshot.space.disk.map_or(0, |disk| disk.size) as f64);
         log.events_without_invoice
-            .set(vitals.events_without_invoice);
+            .set(snapshot.events_without_invoice);
         log.oldest_without_invoice_age_seconds
-            .set(age(vitals.oldest_without_invoice_ms));
-        log.unreadable_events.set(vitals.unreadable.count);
+            .set(age(snapshot.oldest_without_invoice_ms));
+        log.unreadable_events.set(snapshot.unreadable.count);
         for mode in ["live", "test"] {
-            let delivered = seconds(vitals.moment(DELIVERED_IN_MODE, mode));
+            let delivered = seconds(snapshot.moment(DELIVERED_IN_MODE, mode));
             log.last_delivery_timestamp_seconds
                 .with_label_values(&[mode])
                 .set(delivered);
         }
         for secret in &self.secrets {
-            let used = seconds(last_used(vitals, secret));
+            let used = seconds(last_used(snapshot, secret));
             log.secret_last_used_timestamp_seconds
                 .with_label_values(&[&secret.label])
                 .set(used);
         }
-        reconcile.differing.set(vitals.differing.count);
+        reconcile.differing.set(snapshot.differing.count);
         let Backlog {
             objects,
             links,
             checks,
-        } = vitals.backlog;
+        } = snapshot.backlog;
         for (kind, count) in [("objects", objects), ("links", links), ("checks", checks)] {
             reconcile.backlog.with_label_values(&[kind]).set(count);
         }
-        let ended_ms = vitals.passes.first().map(|pass| pass.ended_ms);
+        let ended_ms = snapshot.passes.first().map(|pass| pass.ended_ms);
         reconcile
             .last_success_timestamp_seconds
             .set(seconds(ended_ms));
         reconcile
             .last_success_age_seconds
             .set(age(ended_ms.or(Some(self.started_ms))));
-        if let Some(pass) = vitals.passes.first() {
+        if let Some(pass) = snapshot.passes.first() {
             reconcile
                 .last_duration_seconds
                 .set(seconds(Some(pass.ended_ms - pass.started_ms)));

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, HashMap};
 use crate::metrics::{Metrics, Rejection};
 
 #[derive(Default)]
-pub struct Refusals(HashMap<&'static str, Seen>);
+pub struct Rejections(HashMap<&'static str, Seen>);
 
 #[derive(Clone, Copy, Default)]
 struct Seen {
@@ -16,7 +16,7 @@ struct Seen {
     noted: u64,
 }
 
-impl Refusals {
+impl Rejections {
     /// Those that are to be noted: the reasons, how many there were, and when the last was seen.
     pub fn look(&mut self, metrics: &Metrics, now_ms: i64) -> BTreeMap<&'static str, (u64, i64)> {
         let mut new = BTreeMap::new();
@@ -46,7 +46,7 @@ mod tests {
 
     #[test]
     fn a_refusal_is_of_the_time_when_it_was_seen_however_late_it_is_noted() {
-        let (metrics, mut refusals) = (Metrics::default(), Refusals::default());
+        let (metrics, mut refusals) = (Metrics::default(), Rejections::default());
         assert!(refusals.look(&metrics, 1).is_empty());
         metrics.rejected(Rejection::Unavailable);
         let new = BTreeMap::from([("unavailable", (1, 2))]);

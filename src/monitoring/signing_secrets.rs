@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use super::monitor::{SECRET, Vitals};
+use super::monitor::{HealthSnapshot, SECRET};
 use crate::domain::stripe::signature::SecretName;
 use crate::store::{Store, StoreError};
 
@@ -13,17 +13,17 @@ use crate::store::{Store, StoreError};
 const CONFIGURED: &str = "configured ";
 
 /// When a webhook was last signed with this secret, Unix milliseconds.
-pub fn last_used(vitals: &Vitals, secret: &SecretName) -> Option<i64> {
-    let used_ms = vitals.moment(SECRET, &secret.label)?;
-    let is_first = named(&vitals.moments, &secret.label).all(|(mark, _)| mark == secret.mark);
+pub fn last_used(snapshot: &HealthSnapshot, secret: &SecretName) -> Option<i64> {
+    let used_ms = snapshot.moment(SECRET, &secret.label)?;
+    let is_first = named(&snapshot.moments, &secret.label).all(|(mark, _)| mark == secret.mark);
     let is_its_own =
-        is_first || configured_since(vitals, secret).is_some_and(|since_ms| since_ms <= used_ms);
+        is_first || configured_since(snapshot, secret).is_some_and(|since_ms| since_ms <= used_ms);
     is_its_own.then_some(used_ms)
 }
 
 /// Since when `serve` has it by this label; None: that is not known.
-pub fn configured_since(vitals: &Vitals, secret: &SecretName) -> Option<i64> {
-    named(&vitals.moments, &secret.label)
+pub fn configured_since(snapshot: &HealthSnapshot, secret: &SecretName) -> Option<i64> {
+    named(&snapshot.moments, &secret.label)
         .find(|(mark, _)| *mark == secret.mark)
         .map(|(_, since_ms)| since_ms)
 }
@@ -78,14 +78,14 @@ mod tests {
         }
     }
 
-    fn seen(moments: &[(&str, i64)]) -> Vitals {
+    fn seen(moments: &[(&str, i64)]) -> HealthSnapshot {
         let moments = moments
             .iter()
             .map(|(name, at_ms)| ((*name).to_owned(), *at_ms))
             .collect();
-        Vitals {
+        HealthSnapshot {
             moments,
-            ..Vitals::default()
+            ..HealthSnapshot::default()
         }
     }
 

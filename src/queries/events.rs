@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use serde::Serialize;
 use serde_json::value::RawValue;
 
-use crate::domain::stripe::event::{EventKey, Telling};
+use crate::domain::stripe::event::{EventKey, Observation};
 use crate::domain::time::timestamp;
 use crate::store::{EventFilter, LoggedEvent, Outcome, Store, StoreError, StoredBody};
 
@@ -141,7 +141,7 @@ async fn unmatched(
 ) -> Result<Vec<bool>, StoreError> {
     let named: Vec<Vec<String>> = batch
         .iter()
-        .map(|(_, telling)| invoices_named(telling.as_deref()))
+        .map(|(_, telling)| invoice_ids(telling.as_deref()))
         .collect();
     let ids: HashSet<&String> = named.iter().flatten().collect();
     let ids: Vec<String> = ids.into_iter().cloned().collect();
@@ -157,9 +157,10 @@ async fn unmatched(
         .collect())
 }
 
-fn invoices_named(telling: Option<&str>) -> Vec<String> {
+fn invoice_ids(telling: Option<&str>) -> Vec<String> {
     // One that another version wrote names none until `rebuild`.
-    let Some(telling) = telling.and_then(|text| serde_json::from_str::<Telling>(text).ok()) else {
+    let Some(telling) = telling.and_then(|text| serde_json::from_str::<Observation>(text).ok())
+    else {
         return Vec::new();
     };
     telling

@@ -9,14 +9,14 @@ use std::collections::{HashMap, HashSet};
 
 use serde_json::{Value, json};
 
-use super::invoices::{imported_states, read_tellings};
-use crate::domain::history::payment_links::Links;
-use crate::domain::history::{Known, fold, lacks_reason};
-use crate::domain::invoice::document::State;
-use crate::domain::stripe::event::{EventKey, Telling};
+use super::invoices::{imported_states, parse_observations};
+use crate::domain::history::payment_links::PaymentLinks;
+use crate::domain::history::{StoredObservation, fold, lacks_reason};
+use crate::domain::invoice::document::PaymentState;
+use crate::domain::stripe::event::{EventKey, Observation};
 use crate::domain::stripe::object::Object;
 use crate::domain::time::{parse_time, timestamp};
-use crate::store::{AskedAbout, Comparison, LoggedEvent, Store, StoreError, StoredInvoice};
+use crate::store::{Comparison, LoggedEvent, LookupState, Store, StoreError, StoredInvoice};
 
 /// Times in Unix milliseconds.
 #[derive(Clone, Debug)]
@@ -58,7 +58,7 @@ pub struct AtStripe {
 /// An entry of the history, with its proofs.
 #[derive(Clone, Debug)]
 pub struct Proven {
-    pub state: State,
+    pub state: PaymentState,
     pub timestamp_ms: i64,
     pub message: Option<String>,
     /// It came with the stored invoice; no event proves it.
@@ -108,7 +108,7 @@ pub async fn of(
         .await?
         .unwrap_or_default();
     let until_ms = as_of_ms.unwrap_or(i64::MAX);
-    let told = read_tellings(&invoice.tellings)?;
+    let told = parse_observations(&invoice.observations)?;
     let keys: Vec<EventKey> = told.iter().map(|known| known.key).collect();
     let events: HashMap<EventKey, LoggedEvent> = store
         .events_by_keys(&keys)
@@ -116,12 +116,12 @@ pub async fn of(
         .into_iter()
         .map(|event| (event.key, event))
         .collect();
-    let is_known = |known: &&Known| {
+    let is_known = |known: &&StoredObservation| {
         events
             .get(&known.key)
             .is_some_and(|event| event.received_ms <= until_ms)
     };
-    let known: Vec<Known> = told.iter().filter(is_known).cloned().collect();
+    let known: Vec<StoredObservation> = told.iter().filter(is_known).cloned().collect();
 
     let imported = if invoice.stored_ms <= until_ms {
         imported_states(&invoice)?
@@ -145,11 +145,11 @@ pub async fn of(
         });
     let entries = entries.collect();
 
-    let links = Links::read(known.iter().map(|known| &known.telling));
-    let is_own = |known: &&Known| {
+    let links = PaymentLinks::read(known.iter().map(|known| &known.telling));
+    let is_own = |known: &&StoredObservation| {
         stripe_invoice_id.is_some() && links.invoice_of(&known.telling.object) == stripe_invoice_id
     };
-    let own: Vec<&Known> = known.iter().filter(is_own).collect();
+    let own: Vec<&StoredObservation> = known.iter().filter(is_own).collect();
     let received = own
         .iter()
         .filter(|known| !known.telling.fetched)
@@ -178,8 +178,8 @@ pub async fn of(
 }
 
 /// What the newest that says it says.
-fn at_stripe(own: &[&Known]) -> AtStripe {
-    let mut told: Vec<&Telling> = own.iter().map(|known| &known.telling).collect();
+fn at_stripe(own: &[&StoredObservation]) -> AtStripe {
+    let mut told: Vec<&Observation> = own.iter().map(|known| &known.telling).collect();
     told.sort_by_key(|telling| std::cmp::Reverse(telling.created));
     let snapshots = || told.iter().filter(|telling| !telling.thin);
     let invoices = || {
@@ -201,10 +201,10 @@ fn at_stripe(own: &[&Known]) -> AtStripe {
 
 /// Thin events whose object is not fetched yet. `told` is what is known now: what was fetched later was missing then.
 fn unfetched(
-    own: &[&Known],
-    told: &[Known],
+    own: &[&StoredObservation],
+    told: &[StoredObservation],
     events: &HashMap<EventKey, LoggedEvent>,
-    asked: &[AskedAbout],
+    asked: &[LookupState],
     until_ms: i64,
 ) -> Vec<Missing> {
     let snapshots: HashSet<&str> = own
@@ -212,7 +212,7 @@ fn unfetched(
         .filter(|known| !known.telling.thin)
         .map(|known| known.telling.id.as_str())
         .collect();
-    let has_twin = |known: &Known| {
+    let has_twin = |known: &StoredObservation| {
         known
             .telling
             .snapshot_event
@@ -230,7 +230,7 @@ fn unfetched(
         ) else {
             continue;
         };
-        let is_its_object = |other: &&Known| {
+        let is_its_object = |other: &&StoredObservation| {
             other.telling.fetched && event.object_id.as_deref() == Some(&other.telling.id)
         };
         let fetched_ms: Vec<i64> = told
@@ -274,7 +274,7 @@ fn unfetched(
 /// The reason of the latest failure, where no event told it and Stripe's API will be asked.
 fn unexplained(
     stripe_invoice_id: &str,
-    known: &[Known],
+    known: &[StoredObservation],
     comparison: &Comparison,
 ) -> Option<Missing> {
     let is_missing = comparison.check_due_ms.is_some() && lacks_reason(stripe_invoice_id, known);

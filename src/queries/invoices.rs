@@ -2,9 +2,9 @@
 
 use serde_json::Value;
 
-use crate::domain::history::{Entry, Known, fold};
-use crate::domain::invoice::document::{self, Fault, ImportedState, State};
-use crate::store::{InvoiceCursor, NewInvoice, Store, StoreError, StoredInvoice, StoredTelling};
+use crate::domain::history::{Entry, StoredObservation, fold};
+use crate::domain::invoice::document::{self, ImportedState, InvalidField, PaymentState};
+use crate::store::{InvoiceCursor, NewInvoice, ObservationRow, Store, StoreError, StoredInvoice};
 
 /// Invoices that one page looks through at most, while it seeks those in a state. A person who seeks a rare one clicks through
 /// what there is in such steps.
@@ -20,7 +20,7 @@ pub fn new_invoice(
     tenant_uid: &str,
     uid: Option<&str>,
     document: Value,
-) -> Result<NewInvoice, Vec<Fault>> {
+) -> Result<NewInvoice, Vec<InvalidField>> {
     let named = invoice_uid(uid, &document);
     let validated = document::validate(document);
     let (invoice_uid, valid) = match (named, validated) {
@@ -45,11 +45,11 @@ pub fn new_invoice(
 }
 
 /// The name of the invoice. Empty where the document has not the form to say it: validation refuses that.
-fn invoice_uid(uid: Option<&str>, document: &Value) -> Result<String, Fault> {
+fn invoice_uid(uid: Option<&str>, document: &Value) -> Result<String, InvalidField> {
     let own = document
         .pointer("/metadata/uid")
         .filter(|own| !own.is_null());
-    let fault = |reason: String| Fault {
+    let fault = |reason: String| InvalidField {
         pointer: "/metadata/uid".to_owned(),
         reason,
     };
@@ -81,18 +81,18 @@ pub fn history(stored: &StoredInvoice) -> Result<Vec<Entry>, StoreError> {
 /// All that is told about a stored invoice.
 ///
 /// # Errors
-/// As [`read_tellings`].
-pub fn known(stored: &StoredInvoice) -> Result<Vec<Known>, StoreError> {
-    read_tellings(&stored.tellings)
+/// As [`parse_observations`].
+pub fn known(stored: &StoredInvoice) -> Result<Vec<StoredObservation>, StoreError> {
+    parse_observations(&stored.observations)
 }
 
 /// What was read in events, out of the store.
 ///
 /// # Errors
 /// [`StoreError::Refused`] when the stored text is damaged.
-pub fn read_tellings(stored: &[StoredTelling]) -> Result<Vec<Known>, StoreError> {
-    let read = |told: &StoredTelling| match serde_json::from_str(&told.json) {
-        Ok(telling) => Ok(Known {
+pub fn parse_observations(stored: &[ObservationRow]) -> Result<Vec<StoredObservation>, StoreError> {
+    let read = |told: &ObservationRow| match serde_json::from_str(&told.json) {
+        Ok(telling) => Ok(StoredObservation {
             key: told.key,
             telling,
         }),
@@ -134,7 +134,7 @@ pub enum StateFilter {
     Any,
     /// Nothing has happened yet.
     WithoutEntry,
-    In(State),
+    In(PaymentState),
 }
 
 impl StateFilter {
@@ -143,12 +143,12 @@ impl StateFilter {
     /// # Errors
     /// In words, what it may be.
     pub fn parse(text: &str) -> Result<StateFilter, String> {
-        match (text, State::parse(text)) {
+        match (text, PaymentState::parse(text)) {
             ("none", _) => Ok(StateFilter::WithoutEntry),
             (_, Some(state)) => Ok(StateFilter::In(state)),
             _ => Err(format!(
                 "state must be none or one of {}",
-                State::ALL.map(State::as_str).join(", ")
+                PaymentState::ALL.map(PaymentState::as_str).join(", ")
             )),
         }
     }

@@ -1,7 +1,7 @@
 //! Is this invoice paid, and how do we know? In plain sentences, from the evidence, for somebody in finance.
 
 use super::evidence::Evidence;
-use crate::domain::invoice::document::State;
+use crate::domain::invoice::document::PaymentState;
 use crate::domain::time::readable;
 use crate::store::Source;
 
@@ -9,7 +9,7 @@ use crate::store::Source;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Verdict {
     /// None: nothing is known.
-    pub state: Option<State>,
+    pub state: Option<PaymentState>,
     /// Whether it is paid, and since when.
     pub answer: String,
     /// How we know.
@@ -61,22 +61,26 @@ fn state_in_words(evidence: &Evidence) -> String {
     // What happens to money after it was paid is told by further entries, maybe within the same second.
     match (
         last.state,
-        before.iter().find(|entry| entry.state == State::Paid),
+        before
+            .iter()
+            .find(|entry| entry.state == PaymentState::Paid),
     ) {
-        (State::Paid, Some(first)) => {
+        (PaymentState::Paid, Some(first)) => {
             format!(
                 "Paid on {}. Money was returned, contested or added since, last on {since}.",
                 readable(first.timestamp_ms)
             )
         }
-        (State::Paid, _) => format!("Paid on {since}."),
-        (State::PaymentPending, _) => format!("Not paid: it waits for payment since {since}."),
-        (State::PaymentInProgress, _) => {
+        (PaymentState::Paid, _) => format!("Paid on {since}."),
+        (PaymentState::PaymentPending, _) => {
+            format!("Not paid: it waits for payment since {since}.")
+        }
+        (PaymentState::PaymentInProgress, _) => {
             format!(
                 "Not paid in full: a payment is under way, or a part has arrived, since {since}."
             )
         }
-        (State::PaymentFailed, _) => {
+        (PaymentState::PaymentFailed, _) => {
             format!("Not paid: collecting it failed or was given up on {since}.")
         }
     }
@@ -148,8 +152,8 @@ mod tests {
 
     const NINE: i64 = 1_769_850_000_000;
 
-    fn evidence(states: &[(State, i64)]) -> Evidence {
-        let entry = |(state, after_s): &(State, i64)| Proven {
+    fn evidence(states: &[(PaymentState, i64)]) -> Evidence {
+        let entry = |(state, after_s): &(PaymentState, i64)| Proven {
             state: *state,
             timestamp_ms: NINE + after_s * 1000,
             message: None,
@@ -173,29 +177,29 @@ mod tests {
 
     #[test]
     fn the_answer_says_whether_it_is_paid_and_since_when() {
-        let cases: [(&[(State, i64)], &str); 7] = [
+        let cases: [(&[(PaymentState, i64)], &str); 7] = [
             (
-                &[(State::PaymentPending, 0), (State::Paid, 1)],
+                &[(PaymentState::PaymentPending, 0), (PaymentState::Paid, 1)],
                 "Paid on 2026-01-31 09:00:01 UTC.",
             ),
             (
-                &[(State::Paid, 1), (State::Paid, 9)],
+                &[(PaymentState::Paid, 1), (PaymentState::Paid, 9)],
                 "Paid on 2026-01-31 09:00:01 UTC. Money was returned, contested or added since, last on 2026-01-31 09:00:09 UTC.",
             ),
             (
-                &[(State::Paid, 1), (State::Paid, 1)],
+                &[(PaymentState::Paid, 1), (PaymentState::Paid, 1)],
                 "Paid on 2026-01-31 09:00:01 UTC. Money was returned, contested or added since, last on 2026-01-31 09:00:01 UTC.",
             ),
             (
-                &[(State::PaymentPending, 0)],
+                &[(PaymentState::PaymentPending, 0)],
                 "Not paid: it waits for payment since 2026-01-31 09:00:00 UTC.",
             ),
             (
-                &[(State::PaymentInProgress, 0)],
+                &[(PaymentState::PaymentInProgress, 0)],
                 "Not paid in full: a payment is under way, or a part has arrived, since 2026-01-31 09:00:00 UTC.",
             ),
             (
-                &[(State::PaymentFailed, 0)],
+                &[(PaymentState::PaymentFailed, 0)],
                 "Not paid: collecting it failed or was given up on 2026-01-31 09:00:00 UTC.",
             ),
             (
@@ -210,7 +214,7 @@ mod tests {
 
     #[test]
     fn play_money_is_not_taken_for_money() {
-        let mut paid = evidence(&[(State::Paid, 1)]);
+        let mut paid = evidence(&[(PaymentState::Paid, 1)]);
         paid.at_stripe.livemode = Some(true);
         assert_eq!(verdict(&paid).answer, "Paid on 2026-01-31 09:00:01 UTC.");
         paid.at_stripe.livemode = Some(false);
@@ -250,7 +254,7 @@ mod tests {
             ),
             (vec![proof(Source::Api, after)], confirmed),
         ] {
-            let mut paid = evidence(&[(State::PaymentPending, 0), (State::Paid, 1)]);
+            let mut paid = evidence(&[(PaymentState::PaymentPending, 0), (PaymentState::Paid, 1)]);
             paid.entries[1].proofs = proofs;
             assert_eq!(verdict(&paid).grounds, grounds);
         }
@@ -258,7 +262,7 @@ mod tests {
 
     #[test]
     fn it_says_what_the_answer_rests_on_and_what_waits() {
-        let mut paid = evidence(&[(State::Paid, 0)]);
+        let mut paid = evidence(&[(PaymentState::Paid, 0)]);
         let told = verdict(&paid);
         assert_eq!(
             (&*told.grounds, &*told.waits),

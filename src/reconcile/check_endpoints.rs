@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 
 use serde_json::Value;
 
-use super::{ApiOnlyEvent, Mode, Pass, ReconcileError};
-use crate::domain::history::fact::TYPES_THAT_TELL;
+use super::{ApiOnlyEvent, ReconcileError, RunContext, WriteMode};
+use crate::domain::history::fact::PAYMENT_EVENT_TYPES;
 use crate::domain::time::{parse_time, timestamp};
 use crate::monitoring::delivery_gap::{self, Unusual};
 use crate::monitoring::missed_webhooks;
@@ -17,7 +17,7 @@ const PATH: &str = "/webhooks/stripe";
 /// How the remark begins where the key lacks the right.
 pub const NOT_LOOKED_AT: &str = "The webhook endpoints could not be looked at";
 
-pub async fn run(pass: &mut Pass<'_>) -> Result<(), ReconcileError> {
+pub async fn run(pass: &mut RunContext<'_>) -> Result<(), ReconcileError> {
     let mut remarks = look_at_endpoints(&pass.tools.api).await?;
     remarks.extend(silence(pass).await?);
     for remark in &remarks {
@@ -43,8 +43,8 @@ pub async fn look_at_endpoints(api: &StripeApi) -> Result<Vec<String>, StripeApi
         }
         Err(StripeApiError::Refused { reason, .. }) => {
             let reason = reason.trim_end_matches('.');
-            let cure = "Let the key read webhook endpoints (Developers, API keys)";
-            Ok(vec![format!("{NOT_LOOKED_AT}: {reason}. {cure}.")])
+            let remedy = "Let the key read webhook endpoints (Developers, API keys)";
+            Ok(vec![format!("{NOT_LOOKED_AT}: {reason}. {remedy}.")])
         }
         Err(error) => Err(error),
     }
@@ -104,7 +104,7 @@ fn remarks_about(endpoint: &Value) -> Vec<String> {
             .iter()
             .any(|e| *e == "*" || e == kind || is_group_of(e, kind))
     };
-    let missing: Vec<&str> = TYPES_THAT_TELL
+    let missing: Vec<&str> = PAYMENT_EVENT_TYPES
         .into_iter()
         .filter(|kind| !is_sent(kind))
         .collect();
@@ -130,10 +130,10 @@ fn address(endpoint: &Value) -> &str {
     url.split(['?', '#']).next().unwrap_or_default()
 }
 
-async fn silence(pass: &Pass<'_>) -> Result<Option<String>, ReconcileError> {
+async fn silence(pass: &RunContext<'_>) -> Result<Option<String>, ReconcileError> {
     let (store, now_ms) = (&pass.tools.store, pass.started_ms);
-    if pass.plan.mode == Mode::Save {
-        monitor::read_on(store, now_ms).await?;
+    if pass.plan.mode == WriteMode::Save {
+        monitor::scan(store, now_ms).await?;
     }
     let Some(last_ms) = store.moments().await?.get(monitor::DELIVERED).copied() else {
         return Ok(None);
@@ -203,7 +203,7 @@ mod tests {
             about(&[endpoint(
                 "https://x.example/hook",
                 "enabled",
-                json!(TYPES_THAT_TELL)
+                json!(PAYMENT_EVENT_TYPES)
             )]),
             Vec::<String>::new()
         );

@@ -14,16 +14,16 @@ use serde_json::value::RawValue;
 use super::link_payments;
 use super::recorder::as_known;
 use super::report::{Differing, Invoice, UnknownHere};
-use super::{EVENTS_KEPT_S, Extent, Mode, Pass, ReconcileError, believed};
-use crate::domain::history::{Entry, Known, fold, lacks_reason};
+use super::{EVENTS_KEPT_S, Extent, ReconcileError, RunContext, WriteMode, believed};
+use crate::domain::history::{Entry, StoredObservation, fold, lacks_reason};
 use crate::domain::invoice::comparison::{
-    Difference, Field, Status, differences, next_check_ms, same_facts,
+    Field, FieldDifference, StripeStatus, differences, next_check_ms, same_facts,
 };
-use crate::domain::invoice::document::State;
+use crate::domain::invoice::document::PaymentState;
 use crate::domain::money;
 use crate::domain::time::timestamp;
 use crate::queries::invoices::{imported_states, known};
-use crate::store::{Checked, StoredInvoice, ToCheck};
+use crate::store::{CheckCandidate, CheckResult, StoredInvoice};
 use crate::stripe_api::{Scope, StripeApi, StripeApiError};
 
 /// Invoices read from the store at a time.
@@ -41,10 +41,10 @@ const OVERLAP_S: i64 = 3600;
 const FEW: usize = 10;
 /// Pages in a row that bring no more than asking one by one: then the list is left.
 const POOR_PAGES: usize = 2;
-const MOST_PAGES: usize = 100_000;
+const MAX_PAGES: usize = 100_000;
 const AT_ONCE: usize = 8;
 /// Accounts in which an invoice is sought that no event says the account of.
-const MOST_SOUGHT: usize = 10;
+const MAX_SOUGHT: usize = 10;
 /// How long Stripe's API may lag behind its own events.
 const LAG_MS: i64 = DAY_MS;
 /// When an invoice is looked at again where Stripe's API lags.
@@ -54,12 +54,12 @@ const SAMPLED: &str = "invoices sampled";
 
 /// The invoices that are to be compared, and what was done.
 struct Check {
-    wanted: HashMap<String, ToCheck>,
+    wanted: HashMap<String, CheckCandidate>,
     done: HashSet<String>,
-    checked: Vec<Checked>,
+    checked: Vec<CheckResult>,
 }
 
-pub async fn run(pass: &mut Pass<'_>) -> Result<(), ReconcileError> {
+pub async fn run(pass: &mut RunContext<'_>) -> Result<(), ReconcileError> {
     let wanted = wanted(pass).await?;
     let mut check = Check {
         wanted,
@@ -76,7 +76,7 @@ pub async fn run(pass: &mut Pass<'_>) -> Result<(), ReconcileError> {
     for scope in pass.scopes() {
         list(pass, &mut check, &scope, window_start).await?;
     }
-    pass.set_progress(LISTED, now_s.min(pass.surely_s()))
+    pass.set_progress(LISTED, now_s.min(pass.safe_upper_bound_s()))
         .await?;
     one_by_one(pass, &mut check).await?;
     note(pass, &mut check).await?;
@@ -86,10 +86,10 @@ pub async fn run(pass: &mut Pass<'_>) -> Result<(), ReconcileError> {
     Ok(())
 }
 
-async fn wanted(pass: &Pass<'_>) -> Result<HashMap<String, ToCheck>, ReconcileError> {
+async fn wanted(pass: &RunContext<'_>) -> Result<HashMap<String, CheckCandidate>, ReconcileError> {
     let store = &pass.tools.store;
     let mut wanted = HashMap::new();
-    let mut add = |found: Vec<ToCheck>| {
+    let mut add = |found: Vec<CheckCandidate>| {
         wanted.extend(found.into_iter().map(|c| (c.stripe_invoice_id.clone(), c)))
     };
     match pass.plan.extent {
@@ -123,7 +123,7 @@ async fn wanted(pass: &Pass<'_>) -> Result<HashMap<String, ToCheck>, ReconcileEr
 
 /// Reads the list back to `window_start`, and further while that pays.
 async fn list(
-    pass: &mut Pass<'_>,
+    pass: &mut RunContext<'_>,
     check: &mut Check,
     scope: &Scope,
     window_start: i64,
@@ -131,7 +131,7 @@ async fn list(
     let mut last_id: Option<String> = None;
     let mut poor_pages = 0;
     let mut is_inside = true;
-    for _ in 0..MOST_PAGES {
+    for _ in 0..MAX_PAGES {
         let start = window_start.to_string();
         let mut query = Vec::new();
         // Without a bound, the list goes on where the window ends; with one, it costs no page more than it needs.
@@ -165,7 +165,7 @@ async fn list(
 }
 
 async fn compare_page(
-    pass: &mut Pass<'_>,
+    pass: &mut RunContext<'_>,
     check: &mut Check,
     invoices: &[Value],
     scope: &Scope,
@@ -176,7 +176,7 @@ async fn compare_page(
         .filter_map(|invoice| invoice["id"].as_str())
         .collect();
     let held = pass.tools.store.to_check(&ids).await?;
-    let held: HashMap<&str, &ToCheck> = held
+    let held: HashMap<&str, &CheckCandidate> = held
         .iter()
         .map(|c| (c.stripe_invoice_id.as_str(), c))
         .collect();
@@ -188,7 +188,8 @@ async fn compare_page(
             None => {
                 let created = stripes["created"].as_i64().unwrap_or_default();
                 // Nothing is owed on a draft, and it may yet be stored.
-                if created >= window_start && Status::of(stripes) != Some(Status::Draft) {
+                if created >= window_start && StripeStatus::of(stripes) != Some(StripeStatus::Draft)
+                {
                     pass.report.unknown_here.push(unknown_here(stripes));
                 }
             }
@@ -216,8 +217,8 @@ fn unknown_here(stripes: &Value) -> UnknownHere {
 }
 
 /// Those that no list showed: older ones, and those under a test clock, which lists leave out.
-async fn one_by_one(pass: &mut Pass<'_>, check: &mut Check) -> Result<(), ReconcileError> {
-    let mut rest: Vec<ToCheck> = check.wanted.values().cloned().collect();
+async fn one_by_one(pass: &mut RunContext<'_>, check: &mut Check) -> Result<(), ReconcileError> {
+    let mut rest: Vec<CheckCandidate> = check.wanted.values().cloned().collect();
     rest.sort_by(|a, b| a.stripe_invoice_id.cmp(&b.stripe_invoice_id));
     for some in rest.chunks(READ as usize) {
         let mut calls = Vec::with_capacity(some.len());
@@ -243,11 +244,11 @@ async fn one_by_one(pass: &mut Pass<'_>, check: &mut Check) -> Result<(), Reconc
 }
 
 /// An invoice that is to be compared, and where it was found; None: nowhere.
-type Sought = (ToCheck, Option<(Value, Scope)>);
+type Sought = (CheckCandidate, Option<(Value, Scope)>);
 
 async fn seek(
     api: StripeApi,
-    to_check: ToCheck,
+    to_check: CheckCandidate,
     scopes: Vec<Scope>,
 ) -> Result<Sought, ReconcileError> {
     for scope in scopes {
@@ -272,25 +273,29 @@ async fn ask(api: &StripeApi, id: &str, scope: &Scope) -> Result<Option<Value>, 
 
 /// Where an invoice is sought: in the account that its events name, else in all that are known.
 async fn accounts_of(
-    pass: &mut Pass<'_>,
-    to_check: &ToCheck,
+    pass: &mut RunContext<'_>,
+    to_check: &CheckCandidate,
 ) -> Result<Vec<Scope>, ReconcileError> {
     let stored = pass
         .tools
         .store
         .invoice(&to_check.tenant_uid, &to_check.invoice_uid)
         .await?;
-    let tellings = stored.as_ref().map(known).transpose()?.unwrap_or_default();
-    if let Some(account) = tellings.iter().find_map(|k| k.telling.account.clone()) {
+    let observations = stored.as_ref().map(known).transpose()?.unwrap_or_default();
+    if let Some(account) = observations.iter().find_map(|k| k.telling.account.clone()) {
         pass.note_account(&account).await?;
         return Ok(vec![Scope::Account(account)]);
     }
     let mut scopes = pass.scopes();
-    scopes.truncate(if tellings.is_empty() { MOST_SOUGHT } else { 1 });
+    scopes.truncate(if observations.is_empty() {
+        MAX_SOUGHT
+    } else {
+        1
+    });
     Ok(scopes)
 }
 
-fn unknown_at_stripe(pass: &mut Pass<'_>, check: &mut Check, to_check: &ToCheck) {
+fn unknown_at_stripe(pass: &mut RunContext<'_>, check: &mut Check, to_check: &CheckCandidate) {
     pass.report.unknown_at_stripe.push(invoice(to_check));
     let due = Some(pass.started_ms + DAY_MS);
     done(pass, check, to_check, due, Verdict::Differs);
@@ -305,9 +310,9 @@ enum Verdict {
 }
 
 async fn compare(
-    pass: &mut Pass<'_>,
+    pass: &mut RunContext<'_>,
     check: &mut Check,
-    to_check: &ToCheck,
+    to_check: &CheckCandidate,
     stripes: &Value,
     scope: &Scope,
 ) -> Result<(), ReconcileError> {
@@ -337,15 +342,15 @@ async fn compare(
             pass.keeper.keep(vec![snapshot]).await?;
         }
     }
-    let status = Status::of(stripes);
+    let status = StripeStatus::of(stripes);
     if status.is_some_and(|s| !s.is_settled()) && lacks_reason(&to_check.stripe_invoice_id, &known)
     {
         link_payments::reason(pass, &to_check.stripe_invoice_id, scope).await?;
     }
     let document: Value = serde_json::from_str(&stored.document).unwrap_or_default();
     let mut found = differences(&document, &known, &history, stripes);
-    let lags = found.iter().any(|d| d.field == Field::State) && lags(pass, &history).await?;
-    found.retain(|d| !(lags && d.field == Field::State));
+    let lags = found.iter().any(|d| d.field == Field::PaymentState) && lags(pass, &history).await?;
+    found.retain(|d| !(lags && d.field == Field::PaymentState));
     let verdict = match (found.is_empty(), lags) {
         (false, _) => Verdict::Differs,
         (true, true) => Verdict::Lags,
@@ -364,7 +369,10 @@ async fn compare(
     Ok(())
 }
 
-fn history(stored: &StoredInvoice, known: &[Known]) -> Result<Vec<Entry>, ReconcileError> {
+fn history(
+    stored: &StoredInvoice,
+    known: &[StoredObservation],
+) -> Result<Vec<Entry>, ReconcileError> {
     Ok(fold(
         stored.stripe_invoice_id.as_deref(),
         &imported_states(stored)?,
@@ -373,8 +381,11 @@ fn history(stored: &StoredInvoice, known: &[Known]) -> Result<Vec<Entry>, Reconc
 }
 
 /// Nothing leads out of Paid at Stripe: where its own event, received lately, says Paid and its API does not, the API lags.
-async fn lags(pass: &Pass<'_>, history: &[Entry]) -> Result<bool, ReconcileError> {
-    let Some(paid) = history.iter().find(|entry| entry.state == State::Paid) else {
+async fn lags(pass: &RunContext<'_>, history: &[Entry]) -> Result<bool, ReconcileError> {
+    let Some(paid) = history
+        .iter()
+        .find(|entry| entry.state == PaymentState::Paid)
+    else {
         return Ok(false);
     };
     let proofs = pass.tools.store.events_by_keys(&paid.proofs).await?;
@@ -384,9 +395,14 @@ async fn lags(pass: &Pass<'_>, history: &[Entry]) -> Result<bool, ReconcileError
     Ok(is_beside || newest_ms.is_some_and(|received_ms| pass.started_ms - received_ms < LAG_MS))
 }
 
-fn report(pass: &mut Pass<'_>, to_check: &ToCheck, found: Vec<Difference>, verdict: Verdict) {
+fn report(
+    pass: &mut RunContext<'_>,
+    to_check: &CheckCandidate,
+    found: Vec<FieldDifference>,
+    verdict: Verdict,
+) {
     let since = timestamp(to_check.differs_since_ms.unwrap_or(pass.started_ms));
-    for Difference {
+    for FieldDifference {
         field,
         ours,
         stripes,
@@ -408,7 +424,7 @@ fn report(pass: &mut Pass<'_>, to_check: &ToCheck, found: Vec<Difference>, verdi
     }
 }
 
-fn invoice(to_check: &ToCheck) -> Invoice {
+fn invoice(to_check: &CheckCandidate) -> Invoice {
     Invoice {
         stripe_invoice_id: to_check.stripe_invoice_id.clone(),
         tenant_uid: to_check.tenant_uid.clone(),
@@ -417,16 +433,16 @@ fn invoice(to_check: &ToCheck) -> Invoice {
 }
 
 fn done(
-    pass: &Pass<'_>,
+    pass: &RunContext<'_>,
     check: &mut Check,
-    to_check: &ToCheck,
+    to_check: &CheckCandidate,
     check_due_ms: Option<i64>,
     verdict: Verdict,
 ) {
     let since_ms = to_check.differs_since_ms.or(Some(pass.started_ms));
     check.wanted.remove(&to_check.stripe_invoice_id);
     check.done.insert(to_check.stripe_invoice_id.clone());
-    check.checked.push(Checked {
+    check.checked.push(CheckResult {
         stripe_invoice_id: to_check.stripe_invoice_id.clone(),
         checked_ms: pass.started_ms,
         check_due_ms,
@@ -435,9 +451,9 @@ fn done(
     });
 }
 
-async fn note(pass: &Pass<'_>, check: &mut Check) -> Result<(), ReconcileError> {
+async fn note(pass: &RunContext<'_>, check: &mut Check) -> Result<(), ReconcileError> {
     let checked = std::mem::take(&mut check.checked);
-    if pass.plan.mode == Mode::Save && !checked.is_empty() {
+    if pass.plan.mode == WriteMode::Save && !checked.is_empty() {
         pass.tools.store.note_checked(&checked).await?;
     }
     Ok(())

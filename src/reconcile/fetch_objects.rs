@@ -9,10 +9,10 @@ use serde_json::Value;
 use serde_json::value::RawValue;
 
 use super::link_payments;
-use super::{Mode, Pass, ReconcileError};
-use crate::domain::stripe::event::{EventKey, Telling};
+use super::{ReconcileError, RunContext, WriteMode};
+use crate::domain::stripe::event::{EventKey, Observation};
 use crate::domain::stripe::object::Object;
-use crate::store::{Asked, ToAsk};
+use crate::store::{LookupKind, PendingLookup};
 use crate::stripe_api::{Scope, StripeApi, StripeApiError};
 
 /// Events that are looked at at a time.
@@ -25,20 +25,20 @@ const ATTEMPTS: i64 = 8;
 const FIRST_WAIT_MS: i64 = 60_000;
 
 /// True: there was something to fetch.
-pub async fn run(pass: &mut Pass<'_>) -> Result<bool, ReconcileError> {
+pub async fn run(pass: &mut RunContext<'_>) -> Result<bool, ReconcileError> {
     let mut found = false;
     for _ in 0..BATCHES {
         let batch = pass
             .tools
             .store
-            .to_ask(Asked::Object, pass.tools.clock.now_ms(), BATCH)
+            .to_ask(LookupKind::Object, pass.tools.clock.now_ms(), BATCH)
             .await?;
         if batch.is_empty() {
             break;
         }
         found = true;
         fetch_all(pass, &batch).await?;
-        if pass.plan.mode == Mode::DryRun {
+        if pass.plan.mode == WriteMode::DryRun {
             // Nothing is crossed off, so the next batch would be the same.
             break;
         }
@@ -61,7 +61,10 @@ async fn fetch(api: StripeApi, target: Target, events: PointedBy) -> Fetched {
     (target, events, answer)
 }
 
-async fn fetch_all(pass: &mut Pass<'_>, batch: &[ToAsk]) -> Result<(), ReconcileError> {
+async fn fetch_all(
+    pass: &mut RunContext<'_>,
+    batch: &[PendingLookup],
+) -> Result<(), ReconcileError> {
     let mut wanted: BTreeMap<Target, PointedBy> = BTreeMap::new();
     let mut done = Vec::new();
     for event in batch {
@@ -109,8 +112,8 @@ async fn fetch_all(pass: &mut Pass<'_>, batch: &[ToAsk]) -> Result<(), Reconcile
         }
     }
     keep(pass, objects).await?;
-    if pass.plan.mode == Mode::Save {
-        pass.tools.store.note_asked(&done).await?;
+    if pass.plan.mode == WriteMode::Save {
+        pass.tools.store.mark_lookup(&done).await?;
     }
     away.map_or(Ok(()), |error| Err(error.into()))
 }
@@ -123,11 +126,14 @@ fn again(key: EventKey, attempts: i64, now_ms: i64) -> (EventKey, Option<i64>, i
 }
 
 /// Where the object is that a thin event points to; None: there is nothing to fetch for it.
-async fn target(pass: &Pass<'_>, event: &ToAsk) -> Result<Option<Target>, ReconcileError> {
+async fn target(
+    pass: &RunContext<'_>,
+    event: &PendingLookup,
+) -> Result<Option<Target>, ReconcileError> {
     let telling = event
         .telling
         .as_deref()
-        .and_then(|text| serde_json::from_str::<Telling>(text).ok());
+        .and_then(|text| serde_json::from_str::<Observation>(text).ok());
     let Some(telling) = telling.filter(|telling| telling.thin) else {
         return Ok(None);
     };
@@ -179,7 +185,7 @@ fn path_of(object: &Object) -> Option<String> {
 }
 
 async fn keep(
-    pass: &mut Pass<'_>,
+    pass: &mut RunContext<'_>,
     objects: Vec<(Box<RawValue>, Scope)>,
 ) -> Result<(), ReconcileError> {
     let mut events = Vec::with_capacity(objects.len());
@@ -192,7 +198,7 @@ async fn keep(
         let telling = event
             .telling
             .as_deref()
-            .and_then(|text| serde_json::from_str::<Telling>(text).ok());
+            .and_then(|text| serde_json::from_str::<Observation>(text).ok());
         payments.extend(telling.map(|telling| (telling.object, scope)));
         events.push(event);
     }

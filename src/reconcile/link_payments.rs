@@ -6,13 +6,13 @@ use serde_json::Value;
 use serde_json::value::RawValue;
 
 use super::fetch_objects::account_of;
-use super::{Mode, Pass, ReconcileError};
-use crate::domain::history::payment_links::Links;
-use crate::domain::stripe::event::{EventKey, Telling};
+use super::{ReconcileError, RunContext, WriteMode};
+use crate::domain::history::payment_links::PaymentLinks;
+use crate::domain::stripe::event::{EventKey, Observation};
 use crate::domain::stripe::object::Object;
-use crate::queries::invoices::read_tellings;
-use crate::store::{Asked, NewEvent, ToAsk};
-use crate::stripe_api::{Page, Query, Scope, StripeApiError};
+use crate::queries::invoices::parse_observations;
+use crate::store::{LookupKind, NewEvent, PendingLookup};
+use crate::stripe_api::{Query, Scope, StripeApiError, StripePage};
 
 /// Events that are looked at at a time, of each kind.
 const BATCH: u32 = 200;
@@ -22,35 +22,35 @@ const BATCHES: usize = 500;
 const YOUNG_S: i64 = 600;
 const AGAIN_MS: i64 = 15 * 60_000;
 
-pub async fn run(pass: &mut Pass<'_>) -> Result<(), ReconcileError> {
+pub async fn run(pass: &mut RunContext<'_>) -> Result<(), ReconcileError> {
     for _ in 0..BATCHES {
         let batch = pass
             .tools
             .store
-            .to_ask(Asked::Invoice, pass.tools.clock.now_ms(), BATCH)
+            .to_ask(LookupKind::Invoice, pass.tools.clock.now_ms(), BATCH)
             .await?;
         let mut done = Vec::with_capacity(batch.len());
         for event in &batch {
             done.push(look_at(pass, event).await?);
         }
-        if pass.plan.mode == Mode::DryRun || batch.is_empty() {
+        if pass.plan.mode == WriteMode::DryRun || batch.is_empty() {
             // A dry run crosses nothing off, so the next batch would be the same.
             break;
         }
-        pass.tools.store.note_asked(&done).await?;
+        pass.tools.store.mark_lookup(&done).await?;
     }
     Ok(())
 }
 
 async fn look_at(
-    pass: &mut Pass<'_>,
-    event: &ToAsk,
+    pass: &mut RunContext<'_>,
+    event: &PendingLookup,
 ) -> Result<(EventKey, Option<i64>, i64), ReconcileError> {
     let done = (event.key, None, event.attempts);
     let telling = event
         .telling
         .as_deref()
-        .and_then(|text| serde_json::from_str::<Telling>(text).ok());
+        .and_then(|text| serde_json::from_str::<Observation>(text).ok());
     let Some(telling) = telling.filter(|_| !says_whose(event)) else {
         return Ok(done);
     };
@@ -64,7 +64,7 @@ async fn look_at(
 }
 
 /// Until basil a payment has a field for its invoice: when that is null, the payment is for none.
-fn says_whose(event: &ToAsk) -> bool {
+fn says_whose(event: &PendingLookup) -> bool {
     let body: Option<Value> = event
         .body
         .as_deref()
@@ -75,15 +75,15 @@ fn says_whose(event: &ToAsk) -> bool {
 
 /// Asks Stripe whose payment this is, unless it is known. True: it is known now.
 pub(super) async fn link(
-    pass: &mut Pass<'_>,
+    pass: &mut RunContext<'_>,
     object: &Object,
     scope: &Scope,
 ) -> Result<bool, ReconcileError> {
     let Some((id, named_intent)) = part(object) else {
         return Ok(true);
     };
-    let known = read_tellings(&pass.tools.store.told_of(&[id.to_owned()]).await?)?;
-    let links = Links::read(known.iter().map(|k| &k.telling));
+    let known = parse_observations(&pass.tools.store.observations_for(&[id.to_owned()]).await?)?;
+    let links = PaymentLinks::read(known.iter().map(|k| &k.telling));
     if links.invoice_of(object).is_some() {
         return Ok(true);
     }
@@ -142,7 +142,7 @@ fn charge_of(object: &Object) -> Option<&str> {
 
 /// A refund may name only its charge, and the charge its PaymentIntent.
 async fn intent_of_charge(
-    pass: &mut Pass<'_>,
+    pass: &mut RunContext<'_>,
     charge: &str,
     scope: &Scope,
 ) -> Result<(Option<String>, Vec<NewEvent>), ReconcileError> {
@@ -158,7 +158,7 @@ async fn intent_of_charge(
     let telling = event
         .telling
         .as_deref()
-        .and_then(|text| serde_json::from_str::<Telling>(text).ok());
+        .and_then(|text| serde_json::from_str::<Observation>(text).ok());
     let intent = match telling.map(|telling| telling.object) {
         Some(Object::Charge(charge)) => charge.payment_intent,
         _ => None,
@@ -168,7 +168,7 @@ async fn intent_of_charge(
 
 /// Asks why the latest attempt to collect an invoice failed.
 pub(super) async fn reason(
-    pass: &mut Pass<'_>,
+    pass: &mut RunContext<'_>,
     stripe_invoice_id: &str,
     scope: &Scope,
 ) -> Result<(), ReconcileError> {
@@ -186,7 +186,11 @@ pub(super) async fn reason(
 }
 
 /// An account whose API has no InvoicePayments has none.
-async fn list(pass: &Pass<'_>, query: Query<'_>, scope: &Scope) -> Result<Page, ReconcileError> {
+async fn list(
+    pass: &RunContext<'_>,
+    query: Query<'_>,
+    scope: &Scope,
+) -> Result<StripePage, ReconcileError> {
     match pass
         .tools
         .api
@@ -199,7 +203,7 @@ async fn list(pass: &Pass<'_>, query: Query<'_>, scope: &Scope) -> Result<Page, 
                 reason,
                 "Stripe does not show which invoice payments belong to"
             );
-            Ok(Page {
+            Ok(StripePage {
                 data: Vec::new(),
                 has_more: false,
             })
@@ -210,7 +214,7 @@ async fn list(pass: &Pass<'_>, query: Query<'_>, scope: &Scope) -> Result<Page, 
 
 /// An InvoicePayment, and the PaymentIntent that stands expanded in it, each as an object of its own: so the one does not
 /// count as changed when the other does.
-fn read(pass: &Pass<'_>, payment: &RawValue, scope: &Scope) -> Vec<NewEvent> {
+fn read(pass: &RunContext<'_>, payment: &RawValue, scope: &Scope) -> Vec<NewEvent> {
     let Ok(mut payment) = serde_json::from_str::<Value>(payment.get()) else {
         return Vec::new();
     };

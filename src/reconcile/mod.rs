@@ -22,22 +22,22 @@ use serde_json::value::RawValue;
 use tracing::Instrument;
 
 use crate::clock::Clock;
-use crate::ingest::batch_writer::{Inbox, InboxError};
+use crate::ingest::batch_writer::{AppendError, BatchWriter};
 use crate::metrics::Metrics;
 use crate::store::{Run, Store, StoreError};
 use crate::stripe_api::{Scope, StripeApi, StripeApiError};
 
 pub use check_endpoints::{NOT_LOOKED_AT, look_at_endpoints};
 pub use lease::Lease;
-use recorder::Keeper;
+use recorder::Recorder;
 pub use report::{ApiOnlyEvent, Differing, Healed, Report, UnknownHere};
 pub use worker::work;
 
 /// What a pass works with; cheap to clone.
 #[derive(Clone)]
-pub struct Tools {
+pub struct ReconcileContext {
     pub store: Store,
-    pub inbox: Inbox,
+    pub inbox: BatchWriter,
     pub api: StripeApi,
     pub clock: Clock,
     pub metrics: Arc<Metrics>,
@@ -53,7 +53,7 @@ pub enum Extent {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mode {
+pub enum WriteMode {
     Save,
     DryRun,
 }
@@ -61,7 +61,7 @@ pub enum Mode {
 #[derive(Clone, Copy, Debug)]
 pub struct Plan {
     pub extent: Extent,
-    pub mode: Mode,
+    pub mode: WriteMode,
     /// Look at Stripe's events and invoices of this long, in seconds, whatever is known of them. None: from where the last pass
     /// ended.
     pub since_s: Option<i64>,
@@ -74,7 +74,7 @@ pub enum ReconcileError {
     #[error(transparent)]
     Store(#[from] StoreError),
     #[error(transparent)]
-    Inbox(#[from] InboxError),
+    BatchWriter(#[from] AppendError),
     #[error("another process took over: this one was away for too long")]
     LeaseLost,
 }
@@ -87,7 +87,7 @@ impl ReconcileError {
             ReconcileError::Stripe(StripeApiError::Refused { .. }) => "refused",
             ReconcileError::Stripe(StripeApiError::Away(_)) => "away",
             ReconcileError::Stripe(StripeApiError::Busy(_)) => "busy",
-            ReconcileError::Store(_) | ReconcileError::Inbox(_) => "database",
+            ReconcileError::Store(_) | ReconcileError::BatchWriter(_) => "database",
             ReconcileError::LeaseLost => "lease",
         }
     }
@@ -97,10 +97,10 @@ impl ReconcileError {
 const EVENTS_KEPT_S: i64 = 30 * 24 * 3600;
 
 /// A pass under way.
-struct Pass<'t> {
-    tools: &'t Tools,
+struct RunContext<'t> {
+    tools: &'t ReconcileContext,
     plan: Plan,
-    keeper: Keeper<'t>,
+    keeper: Recorder<'t>,
     report: Report,
     started_ms: i64,
     /// Connected accounts that are known.
@@ -113,19 +113,19 @@ struct Pass<'t> {
 ///
 /// # Errors
 /// Stripe or the database cannot be reached; what was found before is kept, and the next pass goes on.
-pub async fn run(tools: &Tools, plan: Plan) -> Result<Report, ReconcileError> {
+pub async fn run(tools: &ReconcileContext, plan: Plan) -> Result<Report, ReconcileError> {
     let report = Report::new(tools.clock.now_ms(), plan);
     let span = tracing::info_span!("pass", pass.id = report.id);
     all_steps(tools, report).instrument(span).await
 }
 
-async fn all_steps(tools: &Tools, report: Report) -> Result<Report, ReconcileError> {
+async fn all_steps(tools: &ReconcileContext, report: Report) -> Result<Report, ReconcileError> {
     let (plan, started_ms, calls_before) = (report.plan, report.started_ms, tools.api.calls());
     let (keeper, accounts) = (
-        Keeper::new(tools, plan.mode),
+        Recorder::new(tools, plan.mode),
         known_accounts(&tools.store).await?,
     );
-    let mut pass = Pass {
+    let mut pass = RunContext {
         tools,
         plan,
         keeper,
@@ -143,22 +143,25 @@ async fn all_steps(tools: &Tools, report: Report) -> Result<Report, ReconcileErr
     let mut report = pass.close().await?;
     report.calls = tools.api.calls() - calls_before;
     report.ended_ms = tools.clock.now_ms();
-    if plan.mode == Mode::Save {
+    if plan.mode == WriteMode::Save {
         keep(&tools.store, &report).await?;
     }
     Ok(report)
 }
 
 /// Only what thin events point to, soon after they arrived. True: there was something.
-async fn run_fetching(tools: &Tools) -> Result<bool, ReconcileError> {
+async fn run_fetching(tools: &ReconcileContext) -> Result<bool, ReconcileError> {
     let plan = Plan {
         extent: Extent::Due,
-        mode: Mode::Save,
+        mode: WriteMode::Save,
         since_s: None,
     };
     let started_ms = tools.clock.now_ms();
-    let (keeper, report) = (Keeper::new(tools, plan.mode), Report::new(started_ms, plan));
-    let mut pass = Pass {
+    let (keeper, report) = (
+        Recorder::new(tools, plan.mode),
+        Report::new(started_ms, plan),
+    );
+    let mut pass = RunContext {
         tools,
         plan,
         keeper,
@@ -170,7 +173,7 @@ async fn run_fetching(tools: &Tools) -> Result<bool, ReconcileError> {
     fetch_objects::run(&mut pass).await
 }
 
-impl Pass<'_> {
+impl RunContext<'_> {
     /// The account of the key, and the connected ones that events named.
     fn scopes(&self) -> Vec<Scope> {
         let connected = self.accounts.iter().cloned().map(Scope::Account);
@@ -193,8 +196,7 @@ impl Pass<'_> {
     }
 
     async fn note_account(&mut self, account: &str) -> Result<(), StoreError> {
-        if self.accounts.iter().any(|known| known == account)
-            || self.accounts.len() >= MOST_ACCOUNTS
+        if self.accounts.iter().any(|known| known == account) || self.accounts.len() >= MAX_ACCOUNTS
         {
             return Ok(());
         }
@@ -204,7 +206,7 @@ impl Pass<'_> {
     }
 
     /// The time in seconds that has come by our clock and by Stripe's: what a list did not show when ours was ahead can still happen.
-    fn surely_s(&self) -> i64 {
+    fn safe_upper_bound_s(&self) -> i64 {
         let now_s = self.tools.clock.now_s();
         self.tools
             .api
@@ -214,8 +216,8 @@ impl Pass<'_> {
 
     async fn set_progress(&self, name: &str, value: i64) -> Result<(), StoreError> {
         match self.plan.mode {
-            Mode::Save => self.tools.store.set_progress(name, value).await,
-            Mode::DryRun => Ok(()),
+            WriteMode::Save => self.tools.store.set_progress(name, value).await,
+            WriteMode::DryRun => Ok(()),
         }
     }
 
@@ -247,7 +249,7 @@ const ACCOUNTS_SEEN: &str = "accounts seen";
 /// How long after its receipt an event may reach the log.
 const LATE_MS: i64 = 600_000;
 /// Connected accounts that a pass goes through at most.
-const MOST_ACCOUNTS: usize = 1_000;
+const MAX_ACCOUNTS: usize = 1_000;
 
 async fn known_accounts(store: &Store) -> Result<Vec<String>, StoreError> {
     let found = store.progress(ACCOUNT).await?;
@@ -255,7 +257,7 @@ async fn known_accounts(store: &Store) -> Result<Vec<String>, StoreError> {
         .iter()
         .filter_map(|(name, _)| name.strip_prefix(ACCOUNT))
         .map(str::to_owned)
-        .take(MOST_ACCOUNTS)
+        .take(MAX_ACCOUNTS)
         .collect())
 }
 

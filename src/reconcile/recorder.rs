@@ -9,16 +9,16 @@ use futures_util::future::try_join_all;
 use serde_json::Value;
 
 use super::report::{ApiOnlyEvent, Change, Healed, Invoice, Proof};
-use super::{Mode, ReconcileError, Tools};
-use crate::domain::history::{Entry, Known, fold};
+use super::{ReconcileContext, ReconcileError, WriteMode};
+use crate::domain::history::{Entry, StoredObservation, fold};
 use crate::domain::invoice::comparison::same_entries;
 use crate::domain::invoice::document::ImportedState;
-use crate::domain::stripe::event::{EventKey, Telling, envelope};
+use crate::domain::stripe::event::{EventKey, Observation, envelope};
 use crate::domain::time::timestamp;
-use crate::ingest::batch_writer::{Inbox, InboxError};
+use crate::ingest::batch_writer::{AppendError, BatchWriter};
 use crate::ingest::{Delivery, keep, prepare};
 use crate::monitoring::missed_webhooks::should_be_sent;
-use crate::queries::invoices::{history, imported_states, known, read_tellings};
+use crate::queries::invoices::{history, imported_states, known, parse_observations};
 use crate::store::{NewEvent, Outcome, Source, StoreError, StoredInvoice};
 
 /// Objects whose invoices are looked up at a time.
@@ -26,9 +26,9 @@ const SEEDS: usize = 500;
 /// How often a dry run goes back and forth between what is stored and what it found.
 const HOPS: usize = 10;
 
-pub(super) struct Keeper<'t> {
-    tools: &'t Tools,
-    mode: Mode,
+pub(super) struct Recorder<'t> {
+    tools: &'t ReconcileContext,
+    mode: WriteMode,
     /// The histories that may change, as they were: by tenant and uid.
     before: BTreeMap<(String, String), Before>,
     /// What a dry run found, and which of it mentions an object.
@@ -43,9 +43,9 @@ struct Before {
     history: Vec<Entry>,
 }
 
-impl<'t> Keeper<'t> {
-    pub fn new(tools: &'t Tools, mode: Mode) -> Keeper<'t> {
-        Keeper {
+impl<'t> Recorder<'t> {
+    pub fn new(tools: &'t ReconcileContext, mode: WriteMode) -> Recorder<'t> {
+        Recorder {
             tools,
             mode,
             before: BTreeMap::new(),
@@ -97,8 +97,8 @@ impl<'t> Keeper<'t> {
         self.remember(&events).await?;
         let missed = self.note_api_only(&events).await?;
         match self.mode {
-            Mode::DryRun => events.into_iter().for_each(|event| self.lay_beside(event)),
-            Mode::Save => {
+            WriteMode::DryRun => events.into_iter().for_each(|event| self.stage(event)),
+            WriteMode::Save => {
                 // Together, so that they share a commit.
                 let appending: Vec<_> = events
                     .into_iter()
@@ -112,7 +112,7 @@ impl<'t> Keeper<'t> {
         Ok(())
     }
 
-    fn lay_beside(&mut self, event: NewEvent) {
+    fn stage(&mut self, event: NewEvent) {
         for mention in &event.mentions {
             self.mentioned
                 .entry(mention.object_id.clone())
@@ -136,7 +136,7 @@ impl<'t> Keeper<'t> {
         }
         let objects: Vec<String> = objects.into_iter().collect();
         for some in objects.chunks(SEEDS) {
-            for known in read_tellings(&self.tools.store.told_of(some).await?)? {
+            for known in parse_observations(&self.tools.store.observations_for(some).await?)? {
                 let mentions = known
                     .telling
                     .mentions()
@@ -202,7 +202,10 @@ impl<'t> Keeper<'t> {
     }
 
     /// All that is known about a stored invoice, with what a dry run found.
-    pub async fn known_about(&self, stored: &StoredInvoice) -> Result<Vec<Known>, ReconcileError> {
+    pub async fn known_about(
+        &self,
+        stored: &StoredInvoice,
+    ) -> Result<Vec<StoredObservation>, ReconcileError> {
         let mut known = known(stored)?;
         let Some(id) = stored
             .stripe_invoice_id
@@ -224,7 +227,7 @@ impl<'t> Keeper<'t> {
                 .filter_map(|id| self.mentioned.get(id))
                 .flatten()
                 .filter(|key| taken.insert(**key));
-            let found: Vec<Known> = keys
+            let found: Vec<StoredObservation> = keys
                 .filter_map(|key| self.beside.get(key))
                 .filter_map(as_known)
                 .collect();
@@ -240,7 +243,7 @@ impl<'t> Keeper<'t> {
                 .filter(|id| !reached.contains(id))
                 .collect();
             known.extend(found);
-            for telling in read_tellings(&self.tools.store.told_of(&seeds).await?)? {
+            for telling in parse_observations(&self.tools.store.observations_for(&seeds).await?)? {
                 if !known.iter().any(|k| k.key == telling.key) {
                     known.push(telling);
                 }
@@ -291,7 +294,7 @@ impl<'t> Keeper<'t> {
     }
 }
 
-async fn append(inbox: Inbox, event: NewEvent) -> Result<(), InboxError> {
+async fn append(inbox: BatchWriter, event: NewEvent) -> Result<(), AppendError> {
     keep(&inbox, event).await.map(drop)
 }
 
@@ -299,15 +302,15 @@ fn is_fetched(event: &NewEvent) -> bool {
     event.event_type.as_deref() == Some(crate::domain::stripe::event::FETCHED)
 }
 
-pub(super) fn as_known(event: &NewEvent) -> Option<Known> {
-    let telling: Telling = serde_json::from_str(event.telling.as_deref()?).ok()?;
-    Some(Known {
+pub(super) fn as_known(event: &NewEvent) -> Option<StoredObservation> {
+    let telling: Observation = serde_json::from_str(event.telling.as_deref()?).ok()?;
+    Some(StoredObservation {
         key: event.key,
         telling,
     })
 }
 
-fn change(entry: &Entry, known: &[Known]) -> Change {
+fn change(entry: &Entry, known: &[StoredObservation]) -> Change {
     let proof = |key: &EventKey| {
         known
             .iter()
@@ -323,7 +326,7 @@ fn change(entry: &Entry, known: &[Known]) -> Change {
     }
 }
 
-fn describe(telling: &Telling) -> Proof {
+fn describe(telling: &Observation) -> Proof {
     let what = if telling.fetched {
         "what Stripe's API says now"
     } else {

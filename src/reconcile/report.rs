@@ -4,8 +4,8 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use super::{Mode, Plan};
-use crate::domain::invoice::document::State;
+use super::{Plan, WriteMode};
+use crate::domain::invoice::document::PaymentState;
 use crate::domain::time::timestamp;
 
 /// Items of each list that are kept with a pass; all of them are counted.
@@ -27,7 +27,7 @@ pub struct Healed {
     #[serde(flatten)]
     pub invoice: Invoice,
     /// The state that it is in now.
-    pub state: Option<State>,
+    pub state: Option<PaymentState>,
     pub added: Vec<Change>,
     /// What stood there before, and is said better now.
     pub removed: Vec<Change>,
@@ -37,7 +37,7 @@ pub struct Healed {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Change {
-    pub state: State,
+    pub state: PaymentState,
     pub timestamp: String,
     pub payment_msg: Option<String>,
     pub proofs: Vec<Proof>,
@@ -168,7 +168,7 @@ impl Report {
         json!({
             "startedAt": timestamp(self.started_ms),
             "endedAt": timestamp(self.ended_ms),
-            "dryRun": self.plan.mode == Mode::DryRun,
+            "dryRun": self.plan.mode == WriteMode::DryRun,
             "counts": self.counts(),
             "agreeing": self.agreeing,
             "healed": self.healed,

@@ -11,7 +11,7 @@ use bytes::Bytes;
 use serde_json::Value;
 use serde_json::value::RawValue;
 
-use super::{EVENTS_KEPT_S, Extent, Pass, ReconcileError, believed};
+use super::{EVENTS_KEPT_S, Extent, ReconcileError, RunContext, believed};
 use crate::stripe_api::Scope;
 
 /// How much of what is known is read again.
@@ -22,16 +22,16 @@ const PAGES: i64 = 20;
 /// Pages that a pass on request reads of what was read before.
 const PAGES_BACK: usize = 500;
 /// Pages that a window may have: more than Stripe can make events in a second.
-const MOST_PAGES: usize = 10_000;
+const MAX_PAGES: usize = 10_000;
 
-pub async fn run(pass: &mut Pass<'_>) -> Result<(), ReconcileError> {
+pub async fn run(pass: &mut RunContext<'_>) -> Result<(), ReconcileError> {
     for scope in pass.scopes() {
         of_account(pass, &scope).await?;
     }
     Ok(())
 }
 
-async fn of_account(pass: &mut Pass<'_>, scope: &Scope) -> Result<(), ReconcileError> {
+async fn of_account(pass: &mut RunContext<'_>, scope: &Scope) -> Result<(), ReconcileError> {
     let name = match scope {
         Scope::Account(account) => format!("events of {account}"),
         _ => "events".to_owned(),
@@ -50,7 +50,7 @@ async fn of_account(pass: &mut Pass<'_>, scope: &Scope) -> Result<(), ReconcileE
         let to = until.min(from.saturating_add(span));
         match window(pass, scope, from, to).await? {
             Window::Read { pages } => {
-                let done = to.min(pass.surely_s());
+                let done = to.min(pass.safe_upper_bound_s());
                 if known.is_none_or(|known| known < done) {
                     pass.set_progress(&name, done).await?;
                 }
@@ -83,7 +83,7 @@ enum Window {
 /// Reads the events from `from` until before `to`, in seconds; or only the newest of them, when they are many more than a
 /// window should have.
 async fn window(
-    pass: &mut Pass<'_>,
+    pass: &mut RunContext<'_>,
     scope: &Scope,
     from: i64,
     to: i64,
@@ -98,7 +98,7 @@ async fn window(
             better_span: (covered * PAGES).clamp(1, span / 2),
         });
     }
-    let rest = pages_after(pass, scope, from, to, Some(oldest.id), MOST_PAGES).await?;
+    let rest = pages_after(pass, scope, from, to, Some(oldest.id), MAX_PAGES).await?;
     Ok(Window::Read {
         pages: 1 + rest.pages,
     })
@@ -111,7 +111,7 @@ struct Pages {
 }
 
 async fn pages(
-    pass: &mut Pass<'_>,
+    pass: &mut RunContext<'_>,
     scope: &Scope,
     from: i64,
     to: i64,
@@ -121,7 +121,7 @@ async fn pages(
 }
 
 async fn pages_after(
-    pass: &mut Pass<'_>,
+    pass: &mut RunContext<'_>,
     scope: &Scope,
     from: i64,
     to: i64,
@@ -168,7 +168,7 @@ fn about(event: &RawValue) -> About {
 
 /// Keeps the events whose object is of a kind that says anything about a payment.
 async fn keep(
-    pass: &mut Pass<'_>,
+    pass: &mut RunContext<'_>,
     page: &[Box<RawValue>],
     scope: &Scope,
 ) -> Result<(), ReconcileError> {

@@ -7,9 +7,11 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::{Extent, Lease, Mode, Plan, ReconcileError, Report, Tools, run, run_fetching};
+use super::{
+    Extent, Lease, Plan, ReconcileContext, ReconcileError, Report, WriteMode, run, run_fetching,
+};
 use crate::monitoring::monitor::{RECONCILING_FAILED, RECONCILING_FAILED_BY};
-use crate::store::Asked;
+use crate::store::LookupKind;
 
 /// Between two passes.
 const INTERVAL: Duration = Duration::from_secs(300);
@@ -19,14 +21,14 @@ const FIRST_WAIT: Duration = Duration::from_secs(5);
 const LOOK: Duration = Duration::from_secs(1);
 
 /// Works until it is told to stop.
-pub async fn work(tools: Tools, stopping: CancellationToken) {
+pub async fn work(tools: ReconcileContext, stopping: CancellationToken) {
     tokio::select! {
         () = stopping.cancelled() => {}
         () = go_on(tools) => {}
     }
 }
 
-async fn go_on(tools: Tools) {
+async fn go_on(tools: ReconcileContext) {
     let mut next_pass = Instant::now();
     let mut wait = FIRST_WAIT;
     loop {
@@ -38,10 +40,10 @@ async fn go_on(tools: Tools) {
         let counted = &tools.metrics.reconcile.api_calls;
         counted.inc_by(tools.api.calls().saturating_sub(counted.get()));
         match worked {
-            Ok(Worked::Pass) => (next_pass, wait) = (Instant::now() + INTERVAL, FIRST_WAIT),
+            Ok(WorkDone::RunContext) => (next_pass, wait) = (Instant::now() + INTERVAL, FIRST_WAIT),
             // Another replica is at it; it may also die.
-            Ok(Worked::ElseWhere) => next_pass = next_pass.max(Instant::now() + FIRST_WAIT),
-            Ok(Worked::Fetching) => {}
+            Ok(WorkDone::ElseWhere) => next_pass = next_pass.max(Instant::now() + FIRST_WAIT),
+            Ok(WorkDone::Fetching) => {}
             Err(error) => {
                 tracing::warn!(%error, retry_s = wait.as_secs(), "reconciling with Stripe failed");
                 note_failure(&tools, error.cause()).await;
@@ -53,19 +55,19 @@ async fn go_on(tools: Tools) {
     }
 }
 
-enum Worked {
-    Pass,
+enum WorkDone {
+    RunContext,
     Fetching,
     ElseWhere,
 }
 
-async fn pass(tools: &Tools) -> Result<Worked, ReconcileError> {
+async fn pass(tools: &ReconcileContext) -> Result<WorkDone, ReconcileError> {
     let Some(lease) = Lease::try_take(&tools.store, &tools.clock).await? else {
-        return Ok(Worked::ElseWhere);
+        return Ok(WorkDone::ElseWhere);
     };
     let plan = Plan {
         extent: Extent::Due,
-        mode: Mode::Save,
+        mode: WriteMode::Save,
         since_s: None,
     };
     let ended = tokio::select! {
@@ -75,31 +77,31 @@ async fn pass(tools: &Tools) -> Result<Worked, ReconcileError> {
     lease.release().await;
     ended
         .map(|report| tell(tools, &report))
-        .map(|()| Worked::Pass)
+        .map(|()| WorkDone::RunContext)
 }
 
-async fn fetch(tools: &Tools) -> Result<Worked, ReconcileError> {
+async fn fetch(tools: &ReconcileContext) -> Result<WorkDone, ReconcileError> {
     if tools
         .store
-        .to_ask(Asked::Object, tools.clock.now_ms(), 1)
+        .to_ask(LookupKind::Object, tools.clock.now_ms(), 1)
         .await?
         .is_empty()
     {
-        return Ok(Worked::Fetching);
+        return Ok(WorkDone::Fetching);
     }
     let Some(lease) = Lease::try_take(&tools.store, &tools.clock).await? else {
-        return Ok(Worked::ElseWhere);
+        return Ok(WorkDone::ElseWhere);
     };
     let ended = tokio::select! {
         ended = run_fetching(tools) => ended,
         () = lease.lost() => Err(ReconcileError::LeaseLost),
     };
     lease.release().await;
-    ended.map(|_| Worked::Fetching)
+    ended.map(|_| WorkDone::Fetching)
 }
 
 /// For `doctor`, which may be asked elsewhere.
-async fn note_failure(tools: &Tools, cause: &str) {
+async fn note_failure(tools: &ReconcileContext, cause: &str) {
     tools
         .metrics
         .reconcile
@@ -116,7 +118,7 @@ async fn note_failure(tools: &Tools, cause: &str) {
     }
 }
 
-fn tell(tools: &Tools, report: &Report) {
+fn tell(tools: &ReconcileContext, report: &Report) {
     let counted = &tools.metrics.reconcile;
     counted
         .runs

@@ -2,9 +2,9 @@
 
 use std::collections::HashSet;
 
-use super::engine::connection::{Session, execute, rows};
+use super::engine::connection::{Connection, execute, rows};
 use super::{Engine, Store, StoreError};
-use crate::domain::stripe::event::{EventKey, Mention};
+use crate::domain::stripe::event::{EventKey, Link};
 
 /// The way a delivery came.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -101,9 +101,9 @@ pub struct NewEvent {
     pub secret_label: Option<String>,
     pub outcome: Outcome,
     pub unreadable_reason: Option<String>,
-    /// A `Telling` as JSON.
+    /// A `Observation` as JSON.
     pub telling: Option<String>,
-    pub mentions: Vec<Mention>,
+    pub mentions: Vec<Link>,
     pub body: PackedBody,
 }
 
@@ -308,7 +308,7 @@ impl Store {
             .collect())
     }
 
-    /// The same, with what was read in each: a `Telling` as JSON.
+    /// The same, with what was read in each: a `Observation` as JSON.
     pub async fn told_page(
         &self,
         filter: &EventFilter,
@@ -537,7 +537,7 @@ pub(super) fn answers(
         .collect()
 }
 
-async fn insert(session: &mut Session, event: &NewEvent) -> Result<(), StoreError> {
+async fn insert(session: &mut Connection, event: &NewEvent) -> Result<(), StoreError> {
     let key = &event.key.0[..];
     execute!(
         session,

@@ -2,8 +2,8 @@
 
 use std::collections::HashMap;
 
-use super::engine::connection::{Connection, Session, rows};
-use super::invoices::{InvoiceRow, StoredInvoice, StoredTelling, stored_invoice};
+use super::engine::connection::{Connection, EngineConnection, rows};
+use super::invoices::{InvoiceRow, ObservationRow, StoredInvoice, stored_invoice};
 use super::keys::{ApiKey, KeyRow, api_key};
 use super::{Store, StoreError};
 use crate::domain::stripe::event::EventKey;
@@ -56,7 +56,7 @@ type AskedKey = (bool, KeyRow);
 
 /// The same for several objects: `$1` is a JSON array of their ids. `$root` says what each telling comes with: the id that led to
 /// it, or the same for all, so that it comes once. One row for each root.
-macro_rules! tellings {
+macro_rules! observations {
     ($root:literal, $ids:expr, $hop:expr, $told:expr, $lines:expr) => {
         concat!(
             "with recursive reached (root, object_id) as (
@@ -114,7 +114,7 @@ macro_rules! postgres_told {
 }
 
 /// The statements that each engine needs in its own words.
-struct Words {
+struct EngineSql {
     invoice_and_tellings: &'static str,
     tellings_of_each: &'static str,
     tellings_of_all: &'static str,
@@ -132,7 +132,7 @@ macro_rules! postgres_lines {
     };
 }
 
-const SQLITE: Words = Words {
+const SQLITE: EngineSql = EngineSql {
     invoice_and_tellings: invoice_and_tellings!(
         sqlite_hop!(),
         sqlite_told!(),
@@ -140,10 +140,10 @@ const SQLITE: Words = Words {
         "json_group_array(json_array(json(iif(secret_sha256 = $3, 'false', 'true')),
                                      json_array(id, tenant_uid, created_ms, expires_ms, revoked_ms)))"
     ),
-    tellings_of_each: tellings!("ids.value", "json_each($1)", sqlite_hop!(), sqlite_told!(), sqlite_lines!()),
-    tellings_of_all: tellings!("''", "json_each($1)", sqlite_hop!(), sqlite_told!(), sqlite_lines!()),
+    tellings_of_each: observations!("ids.value", "json_each($1)", sqlite_hop!(), sqlite_told!(), sqlite_lines!()),
+    tellings_of_all: observations!("''", "json_each($1)", sqlite_hop!(), sqlite_told!(), sqlite_lines!()),
 };
-const POSTGRES: Words = Words {
+const POSTGRES: EngineSql = EngineSql {
     invoice_and_tellings: invoice_and_tellings!(
         postgres_hop!(),
         postgres_told!(),
@@ -151,15 +151,15 @@ const POSTGRES: Words = Words {
         "json_agg(json_build_array(secret_sha256 is distinct from $3,
                                    json_build_array(id, tenant_uid, created_ms, expires_ms, revoked_ms)))::text"
     ),
-    tellings_of_each: tellings!("ids.value", postgres_ids!(), postgres_hop!(), postgres_told!(), postgres_lines!()),
-    tellings_of_all: tellings!(r#"'' collate "C""#, postgres_ids!(), postgres_hop!(), postgres_told!(), postgres_lines!()),
+    tellings_of_each: observations!("ids.value", postgres_ids!(), postgres_hop!(), postgres_told!(), postgres_lines!()),
+    tellings_of_all: observations!(r#"'' collate "C""#, postgres_ids!(), postgres_hop!(), postgres_told!(), postgres_lines!()),
 };
 
-impl Words {
-    fn of(session: &Session) -> &'static Words {
+impl EngineSql {
+    fn of(session: &Connection) -> &'static EngineSql {
         match session.connection {
-            Connection::Sqlite(_) => &SQLITE,
-            Connection::Postgres(_) => &POSTGRES,
+            EngineConnection::Sqlite(_) => &SQLITE,
+            EngineConnection::Postgres(_) => &POSTGRES,
         }
     }
 }
@@ -198,10 +198,13 @@ impl Store {
     }
 
     /// All that is told about these objects and those that belong with them; more may be among it.
-    pub async fn told_of(&self, object_ids: &[String]) -> Result<Vec<StoredTelling>, StoreError> {
+    pub async fn observations_for(
+        &self,
+        object_ids: &[String],
+    ) -> Result<Vec<ObservationRow>, StoreError> {
         let mut session = self.session().await?;
-        let sql = Words::of(&session).tellings_of_all;
-        let found = tellings(&mut session, sql, &object_ids.iter().collect::<Vec<_>>()).await?;
+        let sql = EngineSql::of(&session).tellings_of_all;
+        let found = observations(&mut session, sql, &object_ids.iter().collect::<Vec<_>>()).await?;
         session.done().await?;
         Ok(found.into_values().flatten().collect())
     }
@@ -215,12 +218,12 @@ pub(super) enum Reader {
 }
 
 pub(super) async fn read(
-    session: &mut Session,
+    session: &mut Connection,
     tenant_uid: &str,
     invoice_uid: &str,
     reader: Reader,
 ) -> Result<(Option<StoredInvoice>, Vec<ApiKey>), StoreError> {
-    let sql = Words::of(session).invoice_and_tellings;
+    let sql = EngineSql::of(session).invoice_and_tellings;
     let (is_us, hashes) = match reader {
         Reader::Us => (true, [None, None]),
         Reader::With(hashes) => (false, hashes),
@@ -257,17 +260,17 @@ pub(super) async fn read(
         stored_ms,
         revision,
     );
-    let tellings = read_lines(lines.as_deref().unwrap_or_default())?;
+    let observations = read_lines(lines.as_deref().unwrap_or_default())?;
     Ok((
         Some(StoredInvoice {
-            tellings,
+            observations,
             ..stored_invoice(row)
         }),
         keys,
     ))
 }
 
-fn read_lines(lines: &str) -> Result<Vec<StoredTelling>, StoreError> {
+fn read_lines(lines: &str) -> Result<Vec<ObservationRow>, StoreError> {
     let damaged = || StoreError::Refused("what is told of an invoice is damaged".to_owned());
     lines
         .lines()
@@ -276,11 +279,11 @@ fn read_lines(lines: &str) -> Result<Vec<StoredTelling>, StoreError> {
 }
 
 /// A key in hex, and what it tells.
-fn telling(line: &str) -> Option<StoredTelling> {
+fn telling(line: &str) -> Option<ObservationRow> {
     let mut key = EventKey([0; EventKey::LENGTH]);
     let (hex, json) = line.split_at_checked(2 * EventKey::LENGTH)?;
     hex::decode_to_slice(hex, &mut key.0).ok()?;
-    Some(StoredTelling {
+    Some(ObservationRow {
         key,
         json: json.to_owned(),
     })
@@ -288,16 +291,16 @@ fn telling(line: &str) -> Option<StoredTelling> {
 
 /// Adds what is told about each of these invoices.
 pub(super) async fn tell(
-    session: &mut Session,
+    session: &mut Connection,
     invoices: &mut [StoredInvoice],
 ) -> Result<(), StoreError> {
     let ids: Vec<&String> = invoices
         .iter()
         .filter_map(|invoice| invoice.stripe_invoice_id.as_ref())
         .collect();
-    let mut told = tellings(session, Words::of(session).tellings_of_each, &ids).await?;
+    let mut told = observations(session, EngineSql::of(session).tellings_of_each, &ids).await?;
     for invoice in invoices {
-        invoice.tellings = invoice
+        invoice.observations = invoice
             .stripe_invoice_id
             .as_ref()
             .and_then(|id| told.remove(id))
@@ -307,11 +310,11 @@ pub(super) async fn tell(
 }
 
 /// By what led to them.
-async fn tellings(
-    session: &mut Session,
+async fn observations(
+    session: &mut Connection,
     sql: &'static str,
     ids: &[&String],
-) -> Result<HashMap<String, Vec<StoredTelling>>, StoreError> {
+) -> Result<HashMap<String, Vec<ObservationRow>>, StoreError> {
     let ids = serde_json::to_string(ids).expect("strings always serialise");
     let found = rows!(session, fetch_all, (String, String), sql, ids)?;
     found

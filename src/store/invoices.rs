@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::engine::connection::{Session, execute, rows};
+use super::engine::connection::{Connection, execute, rows};
 use super::invoice_reads::{self, Reader};
 use super::{Engine, Store, StoreError};
 use crate::domain::stripe::event::EventKey;
@@ -23,14 +23,14 @@ pub struct StoredInvoice {
     pub stored_ms: i64,
     /// Grows when the document changes.
     pub revision: i64,
-    pub tellings: Vec<StoredTelling>,
+    pub observations: Vec<ObservationRow>,
 }
 
 /// What an event tells, as it is kept: read when a history is folded, and not before.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct StoredTelling {
+pub struct ObservationRow {
     pub key: EventKey,
-    /// A `Telling` as JSON.
+    /// A `Observation` as JSON.
     pub json: String,
 }
 
@@ -313,7 +313,7 @@ pub(super) fn stored_invoice(row: InvoiceRow) -> StoredInvoice {
         stored_ms,
         revision,
     ) = row;
-    let tellings = Vec::new();
+    let observations = Vec::new();
     StoredInvoice {
         tenant_uid,
         invoice_uid,
@@ -322,12 +322,12 @@ pub(super) fn stored_invoice(row: InvoiceRow) -> StoredInvoice {
         imported_states,
         stored_ms,
         revision,
-        tellings,
+        observations,
     }
 }
 
 async fn write(
-    session: &mut Session,
+    session: &mut Connection,
     new: &NewInvoice,
     stored: Option<StoredInvoice>,
     now_ms: i64,

@@ -1,7 +1,7 @@
 //! The only SQL. A `Store` is opened by URL; every method is one statement or one transaction.
 //!
 //! `events` is the log of deliveries, `invoices` the stored documents, `keys` the API keys, `reconciling` what the passes against
-//! Stripe's API keep, `signs` what the person on call is told, `copying` and `tables` what is carried to another database: one text
+//! Stripe's API keep, `monitor` what the person on call is told, `copying` and `tables` what is carried to another database: one text
 //! of SQL for both engines, run through `session`, on connections that `pool` keeps ready. What differs between them, opening and
 //! appending, is in `sqlite` and `postgres`. What the rows mean to a payment is not known here: that is `domain`.
 
@@ -18,22 +18,23 @@ mod reconcile;
 use std::cmp::Ordering;
 
 use sqlx::migrate::{Migrate, Migration, MigrationType, Migrator};
-use sqlx::{Connection, SqlSafeStr};
+use sqlx::{Connection as _, SqlSafeStr};
 
-pub use copy::rows::{Cell, CopyTarget, Page, Row};
+pub use copy::rows::{CopyPage, CopyTarget, Row, Value};
 pub use copy::tables::Table;
 pub use error::StoreError;
 pub use events::{
     Appended, EventFilter, LoggedEvent, NewEvent, Outcome, PackedBody, Source, StoredBody,
 };
-pub use invoices::{InvoiceCursor, NewInvoice, Put, StoredInvoice, StoredTelling};
+pub use invoices::{InvoiceCursor, NewInvoice, ObservationRow, Put, StoredInvoice};
 pub use keys::{ApiKey, Scope};
-pub use monitoring::{Awaited, COUNTED, Counted, Disk, LogLine, News, Space};
+pub use monitoring::{ActivityDelta, COUNTED, Counted, Disk, LogRow, Space, UnmatchedInvoice};
 pub use reconcile::{
-    Asked, AskedAbout, Backlog, CLOCKS_DIFFER_MS, Checked, Comparison, Run, ToAsk, ToCheck,
+    Backlog, CLOCKS_DIFFER_MS, CheckCandidate, CheckResult, Comparison, LookupKind, LookupState,
+    PendingLookup, Run,
 };
 
-use engine::connection::{Session, rows};
+use engine::connection::{Connection, rows};
 use engine::postgres::PostgresStore;
 use engine::sqlite::SqliteStore;
 
@@ -164,12 +165,12 @@ impl Store {
                 Ok(applied)
             }
             Engine::Postgres(store) => {
-                let mut connection = store.connect_apart().await?;
+                let mut connection = store.connect_dedicated().await?;
                 let mut transaction = connection.begin().await?;
                 sqlx::raw_sql(MIGRATION_LOCK)
                     .execute(&mut *transaction)
                     .await?;
-                store.forget_names(&mut transaction).await?;
+                store.deallocate_statements(&mut transaction).await?;
                 let applied = migrate_on(&mut *transaction, 1).await?;
                 transaction.commit().await?;
                 connection.close().await?;
@@ -221,7 +222,7 @@ impl Store {
     }
 
     /// A connection for statements that read, or that each stand alone.
-    async fn session(&self) -> Result<Session, StoreError> {
+    async fn session(&self) -> Result<Connection, StoreError> {
         match &self.0 {
             Engine::Sqlite(store) => store.session().await,
             Engine::Postgres(store) => store.session().await,
@@ -229,7 +230,7 @@ impl Store {
     }
 
     /// A transaction whose statements each stand alone: nothing in it depends on what it read, and no other can disturb it.
-    async fn writing(&self) -> Result<Session, StoreError> {
+    async fn writing(&self) -> Result<Connection, StoreError> {
         match &self.0 {
             Engine::Sqlite(store) => store.transaction().await,
             Engine::Postgres(store) => store.transaction().await,
@@ -237,7 +238,7 @@ impl Store {
     }
 
     /// A transaction that sees no other's writes: it is as if it ran alone, or it is [`StoreError::Contended`].
-    async fn transaction(&self) -> Result<Session, StoreError> {
+    async fn transaction(&self) -> Result<Connection, StoreError> {
         match &self.0 {
             Engine::Sqlite(store) => store.transaction().await,
             Engine::Postgres(store) => store.serializable().await,

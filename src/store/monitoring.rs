@@ -18,7 +18,7 @@ pub const COUNTED: u32 = 10_000;
 
 /// A row of the log, with what the signs are read from.
 #[derive(Clone, Debug)]
-pub struct LogLine {
+pub struct LogRow {
     pub key: EventKey,
     pub received_ms: i64,
     pub source: Source,
@@ -30,7 +30,7 @@ pub struct LogLine {
 
 /// What a part of the log adds to the signs. Times in Unix milliseconds.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct News {
+pub struct ActivityDelta {
     /// When things last happened, by their names.
     pub moments: BTreeMap<String, i64>,
     /// Hours since 1970 in which webhooks came.
@@ -41,7 +41,7 @@ pub struct News {
 
 /// A Stripe invoice that events name and that nobody stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Awaited {
+pub struct UnmatchedInvoice {
     pub stripe_invoice_id: String,
     /// When the first of its events came, Unix milliseconds.
     pub received_ms: i64,
@@ -140,7 +140,7 @@ impl Store {
         after: Option<(i64, EventKey)>,
         now_ms: i64,
         limit: u32,
-    ) -> Result<Vec<LogLine>, StoreError> {
+    ) -> Result<Vec<LogRow>, StoreError> {
         let (received_ms, key) = after.unwrap_or((after_ms, LAST.1));
         let latest_ms = now_ms + CLOCKS_DIFFER_MS;
         let mut session = self.session().await?;
@@ -161,7 +161,7 @@ impl Store {
     /// Keeps what a part of the log adds. Forgets hours before `first_hour`, and what was named before `named_from_ms`.
     pub async fn keep_news(
         &self,
-        news: &News,
+        news: &ActivityDelta,
         now_ms: i64,
         first_hour: i64,
         named_from_ms: i64,
@@ -220,7 +220,7 @@ impl Store {
     }
 
     /// The Stripe invoices that events name and that nobody stored, whose first event came longest ago first.
-    pub async fn awaited(&self, limit: u32) -> Result<Vec<Awaited>, StoreError> {
+    pub async fn awaited(&self, limit: u32) -> Result<Vec<UnmatchedInvoice>, StoreError> {
         let mut session = self.session().await?;
         let found = rows!(
             session,
@@ -230,7 +230,7 @@ impl Store {
             i64::from(limit)
         )?;
         session.done().await?;
-        let awaited = |(stripe_invoice_id, received_ms, events)| Awaited {
+        let awaited = |(stripe_invoice_id, received_ms, events)| UnmatchedInvoice {
             stripe_invoice_id,
             received_ms,
             events,
@@ -304,9 +304,9 @@ impl Store {
 
 fn log_line(
     (key, received_ms, source, secret_label, telling, body): LogLineRow,
-) -> Result<LogLine, StoreError> {
+) -> Result<LogRow, StoreError> {
     let (key, source) = (event_key(key)?, Source::parse(&source)?);
-    Ok(LogLine {
+    Ok(LogRow {
         key,
         received_ms,
         source,

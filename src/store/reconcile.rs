@@ -11,7 +11,7 @@ use crate::domain::stripe::event::EventKey;
 
 /// An event that something is to be asked about.
 #[derive(Clone, Debug)]
-pub struct ToAsk {
+pub struct PendingLookup {
     pub key: EventKey,
     pub telling: Option<String>,
     /// None: it was pruned.
@@ -22,7 +22,7 @@ pub struct ToAsk {
 
 /// Which events something is to be asked about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Asked {
+pub enum LookupKind {
     /// Thin events, whose object is to be fetched.
     Object,
     /// Events of payments, whose invoice may be unknown.
@@ -31,7 +31,7 @@ pub enum Asked {
 
 /// How far asking about an event has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct AskedAbout {
+pub struct LookupState {
     pub key: EventKey,
     /// When it is due, Unix milliseconds; None: never again.
     pub due_ms: Option<i64>,
@@ -51,7 +51,7 @@ pub struct Comparison {
 
 /// A stored invoice that is to be compared with Stripe's.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ToCheck {
+pub struct CheckCandidate {
     pub tenant_uid: String,
     pub invoice_uid: String,
     pub stripe_invoice_id: String,
@@ -61,7 +61,7 @@ pub struct ToCheck {
 
 /// What comparing an invoice came to. Times in Unix milliseconds.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Checked {
+pub struct CheckResult {
     pub stripe_invoice_id: String,
     pub checked_ms: i64,
     /// None: it is settled.
@@ -188,15 +188,15 @@ impl Store {
     /// Events whose time to be asked about has come, the longest due first.
     pub async fn to_ask(
         &self,
-        asked: Asked,
+        asked: LookupKind,
         now_ms: i64,
         limit: u32,
-    ) -> Result<Vec<ToAsk>, StoreError> {
+    ) -> Result<Vec<PendingLookup>, StoreError> {
         let mut session = self.session().await?;
         let mut found = Vec::new();
         let statements: &[[&'static str; 2]] = match asked {
-            Asked::Object => &TO_FETCH,
-            Asked::Invoice => &TO_LINK,
+            LookupKind::Object => &TO_FETCH,
+            LookupKind::Invoice => &TO_LINK,
         };
         for &[statement, _] in statements {
             found.extend(rows!(
@@ -244,7 +244,7 @@ impl Store {
     }
 
     /// Notes when to ask about these events again (None: never), and how often it was tried.
-    pub async fn note_asked(
+    pub async fn mark_lookup(
         &self,
         asked: &[(EventKey, Option<i64>, i64)],
     ) -> Result<(), StoreError> {
@@ -256,7 +256,7 @@ impl Store {
     }
 
     /// How far asking about these events has come, in no order; those that are not there are left out.
-    pub async fn asked_about(&self, keys: &[EventKey]) -> Result<Vec<AskedAbout>, StoreError> {
+    pub async fn asked_about(&self, keys: &[EventKey]) -> Result<Vec<LookupState>, StoreError> {
         let mut found = Vec::with_capacity(keys.len());
         let mut session = self.session().await?;
         for key in keys {
@@ -272,7 +272,7 @@ impl Store {
         found
             .into_iter()
             .map(|(key, due_ms, attempts)| {
-                Ok(AskedAbout {
+                Ok(LookupState {
                     key: event_key(key)?,
                     due_ms,
                     attempts,
@@ -319,7 +319,11 @@ impl Store {
     }
 
     /// A page of the invoices that name a Stripe invoice, by its id, after this one.
-    pub async fn all_to_check(&self, after: &str, limit: u32) -> Result<Vec<ToCheck>, StoreError> {
+    pub async fn all_to_check(
+        &self,
+        after: &str,
+        limit: u32,
+    ) -> Result<Vec<CheckCandidate>, StoreError> {
         let mut session = self.session().await?;
         let found = rows!(
             session,
@@ -340,7 +344,7 @@ impl Store {
         now_ms: i64,
         stored_before_ms: i64,
         limit: u32,
-    ) -> Result<Vec<ToCheck>, StoreError> {
+    ) -> Result<Vec<CheckCandidate>, StoreError> {
         let mut session = self.session().await?;
         let found = rows!(
             session,
@@ -360,7 +364,7 @@ impl Store {
         &self,
         before_ms: i64,
         limit: u32,
-    ) -> Result<Vec<ToCheck>, StoreError> {
+    ) -> Result<Vec<CheckCandidate>, StoreError> {
         let mut session = self.session().await?;
         let found = rows!(
             session,
@@ -375,7 +379,10 @@ impl Store {
     }
 
     /// The invoices that name these Stripe invoices.
-    pub async fn to_check(&self, stripe_invoice_ids: &[&str]) -> Result<Vec<ToCheck>, StoreError> {
+    pub async fn to_check(
+        &self,
+        stripe_invoice_ids: &[&str],
+    ) -> Result<Vec<CheckCandidate>, StoreError> {
         let mut found = Vec::new();
         let mut session = self.session().await?;
         for &id in stripe_invoice_ids {
@@ -410,9 +417,9 @@ impl Store {
         ))
     }
 
-    pub async fn note_checked(&self, checked: &[Checked]) -> Result<(), StoreError> {
+    pub async fn note_checked(&self, checked: &[CheckResult]) -> Result<(), StoreError> {
         let mut session = self.writing().await?;
-        for Checked {
+        for CheckResult {
             stripe_invoice_id,
             checked_ms,
             check_due_ms,
@@ -529,7 +536,7 @@ impl Store {
     }
 }
 
-fn to_ask((key, telling, packed, attempts): ToAskRow) -> Result<ToAsk, StoreError> {
+fn to_ask((key, telling, packed, attempts): ToAskRow) -> Result<PendingLookup, StoreError> {
     let key = event_key(key)?;
     let damaged = || {
         StoreError::Refused(format!(
@@ -540,7 +547,7 @@ fn to_ask((key, telling, packed, attempts): ToAskRow) -> Result<ToAsk, StoreErro
     let body = packed
         .map(|packed| PackedBody::packed(packed).unpack().ok_or_else(damaged))
         .transpose()?;
-    Ok(ToAsk {
+    Ok(PendingLookup {
         key,
         telling,
         body,
@@ -548,8 +555,10 @@ fn to_ask((key, telling, packed, attempts): ToAskRow) -> Result<ToAsk, StoreErro
     })
 }
 
-fn to_check((tenant_uid, invoice_uid, stripe_invoice_id, differs_since_ms): ToCheckRow) -> ToCheck {
-    ToCheck {
+fn to_check(
+    (tenant_uid, invoice_uid, stripe_invoice_id, differs_since_ms): ToCheckRow,
+) -> CheckCandidate {
+    CheckCandidate {
         tenant_uid,
         invoice_uid,
         stripe_invoice_id,

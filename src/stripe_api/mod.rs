@@ -25,9 +25,9 @@ use stripe_client_core::{
 use tracing::{Instrument, field};
 
 use crate::domain::redact;
-use crate::http_client::{Transport, TransportError};
-use rate_limit::Budget;
-pub use settings::{ApiKey, Settings};
+use crate::http_client::{HttpClient, HttpClientError};
+use rate_limit::RateLimit;
+pub use settings::{StripeApiKey, StripeSettings};
 
 /// Stated with every call, so that what comes back does not change when Stripe's default does.
 pub const VERSION: &str = "2026-09-30.endive";
@@ -47,10 +47,10 @@ const LONGEST_WAIT: Duration = Duration::from_secs(8);
 pub struct StripeApi(Arc<Shared>);
 
 struct Shared {
-    transport: Transport,
+    transport: HttpClient,
     base: String,
     bearer: HeaderValue,
-    budget: Budget,
+    budget: RateLimit,
     retries: usize,
     calls: AtomicU64,
     /// What time it was at Stripe with the last answer, Unix seconds; 0: there was none.
@@ -70,7 +70,7 @@ pub enum Scope {
 
 /// One page of a list, in Stripe's order.
 #[derive(Debug)]
-pub struct Page {
+pub struct StripePage {
     pub data: Vec<Box<RawValue>>,
     pub has_more: bool,
 }
@@ -99,12 +99,12 @@ pub enum StripeApiError {
 pub type Query<'q> = &'q [(&'q str, &'q str)];
 
 impl StripeApi {
-    pub fn new(settings: Settings) -> StripeApi {
+    pub fn new(settings: StripeSettings) -> StripeApi {
         StripeApi(Arc::new(Shared {
-            transport: Transport::new(TRY_TIMEOUT, ANSWER_LIMIT),
+            transport: HttpClient::new(TRY_TIMEOUT, ANSWER_LIMIT),
             base: settings.base,
             bearer: settings.key.bearer(),
-            budget: Budget::new(settings.rate),
+            budget: RateLimit::new(settings.rate),
             retries: settings.retries,
             calls: AtomicU64::new(0),
             answered_s: AtomicI64::new(0),
@@ -130,7 +130,7 @@ impl StripeApi {
         path: &str,
         query: Query<'_>,
         scope: &Scope,
-    ) -> Result<Page, StripeApiError> {
+    ) -> Result<StripePage, StripeApiError> {
         #[derive(Deserialize)]
         struct List {
             data: Vec<Box<RawValue>>,
@@ -141,7 +141,7 @@ impl StripeApi {
         let answer = self.call(path, &query, scope).await?;
         let list: List = serde_json::from_slice(&answer)
             .map_err(|error| refused(path, 200, &format!("no list: {error}")))?;
-        Ok(Page {
+        Ok(StripePage {
             data: list.data,
             has_more: list.has_more,
         })
@@ -317,8 +317,8 @@ impl Failure {
     }
 }
 
-impl From<TransportError> for Failure {
-    fn from(error: TransportError) -> Failure {
+impl From<HttpClientError> for Failure {
+    fn from(error: HttpClientError) -> Failure {
         Failure::passing(error.to_string())
     }
 }

@@ -9,16 +9,16 @@ use tokio::time::Instant;
 /// A little more than the second that Stripe counts by: calls do not arrive as evenly as they are sent.
 const WINDOW: Duration = Duration::from_millis(1100);
 
-pub struct Budget {
+pub struct RateLimit {
     /// Calls in a window, to each endpoint.
     rate: usize,
     /// When the last calls to an endpoint may go, oldest first; as many as `rate` at most.
     made: Mutex<HashMap<String, VecDeque<Instant>>>,
 }
 
-impl Budget {
-    pub fn new(rate: u32) -> Budget {
-        Budget {
+impl RateLimit {
+    pub fn new(rate: u32) -> RateLimit {
+        RateLimit {
             rate: rate.max(1) as usize,
             made: Mutex::default(),
         }
@@ -56,7 +56,7 @@ mod tests {
 
     #[tokio::test]
     async fn no_window_has_more_calls_than_the_rate_and_endpoints_do_not_share() {
-        let budget = Budget::new(5);
+        let budget = RateLimit::new(5);
         let mut times = Vec::new();
         for _ in 0..23 {
             times.push(budget.reserve("/v1/events").await);

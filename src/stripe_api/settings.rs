@@ -10,8 +10,8 @@ const STRIPE: &str = "https://api.stripe.com";
 const DEFAULT_RATE: u32 = 25;
 
 #[derive(Clone, Debug)]
-pub struct Settings {
-    pub key: ApiKey,
+pub struct StripeSettings {
+    pub key: StripeApiKey,
     /// Scheme, host and port.
     pub base: String,
     /// Calls a second to each endpoint.
@@ -22,18 +22,18 @@ pub struct Settings {
 
 /// A secret or restricted key.
 #[derive(Clone)]
-pub struct ApiKey(HeaderValue);
+pub struct StripeApiKey(HeaderValue);
 
-impl fmt::Debug for ApiKey {
+impl fmt::Debug for StripeApiKey {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         f.write_str("ApiKey(..)")
     }
 }
 
-impl ApiKey {
+impl StripeApiKey {
     /// # Errors
     /// In words that do not show it, why it can be no key.
-    pub fn parse(text: &str) -> Result<ApiKey, String> {
+    pub fn parse(text: &str) -> Result<StripeApiKey, String> {
         let text = text.trim();
         if text.starts_with("pk_") {
             return Err("is a publishable key (pk_...): give a secret (sk_...) or a restricted key (rk_...)".to_owned());
@@ -49,7 +49,7 @@ impl ApiKey {
         let mut bearer = HeaderValue::from_str(&format!("Bearer {text}"))
             .map_err(|_| "is no API key: it cannot be sent".to_owned())?;
         bearer.set_sensitive(true);
-        Ok(ApiKey(bearer))
+        Ok(StripeApiKey(bearer))
     }
 
     pub(super) fn bearer(&self) -> HeaderValue {
@@ -57,7 +57,7 @@ impl ApiKey {
     }
 }
 
-impl Settings {
+impl StripeSettings {
     /// Where Stripe is.
     ///
     /// # Errors
@@ -100,26 +100,26 @@ mod tests {
     #[test]
     fn a_key_is_taken_or_refused_in_words_that_do_not_show_it() {
         assert_eq!(
-            format!("{:?}", ApiKey::parse("sk_test_123").unwrap()),
+            format!("{:?}", StripeApiKey::parse("sk_test_123").unwrap()),
             "ApiKey(..)"
         );
         for wrong in ["", "pk_live_xyz", "whsec_xyz", "sk_xyz z", "sk_xyz\u{e9}"] {
-            let said = ApiKey::parse(wrong).unwrap_err();
+            let said = StripeApiKey::parse(wrong).unwrap_err();
             assert!(!said.contains("xyz"), "{said}");
         }
     }
 
     #[test]
     fn an_address_has_no_path() {
-        assert_eq!(Settings::parse_base(None).unwrap(), STRIPE);
+        assert_eq!(StripeSettings::parse_base(None).unwrap(), STRIPE);
         assert_eq!(
-            Settings::parse_base(Some("http://127.0.0.1:9/")).unwrap(),
+            StripeSettings::parse_base(Some("http://127.0.0.1:9/")).unwrap(),
             "http://127.0.0.1:9"
         );
         for wrong in ["api.stripe.com", "ftp://x", "https://x/v1", ""] {
-            assert!(Settings::parse_base(Some(wrong)).is_err(), "{wrong}");
+            assert!(StripeSettings::parse_base(Some(wrong)).is_err(), "{wrong}");
         }
-        assert!(Settings::parse_rate(Some("0")).is_err());
-        assert_eq!(Settings::parse_rate(Some("7")), Ok(7));
+        assert!(StripeSettings::parse_rate(Some("0")).is_err());
+        assert_eq!(StripeSettings::parse_rate(Some("7")), Ok(7));
     }
 }

@@ -19,7 +19,7 @@ const WHILE: Duration = Duration::from_secs(10);
 
 /// The lines of this while, by the place in the program that writes them.
 #[derive(Clone, Default)]
-pub struct Flood(Arc<Mutex<HashMap<Identifier, Kind>>>);
+pub struct LogRateLimit(Arc<Mutex<HashMap<Identifier, Kind>>>);
 
 #[derive(Default)]
 struct Kind {
@@ -27,10 +27,10 @@ struct Kind {
     message: String,
 }
 
-impl Flood {
+impl LogRateLimit {
     /// Says at the end of each while what was left out.
-    pub fn start() -> Flood {
-        let flood = Flood::default();
+    pub fn start() -> LogRateLimit {
+        let flood = LogRateLimit::default();
         let counted = flood.clone();
         tokio::spawn(async move {
             loop {
@@ -61,7 +61,7 @@ impl Flood {
     }
 }
 
-impl<S: Subscriber> Layer<S> for Flood {
+impl<S: Subscriber> Layer<S> for LogRateLimit {
     fn event_enabled(&self, event: &Event<'_>, _: Context<'_, S>) -> bool {
         if *event.metadata().level() > Level::INFO {
             return true;
@@ -101,7 +101,7 @@ mod tests {
                 self.0.lock().unwrap().push(*event.metadata().level());
             }
         }
-        let (written, flood) = (Written::default(), Flood::default());
+        let (written, flood) = (Written::default(), LogRateLimit::default());
         let subscriber = tracing_subscriber::registry()
             .with(written.clone())
             .with(flood.clone());

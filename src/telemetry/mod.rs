@@ -22,13 +22,13 @@ use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer, Registry};
 
-use log_rate_limit::Flood;
+use log_rate_limit::LogRateLimit;
 pub use otlp::dropped as dropped_spans;
 pub use settings::OtlpSettings;
 
 /// How to log, and where spans go.
 #[derive(Debug)]
-pub struct Settings {
+pub struct TelemetrySettings {
     pub filter: EnvFilter,
     pub format: LogFormat,
     /// None: nowhere.
@@ -54,15 +54,15 @@ pub fn filter(text: &str) -> Result<EnvFilter, String> {
 }
 
 /// Starts; the first call counts. Needs a running tokio.
-pub fn start(settings: Settings) {
-    let Settings {
+pub fn start(settings: TelemetrySettings) {
+    let TelemetrySettings {
         filter,
         format,
         otlp,
     } = settings;
     let base = Registry::default()
         .with(filter_fn(is_harmless))
-        .with(Flood::start());
+        .with(LogRateLimit::start());
     // Only tests start it twice, and the first will do.
     let _ = match otlp {
         // Filters of single layers cost more than one for all.

@@ -19,7 +19,7 @@ use prost::Message as _;
 use tokio::sync::{mpsc, oneshot};
 
 use super::settings::OtlpSettings;
-use crate::http_client::Transport;
+use crate::http_client::HttpClient;
 
 /// Spans that may wait.
 const QUEUE: usize = 4096;
@@ -130,7 +130,7 @@ async fn send_all(mut waiting: mpsc::Receiver<Queued>, mut collector: Collector)
 }
 
 struct Collector {
-    transport: Transport,
+    transport: HttpClient,
     settings: OtlpSettings,
     resource: ResourceAttributesWithSchema,
     /// Said once, not with every batch.
@@ -139,7 +139,7 @@ struct Collector {
 
 impl Collector {
     fn new(settings: OtlpSettings, resource: &Resource) -> Collector {
-        let transport = Transport::new(SEND_TIMEOUT, ANSWER_LIMIT);
+        let transport = HttpClient::new(SEND_TIMEOUT, ANSWER_LIMIT);
         Collector {
             transport,
             settings,

@@ -1,4 +1,4 @@
-// The pages in a real browser: `node tests/browser/ui.mjs SETTING`, as tests/outside/ui.rs starts it on a server with the recorded
+// The pages in a real browser: `node tests/browser/ui.mjs SETTING`, as tests/api/ui.rs starts it on a server with the recorded
 // invoices. Once without JavaScript, and once with it, so that the pages can be measured; on a telephone and on a desk, light and dark.
 
 import assert from "node:assert/strict";

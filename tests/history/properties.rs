@@ -5,8 +5,8 @@ use std::collections::HashSet;
 
 use proptest::prelude::*;
 use serde_json::{Value, json};
-use stripe_reconciler::domain::history::{Known, fold};
-use stripe_reconciler::domain::invoice::document::State;
+use stripe_reconciler::domain::history::{StoredObservation, fold};
+use stripe_reconciler::domain::invoice::document::PaymentState;
 use stripe_reconciler::domain::stripe::event;
 
 use crate::stripe::*;
@@ -302,7 +302,7 @@ proptest! {
         let mut was_paid = false;
         for upto in 0..=known.len() {
             let history = fold(Some(INVOICE), &[], &known[..upto]);
-            let is_paid = history.last().is_some_and(|e| e.state == State::Paid);
+            let is_paid = history.last().is_some_and(|e| e.state == PaymentState::Paid);
             prop_assert!(is_paid || !was_paid, "{history:?}");
             was_paid = is_paid;
         }
@@ -329,8 +329,8 @@ proptest! {
         collect_pointers(&all[index], String::new(), &mut pointers);
         let place = &pointers[pointer % pointers.len()];
         *all[index].pointer_mut(place).expect("collected from this value") = junk;
-        let known: Vec<Known> = all.iter().filter_map(|json| match event::read(json.to_string().as_bytes()) {
-            event::Reading::Event(event) => event.telling.map(|telling| Known { key: event.key, telling }),
+        let known: Vec<StoredObservation> = all.iter().filter_map(|json| match event::read(json.to_string().as_bytes()) {
+            event::Reading::Event(event) => event.telling.map(|telling| StoredObservation { key: event.key, telling }),
             event::Reading::Unreadable { .. } => None,
         }).collect();
         fold(Some(INVOICE), &[], &known);

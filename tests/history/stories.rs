@@ -2,7 +2,7 @@
 
 use serde_json::json;
 use stripe_reconciler::domain::history::fold;
-use stripe_reconciler::domain::invoice::document::{ImportedState, State};
+use stripe_reconciler::domain::invoice::document::{ImportedState, PaymentState};
 
 use crate::stripe::*;
 use Shape::{New, Old};
@@ -507,7 +507,7 @@ fn states_that_came_with_the_invoice_stand_first_and_paid_ones_close_it() {
         event("evt_2", "invoice.paid", 200, invoice(New, "paid")),
         event("evt_3", "refund.created", 300, refund),
     ];
-    let folded = |imported: &[ImportedState]| -> Vec<(State, i64)> {
+    let folded = |imported: &[ImportedState]| -> Vec<(PaymentState, i64)> {
         fold(Some(INVOICE), imported, &known(&events))
             .iter()
             .map(|e| (e.state, e.timestamp_ms / 1000))
@@ -515,21 +515,21 @@ fn states_that_came_with_the_invoice_stand_first_and_paid_ones_close_it() {
     };
     assert_eq!(
         folded(&[
-            imported(State::PaymentPending, 500),
-            imported(State::Paid, 200)
+            imported(PaymentState::PaymentPending, 500),
+            imported(PaymentState::Paid, 200)
         ]),
         [
-            (State::PaymentPending, 500),
-            (State::Paid, 200),
-            (State::Paid, 300)
+            (PaymentState::PaymentPending, 500),
+            (PaymentState::Paid, 200),
+            (PaymentState::Paid, 300)
         ]
     );
     assert_eq!(
-        folded(&[imported(State::PaymentInProgress, 100)]),
+        folded(&[imported(PaymentState::PaymentInProgress, 100)]),
         [
-            (State::PaymentInProgress, 100),
-            (State::Paid, 200),
-            (State::Paid, 300)
+            (PaymentState::PaymentInProgress, 100),
+            (PaymentState::Paid, 200),
+            (PaymentState::Paid, 300)
         ]
     );
 }

@@ -1,7 +1,7 @@
 //! Small payloads in two shapes of Stripe's API, with only the fields that matter to a test. Full-size ones are in `fixtures/`.
 
 use serde_json::{Value, json};
-use stripe_reconciler::domain::history::{Entry, Known, fold};
+use stripe_reconciler::domain::history::{Entry, StoredObservation, fold};
 use stripe_reconciler::domain::stripe::event::{self, Reading};
 
 pub const INVOICE: &str = "in_1Q";
@@ -71,11 +71,11 @@ pub fn with(mut object: Value, fields: Value) -> Value {
 }
 
 /// What the store would keep of these events: what tells nothing is left out.
-pub fn known(events: &[Value]) -> Vec<Known> {
+pub fn known(events: &[Value]) -> Vec<StoredObservation> {
     let read = events
         .iter()
         .filter_map(|json| match event::read(json.to_string().as_bytes()) {
-            Reading::Event(event) => event.telling.map(|telling| Known {
+            Reading::Event(event) => event.telling.map(|telling| StoredObservation {
                 key: event.key,
                 telling,
             }),

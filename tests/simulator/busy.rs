@@ -5,11 +5,11 @@ use std::cell::{Cell, RefCell};
 use futures_util::future::{join, join_all};
 use rand::RngExt;
 use rand::rngs::StdRng;
-use stripe_reconciler::reconcile::{self, Lease, Mode, Plan, ReconcileError, Report};
+use stripe_reconciler::reconcile::{self, Lease, Plan, ReconcileError, Report, WriteMode};
 
+use super::delivery::{Parcel, Signed};
 use super::process::Replica;
 use super::watch::Watch;
-use super::wire::{Parcel, Signed};
 use super::world::{World, assert_is_error, quiet};
 use crate::support::Answer;
 
@@ -136,7 +136,7 @@ impl World {
         let was_logged = self.ledger.logged().len();
         self.check_log();
         let changes_nothing =
-            busy.parcels.is_empty() && busy.plan.is_some_and(|plan| plan.mode == Mode::DryRun);
+            busy.parcels.is_empty() && busy.plan.is_some_and(|plan| plan.mode == WriteMode::DryRun);
         let is_changed = self.ledger.logged().len() != was_logged;
         assert!(
             !changes_nothing || self.goes_on || !is_changed,
@@ -188,7 +188,7 @@ impl World {
             leased == Leased::No || self.is_over(self.lease_until_ms),
             "a lease is taken that somebody else still holds"
         );
-        let needs_lease = plan.is_some_and(|plan| plan.mode == Mode::Save);
+        let needs_lease = plan.is_some_and(|plan| plan.mode == WriteMode::Save);
         let must_take = needs_lease && is_whole && self.is_lease_free();
         assert!(
             !must_take || leased != Leased::No,
@@ -285,7 +285,7 @@ impl World {
                 authentic.push((parcel.identity.clone(), answer.filter(|_| is_acknowledged)));
             }
             if !is_acknowledged {
-                self.wire.under_way.push(parcel.clone());
+                self.delivery.under_way.push(parcel.clone());
             }
         }
         self.ledger.judge(&authentic, busy.plan.is_none());
@@ -295,7 +295,7 @@ impl World {
 /// As the program makes its passes.
 async fn under_lease(replica: Replica, plan: Plan, leased: &Cell<Leased>) -> Passed {
     let tools = replica.tools();
-    if plan.mode == Mode::DryRun {
+    if plan.mode == WriteMode::DryRun {
         return reconcile::run(&tools, plan).await.map(Some);
     }
     let Some(lease) = Lease::try_take(&tools.store, &tools.clock).await? else {

@@ -4,9 +4,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use stripe_reconciler::domain::stripe::event::{EventKey, FETCHED, Reading, Telling, read};
+use stripe_reconciler::domain::stripe::event::{EventKey, FETCHED, Observation, Reading, read};
 use stripe_reconciler::ingest::{Delivery, prepare};
-use stripe_reconciler::store::{Asked, Cell, LoggedEvent, NewEvent, Store, StoredBody, Table};
+use stripe_reconciler::store::{
+    LoggedEvent, LookupKind, NewEvent, Store, StoredBody, Table, Value,
+};
 
 use crate::stripe_fake::{Event, Stripe};
 
@@ -39,7 +41,7 @@ impl Durable {
             .map(|(name, until)| (account(&name), until))
             .collect();
         let waiting = store
-            .to_ask(Asked::Object, i64::MAX, WAITING)
+            .to_ask(LookupKind::Object, i64::MAX, WAITING)
             .await
             .unwrap();
         let waiting = waiting.into_iter().map(|event| event.key).collect();
@@ -68,7 +70,7 @@ async fn mentions(store: &Store) -> BTreeSet<(String, Vec<u8>)> {
     loop {
         let page = store.rows_after(table, after.as_deref()).await.unwrap();
         for row in &page.rows {
-            let [Cell::Text(Some(object)), Cell::Bytes(Some(key))] = row.key() else {
+            let [Value::Text(Some(object)), Value::Bytes(Some(key))] = row.key() else {
                 panic!("no mention: {row:?}")
             };
             mentions.insert((object.clone(), key.clone()));
@@ -199,7 +201,7 @@ impl Invariants {
             let telling = row
                 .telling
                 .as_deref()
-                .map(|text| serde_json::from_str::<Telling>(text).unwrap());
+                .map(|text| serde_json::from_str::<Observation>(text).unwrap());
             let Some(twin) = telling.and_then(|telling| telling.snapshot_event) else {
                 continue;
             };

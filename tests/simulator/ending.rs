@@ -8,7 +8,7 @@ use stripe_reconciler::clock::Clock;
 use stripe_reconciler::domain::stripe::event::EventKey;
 use stripe_reconciler::ingest::{Delivery, ingest};
 use stripe_reconciler::jobs::rebuild;
-use stripe_reconciler::reconcile::{self, Extent, Mode, Plan};
+use stripe_reconciler::reconcile::{self, Extent, Plan, WriteMode};
 use stripe_reconciler::store::Source;
 
 use super::busy::End;
@@ -67,7 +67,7 @@ pub fn calm_down(world: &mut World, seed: u64) {
     if seed.is_multiple_of(3) && !world.has_lagged {
         let plan = Plan {
             extent: Extent::Due,
-            mode: Mode::Save,
+            mode: WriteMode::Save,
             since_s: None,
         };
         for _ in 0..3 {
@@ -79,7 +79,7 @@ pub fn calm_down(world: &mut World, seed: u64) {
     }
     let report = world.quiet_pass(Plan {
         extent: Extent::All,
-        mode: Mode::Save,
+        mode: WriteMode::Save,
         since_s: None,
     });
     assert!(
@@ -101,7 +101,7 @@ fn check_healing(world: &mut World) {
     let since_s = world.has_lagged.then_some(30 * DAY);
     let report = world.quiet_pass(Plan {
         extent: Extent::All,
-        mode: Mode::Save,
+        mode: WriteMode::Save,
         since_s,
     });
     world.later(60_000);
@@ -216,7 +216,7 @@ fn replayed(world: &World, bodies: Vec<Vec<u8>>, and_a_pass: bool) -> Histories 
         if and_a_pass {
             let plan = Plan {
                 extent: Extent::All,
-                mode: Mode::Save,
+                mode: WriteMode::Save,
                 since_s: None,
             };
             reconcile::run(&replica.tools(), plan).await.unwrap();
@@ -241,7 +241,11 @@ fn check_rebuild(world: &World) {
     let replica = world.process().replica(0);
     let report = world
         .process()
-        .run(rebuild::run(&replica.store, rebuild::Mode::DryRun, |_| {}))
+        .run(rebuild::run(
+            &replica.store,
+            rebuild::WriteMode::DryRun,
+            |_| {},
+        ))
         .unwrap();
     assert!(!report.differs(), "{report:#?}");
 }

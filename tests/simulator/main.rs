@@ -10,30 +10,31 @@
 //! SIMULATOR_SEED=1234 SIMULATOR_ROUNDS=1 cargo test --test simulator random_lives
 //! ```
 //!
-//! `script` is what shall happen, drawn from the seed; `world` makes it happen; `process` is the program, which can crash; `lives` is
-//! what is true at Stripe, `wire` what becomes of its deliveries, `busy` what happens at the same time; `durable` is what must be true of the
+//! `script` is what shall happen, drawn from the seed; `world` makes it happen; `process` is the program, which can crash; `invoice_lifecycle` is
+//! what is true at Stripe, `delivery` what becomes of its deliveries, `busy` what happens at the same time; `durable` is what must be true of the
 //! database at every moment, at which `watch` looks, `ledger` of the log, `reading` of what is shown, `ending` of how it ends.
 
 #![expect(clippy::unwrap_used, reason = "what goes wrong in a test fails it")]
 
 mod busy;
+mod crash_points;
+mod delivery;
 mod durable;
 mod ending;
+mod invoice_lifecycle;
 mod ledger;
-mod lives;
-mod moments;
 mod process;
 mod reading;
 mod rounds;
 mod script;
-#[path = "../outside/stripe_fake/mod.rs"]
+#[path = "../api/stripe_fake/mod.rs"]
 #[allow(
     dead_code,
     unused_imports,
     reason = "the tests from outside use more of it"
 )]
 mod stripe_fake;
-#[path = "../outside/support/mod.rs"]
+#[path = "../api/support/mod.rs"]
 #[allow(
     dead_code,
     unused_imports,
@@ -41,5 +42,4 @@ mod stripe_fake;
 )]
 mod support;
 mod watch;
-mod wire;
 mod world;

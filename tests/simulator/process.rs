@@ -17,10 +17,10 @@ use sqlx::{Connection, PgConnection};
 use stripe_reconciler::clock::Clock;
 use stripe_reconciler::domain::stripe::signature::SigningSecrets;
 use stripe_reconciler::http::{self, AppState, MetricsAt, Ui};
-use stripe_reconciler::ingest::batch_writer::{Inbox, Writer};
-use stripe_reconciler::reconcile::Tools;
+use stripe_reconciler::ingest::batch_writer::{BatchWriter, Writer};
+use stripe_reconciler::reconcile::ReconcileContext;
 use stripe_reconciler::store::Store;
-use stripe_reconciler::stripe_api::{ApiKey, RETRIES, Settings, StripeApi};
+use stripe_reconciler::stripe_api::{RETRIES, StripeApi, StripeApiKey, StripeSettings};
 use tokio::runtime::{Builder, Runtime};
 use tokio_util::sync::CancellationToken;
 
@@ -30,7 +30,7 @@ use crate::stripe_fake::LIVE_KEY;
 use crate::support::{Answer, Database, Engine};
 
 /// How long the database may take to notice that somebody is gone.
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 
 /// What a process is started with.
 pub struct Setup<'s> {
@@ -54,7 +54,7 @@ pub struct Process {
 #[derive(Clone)]
 pub struct Replica {
     pub store: Store,
-    pub inbox: Inbox,
+    pub inbox: BatchWriter,
     router: TowerToHyperService<axum::Router>,
     api: StripeApi,
     clock: Clock,
@@ -214,7 +214,7 @@ fn wait_until_left(database: &Database) {
             })
         })
     };
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIMEOUT;
     while match database.engine {
         Engine::Sqlite => is_open(database.url.trim_start_matches("sqlite://")),
         Engine::Postgres => ASKING.with(|asking| in_postgres(&mut asking.borrow_mut())),
@@ -240,9 +240,9 @@ impl Replica {
     async fn start(setup: &Setup<'_>) -> (Replica, Writer) {
         let store = Store::connect(setup.database_url).await.unwrap();
         store.migrate().await.unwrap();
-        let (inbox, writer) = Inbox::start(store.clone(), Arc::default());
-        let key = ApiKey::parse(LIVE_KEY).unwrap();
-        let api = StripeApi::new(Settings {
+        let (inbox, writer) = BatchWriter::start(store.clone(), Arc::default());
+        let key = StripeApiKey::parse(LIVE_KEY).unwrap();
+        let api = StripeApi::new(StripeSettings {
             key,
             base: setup.stripe_base.to_owned(),
             rate: 1000,
@@ -273,14 +273,14 @@ impl Replica {
         )
     }
 
-    pub fn tools(&self) -> Tools {
+    pub fn tools(&self) -> ReconcileContext {
         let (store, inbox, api, clock) = (
             self.store.clone(),
             self.inbox.clone(),
             self.api.clone(),
             self.clock.clone(),
         );
-        Tools {
+        ReconcileContext {
             store,
             inbox,
             api,

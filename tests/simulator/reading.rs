@@ -6,8 +6,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
+use super::invoice_lifecycle::{Fact, NEAR_S};
 use super::ledger::identity;
-use super::lives::{Fact, NEAR_S};
 use super::world::{KEY, Stored, World, assert_is_error};
 use crate::support::{assert_is_invoice, invoice_path};
 

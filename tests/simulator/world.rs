@@ -10,17 +10,17 @@ use rand::{RngExt, SeedableRng};
 use serde_json::Value;
 use stripe_reconciler::clock::Clock;
 use stripe_reconciler::domain::api_key;
-use stripe_reconciler::reconcile::{Extent, Mode, Plan};
+use stripe_reconciler::reconcile::{Extent, Plan, WriteMode};
 use stripe_reconciler::store::{ApiKey, Scope, Store};
 
 use super::busy::{Busy, End};
+use super::delivery::{Secrets, Wire};
 use super::durable::Invariants;
+use super::invoice_lifecycle::{Invoice, NEAR_S};
 use super::ledger::Ledger;
-use super::lives::{Invoice, NEAR_S};
 use super::process::{Process, Setup};
 use super::reading::Reads;
 use super::script::{Script, Step, What};
-use super::wire::{Secrets, Wire};
 use crate::stripe_fake::{DAY, HOUR, Stripe, Troubles};
 use crate::support::{Answer, Database, Engine, invoice_path};
 
@@ -39,7 +39,7 @@ pub struct World {
     pub stripe: Stripe,
     pub invoices: Vec<Invoice>,
     pub stored: BTreeMap<String, Stored>,
-    pub wire: Wire,
+    pub delivery: Wire,
     pub secrets: Secrets,
     pub ledger: Ledger,
     pub invariants: Arc<Mutex<Invariants>>,
@@ -96,7 +96,7 @@ impl World {
             stripe: Stripe::start_at(time.clone()),
             invoices: Vec::new(),
             stored: BTreeMap::new(),
-            wire: Wire::default(),
+            delivery: Wire::default(),
             secrets: Secrets::new(),
             ledger: Ledger::default(),
             invariants: Arc::default(),
@@ -165,7 +165,7 @@ impl World {
             What::Configure => self.configure(&mut random),
             What::JumpClock => self.jump_clock(&mut random),
             What::Forge => self.forge(&mut random),
-            What::Garble => self.wire.garble(&mut random),
+            What::Garble => self.delivery.garble(&mut random),
             What::Restart => self.restart(&mut random),
         }
     }
@@ -205,14 +205,14 @@ impl World {
         {
             // Of a connected account nobody knows but by its events.
             let is_kept = begins && n == 0 && event.account.is_some();
-            self.wire.post(event, is_kept, random);
+            self.delivery.post(event, is_kept, random);
         }
     }
 
     fn deliver(&mut self, random: &mut StdRng) {
-        if !self.wire.under_way.is_empty() {
+        if !self.delivery.under_way.is_empty() {
             let (parcels, end, is_watched) = (
-                self.wire.take(random, AT_ONCE),
+                self.delivery.take(random, AT_ONCE),
                 End::draw(random, 6),
                 self.is_watched(random),
             );
@@ -236,9 +236,9 @@ impl World {
             Extent::Due
         };
         let mode = if random.random_bool(0.1) {
-            Mode::DryRun
+            WriteMode::DryRun
         } else {
-            Mode::Save
+            WriteMode::Save
         };
         let troubles = match random.random_range(0..10) {
             0 => Troubles {
@@ -259,9 +259,9 @@ impl World {
             seed: random.random(),
             ..troubles
         });
-        let meanwhile = random.random_bool(0.4) && !self.wire.under_way.is_empty();
+        let meanwhile = random.random_bool(0.4) && !self.delivery.under_way.is_empty();
         let parcels = if meanwhile {
-            self.wire.take(random, AT_ONCE)
+            self.delivery.take(random, AT_ONCE)
         } else {
             Vec::new()
         };
@@ -309,7 +309,7 @@ impl World {
         ));
         match (self.stored.get(&uid), status) {
             (None | Some(Stored::Perhaps), Some(201)) | (Some(_), Some(200)) => {
-                drop(self.stored.insert(uid, Stored::Yes))
+                let _ = self.stored.insert(uid, Stored::Yes);
             }
             (_, None) => drop(self.stored.entry(uid).or_insert(Stored::Perhaps)),
             (stored, _) => panic!("{uid} ({stored:?}) is answered {answer:?}"),
@@ -353,7 +353,7 @@ impl World {
         self.later(300_000);
         self.quiet_pass(Plan {
             extent: Extent::Due,
-            mode: Mode::Save,
+            mode: WriteMode::Save,
             since_s: None,
         });
     }
@@ -433,8 +433,8 @@ impl World {
     /// Whatever is still under way arrives.
     pub fn deliver_the_rest(&mut self) {
         let mut random = quiet();
-        while !self.wire.under_way.is_empty() {
-            let parcels = self.wire.take(&mut random, AT_ONCE);
+        while !self.delivery.under_way.is_empty() {
+            let parcels = self.delivery.take(&mut random, AT_ONCE);
             self.make_busy(
                 Busy {
                     parcels,

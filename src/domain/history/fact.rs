@@ -3,7 +3,7 @@
 //! A fact can be told by an event's *type* (the claim), by the *snapshot* of the invoice inside (the evidence), or by both.
 //! Only one telling is looked at here. What several tellings of one invoice make together is `history`.
 
-use crate::domain::stripe::event::{Event, Telling};
+use crate::domain::stripe::event::{Event, Observation};
 use crate::domain::stripe::object::{Invoice, Object};
 
 /// A fact about an invoice that can be told by the invoice's own events.
@@ -29,7 +29,7 @@ pub const SHOWN_BY_SNAPSHOTS: [InvoiceFact; 4] = [
 ];
 
 /// The types that tell facts by themselves: what a webhook endpoint should send.
-pub const TYPES_THAT_TELL: [&str; 32] = [
+pub const PAYMENT_EVENT_TYPES: [&str; 32] = [
     "invoice.finalized",
     "invoice.updated",
     "invoice.paid",
@@ -65,7 +65,7 @@ pub const TYPES_THAT_TELL: [&str; 32] = [
 ];
 
 /// Does this event tell anything about a payment: new or not, linked or not? Decides `recorded` against `no_payment_fact`.
-pub fn tells_a_fact(event: &Event) -> bool {
+pub fn asserts_fact(event: &Event) -> bool {
     let kind = event
         .event_type
         .strip_prefix("v1.")
@@ -82,7 +82,7 @@ fn is_about_returned_money(kind: &str) -> bool {
             .any(|prefix| kind.starts_with(prefix))
 }
 
-fn tells(telling: &Telling) -> bool {
+fn tells(telling: &Observation) -> bool {
     match (&telling.object, telling.kind.as_str()) {
         (Object::Invoice(invoice), _) => {
             by_type(telling, invoice).is_some()
@@ -107,7 +107,7 @@ fn tells(telling: &Telling) -> bool {
 
 /// What the type of an invoice's event claims, where its condition on the snapshot holds. A thin event has no snapshot:
 /// its type is taken at its word.
-pub fn by_type(telling: &Telling, invoice: &Invoice) -> Option<InvoiceFact> {
+pub fn by_type(telling: &Observation, invoice: &Invoice) -> Option<InvoiceFact> {
     let (fact, holds) = match telling.kind.as_str() {
         "invoice.finalized" => (InvoiceFact::Finalized, invoice.is_owed()),
         "invoice.updated" => (
@@ -132,7 +132,7 @@ pub fn by_type(telling: &Telling, invoice: &Invoice) -> Option<InvoiceFact> {
 }
 
 /// What the invoice inside shows, whatever the event's type says.
-pub fn by_snapshot(telling: &Telling, invoice: &Invoice, fact: InvoiceFact) -> bool {
+pub fn by_snapshot(telling: &Observation, invoice: &Invoice, fact: InvoiceFact) -> bool {
     if telling.thin || contradicts(telling, invoice) {
         return false;
     }
@@ -159,7 +159,7 @@ pub fn by_snapshot(telling: &Telling, invoice: &Invoice, fact: InvoiceFact) -> b
 
 /// Placeholder events contradict themselves (`invoice.payment_failed` around a paid invoice). Then the type is the claim, and
 /// of the snapshot only its links, its attempt count and its charge are believed.
-pub fn contradicts(telling: &Telling, invoice: &Invoice) -> bool {
+pub fn contradicts(telling: &Observation, invoice: &Invoice) -> bool {
     match telling.kind.as_str() {
         "invoice.payment_failed"
         | "invoice.payment_action_required"

@@ -3,8 +3,8 @@
 //! An invoice's event knows the attempt's number but not the reason; a charge or PaymentIntent knows the reason but not the
 //! number. Here they are brought together, so that one failure is one entry.
 
-use super::{Known, in_order};
-use crate::domain::stripe::event::Telling;
+use super::{StoredObservation, in_order};
+use crate::domain::stripe::event::Observation;
 use crate::domain::stripe::object::{Invoice, Object, PaymentIntent};
 
 /// A thin event names no charge; it is one more telling of a try this near.
@@ -13,30 +13,30 @@ const SAME_TRY_S: i64 = 2;
 const SAME_FAILURE_S: i64 = 60;
 
 /// One failed payment, as the charge or the PaymentIntent tells it.
-pub struct Try<'a> {
+pub struct FailedTry<'a> {
     pub charge: Option<&'a str>,
     /// The PaymentIntent of a try that names no charge.
     pub intent: Option<&'a str>,
-    pub told_by: Vec<&'a Known>,
+    pub sources: Vec<&'a StoredObservation>,
     /// The earliest `created`, in Unix seconds.
     pub time: i64,
 }
 
 /// One failed attempt to collect an invoice: one entry of its history.
 #[derive(Default)]
-pub struct Attempt<'a> {
+pub struct FailedAttempt<'a> {
     /// Stripe's `attempt_count`; it counts scheduled attempts only.
     pub number: Option<i64>,
     /// The `invoice.payment_failed` events.
-    pub told_by: Vec<&'a Known>,
+    pub sources: Vec<&'a StoredObservation>,
     pub charges: Vec<&'a str>,
-    pub tries: Vec<Try<'a>>,
+    pub tries: Vec<FailedTry<'a>>,
 }
 
-impl<'a> Attempt<'a> {
+impl<'a> FailedAttempt<'a> {
     /// The earliest `created` of all that tells of it.
     pub fn time(&self) -> i64 {
-        self.told_by
+        self.sources
             .iter()
             .map(|k| k.telling.created)
             .chain(self.tries.iter().map(|t| t.time))
@@ -58,7 +58,7 @@ impl<'a> Attempt<'a> {
     }
 
     fn told_at(&self) -> i64 {
-        self.told_by
+        self.sources
             .iter()
             .map(|k| k.telling.created)
             .min()
@@ -71,11 +71,11 @@ impl<'a> Attempt<'a> {
 }
 
 /// All failed attempts of an invoice. `known` are the tellings that belong to it, in a fixed order.
-pub fn failed_attempts<'a>(known: &[&'a Known]) -> Vec<Attempt<'a>> {
+pub fn failed_attempts<'a>(known: &[&'a StoredObservation]) -> Vec<FailedAttempt<'a>> {
     let mut attempts = attempts(known);
     let mut others = Vec::new();
     for failed in tries(known) {
-        let names_it = |a: &&mut Attempt| {
+        let names_it = |a: &&mut FailedAttempt| {
             failed
                 .charge
                 .is_some_and(|charge| a.charges.contains(&charge))
@@ -87,17 +87,17 @@ pub fn failed_attempts<'a>(known: &[&'a Known]) -> Vec<Attempt<'a>> {
     }
     pair(&mut attempts, &mut others);
     give_reason(&mut attempts, known);
-    attempts.extend(others.into_iter().map(|failed| Attempt {
+    attempts.extend(others.into_iter().map(|failed| FailedAttempt {
         tries: vec![failed],
-        ..Attempt::default()
+        ..FailedAttempt::default()
     }));
     attempts
 }
 
 /// Whether Stripe's API may know why the latest attempt failed: no event told it, and it was not asked since.
-pub fn lacks_reason(known: &[&Known]) -> bool {
+pub fn lacks_reason(known: &[&StoredObservation]) -> bool {
     let mut attempts = failed_attempts(known);
-    attempts.sort_by_key(Attempt::order);
+    attempts.sort_by_key(FailedAttempt::order);
     let Some(latest) = attempts.last().filter(|attempt| attempt.tries.is_empty()) else {
         return false;
     };
@@ -108,13 +108,13 @@ pub fn lacks_reason(known: &[&Known]) -> bool {
 
 /// The last error of a PaymentIntent, as Stripe's API tells it, is the reason of the latest attempt before it was asked; where
 /// events tell of a try or name a charge, they know better.
-fn give_reason<'a>(attempts: &mut [Attempt<'a>], known: &[&'a Known]) {
+fn give_reason<'a>(attempts: &mut [FailedAttempt<'a>], known: &[&'a StoredObservation]) {
     for &known in known {
         let Some(intent) = asked_intent(known).filter(|intent| intent.error.is_some()) else {
             continue;
         };
         let charge = intent.error_charge.as_deref();
-        let is_known = |a: &Attempt| {
+        let is_known = |a: &FailedAttempt| {
             charge.is_some_and(|charge| {
                 a.charges.contains(&charge) || a.tries.iter().any(|t| t.charge == Some(charge))
             })
@@ -124,7 +124,7 @@ fn give_reason<'a>(attempts: &mut [Attempt<'a>], known: &[&'a Known]) {
         }
         let before = attempts
             .iter_mut()
-            .filter(|a| !a.told_by.is_empty() && a.told_at() <= known.telling.created);
+            .filter(|a| !a.sources.is_empty() && a.told_at() <= known.telling.created);
         if let Some(attempt) = before
             .max_by_key(|a| a.order())
             .filter(|a| a.tries.is_empty() && a.charges.is_empty())
@@ -135,17 +135,17 @@ fn give_reason<'a>(attempts: &mut [Attempt<'a>], known: &[&'a Known]) {
             } else {
                 None
             };
-            attempt.tries.push(Try {
+            attempt.tries.push(FailedTry {
                 charge,
                 intent,
-                told_by: vec![known],
+                sources: vec![known],
                 time,
             });
         }
     }
 }
 
-fn asked_intent(known: &Known) -> Option<&PaymentIntent> {
+fn asked_intent(known: &StoredObservation) -> Option<&PaymentIntent> {
     match &known.telling.object {
         Object::PaymentIntent(intent) if known.telling.fetched => Some(intent),
         _ => None,
@@ -154,13 +154,13 @@ fn asked_intent(known: &Known) -> Option<&PaymentIntent> {
 
 /// One `invoice.payment_failed`, with what decides which attempt it belongs to.
 struct Failure<'a> {
-    known: &'a Known,
+    known: &'a StoredObservation,
     second: i64,
     number: Option<i64>,
     charge: Option<&'a str>,
 }
 
-fn attempts<'a>(known: &[&'a Known]) -> Vec<Attempt<'a>> {
+fn attempts<'a>(known: &[&'a StoredObservation]) -> Vec<FailedAttempt<'a>> {
     let mut failures: Vec<Failure<'a>> = known.iter().filter_map(|k| failure(k)).collect();
     forget_latest_charges(&mut failures);
     let (numbered, unnumbered): (Vec<_>, Vec<_>) =
@@ -170,7 +170,7 @@ fn attempts<'a>(known: &[&'a Known]) -> Vec<Attempt<'a>> {
     let mut rest = Vec::new();
     for failure in unnumbered {
         match attempts.iter_mut().find(|a| {
-            a.told_by
+            a.sources
                 .iter()
                 .any(|k| k.telling.created == failure.second)
         }) {
@@ -181,13 +181,13 @@ fn attempts<'a>(known: &[&'a Known]) -> Vec<Attempt<'a>> {
     attempts.extend(group(rest));
     for attempt in &mut attempts {
         // An attempt speaks from its earliest event, in whatever order they were found to belong together.
-        attempt.told_by = in_order(std::mem::take(&mut attempt.told_by));
+        attempt.sources = in_order(std::mem::take(&mut attempt.sources));
     }
-    attempts.sort_by_key(Attempt::order);
+    attempts.sort_by_key(FailedAttempt::order);
     attempts
 }
 
-fn failure(known: &Known) -> Option<Failure<'_>> {
+fn failure(known: &StoredObservation) -> Option<Failure<'_>> {
     let (telling, invoice) = invoice_event(&known.telling)?;
     (telling.kind == "invoice.payment_failed").then_some(Failure {
         known,
@@ -197,7 +197,7 @@ fn failure(known: &Known) -> Option<Failure<'_>> {
     })
 }
 
-fn invoice_event(telling: &Telling) -> Option<(&Telling, &Invoice)> {
+fn invoice_event(telling: &Observation) -> Option<(&Observation, &Invoice)> {
     match &telling.object {
         Object::Invoice(invoice) => Some((telling, invoice)),
         _ => None,
@@ -224,28 +224,28 @@ fn forget_latest_charges(failures: &mut [Failure]) {
 }
 
 /// Same number, and the same second or the same charge: one attempt.
-fn group(failures: Vec<Failure>) -> Vec<Attempt> {
-    let mut attempts: Vec<Attempt> = Vec::new();
+fn group(failures: Vec<Failure>) -> Vec<FailedAttempt> {
+    let mut attempts: Vec<FailedAttempt> = Vec::new();
     for failure in failures {
-        let same = |a: &Attempt| {
+        let same = |a: &FailedAttempt| {
             a.number == failure.number
                 && (a
-                    .told_by
+                    .sources
                     .iter()
                     .any(|k| k.telling.created == failure.second)
                     || failure
                         .charge
                         .is_some_and(|charge| a.charges.contains(&charge)))
         };
-        let (mut joined, others): (Vec<Attempt>, Vec<Attempt>) =
+        let (mut joined, others): (Vec<FailedAttempt>, Vec<FailedAttempt>) =
             attempts.into_iter().partition(same);
         attempts = others;
-        let mut attempt = joined.pop().unwrap_or(Attempt {
+        let mut attempt = joined.pop().unwrap_or(FailedAttempt {
             number: failure.number,
-            ..Attempt::default()
+            ..FailedAttempt::default()
         });
         for other in joined {
-            attempt.told_by.extend(other.told_by);
+            attempt.sources.extend(other.sources);
             attempt.charges.extend(other.charges);
         }
         include(&mut attempt, failure);
@@ -254,8 +254,8 @@ fn group(failures: Vec<Failure>) -> Vec<Attempt> {
     attempts
 }
 
-fn include<'a>(attempt: &mut Attempt<'a>, failure: Failure<'a>) {
-    attempt.told_by.push(failure.known);
+fn include<'a>(attempt: &mut FailedAttempt<'a>, failure: Failure<'a>) {
+    attempt.sources.push(failure.known);
     if let Some(charge) = failure
         .charge
         .filter(|charge| !attempt.charges.contains(charge))
@@ -264,8 +264,8 @@ fn include<'a>(attempt: &mut Attempt<'a>, failure: Failure<'a>) {
     }
 }
 
-fn tries<'a>(known: &[&'a Known]) -> Vec<Try<'a>> {
-    let mut tries: Vec<Try<'a>> = Vec::new();
+fn tries<'a>(known: &[&'a StoredObservation]) -> Vec<FailedTry<'a>> {
+    let mut tries: Vec<FailedTry<'a>> = Vec::new();
     let mut unnamed = Vec::new();
     for &known in known {
         let telling = &known.telling;
@@ -302,7 +302,7 @@ fn tries<'a>(known: &[&'a Known]) -> Vec<Try<'a>> {
 }
 
 /// Nearest first, then the earlier, then the lower id.
-fn nearest<'a>(named: &[(i64, &'a str)], known: &Known) -> Option<&'a str> {
+fn nearest<'a>(named: &[(i64, &'a str)], known: &StoredObservation) -> Option<&'a str> {
     let near = named
         .iter()
         .map(|&(time, charge)| ((time - known.telling.created).abs(), time, charge));
@@ -313,31 +313,31 @@ fn nearest<'a>(named: &[(i64, &'a str)], known: &Known) -> Option<&'a str> {
 
 /// The same charge, or without one the same PaymentIntent in the same second, is the same try.
 fn tell<'a>(
-    tries: &mut Vec<Try<'a>>,
-    known: &'a Known,
+    tries: &mut Vec<FailedTry<'a>>,
+    known: &'a StoredObservation,
     charge: Option<&'a str>,
     intent: Option<&'a str>,
 ) {
     let second = known.telling.created;
-    let same = |t: &&mut Try| {
+    let same = |t: &&mut FailedTry| {
         t.charge == charge && t.intent == intent && (charge.is_some() || t.time == second)
     };
     match tries.iter_mut().find(same) {
         Some(found) => {
-            found.told_by.push(known);
+            found.sources.push(known);
             found.time = found.time.min(second);
         }
-        None => tries.push(Try {
+        None => tries.push(FailedTry {
             charge,
             intent,
-            told_by: vec![known],
+            sources: vec![known],
             time: second,
         }),
     }
 }
 
 /// Attempts that name no charge, and tries that no attempt names, one to one, nearest first.
-fn pair<'a>(attempts: &mut [Attempt<'a>], others: &mut Vec<Try<'a>>) {
+fn pair<'a>(attempts: &mut [FailedAttempt<'a>], others: &mut Vec<FailedTry<'a>>) {
     let mut pairs = Vec::new();
     for (a, attempt) in attempts
         .iter()

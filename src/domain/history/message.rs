@@ -4,22 +4,22 @@
 //! comes from Stripe goes through `redact` first.
 
 use super::fact::{InvoiceFact, by_snapshot, by_type, contradicts};
-use super::failed_attempts::Attempt;
-use super::payment_links::Links;
-use super::{Known, Rank};
+use super::failed_attempts::FailedAttempt;
+use super::payment_links::PaymentLinks;
+use super::{StoredObservation, TieBreak};
 use crate::domain::money;
 use crate::domain::redact::{clean, name};
 use crate::domain::stripe::object::{Charge, CreditNote, Dispute, Invoice, Object, Reason, Refund};
 use crate::domain::time::LAST_SECOND;
 
 /// Those who tell a fact, earliest first, with the invoice that each shows.
-type Tellers<'t, 'a> = &'t [(&'a Known, &'a Invoice)];
+type Sources<'t, 'a> = &'t [(&'a StoredObservation, &'a Invoice)];
 
 /// What every message may need to know about the invoice.
-pub struct Facts<'a, 'k> {
+pub struct InvoiceContext<'a, 'k> {
     pub invoice_id: &'a str,
-    own: &'k [&'a Known],
-    links: &'k Links<'a>,
+    own: &'k [&'a StoredObservation],
+    links: &'k PaymentLinks<'a>,
     number: Option<&'a str>,
     due_date: Option<i64>,
     revision: Option<&'a str>,
@@ -29,17 +29,18 @@ pub struct Facts<'a, 'k> {
     amount_paid: Option<i64>,
 }
 
-impl<'a, 'k> Facts<'a, 'k> {
+impl<'a, 'k> InvoiceContext<'a, 'k> {
     /// `own`: all that belongs to the invoice, earliest first.
     pub fn gather(
         invoice_id: &'a str,
-        own: &'k [&'a Known],
-        links: &'k Links<'a>,
-    ) -> Facts<'a, 'k> {
-        let snapshots: Vec<(&Known, &Invoice)> = own.iter().filter_map(|k| believed(k)).collect();
+        own: &'k [&'a StoredObservation],
+        links: &'k PaymentLinks<'a>,
+    ) -> InvoiceContext<'a, 'k> {
+        let snapshots: Vec<(&StoredObservation, &Invoice)> =
+            own.iter().filter_map(|k| believed(k)).collect();
         let newest = || snapshots.iter().rev().map(|(_, i)| *i);
         let amount_due = newest().find_map(|i| i.amount_due);
-        let is_paid = |k: &Known, i: &Invoice| {
+        let is_paid = |k: &StoredObservation, i: &Invoice| {
             by_snapshot(&k.telling, i, InvoiceFact::Paid)
                 || by_type(&k.telling, i) == Some(InvoiceFact::Paid)
         };
@@ -49,7 +50,7 @@ impl<'a, 'k> Facts<'a, 'k> {
             .map(|(_, i)| *i)
             .collect();
         let amount_paid = collected(&paid).or(amount_due);
-        Facts {
+        InvoiceContext {
             invoice_id,
             own,
             links,
@@ -68,11 +69,11 @@ impl<'a, 'k> Facts<'a, 'k> {
     /// How much an InvoicePayment paid: the event that says so comes first, then whatever else tells.
     pub fn amount_of_payment(&self, id: &str) -> Option<i64> {
         let told = |by_claim: bool| {
-            let told_by = self
+            let sources = self
                 .own
                 .iter()
                 .filter(move |k| (k.telling.kind == "invoice_payment.paid") == by_claim);
-            told_by.filter_map(|k| match &k.telling.object {
+            sources.filter_map(|k| match &k.telling.object {
                 Object::InvoicePayment(payment) if payment.id == id => payment.amount_paid,
                 _ => None,
             })
@@ -81,21 +82,21 @@ impl<'a, 'k> Facts<'a, 'k> {
     }
 
     /// The amount of the payment that these are about: as they tell it, else as any part of the same payment does.
-    fn payment_amount(&self, told_by: &[&Known]) -> Option<i64> {
-        let payment = |k: &Known| {
+    fn payment_amount(&self, sources: &[&StoredObservation]) -> Option<i64> {
+        let payment = |k: &StoredObservation| {
             k.telling
                 .object
                 .names()
                 .iter()
                 .find_map(|(id, _)| self.links.payment_of(id))
         };
-        let payments: Vec<usize> = told_by.iter().filter_map(|k| payment(k)).collect();
+        let payments: Vec<usize> = sources.iter().filter_map(|k| payment(k)).collect();
         let siblings = || {
             self.own
                 .iter()
                 .filter(|k| payment(k).is_some_and(|payment| payments.contains(&payment)))
         };
-        told_by
+        sources
             .iter()
             .find_map(|k| amount(k))
             .or_else(|| siblings().find_map(|k| amount(k)))
@@ -106,24 +107,24 @@ impl<'a, 'k> Facts<'a, 'k> {
     }
 
     /// An amount in the currency that any of the tellers names, else anything known about the invoice.
-    fn money(&self, minor_units: i64, told_by: &[&Known]) -> String {
-        let all = || told_by.iter().chain(self.own).filter_map(|k| currency(k));
+    fn money(&self, minor_units: i64, sources: &[&StoredObservation]) -> String {
+        let all = || sources.iter().chain(self.own).filter_map(|k| currency(k));
         let is_code = |c: &&str| c.len() == 3 && c.bytes().all(|b| b.is_ascii_alphabetic());
         let code = all().find(is_code).or_else(|| all().next()).map(clean);
         money::amount(minor_units, code.as_deref())
     }
 
-    fn money_of_invoice(&self, minor_units: Option<i64>, told_by: Tellers) -> Option<String> {
-        minor_units.map(|amount| self.money(amount, &tellings(told_by)))
+    fn money_of_invoice(&self, minor_units: Option<i64>, sources: Sources) -> Option<String> {
+        minor_units.map(|amount| self.money(amount, &observations(sources)))
     }
 
     /// `amount_due`, from the earliest that tells the fact, else from what else is known.
-    fn due(&self, told_by: Tellers) -> Option<String> {
-        let told = told_by
+    fn due(&self, sources: Sources) -> Option<String> {
+        let told = sources
             .iter()
             .filter_map(|(k, _)| believed(k))
             .find_map(|(_, i)| i.amount_due);
-        self.money_of_invoice(told.or(self.amount_due), told_by)
+        self.money_of_invoice(told.or(self.amount_due), sources)
     }
 
     /// Closes a message with what stands in every one.
@@ -140,7 +141,7 @@ impl<'a, 'k> Facts<'a, 'k> {
 }
 
 /// The snapshot of an invoice, unless the event around it contradicts it.
-fn believed(known: &Known) -> Option<(&Known, &Invoice)> {
+fn believed(known: &StoredObservation) -> Option<(&StoredObservation, &Invoice)> {
     match &known.telling.object {
         Object::Invoice(invoice) if !contradicts(&known.telling, invoice) => Some((known, invoice)),
         _ => None,
@@ -156,7 +157,7 @@ fn collected(paid: &[&Invoice]) -> Option<i64> {
 }
 
 /// What a PaymentIntent or a charge is over.
-fn amount(known: &Known) -> Option<i64> {
+fn amount(known: &StoredObservation) -> Option<i64> {
     match &known.telling.object {
         Object::PaymentIntent(intent) => intent.amount,
         Object::Charge(charge) => charge.amount,
@@ -164,7 +165,7 @@ fn amount(known: &Known) -> Option<i64> {
     }
 }
 
-fn currency(known: &Known) -> Option<&str> {
+fn currency(known: &StoredObservation) -> Option<&str> {
     match &known.telling.object {
         Object::Invoice(_) => believed(known).and_then(|(_, i)| i.currency.as_deref()),
         Object::InvoicePayment(o) => o.currency.as_deref(),
@@ -182,61 +183,61 @@ fn over(amount: Option<String>) -> String {
         .unwrap_or_default()
 }
 
-fn due_on(facts: &Facts) -> Option<String> {
+fn due_on(facts: &InvoiceContext) -> Option<String> {
     facts.due_date.map(moment)
 }
 
-pub fn finalized(facts: &Facts, told_by: Tellers) -> String {
+pub fn finalized(facts: &InvoiceContext, sources: Sources) -> String {
     let due = due_on(facts)
         .map(|due| format!(", due {due}"))
         .unwrap_or_default();
     facts.close(format!(
         "{} was finalized and waits for payment{due}.",
-        capital(&facts.invoice(), &over(facts.due(told_by)))
+        capital(&facts.invoice(), &over(facts.due(sources)))
     ))
 }
 
-pub fn attempt_required(facts: &Facts, told_by: Tellers) -> String {
-    let invoice = capital(&facts.invoice(), &over(facts.due(told_by)));
+pub fn attempt_required(facts: &InvoiceContext, sources: Sources) -> String {
+    let invoice = capital(&facts.invoice(), &over(facts.due(sources)));
     facts.close(format!("{invoice} must be collected outside Stripe: its payment method is one that Stripe cannot charge."))
 }
 
-pub fn overdue(facts: &Facts, told_by: Tellers) -> String {
+pub fn overdue(facts: &InvoiceContext, sources: Sources) -> String {
     let due = due_on(facts)
         .map(|due| format!("; it was due {due}"))
         .unwrap_or_default();
     facts.close(format!(
         "{} is overdue{due}.",
-        capital(&facts.invoice(), &over(facts.due(told_by)))
+        capital(&facts.invoice(), &over(facts.due(sources)))
     ))
 }
 
-pub fn written_off(facts: &Facts, told_by: Tellers) -> String {
+pub fn written_off(facts: &InvoiceContext, sources: Sources) -> String {
     facts.close(format!(
         "{} was written off as uncollectible.",
-        capital(&facts.invoice(), &over(facts.due(told_by)))
+        capital(&facts.invoice(), &over(facts.due(sources)))
     ))
 }
 
-pub fn voided(facts: &Facts, told_by: Tellers) -> String {
+pub fn voided(facts: &InvoiceContext, sources: Sources) -> String {
     let revision = facts
         .revision
         .map(|id| format!(" It was replaced by revision {}.", clean(id)))
         .unwrap_or_default();
-    let invoice = capital(&facts.invoice(), &over(facts.due(told_by)));
+    let invoice = capital(&facts.invoice(), &over(facts.due(sources)));
     facts.close(format!(
         "{invoice} was voided, so nothing is owed.{revision}"
     ))
 }
 
-pub fn paid(facts: &Facts, told_by: Tellers, was_written_off: bool) -> String {
-    let shown: Vec<&Invoice> = told_by
+pub fn paid(facts: &InvoiceContext, sources: Sources, was_written_off: bool) -> String {
+    let shown: Vec<&Invoice> = sources
         .iter()
         .filter_map(|(k, _)| believed(k))
         .map(|(_, i)| i)
         .collect();
     let amount = collected(&shown).or(facts.amount_paid);
-    let money = facts.money_of_invoice(amount, told_by);
+    let money = facts.money_of_invoice(amount, sources);
     let mut text = match (amount, money) {
         (Some(0), Some(money)) => format!(
             "{} is settled: nothing to collect ({money}).",
@@ -262,7 +263,7 @@ pub fn paid(facts: &Facts, told_by: Tellers, was_written_off: bool) -> String {
     let overpaid = shown
         .iter()
         .find_map(|i| i.amount_overpaid.filter(|amount| *amount > 0));
-    if let Some(amount) = facts.money_of_invoice(overpaid, told_by) {
+    if let Some(amount) = facts.money_of_invoice(overpaid, sources) {
         text.push_str(&format!(" It was overpaid by {amount}."));
     }
     if was_written_off {
@@ -271,27 +272,27 @@ pub fn paid(facts: &Facts, told_by: Tellers, was_written_off: bool) -> String {
     facts.close(text)
 }
 
-pub fn finalization_failed(facts: &Facts, told_by: Tellers) -> String {
-    let reason = told_by
+pub fn finalization_failed(facts: &InvoiceContext, sources: Sources) -> String {
+    let reason = sources
         .iter()
         .filter_map(|(k, _)| believed(k))
         .find_map(|(_, i)| i.finalization_error.as_ref());
-    let invoice = format!("{}{}", facts.invoice(), over(facts.due(told_by)));
+    let invoice = format!("{}{}", facts.invoice(), over(facts.due(sources)));
     facts.close(format!(
         "Stripe could not finalize {invoice}{}",
         because(reason)
     ))
 }
 
-pub fn action_required(facts: &Facts, told_by: &[&Known]) -> String {
-    let snapshots = || told_by.iter().filter_map(|k| believed(k)).map(|(_, i)| i);
+pub fn action_required(facts: &InvoiceContext, sources: &[&StoredObservation]) -> String {
+    let snapshots = || sources.iter().filter_map(|k| believed(k)).map(|(_, i)| i);
     let remaining = snapshots().find_map(|i| i.amount_remaining);
     let due = || snapshots().find_map(|i| i.amount_due).or(facts.amount_due);
     let amount = remaining
-        .or_else(|| facts.payment_amount(told_by))
+        .or_else(|| facts.payment_amount(sources))
         .or_else(due);
     let money = amount
-        .map(|amount| format!(" of {}", facts.money(amount, told_by)))
+        .map(|amount| format!(" of {}", facts.money(amount, sources)))
         .unwrap_or_default();
     facts.close(format!(
         "Payment{money} for {} needs the customer to act, for example to authenticate (3D Secure).",
@@ -299,10 +300,10 @@ pub fn action_required(facts: &Facts, told_by: &[&Known]) -> String {
     ))
 }
 
-pub fn in_flight(facts: &Facts, told_by: &[&Known]) -> String {
-    let amount = facts.payment_amount(told_by);
+pub fn in_flight(facts: &InvoiceContext, sources: &[&StoredObservation]) -> String {
+    let amount = facts.payment_amount(sources);
     let money = amount
-        .map(|amount| format!(" of {}", facts.money(amount, told_by)))
+        .map(|amount| format!(" of {}", facts.money(amount, sources)))
         .unwrap_or_default();
     facts.close(format!(
         "Payment{money} for {} is in progress: submitted, and not yet confirmed by the bank.",
@@ -310,11 +311,15 @@ pub fn in_flight(facts: &Facts, told_by: &[&Known]) -> String {
     ))
 }
 
-pub fn partly_funded(facts: &Facts, funded: i64, told_by: &[&Known]) -> String {
-    let arrived = facts.money(funded, told_by);
+pub fn partly_funded(
+    facts: &InvoiceContext,
+    funded: i64,
+    sources: &[&StoredObservation],
+) -> String {
+    let arrived = facts.money(funded, sources);
     let total = facts
-        .payment_amount(told_by)
-        .map(|amount| format!(" of {}", facts.money(amount, told_by)))
+        .payment_amount(sources)
+        .map(|amount| format!(" of {}", facts.money(amount, sources)))
         .unwrap_or_default();
     facts.close(format!(
         "{arrived}{total} has arrived by bank transfer for {}; the rest is outstanding.",
@@ -322,9 +327,13 @@ pub fn partly_funded(facts: &Facts, funded: i64, told_by: &[&Known]) -> String {
     ))
 }
 
-pub fn part_paid(facts: &Facts, amount: Option<i64>, told_by: &[&Known]) -> String {
+pub fn part_paid(
+    facts: &InvoiceContext,
+    amount: Option<i64>,
+    sources: &[&StoredObservation],
+) -> String {
     let money = amount
-        .map(|amount| format!(" of {}", facts.money(amount, told_by)))
+        .map(|amount| format!(" of {}", facts.money(amount, sources)))
         .unwrap_or_default();
     facts.close(format!(
         "Part payment{money} received for {}.",
@@ -333,11 +342,15 @@ pub fn part_paid(facts: &Facts, amount: Option<i64>, told_by: &[&Known]) -> Stri
 }
 
 /// `own`: all tellings of the invoice, where siblings may know the reason.
-pub fn attempt_failed(facts: &Facts, attempt: &Attempt, own: &[&Known]) -> String {
-    let told: Vec<&Known> = attempt
-        .told_by
+pub fn attempt_failed(
+    facts: &InvoiceContext,
+    attempt: &FailedAttempt,
+    own: &[&StoredObservation],
+) -> String {
+    let told: Vec<&StoredObservation> = attempt
+        .sources
         .iter()
-        .chain(attempt.tries.iter().flat_map(|t| &t.told_by))
+        .chain(attempt.tries.iter().flat_map(|t| &t.sources))
         .copied()
         .collect();
     let charges: Vec<&str> = attempt
@@ -346,14 +359,14 @@ pub fn attempt_failed(facts: &Facts, attempt: &Attempt, own: &[&Known]) -> Strin
         .copied()
         .chain(attempt.tries.iter().filter_map(|t| t.charge))
         .collect();
-    let payments: Vec<&Known> = own
+    let payments: Vec<&StoredObservation> = own
         .iter()
         .copied()
         .filter(|k| is_about(k, &charges) || told.iter().any(|t| t.key == k.key))
         .collect();
     let snapshots = || {
         attempt
-            .told_by
+            .sources
             .iter()
             .filter_map(|k| believed(k))
             .map(|(_, i)| i)
@@ -387,7 +400,7 @@ pub fn attempt_failed(facts: &Facts, attempt: &Attempt, own: &[&Known]) -> Strin
 }
 
 /// Tells of one of these charges, or of the error of one.
-fn is_about(known: &Known, charges: &[&str]) -> bool {
+fn is_about(known: &StoredObservation, charges: &[&str]) -> bool {
     match &known.telling.object {
         Object::Charge(charge) => charges.contains(&charge.id.as_str()),
         Object::PaymentIntent(intent) => intent
@@ -399,7 +412,7 @@ fn is_about(known: &Known, charges: &[&str]) -> bool {
 }
 
 /// The PaymentIntent's word before the charge's; each first the more exact code.
-fn failure_reason(payments: &[&Known]) -> Option<Reason> {
+fn failure_reason(payments: &[&StoredObservation]) -> Option<Reason> {
     let errors = || {
         payments.iter().filter_map(|k| match &k.telling.object {
             Object::PaymentIntent(intent) => intent.error.as_ref(),
@@ -422,27 +435,27 @@ fn failure_reason(payments: &[&Known]) -> Option<Reason> {
     (code.is_some() || message.is_some()).then_some(Reason { code, message })
 }
 
-fn out_of(facts: &Facts, told_by: &[&Known]) -> String {
+fn out_of(facts: &InvoiceContext, sources: &[&StoredObservation]) -> String {
     let paid = facts.amount_paid.filter(|paid| *paid != 0);
-    paid.map(|paid| format!(" of {}", facts.money(paid, told_by)))
+    paid.map(|paid| format!(" of {}", facts.money(paid, sources)))
         .unwrap_or_default()
 }
 
 /// The tellings, without what they show.
-fn tellings<'a, T>(told: &[(&'a Known, &T)]) -> Vec<&'a Known> {
+fn observations<'a, T>(told: &[(&'a StoredObservation, &T)]) -> Vec<&'a StoredObservation> {
     told.iter().map(|(k, _)| *k).collect()
 }
 
-pub fn refunded(facts: &Facts, told: &[(&Known, &Refund)]) -> String {
-    let told_by = tellings(told);
+pub fn refunded(facts: &InvoiceContext, told: &[(&StoredObservation, &Refund)]) -> String {
+    let sources = observations(told);
     let amount = told
         .iter()
         .find_map(|(_, r)| r.amount)
-        .map(|amount| facts.money(amount, &told_by));
+        .map(|amount| facts.money(amount, &sources));
     facts.close(match amount {
         Some(amount) => format!(
             "Refunded {amount}{} for {}.",
-            out_of(facts, &told_by),
+            out_of(facts, &sources),
             facts.invoice()
         ),
         None => format!("A refund was made for {}.", facts.invoice()),
@@ -450,17 +463,17 @@ pub fn refunded(facts: &Facts, told: &[(&Known, &Refund)]) -> String {
 }
 
 pub fn refund_failed(
-    facts: &Facts,
-    told: &[(&Known, &Refund)],
-    failed: &[(&Known, &Refund)],
+    facts: &InvoiceContext,
+    told: &[(&StoredObservation, &Refund)],
+    failed: &[(&StoredObservation, &Refund)],
 ) -> String {
-    let told_by = tellings(told);
+    let sources = observations(told);
     let amount = told
         .iter()
         .find_map(|(_, r)| r.amount)
-        .map(|amount| facts.money(amount, &told_by));
+        .map(|amount| facts.money(amount, &sources));
     let of_how_much = amount
-        .map(|amount| format!(" of {amount}{}", out_of(facts, &told_by)))
+        .map(|amount| format!(" of {amount}{}", out_of(facts, &sources)))
         .unwrap_or_default();
     let canceled = failed
         .iter()
@@ -478,18 +491,22 @@ pub fn refund_failed(
     ))
 }
 
-pub fn charge_refunded(facts: &Facts, amount: i64, told: &[(&Known, &Charge)]) -> String {
-    let told_by = tellings(told);
-    let amount = facts.money(amount, &told_by);
+pub fn charge_refunded(
+    facts: &InvoiceContext,
+    amount: i64,
+    told: &[(&StoredObservation, &Charge)],
+) -> String {
+    let sources = observations(told);
+    let amount = facts.money(amount, &sources);
     facts.close(format!(
         "Refunded {amount}{} for {}.",
-        out_of(facts, &told_by),
+        out_of(facts, &sources),
         facts.invoice()
     ))
 }
 
-fn note(facts: &Facts, told: &[(&Known, &CreditNote)]) -> String {
-    let told_by = tellings(told);
+fn note(facts: &InvoiceContext, told: &[(&StoredObservation, &CreditNote)]) -> String {
+    let sources = observations(told);
     let number = told
         .iter()
         .find_map(|(_, n)| n.number.as_deref())
@@ -498,31 +515,34 @@ fn note(facts: &Facts, told: &[(&Known, &CreditNote)]) -> String {
     let amount = told
         .iter()
         .find_map(|(_, n)| n.amount)
-        .map(|amount| facts.money(amount, &told_by));
+        .map(|amount| facts.money(amount, &sources));
     format!("redit note{number}{} for {}", over(amount), facts.invoice())
 }
 
-pub fn credit_note(facts: &Facts, told: &[(&Known, &CreditNote)]) -> String {
+pub fn credit_note(facts: &InvoiceContext, told: &[(&StoredObservation, &CreditNote)]) -> String {
     facts.close(format!("C{} was issued after payment.", note(facts, told)))
 }
 
-pub fn credit_note_voided(facts: &Facts, told: &[(&Known, &CreditNote)]) -> String {
+pub fn credit_note_voided(
+    facts: &InvoiceContext,
+    told: &[(&StoredObservation, &CreditNote)],
+) -> String {
     facts.close(format!("C{} was voided.", note(facts, told)))
 }
 
 /// `told`: all that is known of the dispute; `of_kind`: what tells this step of it.
 pub fn dispute(
-    facts: &Facts,
-    step: Rank,
-    told: &[(&Known, &Dispute)],
-    of_kind: &[(&Known, &Dispute)],
+    facts: &InvoiceContext,
+    step: TieBreak,
+    told: &[(&StoredObservation, &Dispute)],
+    of_kind: &[(&StoredObservation, &Dispute)],
 ) -> String {
-    let told_by = tellings(told);
+    let sources = observations(told);
     let amount = of_kind
         .iter()
         .chain(told)
         .find_map(|(_, d)| d.amount)
-        .map(|amount| facts.money(amount, &told_by));
+        .map(|amount| facts.money(amount, &sources));
     let of_how_much = amount
         .map(|amount| format!(" of {amount}"))
         .unwrap_or_default();
@@ -541,13 +561,13 @@ pub fn dispute(
             .unwrap_or_default()
     };
     facts.close(match step {
-        Rank::FundsWithdrawn => {
+        TieBreak::FundsWithdrawn => {
             format!("Disputed: Stripe withdrew the disputed payment{of_how_much} for {invoice}.")
         }
-        Rank::FundsReinstated => {
+        TieBreak::FundsReinstated => {
             format!("Disputed: Stripe returned the disputed payment{of_how_much} for {invoice}.")
         }
-        Rank::DisputeClosed => format!(
+        TieBreak::DisputeClosed => format!(
             "The dispute over the payment{of_how_much} for {invoice} was closed{}.",
             result()
         ),

@@ -13,25 +13,25 @@ mod refunds_and_disputes;
 use std::collections::{BTreeMap, HashSet};
 
 use super::history::fact::{InvoiceFact, SHOWN_BY_SNAPSHOTS, by_snapshot, by_type, contradicts};
-use super::history::failed_attempts::{Attempt, failed_attempts};
-use super::history::payment_links::Links;
-use super::invoice::document::{ImportedState, State};
-use super::stripe::event::{EventKey, Telling};
+use super::history::failed_attempts::{FailedAttempt, failed_attempts};
+use super::history::payment_links::PaymentLinks;
+use super::invoice::document::{ImportedState, PaymentState};
+use super::stripe::event::{EventKey, Observation};
 use super::stripe::object::{Invoice, Object};
-use message::Facts;
-use refunds_and_disputes::Returned;
+use message::InvoiceContext;
+use refunds_and_disputes::RefundsAndDisputes;
 
 /// A telling, and the stored event that it came with.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Known {
+pub struct StoredObservation {
     pub key: EventKey,
-    pub telling: Telling,
+    pub telling: Observation,
 }
 
 /// One entry of `status.states`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
-    pub state: State,
+    pub state: PaymentState,
     /// Unix milliseconds.
     pub timestamp_ms: i64,
     pub message: Option<String>,
@@ -41,7 +41,7 @@ pub struct Entry {
 
 /// Where in a history an entry stands: what leads nowhere further is last, then time, then what is usual within a second.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(in crate::domain) enum Stage {
+pub(in crate::domain) enum Phase {
     Open,
     Voided,
     Paid,
@@ -50,7 +50,7 @@ pub(in crate::domain) enum Stage {
 
 /// The usual order of things that happen in the same second.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(in crate::domain) enum Rank {
+pub(in crate::domain) enum TieBreak {
     FinalizationFailed,
     Finalized,
     AttemptRequired,
@@ -73,35 +73,35 @@ pub(in crate::domain) enum Rank {
 }
 
 /// An entry before it is put in its place.
-pub(in crate::domain) struct Draft<'a> {
-    pub stage: Stage,
+pub(in crate::domain) struct PendingEntry<'a> {
+    pub stage: Phase,
     /// Unix seconds.
     pub time: i64,
-    pub rank: Rank,
+    pub rank: TieBreak,
     /// The attempt's number, else 0.
     pub number: i64,
     pub object_id: &'a str,
-    pub state: State,
+    pub state: PaymentState,
     pub message: String,
-    pub told_by: Vec<&'a Known>,
+    pub sources: Vec<&'a StoredObservation>,
 }
 
 /// Folds what is known into the history. `known` may hold more than belongs to the invoice, in any order, repeated.
 pub fn fold(
     stripe_invoice_id: Option<&str>,
     imported: &[ImportedState],
-    known: &[Known],
+    known: &[StoredObservation],
 ) -> Vec<Entry> {
     let computed = match stripe_invoice_id {
         Some(invoice_id) => compute(invoice_id, imported, known),
         None => Vec::new(),
     };
-    let imported_paid = imported.iter().any(|i| i.state == State::Paid);
+    let imported_paid = imported.iter().any(|i| i.state == PaymentState::Paid);
     let mut entries: Vec<Entry> = imported.iter().map(imported_entry).collect();
     for draft in computed {
         let counts = match draft.stage {
-            Stage::Open | Stage::Voided => !imported_paid,
-            Stage::Paid | Stage::Information => true,
+            Phase::Open | Phase::Voided => !imported_paid,
+            Phase::Paid | Phase::Information => true,
         };
         let timestamp_ms = draft.time * 1000;
         let came_with_the_invoice = imported
@@ -110,7 +110,7 @@ pub fn fold(
         if !counts || came_with_the_invoice {
             continue;
         }
-        let proofs = draft.told_by.iter().map(|k| k.key).collect();
+        let proofs = draft.sources.iter().map(|k| k.key).collect();
         let entry = Entry {
             state: draft.state,
             timestamp_ms,
@@ -128,10 +128,11 @@ pub fn fold(
 }
 
 /// Whether Stripe's API may know why the latest attempt to collect this invoice failed, which no event told.
-pub fn lacks_reason(stripe_invoice_id: &str, known: &[Known]) -> bool {
+pub fn lacks_reason(stripe_invoice_id: &str, known: &[StoredObservation]) -> bool {
     let known = without_twins(known);
-    let links = Links::read(known.iter().map(|k| &k.telling));
-    let is_own = |k: &&Known| links.invoice_of(&k.telling.object) == Some(stripe_invoice_id);
+    let links = PaymentLinks::read(known.iter().map(|k| &k.telling));
+    let is_own =
+        |k: &&StoredObservation| links.invoice_of(&k.telling.object) == Some(stripe_invoice_id);
     super::history::failed_attempts::lacks_reason(
         &known.iter().copied().filter(is_own).collect::<Vec<_>>(),
     )
@@ -149,17 +150,17 @@ fn imported_entry(state: &ImportedState) -> Entry {
 fn compute<'a>(
     invoice_id: &'a str,
     imported: &[ImportedState],
-    known: &'a [Known],
-) -> Vec<Draft<'a>> {
+    known: &'a [StoredObservation],
+) -> Vec<PendingEntry<'a>> {
     let known = without_twins(known);
-    let links = Links::read(known.iter().map(|k| &k.telling));
-    let own: Vec<&Known> = known
+    let links = PaymentLinks::read(known.iter().map(|k| &k.telling));
+    let own: Vec<&StoredObservation> = known
         .into_iter()
         .filter(|k| links.invoice_of(&k.telling.object) == Some(invoice_id))
         .collect();
     let attempts = failed_attempts(&own);
-    let gathered = Gathered::new(&own, &links, &attempts);
-    let facts = Facts::gather(invoice_id, &own, &links);
+    let gathered = HistoryBuilder::new(&own, &links, &attempts);
+    let facts = InvoiceContext::gather(invoice_id, &own, &links);
 
     let mut drafts = gathered.stated(&facts);
     drafts.extend(gathered.action_required(&facts));
@@ -171,22 +172,22 @@ fn compute<'a>(
 
     let paid_by_import = imported
         .iter()
-        .filter(|i| i.state == State::Paid)
+        .filter(|i| i.state == PaymentState::Paid)
         .map(|i| i.timestamp_ms);
     let paid_by_stripe = drafts
         .iter()
-        .filter(|d| d.stage == Stage::Paid)
+        .filter(|d| d.stage == Phase::Paid)
         .map(|d| d.time * 1000);
     if let Some(paid_ms) = paid_by_import.chain(paid_by_stripe).min() {
-        let returned = Returned { own: &own, paid_ms };
+        let returned = RefundsAndDisputes { own: &own, paid_ms };
         drafts.extend(refunds_and_disputes::entries(&returned, &facts));
     }
     drafts.sort_by(|a, b| a.place().cmp(&b.place()));
     drafts
 }
 
-impl Draft<'_> {
-    fn place(&self) -> (Stage, i64, Rank, i64, &str, &str) {
+impl PendingEntry<'_> {
+    fn place(&self) -> (Phase, i64, TieBreak, i64, &str, &str) {
         (
             self.stage,
             self.time,
@@ -200,18 +201,18 @@ impl Draft<'_> {
 
 /// A thin event whose snapshot twin is known says nothing of its own. Earliest first, in an order that does not depend on
 /// how the tellings came.
-fn without_twins(known: &[Known]) -> Vec<&Known> {
+fn without_twins(known: &[StoredObservation]) -> Vec<&StoredObservation> {
     let snapshots: HashSet<&str> = known
         .iter()
         .filter(|k| !k.telling.thin && !k.telling.fetched)
         .map(|k| k.telling.id.as_str())
         .collect();
-    let is_twin = |t: &Telling| {
+    let is_twin = |t: &Observation| {
         t.snapshot_event
             .as_deref()
             .is_some_and(|id| snapshots.contains(id))
     };
-    let mut kept: Vec<&Known> = known.iter().filter(|k| !is_twin(&k.telling)).collect();
+    let mut kept: Vec<&StoredObservation> = known.iter().filter(|k| !is_twin(&k.telling)).collect();
     kept.sort_by(|a, b| {
         (a.telling.created, &a.telling.id, a.key).cmp(&(b.telling.created, &b.telling.id, b.key))
     });
@@ -220,25 +221,29 @@ fn without_twins(known: &[Known]) -> Vec<&Known> {
 }
 
 /// Transition times, and who told what, of one invoice.
-struct Gathered<'a, 'k> {
-    own: &'k [&'a Known],
-    links: &'k Links<'a>,
+struct HistoryBuilder<'a, 'k> {
+    own: &'k [&'a StoredObservation],
+    links: &'k PaymentLinks<'a>,
     /// When attempts failed, ascending: what rounds are counted by.
     failures: Vec<i64>,
 }
 
-impl<'a, 'k> Gathered<'a, 'k> {
-    fn new(own: &'k [&'a Known], links: &'k Links<'a>, attempts: &[Attempt]) -> Self {
-        let mut failures: Vec<i64> = attempts.iter().map(Attempt::time).collect();
+impl<'a, 'k> HistoryBuilder<'a, 'k> {
+    fn new(
+        own: &'k [&'a StoredObservation],
+        links: &'k PaymentLinks<'a>,
+        attempts: &[FailedAttempt],
+    ) -> Self {
+        let mut failures: Vec<i64> = attempts.iter().map(FailedAttempt::time).collect();
         failures.sort_unstable();
-        Gathered {
+        HistoryBuilder {
             own,
             links,
             failures,
         }
     }
 
-    fn invoices(&self) -> impl Iterator<Item = (&'a Known, &'a Invoice)> {
+    fn invoices(&self) -> impl Iterator<Item = (&'a StoredObservation, &'a Invoice)> {
         self.own.iter().filter_map(|&k| match &k.telling.object {
             Object::Invoice(invoice) => Some((k, &**invoice)),
             _ => None,
@@ -251,54 +256,64 @@ impl<'a, 'k> Gathered<'a, 'k> {
     }
 
     /// Facts that stand once in a history.
-    fn stated(&self, facts: &Facts<'a, '_>) -> Vec<Draft<'a>> {
+    fn stated(&self, facts: &InvoiceContext<'a, '_>) -> Vec<PendingEntry<'a>> {
         use InvoiceFact::*;
         let once = [
             (
                 Finalized,
-                Stage::Open,
-                Rank::Finalized,
-                State::PaymentPending,
+                Phase::Open,
+                TieBreak::Finalized,
+                PaymentState::PaymentPending,
             ),
             (
                 AttemptRequired,
-                Stage::Open,
-                Rank::AttemptRequired,
-                State::PaymentPending,
+                Phase::Open,
+                TieBreak::AttemptRequired,
+                PaymentState::PaymentPending,
             ),
-            (Overdue, Stage::Open, Rank::Overdue, State::PaymentPending),
+            (
+                Overdue,
+                Phase::Open,
+                TieBreak::Overdue,
+                PaymentState::PaymentPending,
+            ),
             (
                 WrittenOff,
-                Stage::Open,
-                Rank::WrittenOff,
-                State::PaymentFailed,
+                Phase::Open,
+                TieBreak::WrittenOff,
+                PaymentState::PaymentFailed,
             ),
-            (Voided, Stage::Voided, Rank::Settled, State::PaymentFailed),
-            (Paid, Stage::Paid, Rank::Settled, State::Paid),
+            (
+                Voided,
+                Phase::Voided,
+                TieBreak::Settled,
+                PaymentState::PaymentFailed,
+            ),
+            (Paid, Phase::Paid, TieBreak::Settled, PaymentState::Paid),
         ];
         let told = once.map(|(fact, ..)| self.tellers(fact));
         let is_told = |fact| {
             once.iter()
                 .zip(&told)
-                .any(|(row, told_by)| row.0 == fact && !told_by.is_empty())
+                .any(|(row, sources)| row.0 == fact && !sources.is_empty())
         };
         let written_off = is_told(WrittenOff);
         let mut drafts = Vec::new();
-        for ((fact, stage, rank, state), told_by) in once.into_iter().zip(&told) {
-            if told_by.is_empty() {
+        for ((fact, stage, rank, state), sources) in once.into_iter().zip(&told) {
+            if sources.is_empty() {
                 continue;
             }
             let message = match fact {
-                Finalized => message::finalized(facts, told_by),
-                AttemptRequired => message::attempt_required(facts, told_by),
-                Overdue => message::overdue(facts, told_by),
-                WrittenOff => message::written_off(facts, told_by),
-                Voided => message::voided(facts, told_by),
-                _ => message::paid(facts, told_by, written_off),
+                Finalized => message::finalized(facts, sources),
+                AttemptRequired => message::attempt_required(facts, sources),
+                Overdue => message::overdue(facts, sources),
+                WrittenOff => message::written_off(facts, sources),
+                Voided => message::voided(facts, sources),
+                _ => message::paid(facts, sources, written_off),
             };
-            let time = time_of(fact, told_by);
-            let told_by = told_by.iter().map(|(k, _)| *k).collect();
-            drafts.push(Draft {
+            let time = time_of(fact, sources);
+            let sources = sources.iter().map(|(k, _)| *k).collect();
+            drafts.push(PendingEntry {
                 stage,
                 time,
                 rank,
@@ -306,22 +321,22 @@ impl<'a, 'k> Gathered<'a, 'k> {
                 object_id: facts.invoice_id,
                 state,
                 message,
-                told_by,
+                sources,
             });
         }
         drafts
     }
 
-    fn tellers(&self, fact: InvoiceFact) -> Vec<(&'a Known, &'a Invoice)> {
+    fn tellers(&self, fact: InvoiceFact) -> Vec<(&'a StoredObservation, &'a Invoice)> {
         let shown = SHOWN_BY_SNAPSHOTS.contains(&fact);
-        let tells = |k: &Known, i: &Invoice| {
+        let tells = |k: &StoredObservation, i: &Invoice| {
             by_type(&k.telling, i) == Some(fact) || (shown && by_snapshot(&k.telling, i, fact))
         };
         self.invoices().filter(|(k, i)| tells(k, i)).collect()
     }
 
-    fn action_required(&self, facts: &Facts<'a, '_>) -> Vec<Draft<'a>> {
-        let of_type = |kind: &str| -> Vec<&'a Known> {
+    fn action_required(&self, facts: &InvoiceContext<'a, '_>) -> Vec<PendingEntry<'a>> {
+        let of_type = |kind: &str| -> Vec<&'a StoredObservation> {
             self.own
                 .iter()
                 .copied()
@@ -330,7 +345,7 @@ impl<'a, 'k> Gathered<'a, 'k> {
         };
         let by_invoice = of_type("invoice.payment_action_required");
         let by_intent = of_type("payment_intent.requires_action");
-        let mut rounds: BTreeMap<usize, Vec<&'a Known>> = BTreeMap::new();
+        let mut rounds: BTreeMap<usize, Vec<&'a StoredObservation>> = BTreeMap::new();
         for (tellers, siblings) in [(&by_invoice, &by_intent), (&by_intent, &by_invoice)] {
             for known in tellers {
                 let second = known.telling.created;
@@ -346,21 +361,21 @@ impl<'a, 'k> Gathered<'a, 'k> {
                     .push(known);
             }
         }
-        let drafts = rounds.into_values().map(|told_by| {
-            let told_by = in_order(told_by);
+        let drafts = rounds.into_values().map(|sources| {
+            let sources = in_order(sources);
             open(
-                Rank::ActionRequired,
-                State::PaymentPending,
+                TieBreak::ActionRequired,
+                PaymentState::PaymentPending,
                 "",
-                message::action_required(facts, &told_by),
-                told_by,
+                message::action_required(facts, &sources),
+                sources,
             )
         });
         drafts.collect()
     }
 
-    fn in_flight(&self, facts: &Facts<'a, '_>) -> Vec<Draft<'a>> {
-        let mut flights: BTreeMap<(&'a str, usize), Vec<&'a Known>> = BTreeMap::new();
+    fn in_flight(&self, facts: &InvoiceContext<'a, '_>) -> Vec<PendingEntry<'a>> {
+        let mut flights: BTreeMap<(&'a str, usize), Vec<&'a StoredObservation>> = BTreeMap::new();
         for &known in self.own {
             let payment = match (&known.telling.object, known.telling.kind.as_str()) {
                 (Object::PaymentIntent(intent), "payment_intent.processing") => intent.id.as_str(),
@@ -376,20 +391,20 @@ impl<'a, 'k> Gathered<'a, 'k> {
                 .or_default()
                 .push(known);
         }
-        let drafts = flights.into_iter().map(|((payment, _), told_by)| {
+        let drafts = flights.into_iter().map(|((payment, _), sources)| {
             open(
-                Rank::InFlight,
-                State::PaymentInProgress,
+                TieBreak::InFlight,
+                PaymentState::PaymentInProgress,
                 payment,
-                message::in_flight(facts, &told_by),
-                told_by,
+                message::in_flight(facts, &sources),
+                sources,
             )
         });
         drafts.collect()
     }
 
-    fn partly_funded(&self, facts: &Facts<'a, '_>) -> Vec<Draft<'a>> {
-        let mut funded: BTreeMap<(&'a str, i64), Vec<&'a Known>> = BTreeMap::new();
+    fn partly_funded(&self, facts: &InvoiceContext<'a, '_>) -> Vec<PendingEntry<'a>> {
+        let mut funded: BTreeMap<(&'a str, i64), Vec<&'a StoredObservation>> = BTreeMap::new();
         for &known in self.own {
             if let (Object::PaymentIntent(intent), "payment_intent.partially_funded") =
                 (&known.telling.object, known.telling.kind.as_str())
@@ -398,26 +413,26 @@ impl<'a, 'k> Gathered<'a, 'k> {
                 funded.entry((&intent.id, amount)).or_default().push(known);
             }
         }
-        let drafts = funded.into_iter().map(|((intent, amount), told_by)| {
+        let drafts = funded.into_iter().map(|((intent, amount), sources)| {
             open(
-                Rank::PartlyFunded,
-                State::PaymentInProgress,
+                TieBreak::PartlyFunded,
+                PaymentState::PaymentInProgress,
                 intent,
-                message::partly_funded(facts, amount, &told_by),
-                told_by,
+                message::partly_funded(facts, amount, &sources),
+                sources,
             )
         });
         drafts.collect()
     }
 
     /// Left out when it is no part, but the payment: it covers at least what a paid invoice was due.
-    fn part_paid(&self, facts: &Facts<'a, '_>) -> Vec<Draft<'a>> {
+    fn part_paid(&self, facts: &InvoiceContext<'a, '_>) -> Vec<PendingEntry<'a>> {
         let paid = self.tellers(InvoiceFact::Paid);
         let shown_paid = paid
             .iter()
             .filter(|(k, i)| by_snapshot(&k.telling, i, InvoiceFact::Paid));
         let lowest_due = shown_paid.filter_map(|(_, i)| i.amount_due).min();
-        let mut parts: BTreeMap<&'a str, Vec<&'a Known>> = BTreeMap::new();
+        let mut parts: BTreeMap<&'a str, Vec<&'a StoredObservation>> = BTreeMap::new();
         for &known in self.own {
             if let (Object::InvoicePayment(part), "invoice_payment.paid") =
                 (&known.telling.object, known.telling.kind.as_str())
@@ -425,25 +440,25 @@ impl<'a, 'k> Gathered<'a, 'k> {
                 parts.entry(&part.id).or_default().push(known);
             }
         }
-        let drafts = parts.into_iter().filter_map(|(id, told_by)| {
+        let drafts = parts.into_iter().filter_map(|(id, sources)| {
             let amount = facts.amount_of_payment(id);
             let is_all = amount.is_none_or(|amount| lowest_due.is_some_and(|due| amount >= due));
-            let message = message::part_paid(facts, amount, &told_by);
+            let message = message::part_paid(facts, amount, &sources);
             (paid.is_empty() || !is_all).then(|| {
                 open(
-                    Rank::PartPaid,
-                    State::PaymentInProgress,
+                    TieBreak::PartPaid,
+                    PaymentState::PaymentInProgress,
                     id,
                     message,
-                    told_by,
+                    sources,
                 )
             })
         });
         drafts.collect()
     }
 
-    fn finalization_failed(&self, facts: &Facts<'a, '_>) -> Vec<Draft<'a>> {
-        let mut seconds: BTreeMap<i64, Vec<(&'a Known, &'a Invoice)>> = BTreeMap::new();
+    fn finalization_failed(&self, facts: &InvoiceContext<'a, '_>) -> Vec<PendingEntry<'a>> {
+        let mut seconds: BTreeMap<i64, Vec<(&'a StoredObservation, &'a Invoice)>> = BTreeMap::new();
         for (known, invoice) in self.tellers(InvoiceFact::FinalizationFailed) {
             seconds
                 .entry(known.telling.created)
@@ -452,64 +467,68 @@ impl<'a, 'k> Gathered<'a, 'k> {
         }
         let drafts = seconds.into_values().map(|tellers| {
             let message = message::finalization_failed(facts, &tellers);
-            let told_by = tellers.into_iter().map(|(k, _)| k).collect();
+            let sources = tellers.into_iter().map(|(k, _)| k).collect();
             open(
-                Rank::FinalizationFailed,
-                State::PaymentFailed,
+                TieBreak::FinalizationFailed,
+                PaymentState::PaymentFailed,
                 facts.invoice_id,
                 message,
-                told_by,
+                sources,
             )
         });
         drafts.collect()
     }
 }
 
-fn failed<'a>(attempt: &Attempt<'a>, own: &[&'a Known], facts: &Facts<'a, '_>) -> Draft<'a> {
-    let told_by = attempt
-        .told_by
+fn failed<'a>(
+    attempt: &FailedAttempt<'a>,
+    own: &[&'a StoredObservation],
+    facts: &InvoiceContext<'a, '_>,
+) -> PendingEntry<'a> {
+    let sources = attempt
+        .sources
         .iter()
-        .chain(attempt.tries.iter().flat_map(|t| &t.told_by))
+        .chain(attempt.tries.iter().flat_map(|t| &t.sources))
         .copied()
         .collect();
-    Draft {
-        stage: Stage::Open,
+    PendingEntry {
+        stage: Phase::Open,
         time: attempt.time(),
-        rank: Rank::Failed,
+        rank: TieBreak::Failed,
         number: attempt.number.unwrap_or(0),
         object_id: attempt.object_id(),
-        state: State::PaymentFailed,
+        state: PaymentState::PaymentFailed,
         message: message::attempt_failed(facts, attempt, own),
-        told_by: in_order(told_by),
+        sources: in_order(sources),
     }
 }
 
 /// A draft whose time is the earliest `created` of those who tell it.
 fn open<'a>(
-    rank: Rank,
-    state: State,
+    rank: TieBreak,
+    state: PaymentState,
     object_id: &'a str,
     message: String,
-    told_by: Vec<&'a Known>,
-) -> Draft<'a> {
-    let time = told_by
+    sources: Vec<&'a StoredObservation>,
+) -> PendingEntry<'a> {
+    let time = sources
         .iter()
         .map(|k| k.telling.created)
         .min()
         .unwrap_or_default();
-    Draft {
-        stage: Stage::Open,
+    PendingEntry {
+        stage: Phase::Open,
         time,
         rank,
         number: 0,
         object_id,
         state,
         message,
-        told_by,
+        sources,
     }
 }
 
-pub(in crate::domain) fn in_order(mut known: Vec<&Known>) -> Vec<&Known> {
+pub(in crate::domain) fn in_order(mut known: Vec<&StoredObservation>) -> Vec<&StoredObservation> {
     known.sort_by(|a, b| {
         (a.telling.created, &a.telling.id, a.key).cmp(&(b.telling.created, &b.telling.id, b.key))
     });
@@ -518,7 +537,7 @@ pub(in crate::domain) fn in_order(mut known: Vec<&Known>) -> Vec<&Known> {
 
 /// When a fact became true: Stripe's own transition time where a snapshot has it, else the earliest event of its row, else
 /// the earliest event that shows it; where only the API tells it, what its snapshot says, simulated or not.
-fn time_of(fact: InvoiceFact, told_by: &[(&Known, &Invoice)]) -> i64 {
+fn time_of(fact: InvoiceFact, sources: &[(&StoredObservation, &Invoice)]) -> i64 {
     let transition = |i: &Invoice| match fact {
         InvoiceFact::Finalized => i.finalized_at,
         InvoiceFact::WrittenOff => i.marked_uncollectible_at,
@@ -526,12 +545,12 @@ fn time_of(fact: InvoiceFact, told_by: &[(&Known, &Invoice)]) -> i64 {
         InvoiceFact::Paid => i.paid_at,
         _ => None,
     };
-    let believed = || told_by.iter().filter(|(k, i)| !contradicts(&k.telling, i));
+    let believed = || sources.iter().filter(|(k, i)| !contradicts(&k.telling, i));
     let real = believed()
         .filter(|(_, i)| i.test_clock.is_none())
         .filter_map(|(_, i)| transition(i))
         .min();
-    let events = || told_by.iter().filter(|(k, _)| !k.telling.fetched);
+    let events = || sources.iter().filter(|(k, _)| !k.telling.fetched);
     let in_row = || {
         events()
             .filter(|(k, i)| by_type(&k.telling, i) == Some(fact))
@@ -540,7 +559,7 @@ fn time_of(fact: InvoiceFact, told_by: &[(&Known, &Invoice)]) -> i64 {
     };
     let shown = || events().map(|(k, _)| k.telling.created).min();
     let simulated = || believed().filter_map(|(_, i)| transition(i)).min();
-    let made = || told_by.iter().filter_map(|(_, i)| i.created).min();
+    let made = || sources.iter().filter_map(|(_, i)| i.created).min();
     real.or_else(in_row)
         .or_else(shown)
         .or_else(simulated)

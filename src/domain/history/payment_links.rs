@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use crate::domain::stripe::event::Telling;
+use crate::domain::stripe::event::Observation;
 use crate::domain::stripe::object::Object;
 
 /// How good the reason is to believe that a payment belongs to an invoice: the lowest wins.
@@ -18,7 +18,7 @@ enum Ground {
 }
 
 /// What is known of the objects that a set of tellings names.
-pub struct Links<'a> {
+pub struct PaymentLinks<'a> {
     /// Payment objects joined: each id points to its group.
     groups: Groups<'a>,
     /// The invoice that each group belongs to.
@@ -29,21 +29,21 @@ pub struct Links<'a> {
     documents: BTreeMap<&'a str, &'a str>,
 }
 
-impl<'a> Links<'a> {
-    pub fn read(tellings: impl Iterator<Item = &'a Telling> + Clone) -> Links<'a> {
+impl<'a> PaymentLinks<'a> {
+    pub fn read(observations: impl Iterator<Item = &'a Observation> + Clone) -> PaymentLinks<'a> {
         let mut groups = Groups::default();
         let mut documents = BTreeMap::new();
-        for telling in tellings.clone() {
+        for telling in observations.clone() {
             join_parts(&telling.object, &mut groups, &mut documents);
         }
-        let mut links = Links {
+        let mut links = PaymentLinks {
             groups,
             owners: HashMap::new(),
             intents: HashMap::new(),
             documents,
         };
-        links.find_owners(tellings.clone());
-        for telling in tellings {
+        links.find_owners(observations.clone());
+        for telling in observations {
             if let Object::PaymentIntent(intent) = &telling.object {
                 links.note_intent(&intent.id);
             } else if let Some(intent) = named_intent(&telling.object) {
@@ -86,9 +86,9 @@ impl<'a> Links<'a> {
         }
     }
 
-    fn find_owners(&mut self, tellings: impl Iterator<Item = &'a Telling>) {
+    fn find_owners(&mut self, observations: impl Iterator<Item = &'a Observation>) {
         let mut best: HashMap<usize, (Ground, &'a str)> = HashMap::new();
-        for telling in tellings {
+        for telling in observations {
             for (part, ground, invoice) in claims(&telling.object, &self.documents) {
                 let Some(group) = self.groups.find(part) else {
                     continue;

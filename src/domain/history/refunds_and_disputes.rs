@@ -4,19 +4,22 @@
 
 use std::collections::BTreeMap;
 
-use super::message::{self, Facts};
-use super::{Draft, Known, Rank, Stage};
-use crate::domain::invoice::document::State;
+use super::message::{self, InvoiceContext};
+use super::{PendingEntry, Phase, StoredObservation, TieBreak};
+use crate::domain::invoice::document::PaymentState;
 use crate::domain::stripe::object::{Charge, CreditNote, Dispute, Object, Refund};
 
-pub struct Returned<'a, 'k> {
+pub struct RefundsAndDisputes<'a, 'k> {
     /// The tellings that belong to the invoice, earliest first.
-    pub own: &'k [&'a Known],
+    pub own: &'k [&'a StoredObservation],
     /// The earliest Paid entry, Unix milliseconds.
     pub paid_ms: i64,
 }
 
-pub fn entries<'a>(returned: &Returned<'a, '_>, facts: &Facts<'a, '_>) -> Vec<Draft<'a>> {
+pub fn entries<'a>(
+    returned: &RefundsAndDisputes<'a, '_>,
+    facts: &InvoiceContext<'a, '_>,
+) -> Vec<PendingEntry<'a>> {
     let mut drafts = refunds(returned, facts);
     drafts.extend(refunded_charges(returned, facts));
     drafts.extend(credit_notes(returned, facts));
@@ -25,13 +28,13 @@ pub fn entries<'a>(returned: &Returned<'a, '_>, facts: &Facts<'a, '_>) -> Vec<Dr
 }
 
 /// Tellings of one object, earliest first.
-type Told<'a, T> = Vec<(&'a Known, &'a T)>;
+type Sources<'a, T> = Vec<(&'a StoredObservation, &'a T)>;
 
 fn by_id<'a, T>(
-    own: &[&'a Known],
-    pick: impl Fn(&'a Known) -> Option<(&'a str, &'a T)>,
-) -> BTreeMap<&'a str, Told<'a, T>> {
-    let mut told: BTreeMap<&str, Told<T>> = BTreeMap::new();
+    own: &[&'a StoredObservation],
+    pick: impl Fn(&'a StoredObservation) -> Option<(&'a str, &'a T)>,
+) -> BTreeMap<&'a str, Sources<'a, T>> {
+    let mut told: BTreeMap<&str, Sources<T>> = BTreeMap::new();
     for &known in own {
         if let Some((id, object)) = pick(known) {
             told.entry(id).or_default().push((known, object));
@@ -40,7 +43,9 @@ fn by_id<'a, T>(
     told
 }
 
-fn known_refunds<'a>(returned: &Returned<'a, '_>) -> BTreeMap<&'a str, Told<'a, Refund>> {
+fn known_refunds<'a>(
+    returned: &RefundsAndDisputes<'a, '_>,
+) -> BTreeMap<&'a str, Sources<'a, Refund>> {
     by_id(returned.own, |k| match &k.telling.object {
         Object::Refund(refund) if is_refund_event(&k.telling.kind) => Some((&*refund.id, refund)),
         _ => None,
@@ -51,27 +56,30 @@ fn is_refund_event(kind: &str) -> bool {
     kind.starts_with("refund.") || kind == "charge.refund.updated"
 }
 
-fn refunds<'a>(returned: &Returned<'a, '_>, facts: &Facts<'a, '_>) -> Vec<Draft<'a>> {
+fn refunds<'a>(
+    returned: &RefundsAndDisputes<'a, '_>,
+    facts: &InvoiceContext<'a, '_>,
+) -> Vec<PendingEntry<'a>> {
     let mut drafts = Vec::new();
     for (id, told) in known_refunds(returned) {
         drafts.push(draft(
-            Rank::Refunded,
+            TieBreak::Refunded,
             id,
             message::refunded(facts, &told),
             &told,
         ));
-        let has_failed = |k: &Known, r: &Refund| {
+        let has_failed = |k: &StoredObservation, r: &Refund| {
             k.telling.kind == "refund.failed"
                 || matches!(r.status.as_deref(), Some("failed" | "canceled"))
         };
-        let failed: Told<Refund> = told
+        let failed: Sources<Refund> = told
             .iter()
             .copied()
             .filter(|(k, r)| has_failed(k, r))
             .collect();
         if !failed.is_empty() {
             drafts.push(draft(
-                Rank::RefundFailed,
+                TieBreak::RefundFailed,
                 id,
                 message::refund_failed(facts, &told, &failed),
                 &failed,
@@ -82,8 +90,11 @@ fn refunds<'a>(returned: &Returned<'a, '_>, facts: &Facts<'a, '_>) -> Vec<Draft<
 }
 
 /// A charge's running total, where the refunds behind it are not known one by one (before refunds had events).
-fn refunded_charges<'a>(returned: &Returned<'a, '_>, facts: &Facts<'a, '_>) -> Vec<Draft<'a>> {
-    let mut totals: BTreeMap<(&str, i64), Told<Charge>> = BTreeMap::new();
+fn refunded_charges<'a>(
+    returned: &RefundsAndDisputes<'a, '_>,
+    facts: &InvoiceContext<'a, '_>,
+) -> Vec<PendingEntry<'a>> {
+    let mut totals: BTreeMap<(&str, i64), Sources<Charge>> = BTreeMap::new();
     for &known in returned.own {
         if let (Object::Charge(charge), "charge.refunded") =
             (&known.telling.object, known.telling.kind.as_str())
@@ -111,7 +122,7 @@ fn refunded_charges<'a>(returned: &Returned<'a, '_>, facts: &Facts<'a, '_>) -> V
     unexplained
         .map(|((charge, amount), told)| {
             draft(
-                Rank::Refunded,
+                TieBreak::Refunded,
                 charge,
                 message::charge_refunded(facts, amount, &told),
                 &told,
@@ -120,7 +131,10 @@ fn refunded_charges<'a>(returned: &Returned<'a, '_>, facts: &Facts<'a, '_>) -> V
         .collect()
 }
 
-fn credit_notes<'a>(returned: &Returned<'a, '_>, facts: &Facts<'a, '_>) -> Vec<Draft<'a>> {
+fn credit_notes<'a>(
+    returned: &RefundsAndDisputes<'a, '_>,
+    facts: &InvoiceContext<'a, '_>,
+) -> Vec<PendingEntry<'a>> {
     let notes = by_id(returned.own, |k| match &k.telling.object {
         Object::CreditNote(note) if k.telling.kind.starts_with("credit_note.") => {
             Some((&*note.id, note))
@@ -133,22 +147,22 @@ fn credit_notes<'a>(returned: &Returned<'a, '_>, facts: &Facts<'a, '_>) -> Vec<D
             continue;
         }
         drafts.push(draft(
-            Rank::CreditNote,
+            TieBreak::CreditNote,
             id,
             message::credit_note(facts, &told),
             &told,
         ));
-        let is_void = |k: &Known, n: &CreditNote| {
+        let is_void = |k: &StoredObservation, n: &CreditNote| {
             k.telling.kind == "credit_note.voided" || n.status.as_deref() == Some("void")
         };
-        let voided: Told<CreditNote> = told
+        let voided: Sources<CreditNote> = told
             .iter()
             .copied()
             .filter(|(k, n)| is_void(k, n))
             .collect();
         if !voided.is_empty() {
             drafts.push(draft(
-                Rank::CreditNoteVoided,
+                TieBreak::CreditNoteVoided,
                 id,
                 message::credit_note_voided(facts, &told),
                 &voided,
@@ -159,7 +173,7 @@ fn credit_notes<'a>(returned: &Returned<'a, '_>, facts: &Facts<'a, '_>) -> Vec<D
 }
 
 /// A credit note made before payment lowers what is owed, and returns no money.
-fn is_post_payment(told: &Told<CreditNote>, paid_ms: i64) -> bool {
+fn is_post_payment(told: &Sources<CreditNote>, paid_ms: i64) -> bool {
     let says_so = |n: &CreditNote| {
         matches!(n.note_type.as_deref(), Some("post_payment" | "mixed"))
             || n.post_payment_amount.is_some_and(|amount| amount > 0)
@@ -176,15 +190,24 @@ fn is_post_payment(told: &Told<CreditNote>, paid_ms: i64) -> bool {
         .is_some_and(|second| second * 1000 >= paid_ms)
 }
 
-fn disputes<'a>(returned: &Returned<'a, '_>, facts: &Facts<'a, '_>) -> Vec<Draft<'a>> {
-    let kinds: [(Rank, &[&str]); 4] = [
+fn disputes<'a>(
+    returned: &RefundsAndDisputes<'a, '_>,
+    facts: &InvoiceContext<'a, '_>,
+) -> Vec<PendingEntry<'a>> {
+    let kinds: [(TieBreak, &[&str]); 4] = [
         (
-            Rank::DisputeOpened,
+            TieBreak::DisputeOpened,
             &["charge.dispute.created", "charge.dispute.updated"],
         ),
-        (Rank::FundsWithdrawn, &["charge.dispute.funds_withdrawn"]),
-        (Rank::FundsReinstated, &["charge.dispute.funds_reinstated"]),
-        (Rank::DisputeClosed, &["charge.dispute.closed"]),
+        (
+            TieBreak::FundsWithdrawn,
+            &["charge.dispute.funds_withdrawn"],
+        ),
+        (
+            TieBreak::FundsReinstated,
+            &["charge.dispute.funds_reinstated"],
+        ),
+        (TieBreak::DisputeClosed, &["charge.dispute.closed"]),
     ];
     let all = by_id(returned.own, |k| match &k.telling.object {
         Object::Dispute(dispute) => Some((&*dispute.id, dispute)),
@@ -193,7 +216,7 @@ fn disputes<'a>(returned: &Returned<'a, '_>, facts: &Facts<'a, '_>) -> Vec<Draft
     let mut drafts = Vec::new();
     for (id, told) in &all {
         for (rank, types) in kinds {
-            let of_kind: Told<Dispute> = told
+            let of_kind: Sources<Dispute> = told
                 .iter()
                 .copied()
                 .filter(|(k, _)| types.contains(&k.telling.kind.as_str()))
@@ -211,21 +234,26 @@ fn disputes<'a>(returned: &Returned<'a, '_>, facts: &Facts<'a, '_>) -> Vec<Draft
     drafts
 }
 
-fn draft<'a, T>(rank: Rank, object_id: &'a str, message: String, told: &Told<'a, T>) -> Draft<'a> {
-    let told_by: Vec<&Known> = told.iter().map(|(k, _)| *k).collect();
-    let time = told_by
+fn draft<'a, T>(
+    rank: TieBreak,
+    object_id: &'a str,
+    message: String,
+    told: &Sources<'a, T>,
+) -> PendingEntry<'a> {
+    let sources: Vec<&StoredObservation> = told.iter().map(|(k, _)| *k).collect();
+    let time = sources
         .iter()
         .map(|k| k.telling.created)
         .min()
         .unwrap_or_default();
-    Draft {
-        stage: Stage::Information,
+    PendingEntry {
+        stage: Phase::Information,
         time,
         rank,
         number: 0,
         object_id,
-        state: State::Paid,
+        state: PaymentState::Paid,
         message,
-        told_by,
+        sources,
     }
 }

@@ -4,14 +4,14 @@
 
 use serde_json::Value;
 
-use super::document::State;
-use crate::domain::history::{Entry, Known};
+use super::document::PaymentState;
+use crate::domain::history::{Entry, StoredObservation};
 use crate::domain::money;
 use crate::domain::stripe::object::{boolean, text, whole};
 
 /// One thing that the two sides say differently.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Difference {
+pub struct FieldDifference {
     pub field: Field,
     pub ours: String,
     pub stripes: String,
@@ -22,7 +22,7 @@ pub enum Field {
     Amount,
     Currency,
     Mode,
-    State,
+    PaymentState,
 }
 
 impl Field {
@@ -31,14 +31,14 @@ impl Field {
             Field::Amount => "amount",
             Field::Currency => "currency",
             Field::Mode => "livemode",
-            Field::State => "state",
+            Field::PaymentState => "state",
         }
     }
 }
 
 /// Stripe's status of an invoice, as far as it decides anything.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Status {
+pub enum StripeStatus {
     Draft,
     Open,
     Uncollectible,
@@ -46,31 +46,31 @@ pub enum Status {
     Paid,
 }
 
-impl Status {
+impl StripeStatus {
     /// Of an invoice as Stripe's API returns it; None: it has none that is known.
-    pub fn of(stripes: &Value) -> Option<Status> {
+    pub fn of(stripes: &Value) -> Option<StripeStatus> {
         Some(match text(stripes, "status")?.as_str() {
-            "draft" => Status::Draft,
-            "open" => Status::Open,
-            "uncollectible" => Status::Uncollectible,
-            "void" => Status::Void,
-            "paid" => Status::Paid,
+            "draft" => StripeStatus::Draft,
+            "open" => StripeStatus::Open,
+            "uncollectible" => StripeStatus::Uncollectible,
+            "void" => StripeStatus::Void,
+            "paid" => StripeStatus::Paid,
             _ => return None,
         })
     }
 
     /// Nothing leads out of it at Stripe.
     pub fn is_settled(self) -> bool {
-        matches!(self, Status::Paid | Status::Void)
+        matches!(self, StripeStatus::Paid | StripeStatus::Void)
     }
 
     fn as_str(self) -> &'static str {
         match self {
-            Status::Draft => "draft",
-            Status::Open => "open",
-            Status::Uncollectible => "uncollectible",
-            Status::Void => "void",
-            Status::Paid => "paid",
+            StripeStatus::Draft => "draft",
+            StripeStatus::Open => "open",
+            StripeStatus::Uncollectible => "uncollectible",
+            StripeStatus::Void => "void",
+            StripeStatus::Paid => "paid",
         }
     }
 }
@@ -78,10 +78,10 @@ impl Status {
 /// What differs between a stored document, with what is told about it, and Stripe's invoice.
 pub fn differences(
     document: &Value,
-    known: &[Known],
+    known: &[StoredObservation],
     history: &[Entry],
     stripes: &Value,
-) -> Vec<Difference> {
+) -> Vec<FieldDifference> {
     let found = [
         currency(document, stripes),
         amount(document, stripes),
@@ -91,10 +91,10 @@ pub fn differences(
     found.into_iter().flatten().collect()
 }
 
-fn currency(document: &Value, stripes: &Value) -> Option<Difference> {
+fn currency(document: &Value, stripes: &Value) -> Option<FieldDifference> {
     let (ours, theirs) = (unit(document)?, text(stripes, "currency")?);
     let differs = !ours.eq_ignore_ascii_case(&theirs);
-    differs.then(|| Difference {
+    differs.then(|| FieldDifference {
         field: Field::Currency,
         ours: ours.to_uppercase(),
         stripes: theirs.to_uppercase(),
@@ -108,7 +108,7 @@ fn unit(document: &Value) -> Option<String> {
 }
 
 /// The stored amount may be what was billed or what was left to pay, with or without tax: where it is none of them, it is wrong.
-fn amount(document: &Value, stripes: &Value) -> Option<Difference> {
+fn amount(document: &Value, stripes: &Value) -> Option<FieldDifference> {
     let ours = document.pointer("/status/billableAmount")?.as_f64()?;
     let currency = text(stripes, "currency")?;
     if unit(document).is_some_and(|unit| !unit.eq_ignore_ascii_case(&currency)) {
@@ -121,7 +121,7 @@ fn amount(document: &Value, stripes: &Value) -> Option<Difference> {
     let is_same = |theirs: i64| (ours_minor - theirs as f64).abs() < 0.5;
     let shown = named.into_iter().flatten().next()?;
     let differs = !named.into_iter().flatten().any(is_same);
-    differs.then(|| Difference {
+    differs.then(|| FieldDifference {
         field: Field::Amount,
         ours: if ours_minor.abs() < 9e15 {
             money::amount(ours_minor as i64, Some(&currency))
@@ -132,32 +132,35 @@ fn amount(document: &Value, stripes: &Value) -> Option<Difference> {
     })
 }
 
-fn mode(known: &[Known], stripes: &Value) -> Option<Difference> {
+fn mode(known: &[StoredObservation], stripes: &Value) -> Option<FieldDifference> {
     let theirs = boolean(stripes, "livemode")?;
-    let told =
-        |k: &&Known| !k.telling.fetched && k.telling.livemode.is_some_and(|ours| ours != theirs);
+    let told = |k: &&StoredObservation| {
+        !k.telling.fetched && k.telling.livemode.is_some_and(|ours| ours != theirs)
+    };
     known.iter().find(told)?;
     let name = |live: bool| if live { "live mode" } else { "test mode" }.to_owned();
-    Some(Difference {
+    Some(FieldDifference {
         field: Field::Mode,
         ours: name(!theirs),
         stripes: name(theirs),
     })
 }
 
-fn state(history: &[Entry], stripes: &Value) -> Option<Difference> {
+fn state(history: &[Entry], stripes: &Value) -> Option<FieldDifference> {
     let (ours, status) = (
         history.last().map(|entry| entry.state),
-        Status::of(stripes)?,
+        StripeStatus::of(stripes)?,
     );
     let agrees = match status {
-        Status::Paid => ours == Some(State::Paid),
-        Status::Void => ours.is_some() && ours != Some(State::Paid),
-        Status::Draft | Status::Open | Status::Uncollectible => ours != Some(State::Paid),
+        StripeStatus::Paid => ours == Some(PaymentState::Paid),
+        StripeStatus::Void => ours.is_some() && ours != Some(PaymentState::Paid),
+        StripeStatus::Draft | StripeStatus::Open | StripeStatus::Uncollectible => {
+            ours != Some(PaymentState::Paid)
+        }
     };
-    let ours = ours.map_or("no state", State::as_str).to_owned();
-    (!agrees).then(|| Difference {
-        field: Field::State,
+    let ours = ours.map_or("no state", PaymentState::as_str).to_owned();
+    (!agrees).then(|| FieldDifference {
+        field: Field::PaymentState,
         ours,
         stripes: status.as_str().to_owned(),
     })
@@ -195,7 +198,7 @@ mod tests {
 
     use super::*;
 
-    fn entry(state: State) -> Entry {
+    fn entry(state: PaymentState) -> Entry {
         Entry {
             state,
             timestamp_ms: 1,
@@ -241,19 +244,22 @@ mod tests {
 
     #[test]
     fn a_state_agrees_with_the_status_that_stripe_says() {
-        let agrees = |state: Option<State>, status: &str| {
+        let agrees = |state: Option<PaymentState>, status: &str| {
             let history: Vec<Entry> = state.map(entry).into_iter().collect();
             fields(json!({}), &history, json!({"status": status})).is_empty()
         };
-        assert!(agrees(Some(State::Paid), "paid"));
-        assert!(!agrees(Some(State::PaymentPending), "paid"));
+        assert!(agrees(Some(PaymentState::Paid), "paid"));
+        assert!(!agrees(Some(PaymentState::PaymentPending), "paid"));
         assert!(!agrees(None, "paid"));
         assert!(agrees(None, "draft"));
-        assert!(agrees(Some(State::PaymentFailed), "open"));
-        assert!(!agrees(Some(State::Paid), "open"));
-        assert!(agrees(Some(State::PaymentFailed), "void"));
+        assert!(agrees(Some(PaymentState::PaymentFailed), "open"));
+        assert!(!agrees(Some(PaymentState::Paid), "open"));
+        assert!(agrees(Some(PaymentState::PaymentFailed), "void"));
         assert!(!agrees(None, "void"));
-        assert!(agrees(Some(State::Paid), "a status not yet invented"));
+        assert!(agrees(
+            Some(PaymentState::Paid),
+            "a status not yet invented"
+        ));
     }
 
     #[test]

@@ -12,39 +12,41 @@ use crate::domain::time::{parse_time, timestamp};
 
 /// Is money moving? See `README.md`, "What becomes of an event".
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum State {
+pub enum PaymentState {
     Paid,
     PaymentPending,
     PaymentInProgress,
     PaymentFailed,
 }
 
-impl State {
-    pub const ALL: [State; 4] = [
-        State::Paid,
-        State::PaymentPending,
-        State::PaymentInProgress,
-        State::PaymentFailed,
+impl PaymentState {
+    pub const ALL: [PaymentState; 4] = [
+        PaymentState::Paid,
+        PaymentState::PaymentPending,
+        PaymentState::PaymentInProgress,
+        PaymentState::PaymentFailed,
     ];
 
     pub fn as_str(self) -> &'static str {
         match self {
-            State::Paid => "Paid",
-            State::PaymentPending => "PaymentPending",
-            State::PaymentInProgress => "PaymentInProgress",
-            State::PaymentFailed => "PaymentFailed",
+            PaymentState::Paid => "Paid",
+            PaymentState::PaymentPending => "PaymentPending",
+            PaymentState::PaymentInProgress => "PaymentInProgress",
+            PaymentState::PaymentFailed => "PaymentFailed",
         }
     }
 
-    pub fn parse(text: &str) -> Option<State> {
-        State::ALL.into_iter().find(|state| state.as_str() == text)
+    pub fn parse(text: &str) -> Option<PaymentState> {
+        PaymentState::ALL
+            .into_iter()
+            .find(|state| state.as_str() == text)
     }
 }
 
 /// A state that came with the document when it was first stored.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ImportedState {
-    pub state: State,
+    pub state: PaymentState,
     /// Unix milliseconds.
     pub timestamp_ms: i64,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -53,7 +55,7 @@ pub struct ImportedState {
 
 /// What is wrong with a document, and where (RFC 6901).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Fault {
+pub struct InvalidField {
     pub pointer: String,
     pub reason: String,
 }
@@ -71,7 +73,7 @@ pub struct ValidInvoice {
 ///
 /// # Errors
 /// Every fault, with its place.
-pub fn validate(mut document: Value) -> Result<ValidInvoice, Vec<Fault>> {
+pub fn validate(mut document: Value) -> Result<ValidInvoice, Vec<InvalidField>> {
     let mut faults = Vec::new();
     schema::check_invoice(&mut document, &mut faults);
     let states = document
@@ -130,7 +132,7 @@ fn render_state(entry: &Entry) -> Value {
 }
 
 /// The states that are right in their form; what is wrong with the others has been noted.
-fn imported(states: Option<Value>, faults: &mut Vec<Fault>) -> Vec<ImportedState> {
+fn imported(states: Option<Value>, faults: &mut Vec<InvalidField>) -> Vec<ImportedState> {
     let Some(Value::Array(states)) = states else {
         return Vec::new();
     };
@@ -138,7 +140,7 @@ fn imported(states: Option<Value>, faults: &mut Vec<Fault>) -> Vec<ImportedState
     for (index, state) in states.iter().enumerate() {
         let text = |name: &str| state.get(name).and_then(Value::as_str);
         let (Some(known), Some(Ok(timestamp_ms))) = (
-            text("state").and_then(State::parse),
+            text("state").and_then(PaymentState::parse),
             text("timestamp").map(parse_time),
         ) else {
             continue;
@@ -152,7 +154,7 @@ fn imported(states: Option<Value>, faults: &mut Vec<Fault>) -> Vec<ImportedState
                 known.as_str(),
                 timestamp(timestamp_ms)
             );
-            faults.push(Fault {
+            faults.push(InvalidField {
                 pointer: format!("/status/states/{index}"),
                 reason,
             });
@@ -247,7 +249,7 @@ mod tests {
     #[test]
     fn a_rendered_invoice_always_has_its_states() {
         let entry = Entry {
-            state: State::Paid,
+            state: PaymentState::Paid,
             timestamp_ms: 1_769_850_900_000,
             message: Some("Paid.".into()),
             proofs: Vec::new(),

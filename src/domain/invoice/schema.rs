@@ -2,11 +2,11 @@
 
 use serde_json::{Map, Value};
 
-use super::document::{Fault, validate_uid};
+use super::document::{InvalidField, validate_uid};
 use crate::domain::time::{parse_time, timestamp};
 
 /// Notes every fault of a document, and puts what is right into its normal form.
-pub fn check_invoice(document: &mut Value, faults: &mut Vec<Fault>) {
+pub fn check_invoice(document: &mut Value, faults: &mut Vec<InvalidField>) {
     check(document, &Kind::Object(&INVOICE), "", faults);
     check_names(document, "", faults);
 }
@@ -15,14 +15,14 @@ pub fn check_invoice(document: &mut Value, faults: &mut Vec<Fault>) {
 const NAME_OF_A_DOCUMENT: &str = "$serde_json::private::RawValue";
 
 /// Notes the fields, at any depth, by whose name the document would be another one, or none, when it is read again.
-fn check_names(value: &Value, pointer: &str, faults: &mut Vec<Fault>) {
+fn check_names(value: &Value, pointer: &str, faults: &mut Vec<InvalidField>) {
     match value {
         Value::Object(fields) => {
             for (name, field) in fields {
                 let here = child(pointer, name);
                 check_names(field, &here, faults);
                 if name == NAME_OF_A_DOCUMENT {
-                    faults.push(Fault {
+                    faults.push(InvalidField {
                         pointer: here,
                         reason: "has a name that cannot be stored".to_owned(),
                     });
@@ -196,7 +196,7 @@ static STATE: Shape = Shape {
 };
 
 /// Notes what is wrong with `value`, and puts what is right into its normal form.
-fn check(value: &mut Value, kind: &Kind, pointer: &str, faults: &mut Vec<Fault>) {
+fn check(value: &mut Value, kind: &Kind, pointer: &str, faults: &mut Vec<InvalidField>) {
     let reason = match kind {
         Kind::Object(shape) => match value {
             Value::Object(fields) => return check_fields(fields, shape, pointer, faults),
@@ -214,7 +214,7 @@ fn check(value: &mut Value, kind: &Kind, pointer: &str, faults: &mut Vec<Fault>)
         Kind::TextMap => match value {
             Value::Object(fields) => {
                 for (name, _) in fields.iter().filter(|(_, value)| !value.is_string()) {
-                    faults.push(Fault {
+                    faults.push(InvalidField {
                         pointer: child(pointer, name),
                         reason: "must be a string".to_owned(),
                     });
@@ -244,7 +244,7 @@ fn check(value: &mut Value, kind: &Kind, pointer: &str, faults: &mut Vec<Fault>)
             None => "must be a string".to_owned(),
         },
     };
-    faults.push(Fault {
+    faults.push(InvalidField {
         pointer: pointer.to_owned(),
         reason,
     });
@@ -254,7 +254,7 @@ fn check_fields(
     fields: &mut Map<String, Value>,
     shape: &Shape,
     pointer: &str,
-    faults: &mut Vec<Fault>,
+    faults: &mut Vec<InvalidField>,
 ) {
     for (name, kind) in shape.fields {
         match fields.get_mut(*name) {
@@ -269,7 +269,7 @@ fn check_fields(
         .iter()
         .filter(|name| !fields.contains_key(**name))
     {
-        faults.push(Fault {
+        faults.push(InvalidField {
             pointer: child(pointer, name),
             reason: "is required".to_owned(),
         });

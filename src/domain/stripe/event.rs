@@ -78,13 +78,13 @@ pub struct Event {
     /// Unix seconds.
     pub created: i64,
     /// None when the object is of no kind that we read.
-    pub telling: Option<Telling>,
+    pub telling: Option<Observation>,
 }
 
 /// What one event (or one object fetched from Stripe's API) tells. This is what the store keeps beside the bytes, and all
 /// that a history is folded from.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Telling {
+pub struct Observation {
     /// The event's id.
     pub id: String,
     /// The event's type, without the `v1.` of thin events; empty for a fetched object.
@@ -111,7 +111,7 @@ pub struct Telling {
 
 /// An object that a telling names: what a history is gathered by.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Mention {
+pub struct Link {
     pub object_id: String,
     pub is_invoice: bool,
 }
@@ -176,7 +176,7 @@ fn event(json: &Value) -> Result<Event, &'static str> {
         Some(object) => Object::read(kind, object, json.pointer("/data/previous_attributes")),
         None => None,
     };
-    let telling = read.map(|object| Telling {
+    let telling = read.map(|object| Observation {
         id: id.clone(),
         kind: kind.to_owned(),
         created,
@@ -236,7 +236,7 @@ fn fetched(json: &Value, body: &[u8]) -> Result<Event, &'static str> {
     let created = whole(json, "fetched_at")
         .filter(|s| (0..=LAST_SECOND).contains(s))
         .ok_or("fetched: `fetched_at` is no time")?;
-    let telling = Object::read("", object, None).map(|object| Telling {
+    let telling = Object::read("", object, None).map(|object| Observation {
         id: id.clone(),
         kind: String::new(),
         created,
@@ -301,9 +301,9 @@ fn short(event_type: &str) -> &str {
     event_type.strip_prefix("v1.").unwrap_or(event_type)
 }
 
-impl Telling {
+impl Observation {
     /// Every object that this telling names, itself included; no object twice.
-    pub fn mentions(&self) -> Vec<Mention> {
+    pub fn mentions(&self) -> Vec<Link> {
         let mut named = HashSet::new();
         let names = self
             .object
@@ -311,7 +311,7 @@ impl Telling {
             .into_iter()
             .filter(|(object_id, _)| named.insert(*object_id));
         names
-            .map(|(object_id, is_invoice)| Mention {
+            .map(|(object_id, is_invoice)| Link {
                 object_id: object_id.to_owned(),
                 is_invoice,
             })

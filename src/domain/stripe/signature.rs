@@ -32,7 +32,7 @@ pub struct SecretName {
 
 /// Why a delivery is not believed. The sender is told nothing of it; the operator counts it by reason.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Refusal {
+pub enum SignatureError {
     /// No `Stripe-Signature` header.
     Missing,
     /// More than one.
@@ -47,22 +47,24 @@ pub enum Refusal {
     Future,
 }
 
-impl Refusal {
+impl SignatureError {
     /// In words, for the person who reads the log.
     pub fn meaning(self) -> &'static str {
         match self {
-            Refusal::Missing => "it has no Stripe-Signature header, so it is not Stripe's",
-            Refusal::Several => "it has several Stripe-Signature headers, so it is not Stripe's",
-            Refusal::Malformed => {
+            SignatureError::Missing => "it has no Stripe-Signature header, so it is not Stripe's",
+            SignatureError::Several => {
+                "it has several Stripe-Signature headers, so it is not Stripe's"
+            }
+            SignatureError::Malformed => {
                 "its Stripe-Signature header cannot be read, so it is not Stripe's"
             }
-            Refusal::Mismatch => {
+            SignatureError::Mismatch => {
                 "no secret in STRIPE_WEBHOOK_SECRET signs it: the secret was rolled, or it is not Stripe's"
             }
-            Refusal::Stale => {
+            SignatureError::Stale => {
                 "it is authentic and too old: this machine's clock is ahead, or somebody repeats it"
             }
-            Refusal::Future => {
+            SignatureError::Future => {
                 "it is authentic and from the future: this machine's clock is behind"
             }
         }
@@ -70,12 +72,12 @@ impl Refusal {
 
     pub fn as_str(self) -> &'static str {
         match self {
-            Refusal::Missing => "missing",
-            Refusal::Several => "several",
-            Refusal::Malformed => "malformed",
-            Refusal::Mismatch => "mismatch",
-            Refusal::Stale => "stale",
-            Refusal::Future => "future",
+            SignatureError::Missing => "missing",
+            SignatureError::Several => "several",
+            SignatureError::Malformed => "malformed",
+            SignatureError::Mismatch => "mismatch",
+            SignatureError::Stale => "stale",
+            SignatureError::Future => "future",
         }
     }
 }
@@ -195,7 +197,7 @@ impl<'s> Verifier<'s, '_> {
     ///
     /// # Errors
     /// `Mismatch`, `Stale` or `Future`.
-    pub fn finish(self, now_s: i64) -> Result<&'s str, Refusal> {
+    pub fn finish(self, now_s: i64) -> Result<&'s str, SignatureError> {
         let mut signer = None;
         for (secret, mac) in self.signers {
             let expected: [u8; 32] = mac.finalize().into_bytes().into();
@@ -210,10 +212,10 @@ impl<'s> Verifier<'s, '_> {
                 signer = Some(secret.label.as_str());
             }
         }
-        let label = signer.ok_or(Refusal::Mismatch)?;
+        let label = signer.ok_or(SignatureError::Mismatch)?;
         match now_s.saturating_sub(self.header.timestamp_s) {
-            age if age > TOLERANCE_S => Err(Refusal::Stale),
-            age if age < -TOLERANCE_S => Err(Refusal::Future),
+            age if age > TOLERANCE_S => Err(SignatureError::Stale),
+            age if age < -TOLERANCE_S => Err(SignatureError::Future),
             _ => Ok(label),
         }
     }
@@ -268,11 +270,11 @@ impl<'h> SignatureHeader<'h> {
     ///
     /// # Errors
     /// `Missing`, `Several` or `Malformed`.
-    pub fn read(lines: &[&'h [u8]]) -> Result<SignatureHeader<'h>, Refusal> {
+    pub fn read(lines: &[&'h [u8]]) -> Result<SignatureHeader<'h>, SignatureError> {
         match lines {
-            [] => Err(Refusal::Missing),
-            [line] => SignatureHeader::parse(line).ok_or(Refusal::Malformed),
-            _ => Err(Refusal::Several),
+            [] => Err(SignatureError::Missing),
+            [line] => SignatureHeader::parse(line).ok_or(SignatureError::Malformed),
+            _ => Err(SignatureError::Several),
         }
     }
 
@@ -324,13 +326,18 @@ mod tests {
     const TAG: &str = "c2f890decbc5ede7c5060bb9a6d31e0626a4342bacb9aeae2adb1bcea72f9812";
     const NOW: i64 = 1_492_774_577;
 
-    fn verify(header: &str) -> Result<String, Refusal> {
+    fn verify(header: &str) -> Result<String, SignatureError> {
         let secrets = SigningSecrets::parse("whsec_test_secret").unwrap();
         secrets.verify_line(header, BODY, NOW).map(str::to_owned)
     }
 
     impl SigningSecrets {
-        fn verify_line(&self, header: &str, body: &[u8], now_s: i64) -> Result<&str, Refusal> {
+        fn verify_line(
+            &self,
+            header: &str,
+            body: &[u8],
+            now_s: i64,
+        ) -> Result<&str, SignatureError> {
             let header = SignatureHeader::read(&[header.as_bytes()])?;
             let mut verifier = self.verifier(&header);
             body.chunks(7).for_each(|part| verifier.update(part));
@@ -409,7 +416,7 @@ mod tests {
             format!("t=9999999999999,v1={TAG}"),
         ];
         for header in malformed {
-            assert_eq!(verify(&header), Err(Refusal::Malformed), "{header}");
+            assert_eq!(verify(&header), Err(SignatureError::Malformed), "{header}");
         }
     }
 
@@ -417,10 +424,10 @@ mod tests {
     fn no_header_and_two_headers_are_refused() {
         let header = format!("t={NOW},v1={TAG}");
         let refusal = |lines: &[&[u8]]| SignatureHeader::read(lines).err();
-        assert_eq!(refusal(&[]), Some(Refusal::Missing));
+        assert_eq!(refusal(&[]), Some(SignatureError::Missing));
         assert_eq!(
             refusal(&[header.as_bytes(), header.as_bytes()]),
-            Some(Refusal::Several)
+            Some(SignatureError::Several)
         );
         assert_eq!(refusal(&[header.as_bytes()]), None);
     }
@@ -432,19 +439,19 @@ mod tests {
         let header = format!("t={NOW},v1={TAG}");
         assert_eq!(
             other.verify_line(&header, BODY, NOW),
-            Err(Refusal::Mismatch)
+            Err(SignatureError::Mismatch)
         );
         assert_eq!(
             secrets.verify_line(&header, b"{}", NOW),
-            Err(Refusal::Mismatch)
+            Err(SignatureError::Mismatch)
         );
         assert_eq!(
             verify(&format!("t={},v1={TAG}", NOW + 1)),
-            Err(Refusal::Mismatch)
+            Err(SignatureError::Mismatch)
         );
         assert_eq!(
             verify(&format!("t=0{NOW},v1={TAG}")),
-            Err(Refusal::Mismatch),
+            Err(SignatureError::Mismatch),
             "t is hashed as it stands"
         );
     }
@@ -454,13 +461,13 @@ mod tests {
         let secrets = SigningSecrets::parse("whsec_test_secret").unwrap();
         let at = |now| secrets.verify_line(&format!("t={NOW},v1={TAG}"), BODY, now);
         assert_eq!(at(NOW + 300), Ok("secret-1"));
-        assert_eq!(at(NOW + 301), Err(Refusal::Stale));
+        assert_eq!(at(NOW + 301), Err(SignatureError::Stale));
         assert_eq!(at(NOW - 300), Ok("secret-1"));
-        assert_eq!(at(NOW - 301), Err(Refusal::Future));
+        assert_eq!(at(NOW - 301), Err(SignatureError::Future));
         let forged = format!("t={},v1={TAG}", NOW - 1000);
         assert_eq!(
             secrets.verify_line(&forged, BODY, NOW),
-            Err(Refusal::Mismatch)
+            Err(SignatureError::Mismatch)
         );
     }
 

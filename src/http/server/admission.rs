@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
 
-use super::connection::{Asked, Phase, Place};
+use super::connection::{Activity, CloseRequest, ConnectionState};
 
 /// Bodies in memory at a time, in bytes, of all connections together.
 const BODIES_LIMIT: usize = 64 * 1024 * 1024;
@@ -32,7 +32,7 @@ const ASK_AGAIN: Duration = Duration::from_millis(50);
 
 /// All places of a listener; cheap to clone.
 #[derive(Clone)]
-pub struct Places(Arc<Shared>);
+pub struct ConnectionLimiter(Arc<Shared>);
 
 /// What all places have in common.
 pub struct Shared {
@@ -41,31 +41,31 @@ pub struct Shared {
     /// Bytes of bodies, of all connections that were not told to go.
     bodies: AtomicUsize,
     bodies_limit: usize,
-    taken: Mutex<Taken>,
+    taken: Mutex<ConnectionTable>,
     freed: Notify,
 }
 
 #[derive(Default)]
-struct Taken {
+struct ConnectionTable {
     next: u64,
-    places: HashMap<u64, Arc<Place>>,
+    places: HashMap<u64, Arc<ConnectionState>>,
 }
 
 /// A place, as long as it is held.
-pub struct Held {
+pub struct Permit {
     number: u64,
-    pub place: Arc<Place>,
+    pub place: Arc<ConnectionState>,
     shared: Arc<Shared>,
 }
 
-impl Places {
-    pub fn new(limit: usize) -> Places {
-        Places::with(limit, BODIES_LIMIT)
+impl ConnectionLimiter {
+    pub fn new(limit: usize) -> ConnectionLimiter {
+        ConnectionLimiter::with(limit, BODIES_LIMIT)
     }
 
-    fn with(limit: usize, bodies_limit: usize) -> Places {
+    fn with(limit: usize, bodies_limit: usize) -> ConnectionLimiter {
         let (bodies, taken, freed) = (AtomicUsize::new(0), Mutex::default(), Notify::new());
-        Places(Arc::new(Shared {
+        ConnectionLimiter(Arc::new(Shared {
             started: Instant::now(),
             limit,
             bodies,
@@ -76,7 +76,7 @@ impl Places {
     }
 
     /// A place for a newcomer. When all are taken, one is made free, or this waits until one is.
-    pub async fn take(&self) -> Held {
+    pub async fn take(&self) -> Permit {
         loop {
             let freed = self.0.freed.notified();
             if let Some(held) = self.try_take() {
@@ -88,16 +88,16 @@ impl Places {
         }
     }
 
-    fn try_take(&self) -> Option<Held> {
+    fn try_take(&self) -> Option<Permit> {
         let mut taken = self.0.taken();
         if taken.places.len() >= self.0.limit {
             return None;
         }
-        let place = Arc::new(Place::new(self.0.clone()));
+        let place = Arc::new(ConnectionState::new(self.0.clone()));
         let number = taken.next;
         taken.next += 1;
         taken.places.insert(number, place.clone());
-        Some(Held {
+        Some(Permit {
             number,
             place,
             shared: self.0.clone(),
@@ -110,11 +110,11 @@ impl Places {
         let waiting = taken
             .places
             .values()
-            .filter(|place| place.phase() != Phase::Working && !place.is_asked());
+            .filter(|place| place.phase() != Activity::Working && !place.is_asked());
         if let Some(place) =
-            waiting.min_by_key(|place| (place.phase() != Phase::Idle, place.since_ms()))
+            waiting.min_by_key(|place| (place.phase() != Activity::Idle, place.since_ms()))
         {
-            place.ask(Asked::ToEnd);
+            place.ask(CloseRequest::Close);
         }
     }
 
@@ -122,15 +122,15 @@ impl Places {
     pub fn end_overdue(&self) {
         let now_ms = self.0.now_ms();
         let limit_ms = |phase| match phase {
-            Phase::Idle => Some(IDLE_TIMEOUT.as_millis() as u64),
-            Phase::Head => Some(HEAD_TIMEOUT.as_millis() as u64),
-            Phase::Stalled => Some(ANSWER_TIMEOUT.as_millis() as u64),
-            Phase::Leaving => Some(LEAVE_TIMEOUT.as_millis() as u64),
+            Activity::Idle => Some(IDLE_TIMEOUT.as_millis() as u64),
+            Activity::Head => Some(HEAD_TIMEOUT.as_millis() as u64),
+            Activity::Stalled => Some(ANSWER_TIMEOUT.as_millis() as u64),
+            Activity::Leaving => Some(LEAVE_TIMEOUT.as_millis() as u64),
             // Requests have a time limit of their own, bodies included.
-            Phase::Body | Phase::Working => None,
+            Activity::Body | Activity::Working => None,
         };
         let taken = self.0.taken();
-        let is_overdue = |place: &Place| {
+        let is_overdue = |place: &ConnectionState| {
             limit_ms(place.phase())
                 .is_some_and(|limit_ms| now_ms.saturating_sub(place.since_ms()) > limit_ms)
         };
@@ -138,7 +138,7 @@ impl Places {
             .places
             .values()
             .filter(|place| is_overdue(place) && !place.is_asked())
-            .for_each(|place| place.ask(Asked::ToEnd));
+            .for_each(|place| place.ask(CloseRequest::Close));
     }
 
     /// Wakes every connection, to look about.
@@ -152,7 +152,7 @@ impl Places {
 }
 
 impl Shared {
-    fn taken(&self) -> MutexGuard<'_, Taken> {
+    fn taken(&self) -> MutexGuard<'_, ConnectionTable> {
         // Nothing panics while it holds the lock, and the map would still be whole.
         self.taken.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -178,19 +178,18 @@ impl Shared {
     fn free_a_body(&self) {
         let share = self.bodies_limit / self.limit;
         let taken = self.taken();
-        let reading = taken
-            .places
-            .values()
-            .filter(|place| place.phase() == Phase::Body && place.asked() != Asked::ToGo);
+        let reading = taken.places.values().filter(|place| {
+            place.phase() == Activity::Body && place.asked() != CloseRequest::Abort
+        });
         let larger = reading.filter(|place| place.body_bytes() > share);
         if let Some(place) = larger.min_by_key(|place| place.since_ms()) {
             place.forget_body();
-            place.ask(Asked::ToGo);
+            place.ask(CloseRequest::Abort);
         }
     }
 }
 
-impl Drop for Held {
+impl Drop for Permit {
     fn drop(&mut self) {
         self.place.forget_body();
         self.shared.taken().places.remove(&self.number);
@@ -208,26 +207,26 @@ mod tests {
     }
 
     /// Places that are taken one after the other, and whose peers are silent.
-    fn taken<const N: usize>(places: &Places) -> [Held; N] {
+    fn taken<const N: usize>(places: &ConnectionLimiter) -> [Permit; N] {
         std::array::from_fn(|_| {
             wait();
             let held = places.try_take().unwrap();
-            held.place.hears_nothing();
+            held.place.set_idle();
             held
         })
     }
 
     #[test]
     fn the_longest_idle_goes_first_then_who_owes_something_longest_and_never_who_is_worked_for() {
-        let places = Places::with(5, 100);
-        let held: [Held; 5] = taken(&places);
+        let places = ConnectionLimiter::with(5, 100);
+        let held: [Permit; 5] = taken(&places);
         assert!(places.try_take().is_none());
         let [works, reads_head, reads_body, stalls, _idle] = &held;
         works.place.works();
         reads_body.place.reads_body();
         wait();
         reads_head.place.heard();
-        reads_head.place.hears_nothing();
+        reads_head.place.set_idle();
         wait();
         stalls.place.stalls();
         let mut order = Vec::new();
@@ -235,40 +234,41 @@ mod tests {
             places.free_one();
             order.extend(
                 (0..5)
-                    .filter(|n| held[*n].place.asked() == Asked::ToGo && !order.contains(n))
+                    .filter(|n| held[*n].place.asked() == CloseRequest::Abort && !order.contains(n))
                     .collect::<Vec<_>>(),
             );
         }
         assert_eq!(order, [4, 2, 1, 3]);
-        assert_eq!(works.place.asked(), Asked::Nothing);
+        assert_eq!(works.place.asked(), CloseRequest::Nothing);
     }
 
     #[test]
     fn what_came_in_time_is_answered_first() {
-        let places = Places::with(1, 100);
+        let places = ConnectionLimiter::with(1, 100);
         let [held] = taken(&places);
         places.free_one();
         held.place.heard();
         assert_eq!(
             held.place.asked(),
-            Asked::ToEnd,
+            CloseRequest::Close,
             "its bytes are there: it is not the peer who is slow"
         );
         held.place.works();
-        held.place.hears_nothing();
-        assert_eq!(held.place.asked(), Asked::ToEnd);
+        held.place.set_idle();
+        assert_eq!(held.place.asked(), CloseRequest::Close);
         held.place.answers();
-        assert_eq!(held.place.asked(), Asked::ToGo);
+        assert_eq!(held.place.asked(), CloseRequest::Abort);
         drop(held);
         assert!(places.try_take().is_some());
     }
 
     #[test]
     fn when_bodies_are_too_many_the_longest_read_goes_but_none_within_its_share() {
-        let places = Places::with(4, 100);
+        let places = ConnectionLimiter::with(4, 100);
         let [works, small, first, second] = taken(&places);
-        let gone =
-            || [&works, &small, &first, &second].map(|held| held.place.asked() == Asked::ToGo);
+        let gone = || {
+            [&works, &small, &first, &second].map(|held| held.place.asked() == CloseRequest::Abort)
+        };
         for held in [&works, &small, &first, &second] {
             held.place.reads_body();
             held.place.heard();
@@ -300,7 +300,7 @@ mod tests {
 
     #[test]
     fn each_phase_has_its_time() {
-        let mut places = Places::with(10, 100);
+        let mut places = ConnectionLimiter::with(10, 100);
         let age = Duration::from_secs(100);
         Arc::get_mut(&mut places.0).unwrap().started = Instant::now().checked_sub(age).unwrap();
         let [idle, head, body, works, stalled, leaving] = taken(&places);

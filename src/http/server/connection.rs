@@ -11,7 +11,7 @@ use super::admission::Shared;
 
 /// What a connection is about. Kept in an atomic beside the time since when.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Phase {
+pub enum Activity {
     /// Between two requests, or before the first.
     Idle,
     Head,
@@ -26,59 +26,59 @@ pub enum Phase {
 
 /// What others want of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Asked {
+pub enum CloseRequest {
     Nothing,
     /// To end as soon as it has answered what has come.
-    ToEnd,
+    Close,
     /// To go now.
-    ToGo,
+    Abort,
 }
 
 /// The place of one connection.
-pub struct Place {
+pub struct ConnectionState {
     /// Milliseconds since the listener started, and the phase in the lowest three bits.
     since_and_phase: AtomicU64,
     /// Bytes of the body that is being read or worked on.
     body: AtomicUsize,
     /// Nothing more has come than what was read.
-    hears_nothing: AtomicBool,
-    /// An [`Asked`].
+    set_idle: AtomicBool,
+    /// An [`CloseRequest`].
     asked: AtomicU8,
     waker: AtomicWaker,
     shared: Arc<Shared>,
 }
 
 /// What a connection reports of itself.
-impl Place {
-    pub fn new(shared: Arc<Shared>) -> Place {
-        let place = Place {
+impl ConnectionState {
+    pub fn new(shared: Arc<Shared>) -> ConnectionState {
+        let place = ConnectionState {
             since_and_phase: AtomicU64::new(0),
             body: AtomicUsize::new(0),
-            hears_nothing: AtomicBool::new(false),
-            asked: AtomicU8::new(Asked::Nothing as u8),
+            set_idle: AtomicBool::new(false),
+            asked: AtomicU8::new(CloseRequest::Nothing as u8),
             waker: AtomicWaker::new(),
             shared,
         };
-        place.enter(Phase::Idle);
+        place.enter(Activity::Idle);
         place
     }
 
     /// No bytes are there from the peer.
-    pub fn hears_nothing(&self) {
-        self.hears_nothing.store(true, Ordering::Relaxed);
+    pub fn set_idle(&self) {
+        self.set_idle.store(true, Ordering::Relaxed);
     }
 
     /// Bytes came from the peer.
     pub fn heard(&self) {
-        self.hears_nothing.store(false, Ordering::Relaxed);
-        if matches!(self.phase(), Phase::Idle | Phase::Stalled) {
-            self.enter(Phase::Head);
+        self.set_idle.store(false, Ordering::Relaxed);
+        if matches!(self.phase(), Activity::Idle | Activity::Stalled) {
+            self.enter(Activity::Head);
         }
     }
 
     /// The head of a request is there, and a body is to follow.
     pub fn reads_body(&self) {
-        self.enter(Phase::Body);
+        self.enter(Activity::Body);
     }
 
     /// Takes memory for a part of a body.
@@ -89,69 +89,69 @@ impl Place {
 
     /// The request is there in whole.
     pub fn works(&self) {
-        self.enter(Phase::Working);
+        self.enter(Activity::Working);
     }
 
     /// The request is done with, its body too; the answer goes out.
     pub fn answers(&self) {
         self.forget_body();
         self.enter(if self.is_reading_body() {
-            Phase::Leaving
+            Activity::Leaving
         } else {
-            Phase::Idle
+            Activity::Idle
         });
     }
 
     /// The peer does not take what it is sent.
     pub fn stalls(&self) {
-        if self.phase() == Phase::Idle {
-            self.enter(Phase::Stalled);
+        if self.phase() == Activity::Idle {
+            self.enter(Activity::Stalled);
         }
     }
 }
 
 /// What it is asked, and what others see of it.
-impl Place {
+impl ConnectionState {
     /// Who is to be woken when the connection is asked something.
     pub fn wakes(&self, waker: &Waker) {
         self.waker.register(waker);
     }
 
     /// What it is asked to do now.
-    pub fn asked(&self) -> Asked {
+    pub fn asked(&self) -> CloseRequest {
         match self.asked.load(Ordering::Relaxed) {
-            0 => Asked::Nothing,
-            1 if self.waits_for_peer() => Asked::ToGo,
-            1 => Asked::ToEnd,
-            _ => Asked::ToGo,
+            0 => CloseRequest::Nothing,
+            1 if self.waits_for_peer() => CloseRequest::Abort,
+            1 => CloseRequest::Close,
+            _ => CloseRequest::Abort,
         }
     }
 
     /// A body is under way: it has not come in time when the time is over.
     pub fn is_reading_body(&self) -> bool {
-        self.phase() == Phase::Body
+        self.phase() == Activity::Body
     }
 
     /// The peer may still be sending.
     pub fn is_leaving(&self) -> bool {
-        self.phase() == Phase::Leaving
+        self.phase() == Activity::Leaving
     }
 
-    pub fn ask(&self, asked: Asked) {
+    pub fn ask(&self, asked: CloseRequest) {
         self.asked.store(asked as u8, Ordering::Relaxed);
         self.waker.wake();
     }
 
     pub fn is_asked(&self) -> bool {
-        self.asked.load(Ordering::Relaxed) != Asked::Nothing as u8
+        self.asked.load(Ordering::Relaxed) != CloseRequest::Nothing as u8
     }
 
     fn waits_for_peer(&self) -> bool {
         match self.phase() {
-            Phase::Working => false,
-            Phase::Stalled => true,
-            Phase::Idle | Phase::Head | Phase::Body | Phase::Leaving => {
-                self.hears_nothing.load(Ordering::Relaxed)
+            Activity::Working => false,
+            Activity::Stalled => true,
+            Activity::Idle | Activity::Head | Activity::Body | Activity::Leaving => {
+                self.set_idle.load(Ordering::Relaxed)
             }
         }
     }
@@ -160,7 +160,7 @@ impl Place {
         self.shared.forgets(self.body.swap(0, Ordering::Relaxed));
     }
 
-    fn enter(&self, phase: Phase) {
+    fn enter(&self, phase: Activity) {
         self.since_and_phase
             .store(self.shared.now_ms() << 3 | phase as u64, Ordering::Relaxed);
     }
@@ -169,14 +169,14 @@ impl Place {
         self.since_and_phase.load(Ordering::Relaxed) >> 3
     }
 
-    pub fn phase(&self) -> Phase {
+    pub fn phase(&self) -> Activity {
         match self.since_and_phase.load(Ordering::Relaxed) & 7 {
-            0 => Phase::Idle,
-            1 => Phase::Head,
-            2 => Phase::Body,
-            3 => Phase::Working,
-            4 => Phase::Stalled,
-            _ => Phase::Leaving,
+            0 => Activity::Idle,
+            1 => Activity::Head,
+            2 => Activity::Body,
+            3 => Activity::Working,
+            4 => Activity::Stalled,
+            _ => Activity::Leaving,
         }
     }
 

@@ -27,8 +27,8 @@ use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use admission::{Held, Places};
-use connection::{Asked, Place};
+use admission::{ConnectionLimiter, Permit};
+use connection::{CloseRequest, ConnectionState};
 
 /// The largest head of a request, in bytes; also what a connection may keep in memory of what it reads and writes.
 const HEAD_LIMIT: usize = 64 * 1024;
@@ -68,7 +68,7 @@ pub async fn serve(
 ) {
     let mut http = http1::Builder::new();
     http.max_buf_size(HEAD_LIMIT);
-    let places = Places::new(connections);
+    let places = ConnectionLimiter::new(connections);
     let tasks = TaskTracker::new();
     let mut tick = tokio::time::interval(TICK);
     loop {
@@ -131,7 +131,7 @@ pub async fn serve(
 }
 
 /// One connection, to its end.
-async fn attend<I, S>(connection: http1::Connection<I, S>, held: Held, stop: CancellationToken)
+async fn attend<I, S>(connection: http1::Connection<I, S>, held: Permit, stop: CancellationToken)
 where
     I: rt::Read + rt::Write + Unpin,
     S: Service<Request<Incoming>, Response = Response, Error = Infallible>,
@@ -145,10 +145,10 @@ where
             return Poll::Ready(Some(ended));
         }
         let asked = held.place.asked();
-        if asked == Asked::ToGo {
+        if asked == CloseRequest::Abort {
             return Poll::Ready(None);
         }
-        if !is_closing && (asked == Asked::ToEnd || stop.is_cancelled()) {
+        if !is_closing && (asked == CloseRequest::Close || stop.is_cancelled()) {
             is_closing = true;
             connection.as_mut().graceful_shutdown();
             return connection.as_mut().poll(cx).map(Some);
@@ -165,7 +165,7 @@ where
 /// The router, whose requests tell their place how far they are.
 fn service(
     router: Router,
-    place: Arc<Place>,
+    place: Arc<ConnectionState>,
 ) -> impl Service<Request<Incoming>, Response = Response, Error = Infallible, Future: Send> {
     let router = TowerToHyperService::new(router);
     service_fn(move |mut request: Request<Incoming>| {
@@ -196,7 +196,7 @@ fn service(
 
 struct WatchedBody {
     body: Incoming,
-    place: Arc<Place>,
+    place: Arc<ConnectionState>,
 }
 
 impl Body for WatchedBody {
@@ -231,7 +231,7 @@ impl Body for WatchedBody {
 
 struct WatchedSocket {
     socket: TcpStream,
-    place: Arc<Place>,
+    place: Arc<ConnectionState>,
     /// Bytes that came when the connection was over.
     unread: usize,
 }
@@ -254,7 +254,7 @@ impl AsyncRead for WatchedSocket {
         let before = buffer.filled().len();
         let read = Pin::new(&mut self.socket).poll_read(cx, buffer);
         if read.is_pending() {
-            self.place.hears_nothing();
+            self.place.set_idle();
         } else if buffer.filled().len() > before {
             self.place.heard();
         }

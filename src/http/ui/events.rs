@@ -6,7 +6,7 @@ use axum::response::Html;
 use maud::{Markup, html};
 use serde::Deserialize;
 
-use super::layout::{self, Here, came_by, event_address, pager};
+use super::layout::{self, CurrentPage, came_by, event_address, pager};
 use super::session::{Operator, Visitor};
 use super::text::{address, id, marked, quoted, time, time_s, visible_lines};
 use crate::domain::invoice::document::validate_uid;
@@ -25,7 +25,7 @@ const ROWS: usize = 256;
 const OPERATOR: Visitor = Visitor(Scope::Operator);
 
 #[derive(Deserialize)]
-pub struct Asked {
+pub struct EventListParams {
     invoice: Option<String>,
     cursor: Option<String>,
 }
@@ -33,7 +33,7 @@ pub struct Asked {
 pub async fn list(
     State(state): State<AppState>,
     _: Operator,
-    asked: Result<Query<Asked>, QueryRejection>,
+    asked: Result<Query<EventListParams>, QueryRejection>,
 ) -> Result<Html<String>, ApiError> {
     let Query(asked) = asked?;
     let invoice = asked.invoice.filter(|invoice| !invoice.trim().is_empty());
@@ -61,7 +61,7 @@ pub async fn list(
     };
     Ok(layout::page(
         "Events",
-        Here::Events,
+        CurrentPage::Events,
         Some(&OPERATOR),
         content,
     ))
@@ -70,7 +70,7 @@ pub async fn list(
 pub async fn unreadable(
     State(state): State<AppState>,
     _: Operator,
-    asked: Result<Query<Asked>, QueryRejection>,
+    asked: Result<Query<EventListParams>, QueryRejection>,
 ) -> Result<Html<String>, ApiError> {
     let Query(asked) = asked?;
     let page = page(
@@ -90,7 +90,7 @@ pub async fn unreadable(
     };
     Ok(layout::page(
         "Unreadable",
-        Here::Unreadable,
+        CurrentPage::Unreadable,
         Some(&OPERATOR),
         content,
     ))
@@ -156,7 +156,7 @@ fn outcome(event: &LoggedEvent) -> Markup {
 }
 
 #[derive(Deserialize)]
-pub struct One {
+pub struct EventPageParams {
     id: String,
     cursor: Option<String>,
 }
@@ -164,9 +164,9 @@ pub struct One {
 pub async fn show(
     State(state): State<AppState>,
     _: Operator,
-    asked: Result<Query<One>, QueryRejection>,
+    asked: Result<Query<EventPageParams>, QueryRejection>,
 ) -> Result<Html<String>, ApiError> {
-    let Ok(Query(One {
+    let Ok(Query(EventPageParams {
         id: event_id,
         cursor,
     })) = asked
@@ -196,7 +196,7 @@ pub async fn show(
     };
     Ok(layout::page(
         "Event",
-        Here::Events,
+        CurrentPage::Events,
         Some(&OPERATOR),
         content,
     ))

@@ -7,10 +7,10 @@ use maud::{Markup, html};
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::layout::{self, Here, badge};
+use super::layout::{self, CurrentPage, badge};
 use super::session::Visitor;
 use super::text::{self, address, duration, encoded, id, quoted, sentence, time, time_s};
-use crate::domain::invoice::document::{State, validate_uid};
+use crate::domain::invoice::document::{PaymentState, validate_uid};
 use crate::domain::money;
 use crate::domain::time::timestamp;
 use crate::http::AppState;
@@ -22,7 +22,7 @@ use crate::queries::payment_summary::verdict;
 const AT_ONCE: usize = 3;
 
 #[derive(Deserialize)]
-pub struct Asked {
+pub struct InvoicePageParams {
     tenant: String,
     uid: String,
     at: Option<String>,
@@ -31,10 +31,10 @@ pub struct Asked {
 pub async fn show(
     Given(state): Given<AppState>,
     visitor: Visitor,
-    asked: Result<Query<Asked>, QueryRejection>,
+    asked: Result<Query<InvoicePageParams>, QueryRejection>,
 ) -> Result<Html<String>, ApiError> {
     // Whatever cannot be an invoice is none, and another tenant's is none either.
-    let Ok(Query(Asked { tenant, uid, at })) = asked else {
+    let Ok(Query(InvoicePageParams { tenant, uid, at })) = asked else {
         return Err(ApiError::NotFound);
     };
     let can_be = validate_uid(&tenant).is_ok() && validate_uid(&uid).is_ok();
@@ -72,7 +72,7 @@ pub async fn show(
     let title = format!("Invoice {}", text::visible(&evidence.invoice_uid));
     Ok(layout::page(
         &title,
-        Here::Invoices,
+        CurrentPage::Invoices,
         Some(&visitor),
         content,
     ))
@@ -104,7 +104,9 @@ fn answer(evidence: &Evidence) -> Markup {
 
 /// What is said at once: the latest; of what was paid, also how much that was, and what became of the money since.
 fn told(entries: &[Proven]) -> impl Iterator<Item = &str> {
-    let paid = entries.iter().position(|entry| entry.state == State::Paid);
+    let paid = entries
+        .iter()
+        .position(|entry| entry.state == PaymentState::Paid);
     let from = paid.unwrap_or(entries.len().saturating_sub(1));
     entries[from..]
         .iter()

@@ -6,11 +6,11 @@ use axum::response::{IntoResponse, Redirect, Response};
 use maud::{Markup, html};
 use serde::Deserialize;
 
-use super::layout::{self, Here, badge, pager};
+use super::layout::{self, CurrentPage, badge, pager};
 use super::session::Visitor;
 use super::text::{address, id, quoted, time};
 use crate::domain::history::Entry;
-use crate::domain::invoice::document::State;
+use crate::domain::invoice::document::PaymentState;
 use crate::http::AppState;
 use crate::http::error::ApiError;
 use crate::http::pagination;
@@ -20,7 +20,7 @@ use crate::store::StoredInvoice;
 const IN_A_PAGE: usize = 50;
 
 #[derive(Deserialize)]
-pub struct Asked {
+pub struct InvoiceListParams {
     q: Option<String>,
     state: Option<String>,
     cursor: Option<String>,
@@ -29,7 +29,7 @@ pub struct Asked {
 pub async fn list(
     Given(state): Given<AppState>,
     visitor: Visitor,
-    asked: Result<Query<Asked>, QueryRejection>,
+    asked: Result<Query<InvoiceListParams>, QueryRejection>,
 ) -> Result<Response, ApiError> {
     let Query(asked) = asked?;
     let sought = asked.q.as_deref().unwrap_or_default().trim();
@@ -71,7 +71,7 @@ pub async fn list(
         }
         (pager(first, next))
     };
-    Ok(layout::page("Invoices", Here::Invoices, Some(&visitor), content).into_response())
+    Ok(layout::page("Invoices", CurrentPage::Invoices, Some(&visitor), content).into_response())
 }
 
 async fn find(state: &AppState, visitor: &Visitor, sought: &str) -> Result<Response, ApiError> {
@@ -96,7 +96,7 @@ async fn find(state: &AppState, visitor: &Visitor, sought: &str) -> Result<Respo
             @if found.has_more { p.hint { "There are more: write more of the uid." } }
         }
     };
-    Ok(layout::page("Search", Here::Invoices, Some(visitor), content).into_response())
+    Ok(layout::page("Search", CurrentPage::Invoices, Some(visitor), content).into_response())
 }
 
 /// Each with the last entry of its history.
@@ -131,7 +131,7 @@ pub fn search(sought: &str) -> Markup {
 }
 
 fn filters(chosen: &str) -> Markup {
-    let names = State::ALL.map(|state| (state.as_str(), layout::name(Some(state))));
+    let names = PaymentState::ALL.map(|state| (state.as_str(), layout::name(Some(state))));
     let all = [("", "All")]
         .into_iter()
         .chain(names)

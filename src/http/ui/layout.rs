@@ -5,12 +5,12 @@ use maud::{DOCTYPE, Markup, html};
 
 use super::session::Visitor;
 use super::text::{address, id, quoted, time, time_s};
-use crate::domain::invoice::document::{State, validate_uid};
+use crate::domain::invoice::document::{PaymentState, validate_uid};
 use crate::store::{LoggedEvent, Source};
 
 /// Which part of the pages one belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Here {
+pub enum CurrentPage {
     Outside,
     Invoices,
     Waiting,
@@ -20,17 +20,26 @@ pub enum Here {
     Events,
 }
 
-const FOR_OPERATORS: [(Here, &str, &str); 5] = [
-    (Here::Waiting, "/ui/waiting", "Waiting"),
-    (Here::Unreadable, "/ui/unreadable", "Unreadable"),
-    (Here::Events, "/ui/events", "Events"),
-    (Here::Reconciliation, "/ui/reconciliation", "Reconciliation"),
-    (Here::Alarms, "/ui/alarms", "Alarms"),
+const FOR_OPERATORS: [(CurrentPage, &str, &str); 5] = [
+    (CurrentPage::Waiting, "/ui/waiting", "Waiting"),
+    (CurrentPage::Unreadable, "/ui/unreadable", "Unreadable"),
+    (CurrentPage::Events, "/ui/events", "Events"),
+    (
+        CurrentPage::Reconciliation,
+        "/ui/reconciliation",
+        "Reconciliation",
+    ),
+    (CurrentPage::Alarms, "/ui/alarms", "Alarms"),
 ];
 
 /// A whole page. None: nobody is signed in.
-pub fn page(title: &str, here: Here, visitor: Option<&Visitor>, content: Markup) -> Html<String> {
-    let link = |part: Here, to: &str, name: &str| {
+pub fn page(
+    title: &str,
+    here: CurrentPage,
+    visitor: Option<&Visitor>,
+    content: Markup,
+) -> Html<String> {
+    let link = |part: CurrentPage, to: &str, name: &str| {
         html! { li { a href=(to) aria-current=[(part == here).then_some("page")] { (name) } } }
     };
     let markup = html! {
@@ -52,7 +61,7 @@ pub fn page(title: &str, here: Here, visitor: Option<&Visitor>, content: Markup)
                     @if let Some(visitor) = visitor {
                         nav aria-label="Pages" {
                             ul {
-                                (link(Here::Invoices, "/ui", "Invoices"))
+                                (link(CurrentPage::Invoices, "/ui", "Invoices"))
                                 @if visitor.is_operator() {
                                     @for (part, to, name) in FOR_OPERATORS { (link(part, to, name)) }
                                 }
@@ -75,7 +84,7 @@ pub fn page(title: &str, here: Here, visitor: Option<&Visitor>, content: Markup)
 pub fn notice(title: &str, text: &str) -> Html<String> {
     page(
         title,
-        Here::Outside,
+        CurrentPage::Outside,
         None,
         html! {
             section.notice {
@@ -88,40 +97,40 @@ pub fn notice(title: &str, text: &str) -> Html<String> {
 }
 
 /// A state in words and with a sign of its own: never by its colour alone.
-pub fn badge(state: Option<State>) -> Markup {
+pub fn badge(state: Option<PaymentState>) -> Markup {
     html! { span.badge.(tone(state)) { (sign(state)) (name(state)) } }
 }
 
-pub fn name(state: Option<State>) -> &'static str {
+pub fn name(state: Option<PaymentState>) -> &'static str {
     match state {
-        Some(State::Paid) => "Paid",
-        Some(State::PaymentPending) => "Pending",
-        Some(State::PaymentInProgress) => "In progress",
-        Some(State::PaymentFailed) => "Failed",
+        Some(PaymentState::Paid) => "Paid",
+        Some(PaymentState::PaymentPending) => "Pending",
+        Some(PaymentState::PaymentInProgress) => "In progress",
+        Some(PaymentState::PaymentFailed) => "Failed",
         None => "Nothing known",
     }
 }
 
 /// The class that colours it.
-pub fn tone(state: Option<State>) -> &'static str {
+pub fn tone(state: Option<PaymentState>) -> &'static str {
     match state {
-        Some(State::Paid) => "good",
-        Some(State::PaymentPending) => "waiting",
-        Some(State::PaymentInProgress) => "moving",
-        Some(State::PaymentFailed) => "bad",
+        Some(PaymentState::Paid) => "good",
+        Some(PaymentState::PaymentPending) => "waiting",
+        Some(PaymentState::PaymentInProgress) => "moving",
+        Some(PaymentState::PaymentFailed) => "bad",
         None => "unknown",
     }
 }
 
 /// Drawn in the colour of the text around it.
-pub fn sign(state: Option<State>) -> Markup {
+pub fn sign(state: Option<PaymentState>) -> Markup {
     let path = match state {
-        Some(State::Paid) => "M3.5 8.5l3 3 6-7",
-        Some(State::PaymentPending) => {
+        Some(PaymentState::Paid) => "M3.5 8.5l3 3 6-7",
+        Some(PaymentState::PaymentPending) => {
             "M8 2.5a5.5 5.5 0 1 1 0 11a5.5 5.5 0 1 1 0-11M8 5.2v3l1.9 1.2"
         }
-        Some(State::PaymentInProgress) => "M3 8h9M8.5 4.5L12 8l-3.5 3.5",
-        Some(State::PaymentFailed) => "M4.5 4.5l7 7M11.5 4.5l-7 7",
+        Some(PaymentState::PaymentInProgress) => "M3 8h9M8.5 4.5L12 8l-3.5 3.5",
+        Some(PaymentState::PaymentFailed) => "M4.5 4.5l7 7M11.5 4.5l-7 7",
         None => "M4 8h8",
     };
     html! {

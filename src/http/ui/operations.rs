@@ -5,10 +5,10 @@ use axum::response::Html;
 use maud::{Markup, html};
 use serde_json::Value;
 
-use super::layout::{self, Here};
+use super::layout::{self, CurrentPage};
 use super::session::{Operator, Visitor};
 use super::text::{address, duration, id, marked, quoted, time};
-use crate::doctor::{self, Check, Patient, State};
+use crate::doctor::{self, Check, CheckStatus, DoctorInput};
 use crate::domain::time::parse_time;
 use crate::http::AppState;
 use crate::http::error::ApiError;
@@ -47,14 +47,14 @@ pub async fn waiting(Given(state): Given<AppState>, _: Operator) -> Result<Html<
     };
     Ok(layout::page(
         "Waiting",
-        Here::Waiting,
+        CurrentPage::Waiting,
         Some(&OPERATOR),
         content,
     ))
 }
 
 pub async fn alarms(Given(state): Given<AppState>, _: Operator) -> Html<String> {
-    let patient = Patient {
+    let patient = DoctorInput {
         store: Ok(state.store.clone()),
         // Looking at a page costs no call to Stripe: what the last pass saw of it is told.
         api: None,
@@ -65,11 +65,11 @@ pub async fn alarms(Given(state): Given<AppState>, _: Operator) -> Html<String> 
     let mut checks = doctor::examine(&patient).await;
     let wrong = checks
         .iter()
-        .filter(|check| check.state >= State::Warning)
+        .filter(|check| check.state >= CheckStatus::Warning)
         .count();
     let unknown = checks
         .iter()
-        .filter(|check| check.state == State::Unknown)
+        .filter(|check| check.state == CheckStatus::Unknown)
         .count();
     checks.sort_by_key(|check| std::cmp::Reverse(check.state));
     let content = html! {
@@ -81,23 +81,23 @@ pub async fn alarms(Given(state): Given<AppState>, _: Operator) -> Html<String> 
         }
         ul.checks { @for check in &checks { (check_up(check)) } }
     };
-    layout::page("Alarms", Here::Alarms, Some(&OPERATOR), content)
+    layout::page("Alarms", CurrentPage::Alarms, Some(&OPERATOR), content)
 }
 
 fn check_up(check: &Check) -> Markup {
-    use crate::domain::invoice::document::State as Payment;
+    use crate::domain::invoice::document::PaymentState as Payment;
     // The signs of the states of a payment serve here, too: done, not known, wrong.
     let (tone, word, sign) = match check.state {
-        State::Ok => ("good", "Ok", Some(Payment::Paid)),
-        State::Unknown => ("unknown", "Unknown", None),
-        State::Warning => ("waiting", "Warning", Some(Payment::PaymentPending)),
-        State::Failing => ("bad", "Failing", Some(Payment::PaymentFailed)),
+        CheckStatus::Ok => ("good", "Ok", Some(Payment::Paid)),
+        CheckStatus::Unknown => ("unknown", "Unknown", None),
+        CheckStatus::Warning => ("waiting", "Warning", Some(Payment::PaymentPending)),
+        CheckStatus::Failing => ("bad", "Failing", Some(Payment::PaymentFailed)),
     };
     html! {
         li.(tone) {
             h2 { (check.name) span.badge.(tone) { (layout::sign(sign)) (word) } }
             p { (marked(&check.finding)) }
-            @if let Some(cure) = &check.cure { p.cure { strong { "What to do: " } (marked(cure)) } }
+            @if let Some(remedy) = &check.remedy { p.remedy { strong { "What to do: " } (marked(remedy)) } }
         }
     }
 }
@@ -117,7 +117,7 @@ pub async fn reconciliation(
     };
     Ok(layout::page(
         "Reconciliation",
-        Here::Reconciliation,
+        CurrentPage::Reconciliation,
         Some(&OPERATOR),
         content,
     ))

@@ -12,7 +12,7 @@ use axum::response::{Html, IntoResponse, Redirect, Response};
 use maud::html;
 use serde::Deserialize;
 
-use super::layout::{self, Here};
+use super::layout::{self, CurrentPage};
 use super::text::address;
 use crate::domain::api_key;
 use crate::http::AppState;
@@ -103,11 +103,11 @@ fn cookie(headers: &HeaderMap) -> Option<&str> {
 }
 
 #[derive(Deserialize, Default)]
-pub struct Wanted {
+pub struct SignInParams {
     next: Option<String>,
 }
 
-pub async fn ask(query: Result<Query<Wanted>, QueryRejection>) -> Response {
+pub async fn ask(query: Result<Query<SignInParams>, QueryRejection>) -> Response {
     let Query(wanted) = query.unwrap_or_default();
     form(&next(wanted.next), None).into_response()
 }
@@ -217,7 +217,7 @@ fn next(wanted: Option<String>) -> String {
 fn form(next: &str, mistake: Option<&str>) -> Html<String> {
     layout::page(
         "Sign in",
-        Here::Outside,
+        CurrentPage::Outside,
         None,
         html! {
             section.sign-in {

@@ -5,14 +5,14 @@ use futures_util::{Stream, TryStreamExt};
 use sqlx::{AssertSqlSafe, ColumnIndex, Decode, Type};
 
 use super::tables::{Column, Kind, Table};
-use crate::store::engine::connection::{Connection, Session, execute, rows};
+use crate::store::engine::connection::{Connection, EngineConnection, execute, rows};
 use crate::store::{Store, StoreError};
 
 /// After so many bytes a page ends.
 const PAGE_BYTES: usize = 2 << 20;
 
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Cell {
+pub enum Value {
     Text(Option<String>),
     Number(Option<i64>),
     Bytes(Option<Vec<u8>>),
@@ -21,13 +21,13 @@ pub enum Cell {
 /// A row of a [`Table`]; its payload may be there, or only its length.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Row {
-    cells: Vec<Cell>,
+    cells: Vec<Value>,
     key: usize,
 }
 
 /// Some rows, in the order of their keys.
 #[derive(Clone, Debug)]
-pub struct Page {
+pub struct CopyPage {
     pub rows: Vec<Row>,
     /// None follows.
     pub is_last: bool,
@@ -46,22 +46,22 @@ pub enum CopyTarget {
 
 impl Row {
     /// Rows are ordered by it, in both engines.
-    pub fn key(&self) -> &[Cell] {
+    pub fn key(&self) -> &[Value] {
         &self.cells[..self.key]
     }
 }
 
-impl Cell {
+impl Value {
     fn bytes(&self) -> usize {
         8 + match self {
-            Cell::Text(text) => text.as_ref().map_or(0, String::len),
-            Cell::Bytes(bytes) => bytes.as_ref().map_or(0, Vec::len),
-            Cell::Number(_) => 0,
+            Value::Text(text) => text.as_ref().map_or(0, String::len),
+            Value::Bytes(bytes) => bytes.as_ref().map_or(0, Vec::len),
+            Value::Number(_) => 0,
         }
     }
 
     fn text(&self) -> Option<&str> {
-        if let Cell::Text(text) = self {
+        if let Value::Text(text) = self {
             text.as_deref()
         } else {
             None
@@ -69,7 +69,7 @@ impl Cell {
     }
 
     fn number(&self) -> Option<i64> {
-        if let Cell::Number(number) = self {
+        if let Value::Number(number) = self {
             *number
         } else {
             None
@@ -77,7 +77,7 @@ impl Cell {
     }
 
     fn blob(&self) -> Option<&[u8]> {
-        if let Cell::Bytes(bytes) = self {
+        if let Value::Bytes(bytes) = self {
             bytes.as_deref()
         } else {
             None
@@ -155,7 +155,7 @@ impl Store {
 
     async fn first_that_holds_rows(
         &self,
-        session: &mut Session,
+        session: &mut Connection,
     ) -> Result<Option<&'static str>, StoreError> {
         for table in Table::ALL {
             let found = read(
@@ -177,8 +177,8 @@ impl Store {
     pub async fn rows_after(
         &self,
         table: Table,
-        after: Option<&[Cell]>,
-    ) -> Result<Page, StoreError> {
+        after: Option<&[Value]>,
+    ) -> Result<CopyPage, StoreError> {
         let sql = if after.is_some() {
             table.next_page()
         } else {
@@ -186,7 +186,11 @@ impl Store {
         };
         let compared = read_as(table, Kind::Number);
         let mut session = self.session().await?;
-        let binds = [after.unwrap_or_default(), &[Cell::Number(Some(table.page))]].concat();
+        let binds = [
+            after.unwrap_or_default(),
+            &[Value::Number(Some(table.page))],
+        ]
+        .concat();
         let mut page = read(&mut session, sql, &binds, &compared, table.key).await?;
         session.done().await?;
         page.is_last &= (page.rows.len() as i64) < table.page;
@@ -197,9 +201,9 @@ impl Store {
     pub async fn rows_between(
         &self,
         table: Table,
-        from: &[Cell],
-        to: &[Cell],
-    ) -> Result<Page, StoreError> {
+        from: &[Value],
+        to: &[Value],
+    ) -> Result<CopyPage, StoreError> {
         let mut session = self.session().await?;
         let page = read(
             &mut session,
@@ -261,9 +265,9 @@ macro_rules! bound {
         let mut query = $query;
         for cell in $cells {
             query = match cell {
-                Cell::Text(text) => query.bind(text),
-                Cell::Number(number) => query.bind(number),
-                Cell::Bytes(bytes) => query.bind(bytes),
+                Value::Text(text) => query.bind(text),
+                Value::Number(number) => query.bind(number),
+                Value::Bytes(bytes) => query.bind(bytes),
             };
         }
         query
@@ -272,19 +276,19 @@ macro_rules! bound {
 
 /// Reads rows until they are enough bytes: however large the rows are, one page fits into memory.
 async fn read(
-    session: &mut Session,
+    session: &mut Connection,
     sql: String,
-    binds: &[Cell],
+    binds: &[Value],
     columns: &[Column],
     key: usize,
-) -> Result<Page, StoreError> {
+) -> Result<CopyPage, StoreError> {
     let sql = AssertSqlSafe(sql);
     match &mut session.connection {
-        Connection::Sqlite(connection) => {
+        EngineConnection::Sqlite(connection) => {
             let query = bound!(sqlx::query(sql), binds);
             Ok(page_of(query.fetch(&mut **connection), columns, key).await?)
         }
-        Connection::Postgres(connection) => {
+        EngineConnection::Postgres(connection) => {
             let (inner, named, gate) = connection.start();
             let query = bound!(sqlx::query(sql).persistent(named), binds);
             let ended = gate
@@ -299,7 +303,7 @@ async fn page_of<R>(
     mut found: impl Stream<Item = Result<R, sqlx::Error>> + Unpin,
     columns: &[Column],
     key: usize,
-) -> Result<Page, sqlx::Error>
+) -> Result<CopyPage, sqlx::Error>
 where
     R: sqlx::Row,
     usize: ColumnIndex<R>,
@@ -310,40 +314,40 @@ where
     let (mut rows, mut bytes) = (Vec::new(), 0);
     while let Some(row) = found.try_next().await? {
         let cell = |(n, (_, kind)): (usize, &Column)| match kind {
-            Kind::Text => row.try_get(n).map(Cell::Text),
-            Kind::Number => row.try_get(n).map(Cell::Number),
-            Kind::Bytes | Kind::Payload => row.try_get(n).map(Cell::Bytes),
+            Kind::Text => row.try_get(n).map(Value::Text),
+            Kind::Number => row.try_get(n).map(Value::Number),
+            Kind::Bytes | Kind::Payload => row.try_get(n).map(Value::Bytes),
         };
         let cells = columns
             .iter()
             .enumerate()
             .map(cell)
-            .collect::<Result<Vec<Cell>, _>>()?;
-        bytes += cells.iter().map(Cell::bytes).sum::<usize>();
+            .collect::<Result<Vec<Value>, _>>()?;
+        bytes += cells.iter().map(Value::bytes).sum::<usize>();
         rows.push(Row { cells, key });
         if bytes >= PAGE_BYTES {
-            return Ok(Page {
+            return Ok(CopyPage {
                 rows,
                 is_last: false,
             });
         }
     }
-    Ok(Page {
+    Ok(CopyPage {
         rows,
         is_last: true,
     })
 }
 
-async fn change(session: &mut Session, sql: String, binds: &[Cell]) -> Result<(), StoreError> {
+async fn change(session: &mut Connection, sql: String, binds: &[Value]) -> Result<(), StoreError> {
     let sql = AssertSqlSafe(sql);
     match &mut session.connection {
-        Connection::Sqlite(connection) => {
+        EngineConnection::Sqlite(connection) => {
             bound!(sqlx::query(sql), binds)
                 .execute(&mut **connection)
                 .await?;
             Ok(())
         }
-        Connection::Postgres(connection) => {
+        EngineConnection::Postgres(connection) => {
             let (inner, named, gate) = connection.start();
             let query = bound!(sqlx::query(sql).persistent(named), binds);
             let ended = gate.limited(query.execute(inner)).await;
@@ -353,17 +357,17 @@ async fn change(session: &mut Session, sql: String, binds: &[Cell]) -> Result<()
 }
 
 /// One by one in SQLite, where a statement is no journey; in PostgreSQL all in one, column by column.
-async fn write(session: &mut Session, table: Table, rows: &[Row]) -> Result<(), StoreError> {
-    if let Connection::Postgres(connection) = &mut session.connection {
+async fn write(session: &mut Connection, table: Table, rows: &[Row]) -> Result<(), StoreError> {
+    if let EngineConnection::Postgres(connection) = &mut session.connection {
         let (inner, named, gate) = connection.start();
         let mut query = sqlx::query(AssertSqlSafe(table.write_in_postgres())).persistent(named);
         for (n, (_, kind)) in table.columns.iter().enumerate() {
             let cells = rows.iter().map(|row| &row.cells[n]);
             query = match kind {
-                Kind::Text => query.bind(cells.map(Cell::text).collect::<Vec<_>>()),
-                Kind::Number => query.bind(cells.map(Cell::number).collect::<Vec<_>>()),
+                Kind::Text => query.bind(cells.map(Value::text).collect::<Vec<_>>()),
+                Kind::Number => query.bind(cells.map(Value::number).collect::<Vec<_>>()),
                 Kind::Bytes | Kind::Payload => {
-                    query.bind(cells.map(Cell::blob).collect::<Vec<_>>())
+                    query.bind(cells.map(Value::blob).collect::<Vec<_>>())
                 }
             };
         }

@@ -239,7 +239,7 @@ impl Table {
     }
 
     /// What follows the rows that are to be written.
-    fn over_what_is_there(&self) -> String {
+    fn on_conflict_clause(&self) -> String {
         let mut sql = format!(" on conflict ({}) do ", self.key_names());
         let others = &self.columns[self.key..];
         if others.is_empty() {
@@ -262,7 +262,7 @@ impl Table {
         format!(
             "insert into {} ({names}) values ({values}){}",
             self.name,
-            self.over_what_is_there()
+            self.on_conflict_clause()
         )
     }
 
@@ -282,7 +282,7 @@ impl Table {
                 .collect::<Vec<_>>()
                 .join(", "),
         );
-        let over = self.over_what_is_there();
+        let over = self.on_conflict_clause();
         format!(
             "insert into {} ({names}) select * from unnest({arrays}) as incoming ({names}){over}",
             self.name

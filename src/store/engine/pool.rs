@@ -19,12 +19,12 @@ pub(in crate::store) struct Pool<DB: Database> {
     /// As many as `source` has connections: who holds one waits for none but what `source` is just opening or closing.
     places: Arc<Semaphore>,
     /// In the order in which they became ready. They are held to the same limits as sqlx's: how long one may live, and rest.
-    ready: Mutex<VecDeque<Taken<DB>>>,
+    ready: Mutex<VecDeque<CheckedOut<DB>>>,
 }
 
 /// A connection of sqlx's pool, when it was asked for, and when it was last used.
 #[derive(Debug)]
-struct Taken<DB: Database> {
+struct CheckedOut<DB: Database> {
     at: Instant,
     used: Instant,
     connection: PoolConnection<DB>,
@@ -33,7 +33,7 @@ struct Taken<DB: Database> {
 /// A connection in use. When it is dropped, sqlx takes it back and asks it, unless one of the methods said better.
 pub(in crate::store) struct Pooled<DB: Database> {
     /// None only after the drop.
-    taken: Option<Taken<DB>>,
+    taken: Option<CheckedOut<DB>>,
     is_ready: bool,
     pool: Arc<Pool<DB>>,
     _place: OwnedSemaphorePermit,
@@ -68,7 +68,7 @@ impl<DB: Database> Pool<DB> {
                 .map_err(|_| sqlx::Error::PoolClosed)?;
             let taken = match self.take_ready(not_before()) {
                 Some(taken) => taken,
-                None => Taken {
+                None => CheckedOut {
                     at: Instant::now(),
                     connection: self.source.acquire().await?,
                     used: Instant::now(),
@@ -98,17 +98,17 @@ impl<DB: Database> Pool<DB> {
         self.source.close().await;
     }
 
-    fn ready(&self) -> MutexGuard<'_, VecDeque<Taken<DB>>> {
+    fn ready(&self) -> MutexGuard<'_, VecDeque<CheckedOut<DB>>> {
         self.ready.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The one that was used last: the server has most of what it needs at hand.
-    fn take_ready(&self, not_before: Option<Instant>) -> Option<Taken<DB>> {
+    fn take_ready(&self, not_before: Option<Instant>) -> Option<CheckedOut<DB>> {
         let (life, rest) = (
             self.source.options().get_max_lifetime(),
             self.source.options().get_idle_timeout(),
         );
-        let is_good = |taken: &Taken<DB>| {
+        let is_good = |taken: &CheckedOut<DB>| {
             not_before.is_none_or(|not_before| taken.at >= not_before)
                 && life.is_none_or(|life| taken.at.elapsed() < life)
                 && rest.is_none_or(|rest| taken.used.elapsed() < rest)
@@ -146,7 +146,7 @@ impl<DB: Database> Drop for Pooled<DB> {
         }
         let mut ready = self.pool.ready();
         if !self.pool.places.is_closed() {
-            ready.extend(self.taken.take().map(|taken| Taken {
+            ready.extend(self.taken.take().map(|taken| CheckedOut {
                 used: Instant::now(),
                 ..taken
             }));

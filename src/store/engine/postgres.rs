@@ -15,7 +15,7 @@ use sqlx::{ConnectOptions, Connection as _, PgConnection, Postgres, Row};
 use tokio::sync::watch;
 use tokio::time::timeout;
 
-use super::connection::{Connection, PostgresConnection, Session, rows_in_postgres};
+use super::connection::{Connection, EngineConnection, PostgresConnection, rows_in_postgres};
 use super::pool::Pool;
 use crate::store::error::READ_ONLY;
 use crate::store::{Appended, NewEvent, StoreError};
@@ -44,15 +44,15 @@ pub(in crate::store) struct PostgresStore {
     appending: Arc<Pool<Postgres>>,
     /// A pooler stands between us and the server, and may hand each transaction to another of its connections.
     is_pooled: bool,
-    gate: Gate,
+    gate: CircuitBreaker,
 }
 
 /// Closed while the server is away.
 #[derive(Clone, Debug)]
-pub(in crate::store) struct Gate(Arc<GateState>);
+pub(in crate::store) struct CircuitBreaker(Arc<BreakerState>);
 
 #[derive(Debug)]
-struct GateState {
+struct BreakerState {
     options: PgConnectOptions,
     is_closed: watch::Sender<bool>,
     /// The server is being asked whether it is there.
@@ -83,7 +83,7 @@ enum Found {
 
 /// A statement did not end in time, or the server went away meanwhile. It may have been done.
 #[derive(Debug)]
-pub(in crate::store) struct GivenUp;
+pub(in crate::store) struct StatementAbandoned;
 
 impl PostgresStore {
     /// # Errors
@@ -111,14 +111,14 @@ impl PostgresStore {
         } else {
             options.options(SESSION)
         };
-        let state = GateState {
+        let state = BreakerState {
             options: options.clone(),
             is_closed: watch::Sender::new(false),
             is_doubted: AtomicBool::new(false),
             answers: AtomicU64::new(0),
             opened: Mutex::new(Instant::now()),
         };
-        let gate = Gate(Arc::new(state));
+        let gate = CircuitBreaker(Arc::new(state));
         let pool = |connections| {
             let watched = gate.clone();
             let pool = PgPoolOptions::new()
@@ -140,11 +140,11 @@ impl PostgresStore {
     }
 
     /// A connection for statements that each stand alone.
-    pub async fn session(&self) -> Result<Session, StoreError> {
+    pub async fn session(&self) -> Result<Connection, StoreError> {
         self.session_of(&self.pool).await
     }
 
-    async fn session_of(&self, pool: &Arc<Pool<Postgres>>) -> Result<Session, StoreError> {
+    async fn session_of(&self, pool: &Arc<Pool<Postgres>>) -> Result<Connection, StoreError> {
         let mut session = self.acquire(pool).await?;
         if self.is_pooled {
             // sqlx prepares and executes in two steps, and a pooler keeps both on one connection only within a transaction.
@@ -154,20 +154,20 @@ impl PostgresStore {
     }
 
     /// A transaction whose statements each stand alone.
-    pub async fn transaction(&self) -> Result<Session, StoreError> {
+    pub async fn transaction(&self) -> Result<Connection, StoreError> {
         let mut session = self.acquire(&self.pool).await?;
         session.begin(BEGIN).await?;
         Ok(session)
     }
 
     /// A transaction that is as if it ran alone, or fails.
-    pub async fn serializable(&self) -> Result<Session, StoreError> {
+    pub async fn serializable(&self) -> Result<Connection, StoreError> {
         let mut session = self.acquire(&self.pool).await?;
         session.begin(BEGIN_SERIALIZABLE).await?;
         Ok(session)
     }
 
-    async fn acquire(&self, pool: &Arc<Pool<Postgres>>) -> Result<Session, StoreError> {
+    async fn acquire(&self, pool: &Arc<Pool<Postgres>>) -> Result<Connection, StoreError> {
         self.gate.pass()?;
         let not_before = || Some(*self.gate.opened());
         let acquired = self.gate.judge(
@@ -176,22 +176,27 @@ impl PostgresStore {
                 .await,
         )?;
         let (named, gate) = (!self.is_pooled, self.gate.clone());
-        Ok(Session::new(Connection::Postgres(PostgresConnection {
-            inner: acquired,
-            named,
-            gate,
-            is_unsure: false,
-        })))
+        Ok(Connection::new(EngineConnection::Postgres(
+            PostgresConnection {
+                inner: acquired,
+                named,
+                gate,
+                is_unsure: false,
+            },
+        )))
     }
 
     /// A connection of its own, for migrations: they may take long, and change what others have prepared.
-    pub async fn connect_apart(&self) -> Result<PgConnection, StoreError> {
+    pub async fn connect_dedicated(&self) -> Result<PgConnection, StoreError> {
         Ok(self.gate.0.options.connect().await?)
     }
 
     /// Within a transaction, which a pooler keeps on one connection to the server: forgets the names that another client of the
     /// pooler has given to statements there.
-    pub async fn forget_names(&self, connection: &mut PgConnection) -> Result<(), StoreError> {
+    pub async fn deallocate_statements(
+        &self,
+        connection: &mut PgConnection,
+    ) -> Result<(), StoreError> {
         if self.is_pooled {
             sqlx::raw_sql("deallocate all").execute(connection).await?;
         }
@@ -213,7 +218,7 @@ impl PostgresStore {
                 .flat_map(|event| event.mentions.iter().map(move |mention| (event, mention)))
         };
         let mut session = self.session_of(&self.appending).await?;
-        let Connection::Postgres(connection) = &mut session.connection else {
+        let EngineConnection::Postgres(connection) = &mut session.connection else {
             unreachable!("the sessions of this store are PostgreSQL's")
         };
         let new = rows_in_postgres!(
@@ -334,7 +339,7 @@ async fn look_at(url: &str, options: &PgConnectOptions) -> Result<bool, StoreErr
     Ok(elsewhere || url.contains("statement-cache-capacity=0"))
 }
 
-impl Gate {
+impl CircuitBreaker {
     fn pass(&self) -> Result<(), StoreError> {
         if *self.0.is_closed.borrow() {
             return Err(StoreError::Unavailable("the server is away".to_owned()));
@@ -343,7 +348,10 @@ impl Gate {
     }
 
     /// Gives a statement up when it takes too long, or when it turns out meanwhile that the server is away.
-    pub async fn limited<T>(&self, statement: impl Future<Output = T>) -> Result<T, GivenUp> {
+    pub async fn limited<T>(
+        &self,
+        statement: impl Future<Output = T>,
+    ) -> Result<T, StatementAbandoned> {
         self.doubted(DOUBT_AFTER, statement).await
     }
 
@@ -352,7 +360,7 @@ impl Gate {
         &self,
         after: Duration,
         waiting: impl Future<Output = T>,
-    ) -> Result<T, GivenUp> {
+    ) -> Result<T, StatementAbandoned> {
         let mut waiting = pin!(waiting);
         if let Ok(ended) = timeout(after, &mut waiting).await {
             return Ok(ended);
@@ -360,8 +368,8 @@ impl Gate {
         self.doubt(Doubt::NoAnswer);
         let mut is_closed = self.0.is_closed.subscribe();
         tokio::select! {
-            ended = timeout(STATEMENT_TIMEOUT - after, waiting) => ended.map_err(|_| GivenUp),
-            _ = is_closed.wait_for(|is_closed| *is_closed) => Err(GivenUp),
+            ended = timeout(STATEMENT_TIMEOUT - after, waiting) => ended.map_err(|_| StatementAbandoned),
+            _ = is_closed.wait_for(|is_closed| *is_closed) => Err(StatementAbandoned),
         }
     }
 
@@ -369,7 +377,7 @@ impl Gate {
     /// others may be in the way: then the server is asked first.
     pub fn judge<T>(
         &self,
-        ended: Result<Result<T, sqlx::Error>, GivenUp>,
+        ended: Result<Result<T, sqlx::Error>, StatementAbandoned>,
     ) -> Result<T, StoreError> {
         let in_vain = match ended {
             Ok(Ok(value)) => return Ok(value),
@@ -388,7 +396,7 @@ impl Gate {
                 }
                 return Err(error);
             }
-            Err(GivenUp) => "a statement did not end in time",
+            Err(StatementAbandoned) => "a statement did not end in time",
         };
         self.doubt(Doubt::NoAnswer);
         Err(StoreError::Unavailable(in_vain.to_owned()))

@@ -14,7 +14,7 @@ use sqlx::sqlite::{
 use sqlx::{ConnectOptions, Sqlite};
 use tokio::sync::mpsc;
 
-use super::connection::{Connection, Session, execute, rows};
+use super::connection::{Connection, EngineConnection, execute, rows};
 use super::pool::Pool;
 use crate::domain::stripe::event::EventKey;
 use crate::store::{Appended, Disk, NewEvent, Space, StoreError};
@@ -46,14 +46,14 @@ pub(in crate::store) struct SqliteStore {
     written: Arc<AtomicUsize>,
     checkpoint: mpsc::Sender<()>,
     /// The checkpointer has been through: what came meanwhile is left to the writer.
-    is_nearly_carried: Arc<AtomicBool>,
+    checkpoint_almost_done: Arc<AtomicBool>,
 }
 
 impl SqliteStore {
     /// Opens the file, creating it when it is missing.
     pub async fn open(path: &str) -> Result<SqliteStore, StoreError> {
         let file = file(path)?;
-        create_for_us_alone(&file);
+        create_private_file(&file);
         let options = options_of(path)?
             .create_if_missing(true)
             .foreign_keys(true)
@@ -84,8 +84,12 @@ impl SqliteStore {
         let read = Pool::new(pool(READERS).connect_with(reading).await?);
         let checkpointer = pool(1).connect_lazy_with(options);
         let (checkpoint, due) = mpsc::channel(1);
-        let is_nearly_carried = Arc::new(AtomicBool::new(false));
-        tokio::spawn(keep_log_short(checkpointer, due, is_nearly_carried.clone()));
+        let checkpoint_almost_done = Arc::new(AtomicBool::new(false));
+        tokio::spawn(run_checkpointer(
+            checkpointer,
+            due,
+            checkpoint_almost_done.clone(),
+        ));
         let opened = identity(&file);
         Ok(SqliteStore {
             file,
@@ -94,21 +98,22 @@ impl SqliteStore {
             read,
             written: Arc::default(),
             checkpoint,
-            is_nearly_carried,
+            checkpoint_almost_done,
         })
     }
 
-    pub async fn session(&self) -> Result<Session, StoreError> {
-        self.check_place()?;
-        Ok(Session::new(Connection::Sqlite(
+    pub async fn session(&self) -> Result<Connection, StoreError> {
+        self.verify_same_file()?;
+        Ok(Connection::new(EngineConnection::Sqlite(
             self.read.acquire(|| None).await?,
         )))
     }
 
     /// A write transaction takes the lock at once: one that reads first fails when another process writes in between.
-    pub async fn transaction(&self) -> Result<Session, StoreError> {
-        self.check_place()?;
-        let mut session = Session::new(Connection::Sqlite(self.write.acquire(|| None).await?));
+    pub async fn transaction(&self) -> Result<Connection, StoreError> {
+        self.verify_same_file()?;
+        let mut session =
+            Connection::new(EngineConnection::Sqlite(self.write.acquire(|| None).await?));
         session.begin("begin immediate").await?;
         Ok(session)
     }
@@ -120,7 +125,7 @@ impl SqliteStore {
     /// All in one call to the connection's thread, however many there are. Small columns go as JSON, what is large or binary as
     /// parts of one blob.
     pub async fn append(&self, batch: &[NewEvent]) -> Result<Vec<Appended>, StoreError> {
-        self.check_place()?;
+        self.verify_same_file()?;
         let mut blob = Vec::with_capacity(
             batch
                 .iter()
@@ -166,8 +171,9 @@ impl SqliteStore {
             json(serde_json::to_string(&mentions)),
         );
         let bytes = blob.len();
-        let mut session = Session::new(Connection::Sqlite(self.write.acquire(|| None).await?));
-        if self.is_nearly_carried.swap(false, Ordering::Relaxed) {
+        let mut session =
+            Connection::new(EngineConnection::Sqlite(self.write.acquire(|| None).await?));
+        if self.checkpoint_almost_done.swap(false, Ordering::Relaxed) {
             // The little that is left. With nothing in it that is still needed, the log starts anew with what is written next.
             execute!(session, CHECKPOINT)?;
         }
@@ -197,7 +203,7 @@ impl SqliteStore {
     }
 
     /// SQLite goes on writing to a file that was moved away or replaced, where nobody will find it again.
-    fn check_place(&self) -> Result<(), StoreError> {
+    fn verify_same_file(&self) -> Result<(), StoreError> {
         match identity(&self.file) {
             found if found == self.opened => Ok(()),
             None => Err(StoreError::Unavailable(format!(
@@ -248,7 +254,7 @@ impl SqliteStore {
 }
 
 /// It will hold what is nobody else's business; SQLite gives its log and its index of that the rights of the file.
-fn create_for_us_alone(file: &Path) {
+fn create_private_file(file: &Path) {
     let created = std::fs::OpenOptions::new()
         .write(true)
         .create_new(true)
@@ -297,14 +303,14 @@ const _: () = assert!(
 
 /// Carries what was appended into the database file, beside the writer and not in the commit of a delivery, as long as there is
 /// a store.
-async fn keep_log_short(
+async fn run_checkpointer(
     pool: SqlitePool,
     mut due: mpsc::Receiver<()>,
-    is_nearly_carried: Arc<AtomicBool>,
+    checkpoint_almost_done: Arc<AtomicBool>,
 ) {
     while due.recv().await.is_some() {
         match sqlx::query(CHECKPOINT).execute(&pool).await {
-            Ok(_) => is_nearly_carried.store(true, Ordering::Relaxed),
+            Ok(_) => checkpoint_almost_done.store(true, Ordering::Relaxed),
             Err(error) => tracing::warn!(%error, "the log of the database could not be shortened"),
         }
     }

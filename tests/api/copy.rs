@@ -1,0 +1,302 @@
+//! `copy`: everything to another database, from each engine to the other, whatever interrupts it and whoever writes meanwhile.
+
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use stripe_reconciler::store::{CheckResult, Store};
+
+use crate::support::{
+    CommandOutput, Database, Engine, Files, Load, Server, TestServer, binary, invoice_path, run,
+};
+
+/// What is compared: all that the read-only commands tell.
+const TOLD: [&[&str]; 6] = [
+    &["invoices", "list", "--json"],
+    &["events", "list", "--limit", "1000000", "--json"],
+    &["events", "export"],
+    &["keys", "list", "--json"],
+    &["reconcile", "--list", "--json"],
+    &["why", "acme", "inv-paid", "--json"],
+];
+
+/// How long a copy that is killed may take until it has written anything.
+const TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Writes each test once, and runs it from each engine to the other.
+macro_rules! each_direction {
+    ($($(#[$attribute:meta])* async fn $name:ident($server:ident: TestServer, $target:ident: Database) $body:block)*) => {
+        $(
+            $(#[$attribute])*
+            mod $name {
+                #[allow(unused_imports)]
+                use super::*;
+
+                async fn between($server: TestServer, $target: Database) $body
+
+                #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+                async fn sqlite_to_postgres() {
+                    between(TestServer::start(Engine::Sqlite).await, Database::create(Engine::Postgres)).await
+                }
+
+                #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+                async fn postgres_to_sqlite() {
+                    between(TestServer::start(Engine::Postgres).await, Database::create(Engine::Sqlite)).await
+                }
+            }
+        )*
+    };
+}
+
+fn copy(server: &TestServer, target: &Database) -> CommandOutput {
+    run(
+        &[
+            ("DATABASE_URL", &server.database.url),
+            ("COPY_TO", &target.url),
+        ],
+        &["copy", "--json"],
+        b"",
+    )
+}
+
+/// How many rows were written or removed.
+fn changes(report: &Value) -> u64 {
+    let tables = report["tables"].as_array().unwrap();
+    tables
+        .iter()
+        .flat_map(|table| ["new", "changed", "removed"].map(|count| table[count].as_u64().unwrap()))
+        .sum()
+}
+
+fn assert_tells_the_same(server: &TestServer, target: &Database, told: &[&[&str]]) {
+    for arguments in told {
+        let there = run(&[("DATABASE_URL", &target.url)], arguments, b"").with_code(0);
+        assert_eq!(
+            server.run(arguments).with_code(0).stdout,
+            there.stdout,
+            "{arguments:?}"
+        );
+    }
+}
+
+/// Every recorded payload, with its invoices, and something of all else that is kept.
+async fn live(server: &TestServer) {
+    let imported = json!({"metadata": {"uid": "inv-paid"}, "status": {"stripeInvoiceId": "in_1", "states": [
+        {"state": "PaymentPending", "timestamp": "2026-01-01T00:00:00.000Z"}]}});
+    server
+        .put(&invoice_path("inv-paid"), &imported)
+        .await
+        .with_status(201);
+    server.store("inv-open", "in_2").await.with_status(201);
+    let paid = json!({"id": "in_1", "object": "invoice", "status": "paid", "currency": "eur", "amount_due": 5000, "amount_paid": 5000});
+    let open = json!({"id": "in_2", "object": "invoice", "status": "open", "currency": "eur", "amount_due": 5000, "amount_remaining": 5000});
+    let event = |id: &str, kind: &str, object: &Value| json!({"id": id, "object": "event", "type": kind, "created": 1_769_850_000, "livemode": true, "data": {"object": object}});
+    server
+        .deliver(&event("evt_live_1", "invoice.paid", &paid))
+        .await
+        .with_status(200);
+    server
+        .deliver(&event("evt_live_2", "invoice.finalized", &open))
+        .await
+        .with_status(200);
+    server
+        .deliver_bytes("{\"not\": \"an event, odd \u{1F980}\"}".as_bytes())
+        .await
+        .with_status(200);
+    server
+        .run_with_input(
+            &["replay", "-"],
+            event("evt_live_3", "customer.updated", &json!({"id": "cus_1"}))
+                .to_string()
+                .as_bytes(),
+        )
+        .with_code(0);
+    server.key(&["--tenant", "acme", "--expires-in", "90d"]);
+    let store = Store::connect(&server.database.url).await.unwrap();
+    let checked = CheckResult {
+        stripe_invoice_id: "in_1".to_owned(),
+        checked_ms: 5,
+        check_due_ms: None,
+        differs_since_ms: None,
+        agrees: true,
+    };
+    store.note_checked(&[checked]).await.unwrap();
+    store
+        .set_progress("events acct_1", 1_769_850_000)
+        .await
+        .unwrap();
+    store.close().await;
+}
+
+/// So many events, each of an invoice of its own.
+fn many(server: &TestServer, events: usize) {
+    let line = |n: usize| {
+        json!({"id": format!("evt_many_{n}"), "object": "event", "type": "charge.failed", "created": 1_769_850_000 + n, "livemode": true,
+            "data": {"object": {"id": format!("ch_{n}"), "object": "charge", "invoice": format!("in_many_{n}"), "amount": 5000,
+                "currency": "eur", "failure_code": "card_declined"}}}).to_string()
+    };
+    let lines: Vec<String> = (0..events).map(line).collect();
+    server
+        .run_with_input(&["replay", "-"], lines.join("\n").as_bytes())
+        .with_code(0);
+}
+
+each_direction! {
+    async fn everything_is_carried_and_answered_byte_for_byte(server: TestServer, target: Database) {
+        live(&server).await;
+        let first = copy(&server, &target).with_code(0).json();
+        assert_eq!(first["counts"], json!({"compared": 2, "differing": 0}));
+        assert_tells_the_same(&server, &target, &TOLD);
+        let second = copy(&server, &target).with_code(0).json();
+        assert_eq!((changes(&second), &second["counts"]), (0, &first["counts"]), "{second}");
+
+        let answers = async |server: &TestServer| {
+            let mut answers = Vec::new();
+            for uid in ["inv-paid", "inv-open"] {
+                let answer = server.get(&invoice_path(uid), &server.acme_key).await.with_status(200);
+                answers.push((answer.header("etag").to_owned(), answer.body.clone()));
+            }
+            answers
+        };
+        let before = answers(&server).await;
+        assert!(before.iter().any(|(_, body)| String::from_utf8_lossy(body).contains("Paid")));
+        let mut moved = server;
+        moved.process = Server::start(&target.url);
+        assert_eq!(answers(&moved).await, before, "with the keys of the old one");
+    }
+
+    async fn what_has_changed_or_gone_since_is_carried_by_the_next_copy(server: TestServer, target: Database) {
+        live(&server).await;
+        copy(&server, &target).with_code(0);
+        let keys = server.run(&["keys", "list", "--json"]).with_code(0).json();
+        server.run(&["keys", "revoke", keys[0]["id"].as_str().unwrap()]).with_code(0);
+        let replaced = json!({"metadata": {"uid": "inv-open", "name": "new"}, "status": {"stripeInvoiceId": "in_2"}});
+        server.put(&invoice_path("inv-open"), &replaced).await.with_status(200);
+        server.store("inv-new", "in_3").await.with_status(201);
+        let store = Store::connect(&server.database.url).await.unwrap();
+        let (forgotten, _) = store.forget_bodies(i64::MAX, None, 100).await.unwrap();
+        store.close().await;
+        assert_eq!(forgotten, 3);
+        let report = copy(&server, &target).with_code(0).json();
+        assert_eq!((changes(&report), &report["counts"]["compared"]), (1 + 2 + 3, &json!(3)), "{report}");
+        assert_tells_the_same(&server, &target, &TOLD);
+    }
+
+    async fn a_copy_that_is_killed_is_begun_again_and_goes_on(server: TestServer, target: Database) {
+        live(&server).await;
+        many(&server, 6000);
+        let there = Store::connect(&target.url).await.unwrap();
+        there.migrate().await.unwrap();
+        let events = stripe_reconciler::store::Table::ALL.into_iter().find(|table| table.name == "events").unwrap();
+        let mut copying = binary(&[("DATABASE_URL", &server.database.url), ("COPY_TO", &target.url)]).arg("copy").spawn().unwrap();
+        let started = Instant::now();
+        let mut found = 0;
+        while found == 0 {
+            assert!(started.elapsed() < TIMEOUT, "it writes nothing");
+            found = there.rows_after(events, None).await.unwrap().rows.len();
+        }
+        copying.kill().unwrap();
+        assert!(copying.wait().unwrap().code().is_none(), "it was killed in the middle");
+        there.close().await;
+
+        let report = copy(&server, &target).with_code(0).json();
+        let of_events = report["tables"].as_array().unwrap().iter().find(|table| table["table"] == "events").unwrap();
+        let (rows, new) = (of_events["rows"].as_u64().unwrap(), of_events["new"].as_u64().unwrap());
+        assert!(rows == 6004 && 0 < new && new < rows, "it goes on where it was: {report}");
+        assert_eq!((&of_events["changed"], &of_events["removed"]), (&json!(0), &json!(0)));
+        assert_tells_the_same(&server, &target, &TOLD);
+    }
+
+    async fn under_load_the_second_copy_carries_what_came_since(server: TestServer, target: Database) {
+        let load = Load::start(&server);
+        load.acknowledge(100).await;
+        let environment = [("DATABASE_URL", server.database.url.clone()), ("COPY_TO", target.url.clone())];
+        let copied = move || run(&environment.each_ref().map(|(name, url)| (*name, &**url)), &["copy", "--json"], b"");
+        let first = tokio::task::spawn_blocking(copied).await.unwrap();
+        // What came while it compared differs, if anything did.
+        assert!([0, 3].contains(&first.code), "{first:?}");
+        load.acknowledge(100).await;
+        let told = load.finish().await;
+        let second = copy(&server, &target).with_code(0).json();
+        assert!(changes(&second) >= 100, "{second}");
+        assert_tells_the_same(&server, &target, &TOLD[..5]);
+        let moved = TestServer::on(target).await;
+        told.check_log(&moved.logged_ids(), "copied");
+        told.check_histories(&moved.all_histories(), "copied").await;
+    }
+
+    async fn nothing_is_copied_where_something_would_be_lost(server: TestServer, target: Database) {
+        live(&server).await;
+        let refused = |environment: &[(&str, &str)], reason: &str| {
+            let ran = run(environment, &["copy"], b"").with_code(2);
+            assert!(ran.stderr.contains(reason) && ran.stdout.is_empty(), "{ran:?}");
+        };
+        let here = ("DATABASE_URL", &*server.database.url);
+        refused(&[here], "COPY_TO is not set");
+        refused(&[here, ("COPY_TO", &server.database.url)], "the same");
+        refused(&[here, ("COPY_TO", "mysql://u:hidden@h/d")], "COPY_TO: it must be");
+        let empty = Database::create(target.engine);
+        Store::connect(&empty.url).await.unwrap().close().await;
+        refused(&[("DATABASE_URL", &empty.url), ("COPY_TO", &target.url)], "holds nothing");
+
+        let other = TestServer::start(target.engine).await;
+        other.store("inv-1", "in_1").await.with_status(201);
+        let kept = other.run(TOLD[0]).stdout;
+        refused(&[here, ("COPY_TO", &other.database.url)], "is in use");
+        assert_eq!(other.run(TOLD[0]).stdout, kept);
+
+        copy(&server, &target).with_code(0);
+        refused(&[("DATABASE_URL", &other.database.url), ("COPY_TO", &target.url)], "a copy of another database");
+        assert_tells_the_same(&server, &target, &TOLD);
+        // Who only reads leaves it a copy; who writes does not.
+        copy(&server, &target).with_code(0);
+        run(&[("DATABASE_URL", &target.url)], &["keys", "create", "--operator"], b"").with_code(0);
+        refused(&[here, ("COPY_TO", &target.url)], "is in use");
+
+        let away = run(&[here, ("COPY_TO", "postgres://u:hidden@127.0.0.1:1/d")], &["copy"], b"").with_code(4);
+        let missing = run(&[("DATABASE_URL", "sqlite:///no/such.db"), ("COPY_TO", &target.url)], &["copy"], b"").with_code(4);
+        assert!(missing.stderr.contains("DATABASE_URL cannot be opened"), "{missing:?}");
+        assert!(away.stderr.contains("COPY_TO cannot be opened") && !away.stderr.contains("hidden"), "{away:?}");
+    }
+
+    async fn a_person_reads_what_was_carried_and_how_fast(server: TestServer, target: Database) {
+        live(&server).await;
+        let files = Files::new();
+        let url = files.add("url", &target.url);
+        let ran = run(&[("DATABASE_URL", &server.database.url), ("COPY_TO_FILE", &url)], &["copy"], b"").with_code(0);
+        let lines: Vec<&str> = ran.stdout.lines().collect();
+        let words = |line: &str| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
+        assert_eq!(words(lines[0]), ["TABLE", "ROWS", "NEW", "CHANGED", "REMOVED"]);
+        assert!(lines.iter().any(|line| words(line) == ["events", "4", "4", "0", "0"]), "{ran:?}");
+        assert!(lines.last().unwrap().starts_with("2 histories compared in ") && ran.stdout.ends_with(": all the same\n"), "{ran:?}");
+        assert_eq!(ran.stderr, "");
+    }
+
+    async fn of_many_that_differ_a_person_is_told_twenty(server: TestServer, target: Database) {
+        many(&server, 25);
+        for n in 0..25 {
+            server.store(&format!("inv-{n}"), &format!("in_many_{n}")).await.with_status(201);
+        }
+        let there = Store::connect(&target.url).await.unwrap();
+        there.migrate().await.unwrap();
+        there.close().await;
+        // What tells which events are about an invoice is lost on the way.
+        let (lose, find) = match target.engine {
+            Engine::Sqlite => ("create trigger lost before insert on mentions begin select raise(ignore); end", "drop trigger lost"),
+            Engine::Postgres => (
+                "create function lost() returns trigger language plpgsql as $$ begin return null; end $$;
+                 create trigger lost before insert on mentions for each row execute function lost()",
+                "drop trigger lost on mentions",
+            ),
+        };
+        target.execute(lose).await;
+        let ran = run(&[("DATABASE_URL", &server.database.url), ("COPY_TO", &target.url)], &["copy"], b"").with_code(3);
+        let named = ran.stdout.lines().filter(|line| line.starts_with("  invoice inv-") && line.ends_with(") is answered otherwise by the copy"));
+        assert_eq!(named.count(), 20, "{ran:?}");
+        assert!(ran.stdout.contains(": 25 differ\n") && ran.stdout.ends_with("  and 5 more (--json names a thousand)\n"), "{ran:?}");
+        assert!(ran.stderr.contains("copy again"), "{ran:?}");
+        let report = copy(&server, &target).with_code(3).json();
+        assert_eq!((&report["counts"]["differing"], report["differing"].as_array().unwrap().len()), (&json!(25), 25));
+        target.execute(find).await;
+        assert_eq!(copy(&server, &target).with_code(0).json()["counts"]["differing"], 0);
+    }
+}

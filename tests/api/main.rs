@@ -1,0 +1,43 @@
+//! The program from outside: the real binary, over real sockets, on a real database. One file per thing a user meets.
+//!
+//! A test that is written with `each_database!` runs once on each engine, with a world of its own.
+
+#![expect(clippy::unwrap_used, reason = "what goes wrong in a test fails it")]
+
+mod support;
+
+mod access;
+mod alternating_crashes;
+mod backup;
+mod commands;
+mod copy;
+mod docs;
+mod doctor;
+mod events;
+mod evidence;
+mod failover;
+mod hostile;
+mod invoices;
+mod leaks;
+mod manual;
+mod metrics;
+mod openapi;
+mod outage;
+mod pooler;
+mod reading;
+mod reconcile;
+mod recordings;
+mod replicas;
+mod schemathesis;
+mod serving;
+mod sigkill;
+mod store;
+mod stories;
+mod stripe_cli;
+mod stripe_fake;
+#[path = "stripe_fake/checks.rs"]
+mod stripe_fake_checks;
+mod tls;
+mod tracing;
+mod ui;
+mod webhook;

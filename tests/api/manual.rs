@@ -1,0 +1,125 @@
+//! What is made from the help for others to read: completions, in a real bash, and manual pages; and the question that containers
+//! ask.
+
+use std::io::{Read, Write};
+use std::net::TcpListener;
+use std::process::Command;
+
+use crate::each_database;
+use crate::support::{self, binary};
+
+each_database! {
+    async fn a_container_learns_whether_the_server_in_it_is_ready(server: TestServer) {
+        let mut server = server;
+        let authority = server.process.authority().to_owned();
+        let ready = support::run(&[("LISTEN_ADDR", &authority)], &["healthcheck"], b"").with_code(0);
+        assert_eq!((&*ready.stdout, &*ready.stderr), ("ready\n", ""));
+        let everywhere = authority.replace("127.0.0.1", "0.0.0.0");
+        support::run(&[("LISTEN_ADDR", "127.0.0.1:1")], &["healthcheck", "--listen-addr", &everywhere], b"").with_code(0);
+        server.process.sigkill();
+        let gone = support::run(&[("LISTEN_ADDR", &authority)], &["healthcheck"], b"").with_code(4);
+        assert!(gone.stderr.contains("does not answer"), "{gone:?}");
+    }
+}
+
+#[test]
+fn a_server_that_is_not_ready_is_told_from_one_that_is_away() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let answering = std::thread::spawn(move || {
+        let (mut connection, _) = listener.accept().unwrap();
+        let mut request = [0; 1024];
+        let read = connection.read(&mut request).unwrap();
+        connection
+            .write_all(b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\n\r\n")
+            .unwrap();
+        String::from_utf8_lossy(&request[..read]).into_owned()
+    });
+    let ran = support::run(&[("LISTEN_ADDR", &address)], &["healthcheck"], b"").with_code(1);
+    assert!(ran.stderr.contains("503"), "{ran:?}");
+    assert!(
+        answering
+            .join()
+            .unwrap()
+            .starts_with("GET /readyz HTTP/1.1")
+    );
+    support::run(&[("LISTEN_ADDR", "nowhere")], &["healthcheck"], b"").with_code(2);
+}
+
+/// What bash offers for the last of these words.
+fn offered(words: &[&str]) -> Vec<String> {
+    let script = r#"
+        source <("$PROGRAM" completions bash)
+        COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1))
+        complete=$(complete -p stripe-reconciler); function=${complete##*-F }; function=${function%% *}
+        "$function" stripe-reconciler "${COMP_WORDS[COMP_CWORD]}" "${COMP_WORDS[COMP_CWORD-1]}"
+        printf '%s\n' "${COMPREPLY[@]}""#;
+    let program = binary(&[]).get_program().to_owned();
+    let ran = Command::new("bash")
+        .args(["-c", script, "bash"])
+        .args(words)
+        .env("PROGRAM", program)
+        .output()
+        .unwrap();
+    assert!(
+        ran.status.success() && ran.stderr.is_empty(),
+        "{}",
+        String::from_utf8_lossy(&ran.stderr)
+    );
+    String::from_utf8(ran.stdout)
+        .unwrap()
+        .lines()
+        .map(str::to_owned)
+        .collect()
+}
+
+#[test]
+fn bash_completes_commands_what_is_below_them_and_their_flags() {
+    assert_eq!(
+        offered(&["stripe-reconciler", "re"]),
+        ["replay", "rebuild", "reconcile"]
+    );
+    assert_eq!(offered(&["stripe-reconciler", "keys", "cr"]), ["create"]);
+    assert_eq!(
+        offered(&["stripe-reconciler", "keys", "create", "--ex"]),
+        ["--expires-in"]
+    );
+    assert!(offered(&["stripe-reconciler", "copy", "--"]).contains(&"--to".to_owned()));
+    for shell in ["zsh", "fish"] {
+        assert!(
+            support::run(&[], &["completions", shell], b"")
+                .with_code(0)
+                .stdout
+                .contains("reconcile")
+        );
+    }
+    support::run(&[], &["completions", "cmd"], b"").with_code(2);
+}
+
+#[test]
+fn every_command_has_its_manual_page() {
+    let folder = tempfile::tempdir().unwrap();
+    let pages = folder.path().join("man1");
+    support::run(&[], &["man", pages.to_str().unwrap()], b"").with_code(0);
+    let page = |name: &str| std::fs::read_to_string(pages.join(format!("{name}.1"))).unwrap();
+    for name in [
+        "stripe-reconciler",
+        "stripe-reconciler-serve",
+        "stripe-reconciler-keys-create",
+        "stripe-reconciler-man",
+    ] {
+        let text = page(name);
+        assert!(
+            text.contains(".SH EXAMPLE")
+                && text.contains(".SH OPTIONS")
+                && text.contains(".SH SYNOPSIS"),
+            "{name}:\n{text}"
+        );
+    }
+    assert!(
+        page("stripe-reconciler-copy").contains(r"  stripe\-reconciler copy \-\-to postgres://")
+    );
+    let file = folder.path().join("file");
+    std::fs::write(&file, "").unwrap();
+    support::run(&[], &["man", file.to_str().unwrap()], b"").with_code(1);
+}

@@ -1,0 +1,103 @@
+//! Schemathesis, an independent judge: it makes requests of all kinds from the OpenAPI document, right and wrong ones, and holds the
+//! answers against it. `tests/schemathesis` has what it cannot know by itself, and runs it for longer.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::json;
+
+use crate::each_database;
+use crate::support::{SECRET, TestServer, recorded};
+
+/// Where `./test` installs it. None where it is not installed: then nothing is tested, unless the environment says that it must.
+fn schemathesis() -> Option<PathBuf> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/schemathesis/bin/st");
+    if path.is_file() {
+        return Some(path);
+    }
+    let said = format!(
+        "Schemathesis is not at {}: run tests/schemathesis/install, which installs it from PyPI",
+        path.display()
+    );
+    assert!(
+        setting("SCHEMATHESIS_REQUIRED").is_none_or(|value| value != "1"),
+        "{said}"
+    );
+    println!("not tested: {said}");
+    None
+}
+
+#[expect(
+    clippy::disallowed_methods,
+    reason = "not a setting of the program: it says how long to test"
+)]
+fn setting(name: &str) -> Option<String> {
+    std::env::var(name).ok()
+}
+
+/// Who asks: how the key is sent, as a security scheme of the document in Schemathesis's words; and the key.
+type Sender<'a> = Option<(&'a str, &'a str)>;
+
+/// Runs it with a key of this sender's, or with none. The short run is the same every time.
+fn judge(program: &Path, server: &TestServer, sender: Sender, arguments: &[&str]) {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/schemathesis");
+    let place = tempfile::tempdir().unwrap();
+    let mut settings = std::fs::read_to_string(folder.join("schemathesis.toml")).unwrap();
+    settings.extend(sender.map(|(scheme, _)| format!("\n[auth.openapi]\n{scheme}\n")));
+    std::fs::write(place.path().join("schemathesis.toml"), settings).unwrap();
+    let mut command = Command::new(program);
+    command.args(["--config-file", "schemathesis.toml", "run"]);
+    command
+        .arg(format!("{}/openapi.json", server.process.base))
+        .args(["--continue-on-failure", "--warnings", "off"])
+        .args(arguments);
+    command
+        .env("SCHEMATHESIS_HOOKS", folder.join("hooks.py"))
+        .env("SIGNING_SECRET", SECRET)
+        .env("PYTHONDONTWRITEBYTECODE", "1");
+    command.envs(sender.map(|(_, key)| ("KEY", key)));
+    let output = command.current_dir(place.path()).output().unwrap();
+    let told = format!(
+        "{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let sent = sender.map_or("no key", |(scheme, _)| scheme);
+    assert!(
+        output.status.success(),
+        "{sent} on {:?}: {told}",
+        server.engine
+    );
+    let summary: Vec<&str> = told
+        .lines()
+        .filter(|line| line.contains(" generated, ") || line.starts_with("==="))
+        .collect();
+    println!(
+        "{:?}, {sent}: {}",
+        server.engine,
+        summary[summary.len() - 2..].join(" ")
+    );
+}
+
+each_database! {
+    async fn schemathesis_finds_no_violation_with_any_kind_of_key(server: TestServer) {
+        let Some(program) = schemathesis() else { return };
+        let import = ["invoices", "import", "--tenant", "acme", "-"];
+        server.run_with_input(&import, recorded::INVOICES.as_bytes()).with_code(0);
+        for event in recorded::events() {
+            server.deliver(&event).await.with_status(200);
+        }
+        server.deliver_bytes(b"authentic, and no JSON").await.with_status(200);
+        server.put("/v1/tenants/beta/invoices/b", &json!({})).await.with_status(201);
+        let long = setting("SCHEMATHESIS_SECONDS");
+        let seconds = long.as_deref().unwrap_or("12");
+        let repeatable: &[&str] = if long.is_some() { &[] } else { &["--seed", "1", "--no-shrink", "--max-examples", "10"] };
+        let thorough = [&["--max-time", seconds], repeatable].concat();
+        let brief = [&["--phases", if long.is_some() { "examples,coverage,fuzzing" } else { "coverage" }], repeatable].concat();
+        let beta_key = server.key(&["--tenant", "beta"]);
+        judge(&program, &server, Some(("ApiKey = { api_key = '${KEY}' }", &server.operator_key)), &thorough);
+        judge(&program, &server, Some(("Bearer = { bearer = '${KEY}' }", &server.acme_key)), &brief);
+        judge(&program, &server, Some(("Authorization = { api_key = '${KEY}' }", &beta_key)), &brief);
+        judge(&program, &server, None, &brief);
+    }
+}

@@ -1,0 +1,186 @@
+//! What the store promises, on both engines: one suite that calls everything public in it.
+
+mod copy;
+mod events;
+mod invoices;
+mod monitoring;
+mod opening;
+mod reconcile;
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use stripe_reconciler::domain::stripe::event::{EventKey, Link};
+use stripe_reconciler::store::{NewEvent, NewInvoice, Outcome, PackedBody, Source, Store};
+
+use crate::support::{Database, Engine};
+
+/// A migrated store on a database of its own.
+struct TestStore {
+    database: Database,
+    store: Store,
+}
+
+impl TestStore {
+    async fn new(engine: Engine) -> TestStore {
+        let database = Database::create(engine);
+        let store = Store::connect(&database.url).await.unwrap();
+        store.migrate().await.unwrap();
+        TestStore { database, store }
+    }
+}
+
+/// Writes each promise once, and holds both engines to it.
+macro_rules! each_store {
+    ($($(#[$attribute:meta])* async fn $name:ident($place:ident: TestStore) $body:block)*) => {
+        $(
+            $(#[$attribute])*
+            mod $name {
+                #[allow(unused_imports)]
+                use super::*;
+
+                async fn run($place: TestStore) $body
+
+                #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+                async fn sqlite() {
+                    run(TestStore::new($crate::support::Engine::Sqlite).await).await
+                }
+
+                #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+                async fn postgres() {
+                    run(TestStore::new($crate::support::Engine::Postgres).await).await
+                }
+            }
+        )*
+    };
+}
+use each_store;
+
+/// Text that no engine may change.
+const ODD: [&str; 7] = [
+    "it's",
+    "\"quoted\"",
+    "back\\slash \\n \\x00",
+    "日本語 🦀 é e\u{301}",
+    " blanks ",
+    "a;drop table events--",
+    "{},\"$1\"\n\t",
+];
+
+/// A key as an event of this id may have it: of this rendering.
+fn key(id: &str, rendering: u8) -> EventKey {
+    let (EventKey(mut key), EventKey(last)) = EventKey::range(id);
+    for (byte, last) in key
+        .iter_mut()
+        .zip(last)
+        .filter(|(byte, last)| **byte != *last)
+    {
+        *byte = rendering.min(last);
+    }
+    EventKey(key)
+}
+
+/// An event that names an invoice.
+fn event(id: &str, rendering: u8, invoice: &str, received_ms: i64) -> NewEvent {
+    NewEvent {
+        key: key(id, rendering),
+        id: Some(id.to_owned()),
+        event_type: Some("charge.failed".to_owned()),
+        api_version: Some("2025-11-17.clover".to_owned()),
+        object_id: Some(format!("ch_{id}")),
+        created_s: Some(1_769_850_000),
+        received_ms,
+        source: Source::Webhook,
+        secret_label: Some("live".to_owned()),
+        outcome: Outcome::Recorded,
+        unreadable_reason: None,
+        telling: None,
+        mentions: vec![mention(invoice, true), mention(&format!("ch_{id}"), false)],
+        body: PackedBody::pack(id.as_bytes()),
+    }
+}
+
+/// The nth of many, in order of receipt.
+fn nth(n: usize) -> NewEvent {
+    event(
+        &format!("evt_{n}"),
+        (n % 256) as u8,
+        "in_1",
+        1_000 + n as i64,
+    )
+}
+
+fn mention(object_id: &str, is_invoice: bool) -> Link {
+    Link {
+        object_id: object_id.to_owned(),
+        is_invoice,
+    }
+}
+
+fn invoice(tenant: &str, uid: &str, stripe_invoice_id: Option<&str>) -> NewInvoice {
+    let document = match stripe_invoice_id {
+        Some(id) => format!(r#"{{"status":{{"stripeInvoiceId":"{id}"}}}}"#),
+        None => "{}".to_owned(),
+    };
+    NewInvoice {
+        tenant_uid: tenant.to_owned(),
+        invoice_uid: uid.to_owned(),
+        stripe_invoice_id: stripe_invoice_id.map(str::to_owned),
+        document,
+        imported_states: "[]".to_owned(),
+    }
+}
+
+/// The public functions of the public types in `src/store/`.
+fn public_functions() -> BTreeSet<String> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/store");
+    let files = std::fs::read_dir(folder)
+        .unwrap()
+        .map(|file| std::fs::read_to_string(file.unwrap().path()).unwrap());
+    let text = files.collect::<Vec<_>>().join("\n");
+    let is_public = |name: &str| {
+        ["struct", "enum"]
+            .iter()
+            .any(|kind| text.contains(&format!("\npub {kind} {name}")))
+    };
+    let (mut functions, mut is_inside) = (BTreeSet::new(), false);
+    for line in text.lines() {
+        if let Some(named) = line.strip_prefix("impl ") {
+            is_inside = is_public(named.trim_end_matches(['{', ' ']));
+        }
+        let declared = line
+            .strip_prefix("    pub fn ")
+            .or_else(|| line.strip_prefix("    pub async fn "));
+        if let Some(declared) = declared.filter(|_| is_inside) {
+            functions.insert(declared.split(['(', '<']).next().unwrap().to_owned());
+        }
+    }
+    functions
+}
+
+#[test]
+fn nothing_public_in_the_store_is_left_out_here() {
+    let suite = [
+        include_str!("store/copy.rs"),
+        include_str!("store/events.rs"),
+        include_str!("store/invoices.rs"),
+        include_str!("store/opening.rs"),
+        include_str!("store/reconcile.rs"),
+        include_str!("store/monitoring.rs"),
+        include_str!("store.rs"),
+    ];
+    let functions = public_functions();
+    for known in ["connect", "append", "put_invoice", "unpack"] {
+        assert!(functions.contains(known), "{functions:?}");
+    }
+    let is_called = |name: &&String| {
+        suite
+            .iter()
+            .any(|file| file.contains(&format!(".{name}(")) || file.contains(&format!("::{name}")))
+    };
+    let forgotten: Vec<&String> = functions.iter().filter(|name| !is_called(name)).collect();
+    assert!(
+        forgotten.is_empty(),
+        "both engines have to be held to {forgotten:?}"
+    );
+}

@@ -1,0 +1,236 @@
+//! Opening, migrating and closing; and the keys.
+
+use std::os::unix::fs::PermissionsExt;
+use std::time::Duration;
+
+use stripe_reconciler::store::{ApiKey, Outcome, PackedBody, Scope, Source, Store, StoreError};
+
+use super::{TestStore, each_store, nth};
+use crate::support::{Database, Engine};
+
+pub(super) fn api_key(id: &str, scope: Scope, created_ms: i64) -> ApiKey {
+    ApiKey {
+        id: id.to_owned(),
+        scope,
+        created_ms,
+        expires_ms: Some(created_ms + 5),
+        revoked_ms: None,
+    }
+}
+
+each_store! {
+    async fn a_database_is_migrated_once_by_however_many(place: TestStore) {
+        assert!(place.store.migrate().await.unwrap().is_empty(), "the second time there is nothing to do");
+        place.store.ping().await.unwrap();
+        let empty = Database::create(place.database.engine);
+        let store = Store::connect(&empty.url).await.unwrap();
+        let unmigrated = store.ping().await.unwrap_err();
+        assert!(matches!(&unmigrated, StoreError::Unavailable(_)), "{unmigrated}");
+        assert!(matches!(store.invoice("acme", "a").await, Err(StoreError::Unavailable(reason)) if reason.contains("migrate")));
+        let migrating: Vec<_> = (0..6).map(|_| {
+            let url = empty.url.clone();
+            tokio::spawn(async move { Store::connect(&url).await.unwrap().migrate().await.unwrap() })
+        }).collect();
+        let mut applied = Vec::new();
+        for migrated in migrating {
+            applied.extend(migrated.await.unwrap());
+        }
+        assert!(applied.contains(&"start"), "{applied:?}");
+        let once: std::collections::BTreeSet<&str> = applied.iter().copied().collect();
+        assert_eq!(once.len(), applied.len(), "each by one of them: {applied:?}");
+        store.ping().await.unwrap();
+    }
+
+    async fn a_database_of_a_newer_version_is_refused(place: TestStore) {
+        place.database.execute("update _sqlx_migrations set version = 9999 where version = (select max(version) from _sqlx_migrations)").await;
+        let refused = place.store.migrate().await.unwrap_err();
+        assert!(matches!(&refused, StoreError::Refused(reason) if reason.contains("newer version")), "{refused}");
+        assert!(place.store.ping().await.is_err(), "it is not what this version needs");
+        let again = tokio::time::timeout(Duration::from_secs(5), place.store.migrate()).await;
+        assert!(again.unwrap().is_err(), "no lock is left behind");
+    }
+
+    async fn a_closed_store_fails_and_another_goes_on(place: TestStore) {
+        place.store.append(&[nth(1)]).await.unwrap();
+        let other = Store::connect(&place.database.url).await.unwrap();
+        place.store.close().await;
+        assert!(place.store.append(&[nth(2)]).await.is_err() && place.store.keys().await.is_err());
+        assert_eq!(other.stored_bodies(None, 10).await.unwrap().len(), 1);
+    }
+
+    async fn a_key_is_found_by_its_hash_and_listed_newest_first(place: TestStore) {
+        let store = &place.store;
+        let (operator, acme) = (api_key("key_1", Scope::Operator, 10), api_key("key_2", Scope::Tenant("acme \u{e9}'".to_owned()), 20));
+        let third = ApiKey { expires_ms: None, ..api_key("key_0", Scope::Operator, 20) };
+        for (key, hash) in [(&operator, [1; 32]), (&acme, [2; 32]), (&third, [3; 32])] {
+            store.insert_key(key, &hash).await.unwrap();
+        }
+        assert_eq!(store.key_by_hash(&[2; 32]).await.unwrap(), Some(acme.clone()));
+        assert_eq!(store.key_by_hash(&[9; 32]).await.unwrap(), None);
+        assert_eq!(store.key_by_id(&acme.id).await.unwrap(), Some((acme.clone(), vec![2; 32])));
+        assert_eq!(store.key_by_id("key_9").await.unwrap(), None);
+        assert_eq!(store.keys().await.unwrap(), [third.clone(), acme.clone(), operator.clone()]);
+        assert!(store.insert_key(&api_key("key_1", Scope::Operator, 30), &[4; 32]).await.is_err(), "the id is taken");
+        assert!(store.insert_key(&api_key("key_4", Scope::Operator, 30), &[1; 32]).await.is_err(), "the hash is taken");
+        assert_eq!(store.keys().await.unwrap().len(), 3);
+        assert!(acme.scope.reads("acme \u{e9}'") && !acme.scope.reads("acme") && operator.scope.reads("acme"));
+    }
+
+    async fn a_key_is_revoked_once_and_at_once(place: TestStore) {
+        let store = &place.store;
+        store.insert_key(&api_key("key_1", Scope::Operator, 10), &[1; 32]).await.unwrap();
+        let revoking: Vec<_> = (0..8).map(|n| {
+            let store = store.clone();
+            tokio::spawn(async move { store.revoke_key("key_1", 100 + n).await.unwrap() })
+        }).collect();
+        let mut revoked = 0;
+        for one in revoking {
+            revoked += usize::from(one.await.unwrap());
+        }
+        assert_eq!(revoked, 1);
+        assert!(!store.revoke_key("key_1", 500).await.unwrap() && !store.revoke_key("key_9", 500).await.unwrap());
+        let key = store.key_by_hash(&[1; 32]).await.unwrap().unwrap();
+        assert!(key.revoked_ms.is_some_and(|ms| (100..108).contains(&ms)), "{key:?}");
+    }
+}
+
+#[test]
+fn a_url_is_refused_in_words_that_show_no_password() {
+    for right in [
+        "sqlite://a.db",
+        "sqlite:///tmp/a b.db",
+        "postgres://u:p@h/d",
+        "postgresql://h:1/d?sslmode=verify-full",
+        "postgres:///d?host=/run",
+    ] {
+        Store::check_url(right).unwrap();
+    }
+    let wrong = [
+        "",
+        "a.db",
+        "mysql://u:hidden@h/d",
+        "sqlite://",
+        "sqlite://:memory:",
+        "sqlite://a?mode=memory",
+        "postgres://u:hidden@h:port/d",
+        "postgres://u:hidden@h/d?sslmode=hidden_too",
+    ];
+    for wrong in wrong {
+        let told = Store::check_url(wrong).unwrap_err();
+        assert!(
+            !told.is_empty() && !told.contains("hidden@") && !told.contains("u:"),
+            "{wrong}: {told}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn what_is_not_there_is_not_made_by_who_only_looks() {
+    let folder = tempfile::tempdir().unwrap();
+    let url = format!("sqlite://{}/a.db?cache=private", folder.path().display());
+    let missing = Store::connect_to_existing(&url).await.unwrap_err();
+    assert!(
+        matches!(&missing, StoreError::Away(reason) if reason.contains("a.db")),
+        "{missing}"
+    );
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+    Store::connect(&url).await.unwrap().close().await;
+    assert!(
+        Store::connect_to_existing(&url)
+            .await
+            .unwrap()
+            .ping()
+            .await
+            .is_err(),
+        "it is there, and not migrated"
+    );
+}
+
+#[tokio::test]
+async fn what_cannot_be_opened_is_an_error_in_words() {
+    assert!(matches!(
+        Store::connect("mysql://h/d").await,
+        Err(StoreError::Refused(_))
+    ));
+    let missing = Store::connect("sqlite:///no/such/folder/a.db")
+        .await
+        .unwrap_err();
+    assert!(
+        missing.to_string().contains("/no/such/folder/a.db"),
+        "{missing}"
+    );
+    // Nobody listens at port 1.
+    let away = Store::connect("postgres://u:hidden@127.0.0.1:1/d")
+        .await
+        .unwrap_err();
+    assert!(
+        matches!(&away, StoreError::Away(reason) if !reason.contains("hidden")),
+        "{away}"
+    );
+    let database = Database::create(Engine::Postgres);
+    let unsafe_url = format!("{}?options=-c%20synchronous_commit%3Doff", database.url);
+    let refused = Store::connect(&unsafe_url).await.unwrap_err();
+    assert!(
+        matches!(&refused, StoreError::Refused(reason) if reason.contains("synchronous_commit")),
+        "{refused}"
+    );
+}
+
+#[test]
+fn names_and_bodies_come_back_as_they_went() {
+    for outcome in [
+        Outcome::Recorded,
+        Outcome::NoPaymentFact,
+        Outcome::Unreadable,
+    ] {
+        assert_eq!(Outcome::parse(outcome.as_str()), Some(outcome));
+    }
+    assert_eq!(Outcome::parse("duplicate"), None);
+    let sources = [Source::Webhook, Source::Replay, Source::Api].map(Source::as_str);
+    assert_eq!(sources, ["webhook", "replay", "api"]);
+    for body in [&b""[..], b"{}", &[0, 255, 0], &[7; 100_000]] {
+        assert_eq!(PackedBody::pack(body).unpack().as_deref(), Some(body));
+    }
+}
+
+#[tokio::test]
+async fn a_new_file_of_sqlite_is_for_its_user_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let mode = |name: &str| {
+        std::fs::metadata(folder.path().join(name))
+            .unwrap()
+            .permissions()
+            .mode()
+            & 0o777
+    };
+    let url = format!("sqlite://{}/with%20a%20blank.db", folder.path().display());
+    assert!(matches!(
+        Store::connect_to_existing(&url).await,
+        Err(StoreError::Away(_))
+    ));
+    let store = Store::connect(&url).await.unwrap();
+    store.migrate().await.unwrap();
+    let names: Vec<String> = std::fs::read_dir(folder.path())
+        .unwrap()
+        .map(|f| f.unwrap().file_name().into_string().unwrap())
+        .collect();
+    assert_eq!(names.len(), 3, "the file, its log and its index: {names:?}");
+    for name in names {
+        assert!(
+            name.starts_with("with a blank.db") && mode(&name) == 0o600,
+            "{name}: {:o}",
+            mode(&name)
+        );
+    }
+    std::fs::set_permissions(
+        folder.path().join("with a blank.db"),
+        std::fs::Permissions::from_mode(0o640),
+    )
+    .unwrap();
+    Store::connect_to_existing(&url).await.unwrap();
+    assert_eq!(
+        mode("with a blank.db"),
+        0o640,
+        "what somebody has chosen stays"
+    );
+}

@@ -1,0 +1,76 @@
+//! The real binary, run to its end.
+
+use std::io::Write;
+use std::process::{Command, Stdio};
+
+use serde_json::Value;
+
+/// How a command ended, and what it printed.
+#[derive(Debug)]
+pub struct CommandOutput {
+    pub code: i32,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+/// The binary with nothing in its environment but what is given.
+pub fn binary(environment: &[(&str, &str)]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_stripe-reconciler"));
+    command.env_clear().envs(environment.iter().copied());
+    command
+}
+
+pub fn run(environment: &[(&str, &str)], arguments: &[&str], input: &[u8]) -> CommandOutput {
+    let mut command = binary(environment);
+    command
+        .args(arguments)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    let input = input.to_vec();
+    // It may end without reading all of it.
+    let writer = std::thread::spawn(move || drop(stdin.write_all(&input)));
+    let output = child.wait_with_output().unwrap();
+    writer.join().unwrap();
+    CommandOutput {
+        code: output
+            .status
+            .code()
+            .expect("no command is ended by a signal"),
+        stdout: String::from_utf8(output.stdout).unwrap(),
+        stderr: String::from_utf8(output.stderr).unwrap(),
+    }
+}
+
+impl CommandOutput {
+    /// Checks the exit code, and shows what was printed when it is another.
+    #[track_caller]
+    pub fn with_code(self, code: i32) -> CommandOutput {
+        assert_eq!(
+            self.code, code,
+            "stdout:\n{}\nstderr:\n{}",
+            self.stdout, self.stderr
+        );
+        self
+    }
+
+    /// Standard output as one JSON document.
+    #[track_caller]
+    pub fn json(&self) -> Value {
+        serde_json::from_str(&self.stdout)
+            .unwrap_or_else(|error| panic!("{error} in\n{}", self.stdout))
+    }
+
+    /// Standard output as one JSON document a line.
+    #[track_caller]
+    pub fn json_lines(&self) -> Vec<Value> {
+        self.stdout
+            .lines()
+            .map(|line| {
+                serde_json::from_str(line).unwrap_or_else(|error| panic!("{error} in\n{line}"))
+            })
+            .collect()
+    }
+}

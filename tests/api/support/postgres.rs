@@ -1,0 +1,403 @@
+//! A throw-away PostgreSQL, from the server's binaries alone: no server has to be there before, and none is left behind.
+
+use std::io::{Read, Write};
+use std::net::TcpListener;
+use std::os::unix::fs::{PermissionsExt, chown};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+/// `nobody`: the server refuses to run as root.
+const NOBODY: u32 = 65534;
+/// How long a server may take to come or to go.
+const TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Starts the server for every line on standard input, until that ends, which it does when we die, however we die; then removes
+/// the folder, once more if somebody was just filling it.
+const UNTIL_WE_DIE: &str = r#"trap '' INT TERM HUP
+while read -r _; do
+    [ -z "$p" ] || wait $p
+    "$1/postgres" -D "$2/d" -p "$3" -c listen_addresses=127.0.0.1 -c unix_socket_directories= $4 >>"$2/log" 2>&1 </dev/null & p=$!
+done
+{ kill -CONT $p; kill -QUIT $p; } 2>/dev/null; wait $p
+rm -rf "$2" || { sleep 1; rm -rf "$2"; }"#;
+
+pub struct PostgresServer {
+    binaries: PathBuf,
+    folder: PathBuf,
+    port: u16,
+    databases: AtomicU32,
+    /// Its standard input is what keeps the server alive.
+    shell: Child,
+}
+
+/// The processes of a server that does nothing; it goes on when this is dropped.
+pub struct Paused(Vec<u32>);
+
+impl PostgresServer {
+    /// One for all tests of this process: it forgets what it has acknowledged when the machine dies.
+    pub fn shared() -> &'static Arc<PostgresServer> {
+        static SERVER: OnceLock<Arc<PostgresServer>> = OnceLock::new();
+        SERVER
+            .get_or_init(|| Arc::new(PostgresServer::start("-c fsync=off -c max_connections=400")))
+    }
+
+    /// A server with these options; it ends with the process.
+    pub fn start(options: &str) -> PostgresServer {
+        PostgresServer::start_in(options, |binaries, data| {
+            let mut initdb = as_nobody(Command::new(binaries.join("initdb")));
+            initdb.arg("-D").arg(data).args([
+                "-U",
+                "postgres",
+                "-A",
+                "trust",
+                "-E",
+                "UTF8",
+                "--locale=C.UTF-8",
+                "--no-sync",
+            ]);
+            succeed(&mut initdb);
+            // Before it is used: what others begin with.
+            succeed(
+                as_nobody(Command::new("cp"))
+                    .arg("-a")
+                    .arg(data)
+                    .arg(data.with_file_name("template")),
+            );
+        })
+    }
+
+    /// A server for one test, with these options and with these files in its folder: durable, and gone when it is dropped.
+    pub fn of_its_own(options: &str, files: &[(&str, String)]) -> PostgresServer {
+        let template = PostgresServer::shared().folder.join("template");
+        PostgresServer::start_in(options, |_, data| {
+            succeed(
+                as_nobody(Command::new("cp"))
+                    .arg("-a")
+                    .arg(template)
+                    .arg(data),
+            );
+            for (name, text) in files {
+                let path = data.join(name);
+                std::fs::write(&path, text).unwrap();
+                give_to_nobody(&path, 0o600);
+            }
+        })
+    }
+
+    /// Follows another server, until it is told to lead.
+    pub fn standby_of(primary: &PostgresServer) -> PostgresServer {
+        PostgresServer::start_in("-c fsync=on", |binaries, data| {
+            let mut backup = as_nobody(Command::new(binaries.join("pg_basebackup")));
+            backup.arg("-D").arg(data).args([
+                "-R",
+                "-X",
+                "stream",
+                "--checkpoint=fast",
+                "--no-sync",
+                "-d",
+            ]);
+            succeed(backup.arg(format!(
+                "host=127.0.0.1 port={} user=postgres",
+                primary.port
+            )));
+        })
+    }
+
+    /// `prepare` is given the server's binaries, and the folder that it shall fill.
+    fn start_in(options: &str, prepare: impl FnOnce(&Path, &Path)) -> PostgresServer {
+        let binaries = newest_binaries();
+        let folder = tempfile::Builder::new()
+            .prefix("stripe-reconciler-pg-")
+            .tempdir()
+            .unwrap()
+            .keep();
+        give_to_nobody(&folder, 0o700);
+        let port = free_port();
+        let mut shell = as_nobody(Command::new("sh"));
+        shell
+            .args(["-c", UNTIL_WE_DIE, "sh"])
+            .arg(&binaries)
+            .arg(&folder)
+            .arg(port.to_string())
+            .arg(options);
+        let shell = shell
+            .stdin(Stdio::piped())
+            .process_group(0)
+            .spawn()
+            .unwrap();
+        // Under the eyes of the shell: it removes what is half prepared, too.
+        prepare(&binaries, &folder.join("d"));
+        let server = PostgresServer {
+            binaries,
+            folder,
+            port,
+            databases: AtomicU32::new(0),
+            shell,
+        };
+        server.start_again();
+        server
+    }
+
+    /// On the same folder and port, after it was stopped. Returns when it takes connections.
+    pub fn start_again(&self) {
+        self.shell
+            .stdin
+            .as_ref()
+            .expect("taken when it is dropped")
+            .write_all(b"start\n")
+            .unwrap();
+        let mut ready = Command::new(self.binaries.join("pg_isready"));
+        ready.args(["-q", "-h", "127.0.0.1", "-p", &self.port.to_string()]);
+        self.wait_until("PostgreSQL does not start", || {
+            ready.status().unwrap().success()
+        });
+    }
+
+    /// As `pg_ctl stop -m immediate`: it ends without a word to anybody, and recovers when it starts again.
+    pub fn stop_at_once(&self) {
+        self.end("-QUIT");
+    }
+
+    /// SIGKILL: not even its own processes are told. It is not to be started again.
+    pub fn sigkill(&self) {
+        self.end("-KILL");
+    }
+
+    fn end(&self, with: &str) {
+        let pid = self.pid();
+        signal(with, &[pid]);
+        self.wait_until("PostgreSQL does not end", || has_ended(pid));
+    }
+
+    /// Lets no process of the server do anything: connections stay open, and nobody answers.
+    pub fn pause(&self) -> Paused {
+        let mut paused = Paused(vec![self.pid()]);
+        // First the one that starts others.
+        signal("-STOP", &paused.0);
+        let of_server = format!("PPid:\t{}\n", self.pid());
+        let is_child = |pid: &u32| {
+            std::fs::read_to_string(format!("/proc/{pid}/status"))
+                .is_ok_and(|s| s.contains(&of_server))
+        };
+        let all = std::fs::read_dir("/proc")
+            .unwrap()
+            .filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok());
+        let children: Vec<u32> = all.filter(is_child).collect();
+        signal("-STOP", &children);
+        paused.0.extend(children);
+        paused
+    }
+
+    /// The server's own process, whose children serve the connections.
+    pub fn pid(&self) -> u32 {
+        let text = std::fs::read_to_string(self.folder.join("d/postmaster.pid")).unwrap();
+        text.lines()
+            .next()
+            .and_then(|line| line.parse().ok())
+            .expect("its first line is the process")
+    }
+
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    pub fn url(&self, database: &str) -> String {
+        format!("postgres://postgres@127.0.0.1:{}/{database}", self.port)
+    }
+
+    pub fn create_database(&self) -> String {
+        let name = format!("test_{}", self.databases.fetch_add(1, Ordering::Relaxed));
+        self.run("createdb", &["--template=template0", &name]);
+        name
+    }
+
+    pub fn drop_database(&self, name: &str) {
+        self.run("dropdb", &["--force", name]);
+    }
+
+    /// What a statement answers, in plain text.
+    pub fn sql(&self, database: &str, statement: &str) -> String {
+        self.run(
+            "psql",
+            &[
+                "-XAtq",
+                "-v",
+                "ON_ERROR_STOP=1",
+                "-d",
+                database,
+                "-c",
+                statement,
+            ],
+        )
+    }
+
+    /// Sessions of a database that wait for a lock.
+    pub fn waiting_for_locks(&self, database: &str) -> usize {
+        let waiting = "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'";
+        self.sql(database, waiting).parse().expect("it is a number")
+    }
+
+    /// As `pg_dump` and `pg_restore` do it.
+    pub fn dump(&self, database: &str, file: &Path) {
+        self.run(
+            "pg_dump",
+            &[
+                "--format=custom",
+                "--file",
+                file.to_str().expect("the paths of tests are UTF-8"),
+                database,
+            ],
+        );
+    }
+
+    pub fn restore(&self, database: &str, file: &Path) {
+        self.run(
+            "pg_restore",
+            &[
+                "--exit-on-error",
+                "--dbname",
+                database,
+                file.to_str().expect("the paths of tests are UTF-8"),
+            ],
+        );
+    }
+
+    /// A process that has done this, and neither commits nor rolls back until it is killed.
+    pub fn hold(&self, database: &str, statement: &str) -> Child {
+        let mut psql = Command::new(self.binaries.join("psql"));
+        psql.args(["-XAtq", "-d", database])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped());
+        let mut psql = psql.spawn().unwrap();
+        writeln!(
+            psql.stdin.as_ref().expect("it is piped"),
+            "begin; {statement}; select 'done';"
+        )
+        .unwrap();
+        let mut done = [0; 5];
+        psql.stdout
+            .as_mut()
+            .expect("it is piped")
+            .read_exact(&mut done)
+            .unwrap();
+        psql
+    }
+
+    fn run(&self, program: &str, arguments: &[&str]) -> String {
+        let mut command = Command::new(self.binaries.join(program));
+        succeed(
+            command
+                .args([
+                    "-h",
+                    "127.0.0.1",
+                    "-U",
+                    "postgres",
+                    "-p",
+                    &self.port.to_string(),
+                ])
+                .args(arguments),
+        )
+    }
+
+    pub fn wait_until(&self, or_else: &str, mut is_so: impl FnMut() -> bool) {
+        let deadline = Instant::now() + TIMEOUT;
+        while !is_so() {
+            let log = || std::fs::read_to_string(self.folder.join("log")).unwrap_or_default();
+            assert!(Instant::now() < deadline, "{or_else}: {}", log());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+impl Drop for PostgresServer {
+    fn drop(&mut self) {
+        drop(self.shell.stdin.take());
+        let _ = self.shell.wait();
+    }
+}
+
+impl Drop for Paused {
+    fn drop(&mut self) {
+        signal("-CONT", &self.0);
+    }
+}
+
+fn signal(name: &str, pids: &[u32]) {
+    // One of them may have ended meanwhile.
+    let _ = Command::new("kill")
+        .arg(name)
+        .args(pids.iter().map(u32::to_string))
+        .stderr(Stdio::null())
+        .status()
+        .unwrap();
+}
+
+/// Gone, or waited for by nobody yet.
+fn has_ended(pid: u32) -> bool {
+    std::fs::read_to_string(format!("/proc/{pid}/status"))
+        .map_or(true, |status| status.contains("State:\tZ"))
+}
+
+/// Its output; it must end well.
+fn succeed(command: &mut Command) -> String {
+    let ran = command
+        .output()
+        .unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    assert!(
+        ran.status.success(),
+        "{command:?}: {}",
+        String::from_utf8_lossy(&ran.stderr)
+    );
+    String::from_utf8(ran.stdout).unwrap().trim_end().to_owned()
+}
+
+fn is_root() -> bool {
+    std::fs::metadata("/proc/self").is_ok_and(|me| std::os::unix::fs::MetadataExt::uid(&me) == 0)
+}
+
+/// Where we are root, who must not run a server.
+pub fn as_nobody(mut command: Command) -> Command {
+    if is_root() {
+        command.uid(NOBODY).gid(NOBODY);
+    }
+    command.current_dir("/");
+    command
+}
+
+pub fn give_to_nobody(path: &Path, mode: u32) {
+    if is_root() {
+        chown(path, Some(NOBODY), Some(NOBODY)).unwrap();
+    }
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+}
+
+fn newest_binaries() -> PathBuf {
+    let version = |path: &Path| {
+        path.file_name()
+            .and_then(|name| name.to_str())
+            .and_then(|name| name.parse::<u32>().ok())
+    };
+    let versions = std::fs::read_dir("/usr/lib/postgresql")
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|entry| entry.path());
+    let newest = versions
+        .filter(|path| path.join("bin/initdb").exists())
+        .max_by_key(|path| version(path));
+    newest
+        .expect("PostgreSQL's server is needed for the tests: apt-get install postgresql")
+        .join("bin")
+}
+
+pub fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap()
+        .port()
+}
