@@ -133,11 +133,20 @@ fn invoice(tenant: &str, uid: &str, stripe_invoice_id: Option<&str>) -> NewInvoi
 
 /// The public functions of the public types in `src/store/`.
 fn public_functions() -> BTreeSet<String> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/store");
-    let files = std::fs::read_dir(folder)
-        .unwrap()
-        .map(|file| std::fs::read_to_string(file.unwrap().path()).unwrap());
-    let text = files.collect::<Vec<_>>().join("\n");
+    let mut folders = vec![Path::new(env!("CARGO_MANIFEST_DIR")).join("src/store")];
+    let mut text = String::new();
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+            } else {
+                text.push_str(&std::fs::read_to_string(&path).unwrap());
+                text.push('\n');
+            }
+        }
+    }
+
     let is_public = |name: &str| {
         ["struct", "enum"]
             .iter()

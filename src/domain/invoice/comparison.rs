@@ -1,15 +1,16 @@
-//! A stored invoice beside Stripe's: where the two say different things about money, mode or state.
+//! Comparison of a stored invoice with the invoice at Stripe: amount, currency, mode and state.
 //!
-//! Only what both sides say is compared. What a difference means, and since when there is one, is not known here.
+//! A field is compared only if both sides have it. `reconcile` decides what a difference means and since when it exists.
 
+use serde::Deserialize;
 use serde_json::Value;
 
 use super::document::PaymentState;
 use crate::domain::history::{Entry, StoredObservation};
 use crate::domain::money;
-use crate::domain::stripe::object::{boolean, text, whole};
+use crate::domain::stripe::lenient::{Lenient, Nested};
 
-/// One thing that the two sides say differently.
+/// One field with different values on both sides.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FieldDifference {
     pub field: Field,
@@ -36,7 +37,28 @@ impl Field {
     }
 }
 
-/// Stripe's status of an invoice, as far as it decides anything.
+/// The fields that are compared, of an invoice as Stripe's API returns it.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct StripeInvoice {
+    amount_due: Lenient<i64>,
+    currency: Lenient<String>,
+    livemode: Lenient<bool>,
+    status: Lenient<String>,
+    total: Lenient<i64>,
+    total_excluding_tax: Lenient<i64>,
+}
+
+impl StripeInvoice {
+    fn read(stripes: &Value) -> StripeInvoice {
+        Nested::deserialize(stripes)
+            .ok()
+            .and_then(|Nested(invoice)| invoice)
+            .unwrap_or_default()
+    }
+}
+
+/// Stripe's status of an invoice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StripeStatus {
     Draft,
@@ -47,9 +69,13 @@ pub enum StripeStatus {
 }
 
 impl StripeStatus {
-    /// Of an invoice as Stripe's API returns it; None: it has none that is known.
+    /// Reads the status of an invoice as Stripe's API returns it. Returns `None` for an absent or unknown one.
     pub fn of(stripes: &Value) -> Option<StripeStatus> {
-        Some(match text(stripes, "status")?.as_str() {
+        StripeStatus::parse(StripeInvoice::read(stripes).status.0.as_deref()?)
+    }
+
+    fn parse(text: &str) -> Option<StripeStatus> {
+        Some(match text {
             "draft" => StripeStatus::Draft,
             "open" => StripeStatus::Open,
             "uncollectible" => StripeStatus::Uncollectible,
@@ -59,7 +85,7 @@ impl StripeStatus {
         })
     }
 
-    /// Nothing leads out of it at Stripe.
+    /// Whether the status is final at Stripe.
     pub fn is_settled(self) -> bool {
         matches!(self, StripeStatus::Paid | StripeStatus::Void)
     }
@@ -75,25 +101,28 @@ impl StripeStatus {
     }
 }
 
-/// What differs between a stored document, with what is told about it, and Stripe's invoice.
+/// Returns the differences between a stored document, with its observations and history, and Stripe's invoice.
 pub fn differences(
     document: &Value,
     known: &[StoredObservation],
     history: &[Entry],
     stripes: &Value,
 ) -> Vec<FieldDifference> {
+    let stripes = StripeInvoice::read(stripes);
     let found = [
-        currency(document, stripes),
-        amount(document, stripes),
-        mode(known, stripes),
-        state(history, stripes),
+        currency(document, &stripes),
+        amount(document, &stripes),
+        mode(known, &stripes),
+        state(history, &stripes),
     ];
+
     found.into_iter().flatten().collect()
 }
 
-fn currency(document: &Value, stripes: &Value) -> Option<FieldDifference> {
-    let (ours, theirs) = (unit(document)?, text(stripes, "currency")?);
-    let differs = !ours.eq_ignore_ascii_case(&theirs);
+fn currency(document: &Value, stripes: &StripeInvoice) -> Option<FieldDifference> {
+    let (ours, theirs) = (unit(document)?, stripes.currency.0.as_deref()?);
+    let differs = !ours.eq_ignore_ascii_case(theirs);
+
     differs.then(|| FieldDifference {
         field: Field::Currency,
         ours: ours.to_uppercase(),
@@ -101,56 +130,69 @@ fn currency(document: &Value, stripes: &Value) -> Option<FieldDifference> {
     })
 }
 
-fn unit(document: &Value) -> Option<String> {
+fn unit(document: &Value) -> Option<&str> {
     document
-        .get("spec")
-        .and_then(|spec| text(spec, "paymentUnit"))
+        .pointer("/spec/paymentUnit")?
+        .as_str()
+        .filter(|unit| !unit.is_empty())
 }
 
-/// The stored amount may be what was billed or what was left to pay, with or without tax: where it is none of them, it is wrong.
-fn amount(document: &Value, stripes: &Value) -> Option<FieldDifference> {
+/// Compares amounts. The stored amount may be what was billed or what was left to pay, with or without tax: it differs only if it
+/// is none of these.
+fn amount(document: &Value, stripes: &StripeInvoice) -> Option<FieldDifference> {
     let ours = document.pointer("/status/billableAmount")?.as_f64()?;
-    let currency = text(stripes, "currency")?;
-    if unit(document).is_some_and(|unit| !unit.eq_ignore_ascii_case(&currency)) {
+    let currency = stripes.currency.0.as_deref()?;
+    if unit(document).is_some_and(|unit| !unit.eq_ignore_ascii_case(currency)) {
         return None;
     }
-    let named = ["amount_due", "total", "total_excluding_tax"].map(|name| whole(stripes, name));
-    let (_, unit) = money::unit_of(&currency);
-    // Documents carry amounts as floats: they are the same when they round to the same minor unit.
+
+    let theirs = [
+        &stripes.amount_due,
+        &stripes.total,
+        &stripes.total_excluding_tax,
+    ];
+    let mut theirs = theirs.into_iter().filter_map(|amount| amount.0).peekable();
+    let shown = *theirs.peek()?;
+
+    // Documents carry amounts as floats: they are equal if they round to the same minor unit.
+    let (_, unit) = money::unit_of(currency);
     let ours_minor = (ours * unit as f64).round();
-    let is_same = |theirs: i64| (ours_minor - theirs as f64).abs() < 0.5;
-    let shown = named.into_iter().flatten().next()?;
-    let differs = !named.into_iter().flatten().any(is_same);
-    differs.then(|| FieldDifference {
+    if theirs.any(|theirs| (ours_minor - theirs as f64).abs() < 0.5) {
+        return None;
+    }
+
+    Some(FieldDifference {
         field: Field::Amount,
         ours: if ours_minor.abs() < 9e15 {
-            money::amount(ours_minor as i64, Some(&currency))
+            money::amount(ours_minor as i64, Some(currency))
         } else {
             ours.to_string()
         },
-        stripes: money::amount(shown, Some(&currency)),
+        stripes: money::amount(shown, Some(currency)),
     })
 }
 
-fn mode(known: &[StoredObservation], stripes: &Value) -> Option<FieldDifference> {
-    let theirs = boolean(stripes, "livemode")?;
-    let told = |k: &&StoredObservation| {
-        !k.telling.fetched && k.telling.livemode.is_some_and(|ours| ours != theirs)
-    };
-    known.iter().find(told)?;
-    let name = |live: bool| if live { "live mode" } else { "test mode" }.to_owned();
+fn mode(known: &[StoredObservation], stripes: &StripeInvoice) -> Option<FieldDifference> {
+    let theirs = stripes.livemode.0?;
+    known
+        .iter()
+        .find(|k| !k.telling.fetched && k.telling.livemode.is_some_and(|ours| ours != theirs))?;
+
     Some(FieldDifference {
         field: Field::Mode,
-        ours: name(!theirs),
-        stripes: name(theirs),
+        ours: mode_name(!theirs).to_owned(),
+        stripes: mode_name(theirs).to_owned(),
     })
 }
 
-fn state(history: &[Entry], stripes: &Value) -> Option<FieldDifference> {
-    let (ours, status) = (
-        history.last().map(|entry| entry.state),
-        StripeStatus::of(stripes)?,
-    );
+fn mode_name(live: bool) -> &'static str {
+    if live { "live mode" } else { "test mode" }
+}
+
+fn state(history: &[Entry], stripes: &StripeInvoice) -> Option<FieldDifference> {
+    let ours = history.last().map(|entry| entry.state);
+    let status = StripeStatus::parse(stripes.status.0.as_deref()?)?;
+
     let agrees = match status {
         StripeStatus::Paid => ours == Some(PaymentState::Paid),
         StripeStatus::Void => ours.is_some() && ours != Some(PaymentState::Paid),
@@ -158,15 +200,15 @@ fn state(history: &[Entry], stripes: &Value) -> Option<FieldDifference> {
             ours != Some(PaymentState::Paid)
         }
     };
-    let ours = ours.map_or("no state", PaymentState::as_str).to_owned();
+
     (!agrees).then(|| FieldDifference {
         field: Field::PaymentState,
-        ours,
+        ours: ours.map_or("no state", PaymentState::as_str).to_owned(),
         stripes: status.as_str().to_owned(),
     })
 }
 
-/// What makes two histories tell the same facts: states and times. How they are said may differ.
+/// Whether two histories have the same states and times. Their messages may differ.
 pub fn same_facts(a: &[Entry], b: &[Entry]) -> bool {
     let facts = |entries: &[Entry]| {
         entries
@@ -177,7 +219,7 @@ pub fn same_facts(a: &[Entry], b: &[Entry]) -> bool {
     facts(a) == facts(b)
 }
 
-/// What a reader sees of two histories is the same.
+/// Whether two histories look the same to a reader.
 pub fn same_entries(a: &[Entry], b: &[Entry]) -> bool {
     let shown = |e: &Entry| (e.state, e.timestamp_ms, e.message.clone());
     a.len() == b.len() && a.iter().zip(b).all(|(a, b)| shown(a) == shown(b))
@@ -186,7 +228,7 @@ pub fn same_entries(a: &[Entry], b: &[Entry]) -> bool {
 const MINUTE_MS: i64 = 60_000;
 const DAY_MS: i64 = 24 * 60 * MINUTE_MS;
 
-/// When an invoice that is not settled is to be compared next: often while it is young, once a day when it is old.
+/// Returns the time of the next comparison of an invoice that is not settled: often while it is young, once a day when it is old.
 pub fn next_check_ms(created_s: i64, now_ms: i64) -> i64 {
     let age_ms = now_ms.saturating_sub(created_s.saturating_mul(1000));
     now_ms + (age_ms / 8).clamp(10 * MINUTE_MS, DAY_MS)

@@ -1,8 +1,8 @@
-//! The tolerant reader: from authentic bytes to the envelope of an event and the few fields of its object that we need.
+//! The tolerant reader: from authentic bytes to an event and the observation that it makes.
 //!
 //! The presence of fields decides, never `api_version`, so every shape since 2018-11-08 (and shapes not yet invented) goes
-//! through the same lines. A field of an unexpected type counts as absent. What the fields *mean* is not decided here: that
-//! is `fact` and `history`. What the objects look like is in `object`.
+//! through the same lines. A field of an unexpected type counts as absent. `payload` has the JSON, `object` the result.
+//! `history/fact` and `history` decide what the fields mean.
 
 use std::collections::HashSet;
 
@@ -11,22 +11,23 @@ use serde_json::value::RawValue;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-use super::json;
-use super::object::{Object, boolean, id_of, text, whole};
-use crate::domain::time::LAST_SECOND;
+use super::lenient::UnixSeconds;
+use super::object::Object;
+use super::payload::{self, Created, Envelope};
 
-/// Identity of one rendering of one event: what makes a second delivery a duplicate.
+/// Identity of one rendering of one event. A delivery with a known key is a duplicate.
 ///
-/// Sixteen bytes of a hash, and before them sixteen bytes of the event's id as it stands. Stripe's ids begin with their time, so
-/// keys that are made at the same time lie side by side in an index, however long the log; and an id is found by its prefix.
+/// The first sixteen bytes come from the event's id, the other sixteen from a hash. Stripe's ids begin with their time, so keys
+/// made at the same time are neighbours in an index, however long the log; and an id is found by its prefix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct EventKey(pub [u8; EventKey::LENGTH]);
 
 impl EventKey {
+    /// Bytes of a key.
     pub const LENGTH: usize = 32;
     const PREFIX: usize = 16;
 
-    /// The first and the last key that an event with this id may have.
+    /// Returns the first and the last key that an event with this id may have.
     pub fn range(id: &str) -> (EventKey, EventKey) {
         let (mut first, mut last) = ([0; EventKey::LENGTH], [255; EventKey::LENGTH]);
         let start = id
@@ -40,7 +41,7 @@ impl EventKey {
         (EventKey(first), EventKey(last))
     }
 
-    /// Parts are preceded by their length, so no two lists of parts give the same bytes.
+    /// Hashes the parts. Each is preceded by its length, so no two lists of parts give the same bytes.
     fn new(id: &str, parts: &[&[u8]]) -> EventKey {
         let (EventKey(mut key), _) = EventKey::range(id);
         let hash = &mut key[EventKey::PREFIX..];
@@ -54,11 +55,11 @@ impl EventKey {
     }
 }
 
-/// What authentic bytes turned out to be.
+/// The result of reading authentic bytes.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Reading {
     Event(Box<Event>),
-    /// Kept, counted, listed for the operator: not JSON, or no event in it. `reason` says which, without payload content.
+    /// Not JSON, or not an event: stored, counted, and listed for the operator. `reason` says which, without payload content.
     Unreadable {
         key: EventKey,
         reason: String,
@@ -70,19 +71,19 @@ pub enum Reading {
 pub struct Event {
     pub key: EventKey,
     pub id: String,
-    /// As received, with the `v1.` of thin events.
+    /// The type as received, with the `v1.` of thin events.
     pub event_type: String,
     pub api_version: Option<String>,
     /// `data.object.id` (thin: `related_object.id`).
     pub object_id: Option<String>,
     /// Unix seconds.
     pub created: i64,
-    /// None when the object is of no kind that we read.
+    /// `None` if the object is of a kind that nothing reads.
     pub telling: Option<Observation>,
 }
 
-/// What one event (or one object fetched from Stripe's API) tells. This is what the store keeps beside the bytes, and all
-/// that a history is folded from.
+/// The assertion of one event, or of one object fetched from Stripe's API. The store keeps it beside the bytes, and a history is
+/// folded from observations alone.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Observation {
     /// The event's id.
@@ -92,113 +93,120 @@ pub struct Observation {
     pub kind: String,
     /// Unix seconds; thin events are cut to the second.
     pub created: i64,
-    /// A thin event: its type is the claim, `object` holds only an id.
+    /// A thin event: its type is the claim, and `object` holds only an id.
     #[serde(default, skip_serializing_if = "is_false")]
     pub thin: bool,
-    /// Thin: the id of the snapshot event that tells the same.
+    /// Of a thin event: the id of the snapshot event about the same change.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub snapshot_event: Option<String>,
-    /// Not an event: the object as Stripe's API returned it.
+    /// Not an event, but an object as Stripe's API returned it.
     #[serde(default, skip_serializing_if = "is_false")]
     pub fetched: bool,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub livemode: Option<bool>,
-    /// The connected account.
+    /// The connected account; `None` for the own account.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub account: Option<String>,
     pub object: Object,
 }
 
-/// An object that a telling names: what a history is gathered by.
+/// An object that an observation names. Histories are gathered along links.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Link {
     pub object_id: String,
     pub is_invoice: bool,
 }
 
-/// Reads any body that Stripe may deliver. Never fails: what is no event is `Unreadable`.
+/// Reads any body that Stripe may deliver. Never fails: a body without an event is [`Reading::Unreadable`].
 pub fn read(body: &[u8]) -> Reading {
-    let unreadable = |reason: String| Reading::Unreadable {
-        key: EventKey::new("", &[b"unreadable", body]),
-        reason,
+    let result = match payload::parse(body) {
+        Ok(Some(envelope)) if envelope.object.0.as_deref() == Some(FETCHED) => {
+            read_fetched(envelope, body).map_err(str::to_owned)
+        }
+        Ok(Some(envelope)) => read_event(envelope).map_err(str::to_owned),
+        Ok(None) => Err("the body is JSON, but not an object".to_owned()),
+        Err(error) => Err(describe_json_error(&error)),
     };
-    let json = match json::parse(body) {
-        Ok(json) => json,
-        Err(error) => return unreadable(not_json(&error)),
-    };
-    let is_fetched = text(&json, "object").as_deref() == Some(FETCHED);
-    match if is_fetched {
-        fetched(&json, body)
-    } else {
-        event(&json)
-    } {
+
+    match result {
         Ok(event) => Reading::Event(Box::new(event)),
-        Err(reason) => unreadable(reason.to_owned()),
+        Err(reason) => Reading::Unreadable {
+            key: EventKey::new("", &[b"unreadable", body]),
+            reason,
+        },
     }
 }
 
-/// serde_json's own message may quote the payload; position and category do not.
-fn not_json(error: &serde_json::Error) -> String {
-    let what = if error.is_eof() {
+/// Words a JSON error. serde_json's own message may quote the payload; position and category do not.
+fn describe_json_error(error: &serde_json::Error) -> String {
+    let problem = if error.is_eof() {
         "ends in the middle"
     } else {
         "is not JSON"
     };
+
     format!(
-        "the body {what} (line {}, column {})",
+        "the body {problem} (line {}, column {})",
         error.line(),
         error.column()
     )
 }
 
-fn event(json: &Value) -> Result<Event, &'static str> {
-    if !json.is_object() {
-        return Err("the body is JSON, but not an object");
-    }
-    let id = text(json, "id").ok_or("no event: `id` is not a string")?;
-    let event_type = text(json, "type").ok_or("no event: `type` is not a string")?;
-    let thin = text(json, "object").as_deref() == Some("v2.core.event");
-    let created = created(json)
-        .filter(|s| (0..=LAST_SECOND).contains(s))
-        .ok_or("no event: `created` is no time")?;
-    let (object, kind) = if thin {
-        (json.get("related_object"), short(&event_type))
+fn read_event(envelope: Envelope) -> Result<Event, &'static str> {
+    let id = envelope.id.0.ok_or("no event: `id` is not a string")?;
+    let event_type = envelope
+        .event_type
+        .0
+        .ok_or("no event: `type` is not a string")?;
+    let Created(created) = envelope
+        .created
+        .0
+        .ok_or("no event: `created` is not a time")?;
+    let thin = envelope.object.0.as_deref() == Some("v2.core.event");
+
+    let kind = short(&event_type);
+    let data = envelope.data.0.unwrap_or_default();
+    let (object_id, object) = if thin {
+        let related = envelope.related_object.0.unwrap_or_default();
+        (related.id.0.clone(), related.into_related_object(kind))
     } else {
-        (json.pointer("/data/object"), &*event_type)
+        let fields = data
+            .object
+            .0
+            .ok_or("no event: `data.object` is not an object")?;
+        let previous_status = data
+            .previous_attributes
+            .and_then(|previous| previous.status.0.clone());
+        (
+            fields.id.0.clone(),
+            fields.into_object(kind, previous_status),
+        )
     };
-    if !thin && !object.is_some_and(Value::is_object) {
-        return Err("no event: `data.object` is not an object");
-    }
-    let object_id = object.and_then(|o| text(o, "id"));
-    let api_version = text(json, "api_version");
-    let read = match object {
-        Some(related) if thin => Object::named(kind, related),
-        Some(object) => Object::read(kind, object, json.pointer("/data/previous_attributes")),
-        None => None,
-    };
-    let telling = read.map(|object| Observation {
+
+    let observation = object.map(|object| Observation {
         id: id.clone(),
         kind: kind.to_owned(),
         created,
         thin,
-        snapshot_event: thin.then(|| text(json, "snapshot_event")).flatten(),
+        snapshot_event: envelope.snapshot_event.0.filter(|_| thin),
         fetched: false,
-        livemode: boolean(json, "livemode"),
-        account: if thin { None } else { id_of(json, "account") },
+        livemode: envelope.livemode.0,
+        account: envelope.account.into_text().filter(|_| !thin),
         object,
     });
-    let part = |s: &Option<String>| s.clone().unwrap_or_default();
-    let (version, object) = (part(&api_version), part(&object_id));
+
+    let api_version = envelope.api_version.0;
     let key = EventKey::new(
         &id,
         &[
             b"event",
             id.as_bytes(),
             event_type.as_bytes(),
-            version.as_bytes(),
-            object.as_bytes(),
+            api_version.as_deref().unwrap_or_default().as_bytes(),
+            object_id.as_deref().unwrap_or_default().as_bytes(),
         ],
     );
+
     Ok(Event {
         key,
         id,
@@ -206,71 +214,80 @@ fn event(json: &Value) -> Result<Event, &'static str> {
         api_version,
         object_id,
         created,
-        telling,
+        telling: observation,
     })
 }
 
-/// What `object` says in the envelope of our own around an object that Stripe's API returned, and the type that it is listed by.
+/// The `object` of our own envelope around an object that Stripe's API returned, and the type under which it is listed.
 pub const FETCHED: &str = "fetched";
 
-/// The envelope around an object that Stripe's API returned: what the log keeps, and what `export` and `replay` carry.
+/// Wraps an object that Stripe's API returned in the envelope that the event log keeps, and that `export` and `replay` carry.
 pub fn envelope(object: &Value, fetched_s: i64, account: Option<&str>) -> Value {
     let mut envelope = json!({"object": FETCHED, "fetched_at": fetched_s});
     if let Some(account) = account {
         envelope["account"] = account.into();
     }
-    if let Some(livemode) = boolean(object, "livemode") {
-        envelope["livemode"] = livemode.into();
+    if let Some(livemode @ Value::Bool(_)) = object.get("livemode") {
+        envelope["livemode"] = livemode.clone();
     }
     envelope["data"] = json!({"object": object});
+
     envelope
 }
 
-/// Its key is the object as it stands, whenever it was fetched: an object that has not changed adds nothing.
-fn fetched(json: &Value, body: &[u8]) -> Result<Event, &'static str> {
-    let object = json
-        .pointer("/data/object")
-        .filter(|o| o.is_object())
+/// Reads an [`envelope`]. Its key is made of the object's bytes, not of the time of the fetch: an unchanged object adds nothing.
+fn read_fetched(envelope: Envelope, body: &[u8]) -> Result<Event, &'static str> {
+    let fields = envelope
+        .data
+        .0
+        .and_then(|data| data.object.0)
         .ok_or("fetched: `data.object` is not an object")?;
-    let id = text(object, "id").ok_or("fetched: `data.object.id` is not a string")?;
-    let created = whole(json, "fetched_at")
-        .filter(|s| (0..=LAST_SECOND).contains(s))
-        .ok_or("fetched: `fetched_at` is no time")?;
-    let telling = Object::read("", object, None).map(|object| Observation {
+    let id = fields
+        .id
+        .0
+        .clone()
+        .ok_or("fetched: `data.object.id` is not a string")?;
+    let UnixSeconds(created) = envelope
+        .fetched_at
+        .0
+        .ok_or("fetched: `fetched_at` is not a time")?;
+
+    let account = envelope.account.into_text();
+    let content = content(body).ok_or("fetched: `data.object` cannot be read")?;
+    let key = EventKey::new(
+        &id,
+        &[
+            FETCHED.as_bytes(),
+            account.as_deref().unwrap_or_default().as_bytes(),
+            id.as_bytes(),
+            content.get().as_bytes(),
+        ],
+    );
+
+    let observation = fields.into_object("", None).map(|object| Observation {
         id: id.clone(),
         kind: String::new(),
         created,
         thin: false,
         snapshot_event: None,
         fetched: true,
-        livemode: boolean(json, "livemode"),
-        account: id_of(json, "account"),
+        livemode: envelope.livemode.0,
+        account,
         object,
     });
-    let account = id_of(json, "account").unwrap_or_default();
-    let content = content(body).ok_or("fetched: `data.object` cannot be read")?;
-    let key = EventKey::new(
-        &id,
-        &[
-            FETCHED.as_bytes(),
-            account.as_bytes(),
-            id.as_bytes(),
-            content.get().as_bytes(),
-        ],
-    );
-    let object_id = Some(id.clone());
+
     Ok(Event {
         key,
+        object_id: Some(id.clone()),
         id,
         event_type: FETCHED.to_owned(),
         api_version: None,
-        object_id,
         created,
-        telling,
+        telling: observation,
     })
 }
 
-/// The fetched object as it stands, with the fields that nothing here reads yet: the key stays when a later version reads more.
+/// Returns the bytes of the fetched object, with the fields that nothing reads yet: the key stays when a later version reads more.
 fn content(envelope: &[u8]) -> Option<Box<RawValue>> {
     #[derive(Deserialize)]
     struct Envelope {
@@ -280,29 +297,18 @@ fn content(envelope: &[u8]) -> Option<Box<RawValue>> {
     struct Data {
         object: Box<RawValue>,
     }
-    serde_json::from_slice::<Envelope>(envelope)
-        .ok()
-        .map(|envelope| envelope.data.object)
+
+    let envelope: Envelope = serde_json::from_slice(envelope).ok()?;
+    Some(envelope.data.object)
 }
 
-/// Snapshot events carry Unix seconds, thin ones RFC 3339 with up to nanoseconds, cut to the second here.
-fn created(json: &Value) -> Option<i64> {
-    match json.get("created")? {
-        Value::String(s) => s
-            .parse::<jiff::Timestamp>()
-            .ok()
-            .map(|t| t.as_nanosecond().div_euclid(1_000_000_000) as i64),
-        _ => whole(json, "created"),
-    }
-}
-
-/// `v1.invoice.paid` is read as `invoice.paid`.
+/// Returns the type without the `v1.` of thin events: `v1.invoice.paid` is read as `invoice.paid`.
 fn short(event_type: &str) -> &str {
     event_type.strip_prefix("v1.").unwrap_or(event_type)
 }
 
 impl Observation {
-    /// Every object that this telling names, itself included; no object twice.
+    /// Returns every object that this observation names, its own included, each once.
     pub fn mentions(&self) -> Vec<Link> {
         let mut named = HashSet::new();
         let names = self

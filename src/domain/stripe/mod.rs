@@ -1,6 +1,7 @@
 //! What Stripe sends: signatures, events, objects, and the observations they assert.
 
 pub mod event;
-mod json;
+pub(in crate::domain) mod lenient;
 pub mod object;
+mod payload;
 pub mod signature;
