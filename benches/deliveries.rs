@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use stripe_reconciler::clock::Clock;
-use stripe_reconciler::domain::stripe::signature::{SigningSecrets, sign};
+use stripe_reconciler::domain::stripe::signature::sign;
+use stripe_reconciler::domain::stripe::signing_secrets::SigningSecrets;
 
 use crate::load::Requests;
 

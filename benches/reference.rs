@@ -15,7 +15,8 @@ use sqlx::postgres::PgPoolOptions;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
 use sqlx::{PgPool, Row, SqlitePool};
 use stripe_reconciler::clock::Clock;
-use stripe_reconciler::domain::stripe::signature::{SignatureHeader, SigningSecrets};
+use stripe_reconciler::domain::stripe::signature::SignatureHeader;
+use stripe_reconciler::domain::stripe::signing_secrets::SigningSecrets;
 
 use crate::deliveries;
 

@@ -4,7 +4,7 @@
 use std::io::IsTerminal;
 use std::net::{SocketAddr, ToSocketAddrs};
 
-use crate::domain::stripe::signature::SigningSecrets;
+use crate::domain::stripe::signing_secrets::SigningSecrets;
 use crate::store::Store;
 use crate::stripe_api::{self, StripeApiKey};
 use crate::telemetry::{self, LogFormat, OtlpSettings};

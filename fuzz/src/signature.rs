@@ -6,8 +6,9 @@
 
 use sha2::{Digest, Sha256};
 use stripe_reconciler::domain::stripe::signature::{
-    SignatureError, SignatureHeader, SigningSecrets, TOLERANCE_S, sign,
+    SignatureError, SignatureHeader, TOLERANCE_S, sign,
 };
+use stripe_reconciler::domain::stripe::signing_secrets::SigningSecrets;
 
 const NOW_S: i64 = 1_700_000_000;
 

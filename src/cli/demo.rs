@@ -19,7 +19,7 @@ use super::output;
 use super::serve::{Service, serve};
 use super::{Exit, GlobalArgs};
 use crate::clock::Clock;
-use crate::domain::stripe::signature::SigningSecrets;
+use crate::domain::stripe::signing_secrets::SigningSecrets;
 use crate::http::{self, Ui};
 use crate::http_client::HttpClient;
 use crate::ingest::Outcome;

@@ -17,7 +17,7 @@ use super::reconcile::StripeFlags;
 use super::{Access, Exit, GlobalArgs, open};
 use crate::clock::Clock;
 use crate::config::{Config, ConfigErrors, Flags, Purpose};
-use crate::domain::stripe::signature::SigningSecrets;
+use crate::domain::stripe::signing_secrets::SigningSecrets;
 use crate::http::{self, AppState, MetricsAt, Ui};
 use crate::ingest::batch_writer::BatchWriter;
 use crate::metrics::Metrics;

@@ -17,7 +17,7 @@ use super::monitoring::missed_webhooks::first_missed;
 use super::monitoring::monitor::{self, DELIVERED, EXAMINED, HealthSnapshot};
 use super::reconcile::look_at_endpoints;
 use crate::clock::Clock;
-use crate::domain::stripe::signature::SecretName;
+use crate::domain::stripe::signing_secrets::SecretName;
 use crate::monitoring::delivery_gap;
 use crate::store::{ActivityDelta, Store, StoreError};
 use crate::stripe_api::{StripeApi, StripeApiError};

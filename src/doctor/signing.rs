@@ -2,7 +2,7 @@
 
 use super::Check;
 use super::format::{DAY_MS, HOUR_MS, MINUTE_MS, ago, failing, ok, unknown, warning};
-use crate::domain::stripe::signature::SecretName;
+use crate::domain::stripe::signing_secrets::SecretName;
 use crate::monitoring::monitor::{DELIVERED, HealthSnapshot, REFUSED, SECRET};
 use crate::monitoring::signing_secrets::{configured_since, last_used};
 

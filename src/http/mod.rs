@@ -30,7 +30,7 @@ use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::compression::CompressionLayer;
 
 use crate::clock::Clock;
-use crate::domain::stripe::signature::SigningSecrets;
+use crate::domain::stripe::signing_secrets::SigningSecrets;
 use crate::ingest::batch_writer::BatchWriter;
 use crate::metrics::Metrics;
 use crate::monitoring::monitor::HealthMonitor;

@@ -18,7 +18,7 @@ use super::rejections::Rejections;
 use super::signing_secrets::{last_used, note_configured};
 use crate::clock::Clock;
 use crate::domain::stripe::event::Observation;
-use crate::domain::stripe::signature::SecretName;
+use crate::domain::stripe::signing_secrets::SecretName;
 use crate::metrics::Metrics;
 use crate::monitoring::delivery_gap;
 use crate::store::{

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 
 use super::monitor::{HealthSnapshot, SECRET};
-use crate::domain::stripe::signature::SecretName;
+use crate::domain::stripe::signing_secrets::SecretName;
 use crate::store::{Store, StoreError};
 
 /// Begins the names of moments: a label and a mark follow.

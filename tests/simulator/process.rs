@@ -15,7 +15,7 @@ use hyper_util::service::TowerToHyperService;
 use serde_json::Value;
 use sqlx::{Connection, PgConnection};
 use stripe_reconciler::clock::Clock;
-use stripe_reconciler::domain::stripe::signature::SigningSecrets;
+use stripe_reconciler::domain::stripe::signing_secrets::SigningSecrets;
 use stripe_reconciler::http::{self, AppState, MetricsAt, Ui};
 use stripe_reconciler::ingest::batch_writer::{BatchWriter, Writer};
 use stripe_reconciler::reconcile::ReconcileContext;

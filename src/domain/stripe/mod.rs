@@ -5,3 +5,4 @@ pub(in crate::domain) mod lenient;
 pub mod object;
 mod payload;
 pub mod signature;
+pub mod signing_secrets;

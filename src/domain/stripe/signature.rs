@@ -1,75 +1,59 @@
 //! Stripe's webhook signature: `Stripe-Signature: t=<unix seconds>,v1=<hex>[,v1=...]`, HMAC-SHA256 over `{t}.{body}`.
 //!
-//! Bytes in, never strings. The key is the whole secret, `whsec_` included. Several secrets are configured at once (rotation,
-//! test and live mode, Connect), and Stripe sends one `v1` per active secret: every secret is tried against every `v1`, in
-//! constant time and without an early exit. Accepted is what all of Stripe's SDKs accept, refused what they all refuse.
+//! The verifier works on bytes, never on strings. Several secrets are configured at once (rotation, test and live mode, Connect),
+//! and Stripe sends one `v1` per active secret: the verifier tries every secret against every `v1`, in constant time and without
+//! an early exit. It accepts what all of Stripe's SDKs accept, and rejects what they all reject.
 
-use std::fmt;
-
-use hmac::{Hmac, KeyInit, Mac};
+use hmac::{Hmac, Mac};
 use sha2::Sha256;
 use subtle::{Choice, ConstantTimeEq};
 
-/// How far the time in a signature may lie from now, either way, in seconds.
+use super::signing_secrets::{SigningSecret, SigningSecrets};
+
+/// Largest distance of a signature's time from now, either way, in seconds. Stripe's SDKs use the same.
 pub const TOLERANCE_S: i64 = 300;
 
-/// One signing secret and the name it goes by in logs and reports.
-pub struct SigningSecret {
-    pub label: String,
-    mac: Hmac<Sha256>,
-}
-
-/// All secrets that deliveries may be signed with; never empty.
-pub struct SigningSecrets(Vec<SigningSecret>);
-
-/// What a secret is called.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SecretName {
-    pub label: String,
-    /// Tells secrets apart that go by one label, one after the other, and shows nothing of them.
-    pub mark: String,
-}
-
-/// Why a delivery is not believed. The sender is told nothing of it; the operator counts it by reason.
+/// The reason for rejecting a delivery. The response does not tell it to the sender; metrics count it for the operator.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SignatureError {
     /// No `Stripe-Signature` header.
     Missing,
-    /// More than one.
+    /// More than one `Stripe-Signature` header.
     Several,
-    /// No or two `t`, a `t` that is no number, no usable `v1`.
+    /// No `t` or two, a `t` that is not a number, or no usable `v1`.
     Malformed,
-    /// No secret of ours made any of its signatures: a wrong secret, a changed body, or not Stripe.
+    /// None of the configured secrets made any of its signatures: a wrong secret, a changed body, or not Stripe.
     Mismatch,
-    /// Authentic, but signed too long ago: a replay, or our clock is fast.
+    /// Authentic, but signed too long ago: a replayed delivery, or this machine's clock is fast.
     Stale,
-    /// Authentic, but from the future: our clock is slow.
+    /// Authentic, but signed in the future: this machine's clock is slow.
     Future,
 }
 
 impl SignatureError {
-    /// In words, for the person who reads the log.
+    /// Returns the explanation for the server log.
     pub fn meaning(self) -> &'static str {
         match self {
-            SignatureError::Missing => "it has no Stripe-Signature header, so it is not Stripe's",
+            SignatureError::Missing => "no Stripe-Signature header, so it did not come from Stripe",
             SignatureError::Several => {
-                "it has several Stripe-Signature headers, so it is not Stripe's"
+                "several Stripe-Signature headers, so it did not come from Stripe"
             }
             SignatureError::Malformed => {
-                "its Stripe-Signature header cannot be read, so it is not Stripe's"
+                "malformed Stripe-Signature header, so it did not come from Stripe"
             }
             SignatureError::Mismatch => {
-                "no secret in STRIPE_WEBHOOK_SECRET signs it: the secret was rolled, or it is not Stripe's"
+                "no secret in STRIPE_WEBHOOK_SECRET matches: the secret was rolled, or it did not come from Stripe"
             }
             SignatureError::Stale => {
-                "it is authentic and too old: this machine's clock is ahead, or somebody repeats it"
+                "authentic but too old: this machine's clock is ahead, or the delivery was replayed"
             }
             SignatureError::Future => {
-                "it is authentic and from the future: this machine's clock is behind"
+                "authentic but from the future: this machine's clock is behind"
             }
         }
     }
 
+    /// Returns the label that metrics and stored rejections use.
     pub fn as_str(self) -> &'static str {
         match self {
             SignatureError::Missing => "missing",
@@ -83,92 +67,11 @@ impl SignatureError {
 }
 
 impl SigningSecrets {
-    /// Reads `live=whsec_a,old=whsec_b`: secrets separated by commas or blanks, each with a label or without. What stands before
-    /// the first `=` is a label if it is made of letters, digits, `.`, `_` and `-`; unlabelled secrets are named by their place.
-    ///
-    /// # Errors
-    /// Every mistake, in words that do not show a secret.
-    pub fn parse(text: &str) -> Result<SigningSecrets, Vec<String>> {
-        let mut secrets: Vec<SigningSecret> = Vec::new();
-        let mut keys: Vec<&str> = Vec::new();
-        let mut mistakes = Vec::new();
-        let parts = text
-            .split(|c: char| c == ',' || c.is_whitespace())
-            .filter(|part| !part.is_empty());
-        for (index, part) in parts.enumerate() {
-            let place = index + 1;
-            let (label, key) = match part.split_once('=') {
-                Some((label, key)) if is_label(label) => (label.to_owned(), key),
-                _ => (format!("secret-{place}"), part),
-            };
-            if key.is_empty() {
-                mistakes.push(format!("the signing secret labelled `{label}` is empty"));
-            } else if !key.bytes().all(|b| b.is_ascii_graphic()) {
-                mistakes.push(format!(
-                    "the signing secret `{label}` has characters that are not printable ASCII"
-                ));
-            } else if keys.contains(&key) {
-                mistakes.push(format!("the signing secret `{label}` is given twice"));
-            } else if secrets.iter().any(|s| s.label == label) {
-                mistakes.push(format!("two signing secrets have the label `{label}`"));
-            } else {
-                keys.push(key);
-                secrets.push(SigningSecret::new(label, key.as_bytes()));
-            }
-        }
-        if secrets.is_empty() && mistakes.is_empty() {
-            mistakes.push("no signing secret is given".to_owned());
-        }
-        if mistakes.is_empty() {
-            Ok(SigningSecrets(secrets))
-        } else {
-            Err(mistakes)
-        }
-    }
-
-    /// The one that replayed deliveries are signed with.
-    pub fn first(&self) -> &SigningSecret {
-        &self.0[0]
-    }
-
-    pub fn names(&self) -> Vec<SecretName> {
-        let mark = |tag: [u8; 32]| hex::encode(&tag[..4]);
-        let marks = self
-            .tags(b"which secret goes by its label")
-            .into_iter()
-            .map(mark);
-        self.0
-            .iter()
-            .zip(marks)
-            .map(|(secret, mark)| SecretName {
-                label: secret.label.clone(),
-                mark,
-            })
-            .collect()
-    }
-
-    /// What each secret makes of a message that is not a delivery: it must not begin with a number, as what Stripe signs does.
-    pub fn tags(&self, message: &[u8]) -> Vec<[u8; 32]> {
-        self.0
-            .iter()
-            .map(|secret| {
-                secret
-                    .mac
-                    .clone()
-                    .chain_update(message)
-                    .finalize()
-                    .into_bytes()
-                    .into()
-            })
-            .collect()
-    }
-
-    /// Begins to verify a body, which may come in parts.
+    /// Starts the verification of a body, which may arrive in parts.
     pub fn verifier<'s, 'h>(&'s self, header: &'h SignatureHeader) -> Verifier<'s, 'h> {
         Verifier {
             header,
             signers: self
-                .0
                 .iter()
                 .map(|secret| (secret, secret.begin(header.timestamp)))
                 .collect(),
@@ -176,24 +79,24 @@ impl SigningSecrets {
     }
 }
 
-/// Verifies one body against all secrets.
+/// Verification of one body against all secrets.
 pub struct Verifier<'s, 'h> {
     header: &'h SignatureHeader<'h>,
     signers: Vec<(&'s SigningSecret, Hmac<Sha256>)>,
 }
 
 impl<'s> Verifier<'s, '_> {
-    /// The next part of the body.
+    /// Hashes the next part of the body.
     pub fn update(&mut self, part: &[u8]) {
         self.signers
             .iter_mut()
             .for_each(|(_, mac)| mac.update(part));
     }
 
-    /// The label of the secret that signed this body.
+    /// Returns the label of the secret that signed this body.
     ///
-    /// The signature is judged before its age, so that `Stale` and `Future` are said of authentic deliveries only: they mean a
-    /// wrong clock, never a wrong secret.
+    /// The signature is checked before its age, so only authentic deliveries are `Stale` or `Future`: they mean a wrong clock,
+    /// never a wrong secret.
     ///
     /// # Errors
     /// `Mismatch`, `Stale` or `Future`.
@@ -212,6 +115,7 @@ impl<'s> Verifier<'s, '_> {
                 signer = Some(secret.label.as_str());
             }
         }
+
         let label = signer.ok_or(SignatureError::Mismatch)?;
         match now_s.saturating_sub(self.header.timestamp_s) {
             age if age > TOLERANCE_S => Err(SignatureError::Stale),
@@ -221,52 +125,22 @@ impl<'s> Verifier<'s, '_> {
     }
 }
 
-/// A secret that has a `=` in it is none: labels are shown.
-fn is_label(text: &str) -> bool {
-    let is_secret = text.starts_with("whsec_");
-    !is_secret
-        && (1..=64).contains(&text.len())
-        && text
-            .bytes()
-            .all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
-}
-
-impl SigningSecret {
-    fn new(label: String, key: &[u8]) -> SigningSecret {
-        let mac = Hmac::new_from_slice(key).expect("HMAC takes keys of any length");
-        SigningSecret { label, mac }
-    }
-
-    fn begin(&self, timestamp: &[u8]) -> Hmac<Sha256> {
-        let mut mac = self.mac.clone();
-        mac.update(timestamp);
-        mac.update(b".");
-        mac
-    }
-
-    fn tag(&self, timestamp: &[u8], body: &[u8]) -> [u8; 32] {
-        let mut mac = self.begin(timestamp);
-        mac.update(body);
-        mac.finalize().into_bytes().into()
-    }
-}
-
-/// The header value that makes `body` authentic at `timestamp_s`.
+/// Returns the header value that makes `body` authentic at `timestamp_s`.
 pub fn sign(secret: &SigningSecret, timestamp_s: i64, body: &[u8]) -> String {
     let tag = secret.tag(timestamp_s.to_string().as_bytes(), body);
     format!("t={timestamp_s},v1={}", hex::encode(tag))
 }
 
-/// A header that could be right: what can be known without the body.
+/// A well-formed header: all that can be checked without the body.
 pub struct SignatureHeader<'h> {
-    /// As it stands in the header: these bytes are signed.
+    /// The bytes of `t` exactly as received, because they are signed.
     timestamp: &'h [u8],
     timestamp_s: i64,
     signatures: Vec<[u8; 32]>,
 }
 
 impl<'h> SignatureHeader<'h> {
-    /// `lines` are the values of all `Stripe-Signature` header lines.
+    /// Reads the header. `lines` are the values of all `Stripe-Signature` header lines.
     ///
     /// # Errors
     /// `Missing`, `Several` or `Malformed`.
@@ -278,7 +152,8 @@ impl<'h> SignatureHeader<'h> {
         }
     }
 
-    /// Unknown schemes (`v0`) and elements without `=` are passed over; a `v1` that is not 64 hex digits can match nothing.
+    /// Parses the elements. Skips unknown schemes (`v0`), elements without `=`, and a `v1` that is not 64 hex digits, since none of
+    /// them can match.
     fn parse(header: &'h [u8]) -> Option<SignatureHeader<'h>> {
         let mut timestamp = None;
         let mut signatures = Vec::new();
@@ -300,21 +175,16 @@ impl<'h> SignatureHeader<'h> {
                 _ => {}
             }
         }
+
         let timestamp = timestamp
             .filter(|t| (1..=12).contains(&t.len()) && t.iter().all(u8::is_ascii_digit))?;
         let timestamp_s = std::str::from_utf8(timestamp).ok()?.parse().ok()?;
+
         (!signatures.is_empty()).then_some(SignatureHeader {
             timestamp,
             timestamp_s,
             signatures,
         })
-    }
-}
-
-impl fmt::Debug for SigningSecrets {
-    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        let labels: Vec<&str> = self.0.iter().map(|secret| secret.label.as_str()).collect();
-        f.debug_tuple("SigningSecrets").field(&labels).finish()
     }
 }
 
@@ -375,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn what_all_sdks_accept_is_accepted() {
+    fn headers_that_all_sdks_accept_verify() {
         let accepted = [
             format!("t={NOW},v1={TAG}"),
             format!("v1={TAG},t={NOW}"),
@@ -399,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn a_header_that_cannot_be_right_is_malformed() {
+    fn malformed_headers_are_rejected() {
         let malformed = [
             String::new(),
             format!("v1={TAG}"),
@@ -421,19 +291,19 @@ mod tests {
     }
 
     #[test]
-    fn no_header_and_two_headers_are_refused() {
+    fn missing_and_repeated_headers_are_rejected() {
         let header = format!("t={NOW},v1={TAG}");
-        let refusal = |lines: &[&[u8]]| SignatureHeader::read(lines).err();
-        assert_eq!(refusal(&[]), Some(SignatureError::Missing));
+        let error = |lines: &[&[u8]]| SignatureHeader::read(lines).err();
+        assert_eq!(error(&[]), Some(SignatureError::Missing));
         assert_eq!(
-            refusal(&[header.as_bytes(), header.as_bytes()]),
+            error(&[header.as_bytes(), header.as_bytes()]),
             Some(SignatureError::Several)
         );
-        assert_eq!(refusal(&[header.as_bytes()]), None);
+        assert_eq!(error(&[header.as_bytes()]), None);
     }
 
     #[test]
-    fn another_secret_another_body_and_another_time_do_not_match() {
+    fn other_secret_body_or_time_does_not_match() {
         let secrets = SigningSecrets::parse("whsec_test_secret").unwrap();
         let other = SigningSecrets::parse("test_secret").unwrap();
         let header = format!("t={NOW},v1={TAG}");
@@ -452,12 +322,12 @@ mod tests {
         assert_eq!(
             verify(&format!("t=0{NOW},v1={TAG}")),
             Err(SignatureError::Mismatch),
-            "t is hashed as it stands"
+            "t is hashed exactly as received"
         );
     }
 
     #[test]
-    fn the_window_is_five_minutes_either_way_and_only_authentic_deliveries_are_called_stale() {
+    fn tolerance_is_five_minutes_for_authentic_deliveries() {
         let secrets = SigningSecrets::parse("whsec_test_secret").unwrap();
         let at = |now| secrets.verify_line(&format!("t={NOW},v1={TAG}"), BODY, now);
         assert_eq!(at(NOW + 300), Ok("secret-1"));
@@ -472,7 +342,7 @@ mod tests {
     }
 
     #[test]
-    fn while_a_secret_is_rotated_either_one_verifies_a_header_with_both() {
+    fn either_secret_verifies_during_rotation() {
         let both = SigningSecrets::parse("new=whsec_new old=whsec_old").unwrap();
         let old = SigningSecrets::parse("old=whsec_old").unwrap();
         let new = SigningSecrets::parse("new=whsec_new").unwrap();
@@ -489,30 +359,5 @@ mod tests {
             both.verify_line(&format!("t=100,v1={}", tag(&old)), BODY, 100),
             Ok("old")
         );
-    }
-
-    #[test]
-    fn mistakes_in_the_secrets_are_all_named_and_none_is_shown() {
-        let mistakes =
-            SigningSecrets::parse("a=whsec_1,a=whsec_2 b=whsec_1,c=,d=whséc").unwrap_err();
-        assert_eq!(
-            mistakes,
-            [
-                "two signing secrets have the label `a`",
-                "the signing secret `b` is given twice",
-                "the signing secret labelled `c` is empty",
-                "the signing secret `d` has characters that are not printable ASCII",
-            ]
-        );
-        assert_eq!(
-            SigningSecrets::parse(" , ").unwrap_err(),
-            ["no signing secret is given"]
-        );
-    }
-
-    #[test]
-    fn debug_output_shows_labels_and_no_secret() {
-        let secrets = SigningSecrets::parse("live=whsec_abc").unwrap();
-        assert_eq!(format!("{secrets:?}"), "SigningSecrets([\"live\"])");
     }
 }

@@ -6,7 +6,7 @@
 
 use subtle::{Choice, ConstantTimeEq};
 
-use crate::domain::stripe::signature::SigningSecrets;
+use crate::domain::stripe::signing_secrets::SigningSecrets;
 
 /// How long it lasts.
 pub const LIFE_S: i64 = 12 * 3600;

@@ -6,7 +6,8 @@ use std::process::{Child, Command, Stdio};
 
 use serde_json::{Value, json};
 use stripe_reconciler::clock::Clock;
-use stripe_reconciler::domain::stripe::signature::{SigningSecrets, sign};
+use stripe_reconciler::domain::stripe::signature::sign;
+use stripe_reconciler::domain::stripe::signing_secrets::SigningSecrets;
 use stripe_reconciler::http_client::HttpClient;
 use tempfile::NamedTempFile;
 
