@@ -9,7 +9,8 @@ use serde_json::{Map, Value, json};
 use stripe_reconciler::domain::history::fact::asserts_fact;
 use stripe_reconciler::domain::history::{Entry, StoredObservation, fold, lacks_reason};
 use stripe_reconciler::domain::invoice::comparison::differences;
-use stripe_reconciler::domain::invoice::document::{ImportedState, PaymentState, render, validate};
+use stripe_reconciler::domain::invoice::document::{render, validate};
+use stripe_reconciler::domain::payment_state::{ImportedState, PaymentState};
 use stripe_reconciler::domain::stripe::event::{
     self, Event, EventKey, FETCHED, Observation, Reading,
 };

@@ -4,7 +4,8 @@
 use serde::Deserialize;
 use serde_json::Value;
 use stripe_reconciler::domain::history::fold;
-use stripe_reconciler::domain::invoice::document::{InvalidField, ValidInvoice, render, validate};
+use stripe_reconciler::domain::invoice::document::{ValidInvoice, render, validate};
+use stripe_reconciler::domain::invoice::schema::InvalidField;
 use stripe_reconciler::queries::invoices::new_invoice;
 
 /// Documents of an input that are looked at: JSON values one after another.

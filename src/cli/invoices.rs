@@ -11,7 +11,7 @@ use super::output;
 use super::{Access, Exit, GlobalArgs};
 use crate::clock::Clock;
 use crate::config::ConfigErrors;
-use crate::domain::invoice::document::validate_uid;
+use crate::domain::invoice::schema::validate_uid;
 use crate::jobs::import::{self, ImportCounts, ProgressSink, Refused};
 use crate::queries::invoices::{PageRequest, StateFilter, history, page, render};
 use crate::store::{Store, StoredInvoice};

@@ -9,7 +9,7 @@ use super::{Access, Exit, GlobalArgs, duration_ms};
 use crate::clock::Clock;
 use crate::config::ConfigErrors;
 use crate::domain::api_key;
-use crate::domain::invoice::document::validate_uid;
+use crate::domain::invoice::schema::validate_uid;
 use crate::store::{ApiKey, Scope, Store, StoreError};
 
 /// Make, list and revoke API keys

@@ -4,6 +4,7 @@ pub mod api_key;
 pub mod history;
 pub mod invoice;
 pub mod money;
+pub mod payment_state;
 pub mod redact;
 pub mod stripe;
 pub mod time;

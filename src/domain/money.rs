@@ -1,14 +1,14 @@
-//! Amounts as a person reads them, by Stripe's exponents, which are not ISO 4217's.
+//! Amounts as text, by Stripe's exponents, which differ from ISO 4217.
 
 const NO_DECIMALS: [&str; 15] = [
     "BIF", "CLP", "DJF", "GNF", "JPY", "KMF", "KRW", "MGA", "PYG", "RWF", "VND", "VUV", "XAF",
     "XOF", "XPF",
 ];
 const THREE_DECIMALS: [&str; 5] = ["BHD", "JOD", "KWD", "OMR", "TND"];
-/// Two decimals on the wire, and never used.
+/// Two decimals on the wire, hidden when they are zero.
 const UNUSED_DECIMALS: [&str; 2] = ["ISK", "UGX"];
 
-/// How many decimals a currency has at Stripe, and how many minor units are one of it.
+/// Returns the number of decimals of a currency at Stripe, and the number of minor units in one unit.
 pub fn unit_of(code: &str) -> (usize, u64) {
     let code = code.to_ascii_uppercase();
     let decimals = match code.as_str() {
@@ -19,8 +19,8 @@ pub fn unit_of(code: &str) -> (usize, u64) {
     (decimals, 10_u64.pow(decimals as u32))
 }
 
-/// `1234.50 EUR` from minor units and Stripe's currency code: no grouping, never through a float. What is not three ASCII
-/// letters is no currency: then the minor units are said as such.
+/// Formats minor units with Stripe's currency code, such as `1234.50 EUR`: without grouping, and never through a float. A code
+/// other than three ASCII letters is not a currency: the text then gives the minor units.
 pub fn amount(minor_units: i64, currency: Option<&str>) -> String {
     let Some(currency) = currency else {
         return format!("{minor_units} minor units");
@@ -29,6 +29,7 @@ pub fn amount(minor_units: i64, currency: Option<&str>) -> String {
     if code.len() != 3 || !code.bytes().all(|b| b.is_ascii_uppercase()) {
         return format!("{minor_units} minor units of {code}");
     }
+
     let (decimals, unit) = unit_of(&code);
     let sign = if minor_units < 0 { "-" } else { "" };
     let (whole, part) = (
@@ -48,7 +49,7 @@ mod tests {
     use super::amount;
 
     #[test]
-    fn every_kind_of_currency_has_its_own_decimals() {
+    fn each_kind_of_currency_has_its_decimals() {
         let cases = [
             (123_450, "eur", "1234.50 EUR"),
             (-5, "usd", "-0.05 USD"),
@@ -68,7 +69,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_currency_is_said_in_minor_units() {
+    fn unknown_currency_is_given_in_minor_units() {
         assert_eq!(amount(1234, Some("usdc")), "1234 minor units of USDC");
         assert_eq!(amount(1234, Some("e1r")), "1234 minor units of E1R");
         assert_eq!(amount(1234, None), "1234 minor units");

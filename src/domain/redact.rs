@@ -1,16 +1,16 @@
-//! Text that comes from Stripe, made fit for a message that many may read: no addresses, links, secrets or card numbers, on one line.
+//! Redaction of text from Stripe before many people read it: no addresses, links, secrets or card numbers, on one line.
 
-/// Longest text of Stripe's that a message repeats, in characters.
+/// Longest text of Stripe that a message repeats, in characters.
 const MAX_CHARACTERS: usize = 300;
 
-/// A number or an id from outside, fit for a message: on one line, not endless, and no address.
+/// Redacts a number or an id: one line, at most 300 characters, no addresses or secrets.
 pub fn name(text: &str) -> String {
     shown(&on_one_line(text))
 }
 
-/// Text from outside, fit for a message: as a name, and without card numbers.
+/// Redacts free text: as [`name`], and without card numbers.
 pub fn clean(text: &str) -> String {
-    // On one line first: what a line break parts, stands side by side there.
+    // Join the lines first: a number may be split by a line break.
     shown(&without_card_numbers(&on_one_line(text)))
 }
 
@@ -32,7 +32,7 @@ fn shown(line: &str) -> String {
     shown.join(" ").chars().take(MAX_CHARACTERS).collect()
 }
 
-/// Addresses, links, tokens of hosted pages, and secrets.
+/// Whether a word is an address, a link, the token of a hosted page, or a secret.
 fn is_private(word: &str) -> bool {
     const MARKS: [&str; 11] = [
         "@",
@@ -50,10 +50,10 @@ fn is_private(word: &str) -> bool {
     MARKS.iter().any(|mark| word.contains(mark))
 }
 
-/// How many digits make a card number, at least.
+/// Fewest digits of a card number.
 const CARD_DIGITS: usize = 12;
 
-/// A card number may be written in groups, with a character or two between them.
+/// Removes card numbers, also those in groups with one or two characters between them.
 fn without_card_numbers(text: &str) -> String {
     let characters: Vec<char> = text.chars().collect();
     let mut cleaned = String::with_capacity(text.len());
@@ -74,7 +74,7 @@ fn without_card_numbers(text: &str) -> String {
     cleaned
 }
 
-/// Where the number ends that begins here: after its last digit. Here, if none begins.
+/// Returns the end of the number that starts at `start`, exclusive, or `start` if no number starts there.
 fn end_of_number(characters: &[char], start: usize) -> usize {
     let (mut end, mut between) = (start, 0);
     for (at, character) in characters.iter().enumerate().skip(start) {

@@ -1,26 +1,29 @@
-//! Times as text: as the API writes them, as a person reads them, and as clients write them.
+//! Times as text: in the API, for people, and from clients.
 
-/// The latest second that four-digit years can show (9999-12-30T22:00:00Z, the end of jiff's range).
+/// Latest second that a four-digit year can show (9999-12-30T22:00:00Z, the end of jiff's range).
 pub const LAST_SECOND: i64 = 253_402_207_200;
 /// 0001-01-01T00:00:00.000Z.
 const FIRST_MS: i64 = -62_135_596_800_000;
-/// The end of jiff's range, in the last days of 9999.
+/// End of jiff's range, in the last days of 9999.
 const LAST_MS: i64 = LAST_SECOND * 1000;
 
-/// `2026-01-31T09:15:00.000Z`, from Unix milliseconds; clamped to the years 0001 to 9999.
+/// Formats Unix milliseconds as `2026-01-31T09:15:00.000Z`, clamped to the years 0001 to 9999.
 pub fn timestamp(ms: i64) -> String {
     let time = jiff::Timestamp::from_millisecond(ms.clamp(FIRST_MS, LAST_MS)).unwrap_or_default();
     format!("{time:.3}")
 }
 
-/// `2026-01-31 09:15:00 UTC`: the same for a person.
+/// Formats Unix milliseconds for people, as `2026-01-31 09:15:00 UTC`.
 pub fn readable(ms: i64) -> String {
     let text = timestamp(ms);
     let (date, time) = text.split_once('T').unwrap_or_default();
     format!("{date} {} UTC", time.split('.').next().unwrap_or_default())
 }
 
-/// RFC 3339 to Unix milliseconds, finer digits cut. jiff takes more than RFC 3339, so the shape is checked first.
+/// Parses RFC 3339 into Unix milliseconds and cuts finer digits. jiff accepts more than RFC 3339, so the shape is checked first.
+///
+/// # Errors
+/// The reason, to be put behind the name of the field.
 pub fn parse_time(text: &str) -> Result<i64, String> {
     let bad = || "must be a date-time such as 2026-01-31T09:15:00Z (RFC 3339)".to_owned();
     let bytes = text.as_bytes();
@@ -32,6 +35,7 @@ pub fn parse_time(text: &str) -> Result<i64, String> {
             b'0' => byte.is_ascii_digit(),
             separator => byte.to_ascii_lowercase() == *separator,
         });
+
     let fraction = match rest.strip_prefix(b".") {
         Some(fraction) => fraction.iter().take_while(|b| b.is_ascii_digit()).count(),
         None => 0,
@@ -50,11 +54,12 @@ pub fn parse_time(text: &str) -> Result<i64, String> {
         }
         _ => false,
     };
+
     let leap_second = &bytes[17..19] == b"60";
     if !fits || !zone_fits || leap_second || (rest.first() == Some(&b'.') && fraction == 0) {
         return Err(bad());
     }
-    // Nanoseconds are the finest that jiff reads, and milliseconds the finest that are kept.
+    // jiff reads at most nanoseconds, and milliseconds are the finest unit that is kept.
     let exact = format!(
         "{}.{:0<3}{}",
         &text[..19],
@@ -75,7 +80,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_rfc_3339_is_a_time() {
+    fn only_rfc_3339_is_parsed() {
         let good = [
             ("2026-01-31T09:15:00Z", "2026-01-31T09:15:00.000Z"),
             ("2026-01-31t09:15:00.5z", "2026-01-31T09:15:00.500Z"),
@@ -118,7 +123,7 @@ mod tests {
     }
 
     #[test]
-    fn every_number_is_a_time() {
+    fn every_number_formats_as_time() {
         assert_eq!(timestamp(i64::MIN), "0001-01-01T00:00:00.000Z");
         assert!(timestamp(i64::MAX).starts_with("9999-12-30T"));
     }

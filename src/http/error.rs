@@ -8,7 +8,7 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
-use crate::domain::invoice::document::InvalidField;
+use crate::domain::invoice::schema::InvalidField;
 use crate::ingest::batch_writer::AppendError;
 use crate::store::StoreError;
 

@@ -13,7 +13,8 @@ use super::AppState;
 use super::auth::{authenticate, key_hashes, scope};
 use super::error::ApiError;
 use super::pagination;
-use crate::domain::invoice::document::{self, InvalidField};
+use crate::domain::invoice::schema;
+use crate::domain::invoice::schema::InvalidField;
 use crate::queries::invoices::{self as flow, Page, PageRequest, StateFilter};
 use crate::store::{Put, Scope, StoredInvoice};
 
@@ -186,7 +187,7 @@ pub fn valid_id(name: &str, path: Result<Path<String>, PathRejection>) -> Result
 }
 
 fn valid_uid(name: &str, uid: &str) -> Result<(), ApiError> {
-    document::validate_uid(uid).map_err(|reason| ApiError::InvalidPath(format!("{name} {reason}")))
+    schema::validate_uid(uid).map_err(|reason| ApiError::InvalidPath(format!("{name} {reason}")))
 }
 
 fn not_utf8() -> ApiError {

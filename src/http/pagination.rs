@@ -1,7 +1,7 @@
 //! What several calls take in their query: how much of a list, and where it goes on.
 
 use super::error::ApiError;
-use crate::domain::invoice::document;
+use crate::domain::invoice::schema;
 
 /// Items in a page when the query does not say.
 const DEFAULT: usize = 50;
@@ -33,7 +33,7 @@ pub fn cursor<C>(
 pub fn sought(name: &str, text: Option<String>) -> Result<Option<String>, ApiError> {
     let unfit = |reason: String| ApiError::InvalidQuery(format!("{name} {reason}"));
     text.as_deref()
-        .map(document::validate_uid)
+        .map(schema::validate_uid)
         .transpose()
         .map_err(unfit)?;
     Ok(text)

@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use super::json_reader;
 use crate::clock::Clock;
-use crate::domain::invoice::document::InvalidField;
+use crate::domain::invoice::schema::InvalidField;
 use crate::queries::invoices::new_invoice;
 use crate::store::{NewInvoice, Put, Store, StoreError};
 

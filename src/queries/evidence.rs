@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use super::invoices::{imported_states, parse_observations};
 use crate::domain::history::payment_links::PaymentLinks;
 use crate::domain::history::{StoredObservation, fold, lacks_reason};
-use crate::domain::invoice::document::PaymentState;
+use crate::domain::payment_state::PaymentState;
 use crate::domain::stripe::event::{EventKey, Observation};
 use crate::domain::stripe::object::Object;
 use crate::domain::time::{parse_time, timestamp};

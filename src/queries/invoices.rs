@@ -3,7 +3,10 @@
 use serde_json::Value;
 
 use crate::domain::history::{Entry, StoredObservation, fold};
-use crate::domain::invoice::document::{self, ImportedState, InvalidField, PaymentState};
+use crate::domain::invoice::document::{self};
+use crate::domain::invoice::schema;
+use crate::domain::invoice::schema::InvalidField;
+use crate::domain::payment_state::{ImportedState, PaymentState};
 use crate::store::{InvoiceCursor, NewInvoice, ObservationRow, Store, StoreError, StoredInvoice};
 
 /// Invoices that one page looks through at most, while it seeks those in a state. A person who seeks a rare one clicks through
@@ -62,7 +65,7 @@ fn invoice_uid(uid: Option<&str>, document: &Value) -> Result<String, InvalidFie
         }
         (Some(uid), _) | (None, Some(Some(uid))) => uid,
     };
-    document::validate_uid(uid).map_err(fault)?;
+    schema::validate_uid(uid).map_err(fault)?;
     Ok(uid.to_owned())
 }
 
@@ -176,7 +179,7 @@ pub async fn find(
     sought: &str,
     limit: usize,
 ) -> Result<Found, StoreError> {
-    if document::validate_uid(sought).is_err() {
+    if schema::validate_uid(sought).is_err() {
         return Ok(Found {
             invoices: Vec::new(),
             has_more: false,
@@ -236,7 +239,7 @@ impl Cursor {
             serde_json::from_slice(&hex::decode(text).ok()?).ok()?;
         [&tenant_uid, &invoice_uid]
             .into_iter()
-            .all(|uid| document::validate_uid(uid).is_ok())
+            .all(|uid| schema::validate_uid(uid).is_ok())
             .then_some(())?;
         Some(Cursor(InvoiceCursor {
             stored_ms,

@@ -1,7 +1,7 @@
 //! Is this invoice paid, and how do we know? In plain sentences, from the evidence, for somebody in finance.
 
 use super::evidence::Evidence;
-use crate::domain::invoice::document::PaymentState;
+use crate::domain::payment_state::PaymentState;
 use crate::domain::time::readable;
 use crate::store::Source;
 

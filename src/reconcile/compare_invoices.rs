@@ -19,8 +19,8 @@ use crate::domain::history::{Entry, StoredObservation, fold, lacks_reason};
 use crate::domain::invoice::comparison::{
     Field, FieldDifference, StripeStatus, differences, next_check_ms, same_facts,
 };
-use crate::domain::invoice::document::PaymentState;
 use crate::domain::money;
+use crate::domain::payment_state::PaymentState;
 use crate::domain::time::timestamp;
 use crate::queries::invoices::{imported_states, known};
 use crate::store::{CheckCandidate, CheckResult, StoredInvoice};

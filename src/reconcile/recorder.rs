@@ -12,7 +12,7 @@ use super::report::{ApiOnlyEvent, Change, Healed, Invoice, Proof};
 use super::{ReconcileContext, ReconcileError, WriteMode};
 use crate::domain::history::{Entry, StoredObservation, fold};
 use crate::domain::invoice::comparison::same_entries;
-use crate::domain::invoice::document::ImportedState;
+use crate::domain::payment_state::ImportedState;
 use crate::domain::stripe::event::{EventKey, Observation, envelope};
 use crate::domain::time::timestamp;
 use crate::ingest::batch_writer::{AppendError, BatchWriter};

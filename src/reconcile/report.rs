@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use super::{Plan, WriteMode};
-use crate::domain::invoice::document::PaymentState;
+use crate::domain::payment_state::PaymentState;
 use crate::domain::time::timestamp;
 
 /// Items of each list that are kept with a pass; all of them are counted.

@@ -6,7 +6,7 @@ use std::collections::HashSet;
 use proptest::prelude::*;
 use serde_json::{Value, json};
 use stripe_reconciler::domain::history::{StoredObservation, fold};
-use stripe_reconciler::domain::invoice::document::PaymentState;
+use stripe_reconciler::domain::payment_state::PaymentState;
 use stripe_reconciler::domain::stripe::event;
 
 use crate::stripe::*;

@@ -2,7 +2,7 @@
 
 use serde_json::json;
 use stripe_reconciler::domain::history::fold;
-use stripe_reconciler::domain::invoice::document::{ImportedState, PaymentState};
+use stripe_reconciler::domain::payment_state::{ImportedState, PaymentState};
 
 use crate::stripe::*;
 use Shape::{New, Old};

@@ -15,7 +15,7 @@ use std::collections::{BTreeMap, HashSet};
 use super::history::fact::{InvoiceFact, SHOWN_BY_SNAPSHOTS, by_snapshot, by_type, contradicts};
 use super::history::failed_attempts::{FailedAttempt, failed_attempts};
 use super::history::payment_links::PaymentLinks;
-use super::invoice::document::{ImportedState, PaymentState};
+use super::payment_state::{ImportedState, PaymentState};
 use super::stripe::event::{EventKey, Observation};
 use super::stripe::object::{Invoice, Object};
 use message::InvoiceContext;

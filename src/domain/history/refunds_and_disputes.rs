@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use super::message::{self, InvoiceContext};
 use super::{PendingEntry, Phase, StoredObservation, TieBreak};
-use crate::domain::invoice::document::PaymentState;
+use crate::domain::payment_state::PaymentState;
 use crate::domain::stripe::object::{Charge, CreditNote, Dispute, Object, Refund};
 
 pub struct RefundsAndDisputes<'a, 'k> {

@@ -5,9 +5,9 @@
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::document::PaymentState;
 use crate::domain::history::{Entry, StoredObservation};
 use crate::domain::money;
+use crate::domain::payment_state::PaymentState;
 use crate::domain::stripe::lenient::{Lenient, Nested};
 
 /// One field with different values on both sides.

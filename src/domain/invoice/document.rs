@@ -1,66 +1,16 @@
-//! The invoice document: `v1Invoice` of Spectro Cloud's Palette API. Checked and normalised when it is stored, put out with its
-//! payment states when it is read.
+//! The invoice document: `v1Invoice` of Spectro Cloud's Palette API.
 //!
-//! What it may hold, field by field, is in `shape`. Unknown fields are kept as they came.
+//! It is validated and normalised when it is stored, and rendered with its payment states when it is read. `schema` lists its
+//! fields. Unknown fields are kept unchanged.
 
-use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use super::schema;
+use super::schema::{self, InvalidField};
 use crate::domain::history::Entry;
+use crate::domain::payment_state::{ImportedState, PaymentState};
 use crate::domain::time::{parse_time, timestamp};
 
-/// Is money moving? See `README.md`, "What becomes of an event".
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum PaymentState {
-    Paid,
-    PaymentPending,
-    PaymentInProgress,
-    PaymentFailed,
-}
-
-impl PaymentState {
-    pub const ALL: [PaymentState; 4] = [
-        PaymentState::Paid,
-        PaymentState::PaymentPending,
-        PaymentState::PaymentInProgress,
-        PaymentState::PaymentFailed,
-    ];
-
-    pub fn as_str(self) -> &'static str {
-        match self {
-            PaymentState::Paid => "Paid",
-            PaymentState::PaymentPending => "PaymentPending",
-            PaymentState::PaymentInProgress => "PaymentInProgress",
-            PaymentState::PaymentFailed => "PaymentFailed",
-        }
-    }
-
-    pub fn parse(text: &str) -> Option<PaymentState> {
-        PaymentState::ALL
-            .into_iter()
-            .find(|state| state.as_str() == text)
-    }
-}
-
-/// A state that came with the document when it was first stored.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ImportedState {
-    pub state: PaymentState,
-    /// Unix milliseconds.
-    pub timestamp_ms: i64,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub message: Option<String>,
-}
-
-/// What is wrong with a document, and where (RFC 6901).
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct InvalidField {
-    pub pointer: String,
-    pub reason: String,
-}
-
-/// A document fit to be stored.
+/// A document that may be stored.
 #[derive(Clone, Debug)]
 pub struct ValidInvoice {
     /// Normalised, without `status.states`.
@@ -69,13 +19,14 @@ pub struct ValidInvoice {
     pub imported_states: Vec<ImportedState>,
 }
 
-/// Checks a document and normalises it: times in UTC with milliseconds, whole numbers as integers, no `null` in known fields.
+/// Validates a document and normalises it: times in UTC with milliseconds, whole numbers as integers, no `null` in known fields.
 ///
 /// # Errors
-/// Every fault, with its place.
+/// Every invalid field, with its JSON pointer.
 pub fn validate(mut document: Value) -> Result<ValidInvoice, Vec<InvalidField>> {
     let mut faults = Vec::new();
     schema::check_invoice(&mut document, &mut faults);
+
     let states = document
         .get_mut("status")
         .and_then(Value::as_object_mut)
@@ -84,10 +35,12 @@ pub fn validate(mut document: Value) -> Result<ValidInvoice, Vec<InvalidField>> 
     if !faults.is_empty() {
         return Err(faults);
     }
+
     let stripe_invoice_id = document
         .pointer("/status/stripeInvoiceId")
         .and_then(Value::as_str)
         .map(str::to_owned);
+
     Ok(ValidInvoice {
         document,
         stripe_invoice_id,
@@ -95,20 +48,7 @@ pub fn validate(mut document: Value) -> Result<ValidInvoice, Vec<InvalidField>> 
     })
 }
 
-/// An id of a tenant or an invoice, as it stands in a path.
-///
-/// # Errors
-/// In words, why it cannot be one.
-pub fn validate_uid(uid: &str) -> Result<(), String> {
-    match uid {
-        "" => Err("is empty".to_owned()),
-        uid if uid.len() > 255 => Err("is longer than 255 bytes".to_owned()),
-        uid if uid.chars().any(char::is_control) => Err("holds control characters".to_owned()),
-        _ => Ok(()),
-    }
-}
-
-/// The document with its payment states.
+/// Returns the document with its payment states.
 pub fn render(document: &Value, entries: &[Entry]) -> Value {
     let mut rendered = document.clone();
     if !rendered.is_object() {
@@ -118,6 +58,7 @@ pub fn render(document: &Value, entries: &[Entry]) -> Value {
         rendered["status"] = json!({});
     }
     rendered["status"]["states"] = entries.iter().map(render_state).collect();
+
     rendered
 }
 
@@ -131,11 +72,12 @@ fn render_state(entry: &Entry) -> Value {
     Value::Object(state)
 }
 
-/// The states that are right in their form; what is wrong with the others has been noted.
+/// Returns the valid states. The schema check has already reported the malformed ones.
 fn imported(states: Option<Value>, faults: &mut Vec<InvalidField>) -> Vec<ImportedState> {
     let Some(Value::Array(states)) = states else {
         return Vec::new();
     };
+
     let mut imported: Vec<ImportedState> = Vec::new();
     for (index, state) in states.iter().enumerate() {
         let text = |name: &str| state.get(name).and_then(Value::as_str);
@@ -145,6 +87,7 @@ fn imported(states: Option<Value>, faults: &mut Vec<InvalidField>) -> Vec<Import
         ) else {
             continue;
         };
+
         if imported
             .iter()
             .any(|i| i.state == known && i.timestamp_ms == timestamp_ms)
@@ -160,6 +103,7 @@ fn imported(states: Option<Value>, faults: &mut Vec<InvalidField>) -> Vec<Import
             });
             continue;
         }
+
         imported.push(ImportedState {
             state: known,
             timestamp_ms,
@@ -174,7 +118,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_fault_is_reported_with_its_place() {
+    fn every_fault_is_reported_with_its_pointer() {
         let document = json!({
             "metadata": {"uid": 1, "labels": {"a/b": 2}, "annotations": []},
             "spec": {"month": "2026-01-31", "paymentUnit": "eur", "plan": {"freeCredits": [{"planCredit": {"cpuCoreHours": 1.5}}], "slaCredits": {}}},
@@ -209,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn a_document_is_kept_in_its_normal_form_and_unknown_fields_as_they_came() {
+    fn document_is_normalised_and_unknown_fields_kept() {
         let document = json!({
             "extra": {"x": null, "n": 1.0},
             "spec": {"month": "2026-01-31T10:15:00.1239+01:00", "address": null, "credits": {"pureFreeCredits": 2500.0}},
@@ -226,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn states_of_the_same_kind_and_time_are_a_fault() {
+    fn repeated_state_and_time_is_invalid() {
         let state = |time: &str| json!({"state": "Paid", "timestamp": time});
         let document = |states| json!({"status": {"states": states}});
         let twice = validate(document([
@@ -247,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn a_rendered_invoice_always_has_its_states() {
+    fn rendered_invoice_always_has_states() {
         let entry = Entry {
             state: PaymentState::Paid,
             timestamp_ms: 1_769_850_900_000,

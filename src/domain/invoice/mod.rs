@@ -2,4 +2,4 @@
 
 pub mod comparison;
 pub mod document;
-mod schema;
+pub mod schema;

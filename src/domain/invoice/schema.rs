@@ -1,27 +1,47 @@
-//! What a `v1Invoice` may hold: one description of the document, field by field, drives both the check and the normalising.
+//! The schema of a `v1Invoice`: one description, field by field, drives both validation and normalisation.
 
+use serde::Serialize;
 use serde_json::{Map, Value};
 
-use super::document::{InvalidField, validate_uid};
 use crate::domain::time::{parse_time, timestamp};
 
-/// Notes every fault of a document, and puts what is right into its normal form.
+/// An invalid field of a document: its JSON pointer (RFC 6901) and the reason.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct InvalidField {
+    pub pointer: String,
+    pub reason: String,
+}
+
+/// Checks the uid of a tenant or an invoice, as it appears in a path.
+///
+/// # Errors
+/// The reason why it is invalid, to be put behind the name of the parameter.
+pub fn validate_uid(uid: &str) -> Result<(), String> {
+    match uid {
+        "" => Err("is empty".to_owned()),
+        uid if uid.len() > 255 => Err("is longer than 255 bytes".to_owned()),
+        uid if uid.chars().any(char::is_control) => Err("holds control characters".to_owned()),
+        _ => Ok(()),
+    }
+}
+
+/// Reports every invalid field of a document, and normalises the valid ones.
 pub fn check_invoice(document: &mut Value, faults: &mut Vec<InvalidField>) {
     check(document, &Kind::Object(&INVOICE), "", faults);
     check_names(document, "", faults);
 }
 
-/// serde_json takes an object whose first field has this name for the text of another document.
-const NAME_OF_A_DOCUMENT: &str = "$serde_json::private::RawValue";
+/// serde_json reads an object whose first field has this name as the text of another document.
+const RAW_VALUE_NAME: &str = "$serde_json::private::RawValue";
 
-/// Notes the fields, at any depth, by whose name the document would be another one, or none, when it is read again.
+/// Reports fields, at any depth, whose name would make the stored document unreadable or another one.
 fn check_names(value: &Value, pointer: &str, faults: &mut Vec<InvalidField>) {
     match value {
         Value::Object(fields) => {
             for (name, field) in fields {
                 let here = child(pointer, name);
                 check_names(field, &here, faults);
-                if name == NAME_OF_A_DOCUMENT {
+                if name == RAW_VALUE_NAME {
                     faults.push(InvalidField {
                         pointer: here,
                         reason: "has a name that cannot be stored".to_owned(),
@@ -38,14 +58,14 @@ fn check_names(value: &Value, pointer: &str, faults: &mut Vec<InvalidField>) {
     }
 }
 
-/// What a field of the document may hold.
+/// The type of a field.
 enum Kind {
     Text,
-    /// A name of something at Stripe: text that is not empty, not over 255 bytes and has no control characters.
+    /// An id at Stripe: non-empty text of at most 255 bytes without control characters.
     Id,
     OneOf(&'static [&'static str]),
     Time,
-    /// A whole number from the first to the last.
+    /// A whole number within these bounds, both included.
     Whole(i64, i64),
     Number,
     TextMap,
@@ -195,7 +215,7 @@ static STATE: Shape = Shape {
     required: &["state", "timestamp"],
 };
 
-/// Notes what is wrong with `value`, and puts what is right into its normal form.
+/// Reports an invalid `value`, and normalises a valid one.
 fn check(value: &mut Value, kind: &Kind, pointer: &str, faults: &mut Vec<InvalidField>) {
     let reason = match kind {
         Kind::Object(shape) => match value {
@@ -244,6 +264,7 @@ fn check(value: &mut Value, kind: &Kind, pointer: &str, faults: &mut Vec<Invalid
             None => "must be a string".to_owned(),
         },
     };
+
     faults.push(InvalidField {
         pointer: pointer.to_owned(),
         reason,
@@ -258,12 +279,13 @@ fn check_fields(
 ) {
     for (name, kind) in shape.fields {
         match fields.get_mut(*name) {
-            // Strict clients know no null: an absent field says the same.
+            // Strict clients cannot decode null. An absent field has the same meaning.
             Some(Value::Null) => drop(fields.shift_remove(*name)),
             Some(value) => check(value, kind, &child(pointer, name), faults),
             None => {}
         }
     }
+
     for name in shape
         .required
         .iter()
@@ -280,10 +302,12 @@ fn child(pointer: &str, name: &str) -> String {
     format!("{pointer}/{}", name.replace('~', "~0").replace('/', "~1"))
 }
 
-/// `2500` and `2500.0`.
+/// Reads `2500` and `2500.0`.
 fn whole(value: &Value) -> Option<i64> {
-    let exact = |f: f64| (f.fract() == 0.0 && f.abs() < 9.2e18).then_some(f as i64);
-    value
-        .as_i64()
-        .or_else(|| value.as_f64().filter(|_| value.is_f64()).and_then(exact))
+    let exact_float = || {
+        let float = value.as_f64().filter(|_| value.is_f64())?;
+        (float.fract() == 0.0 && float.abs() < 9.2e18).then_some(float as i64)
+    };
+
+    value.as_i64().or_else(exact_float)
 }

@@ -9,7 +9,7 @@ use serde::Deserialize;
 use super::layout::{self, CurrentPage, came_by, event_address, pager};
 use super::session::{Operator, Visitor};
 use super::text::{address, id, marked, quoted, time, time_s, visible_lines};
-use crate::domain::invoice::document::validate_uid;
+use crate::domain::invoice::schema::validate_uid;
 use crate::http::AppState;
 use crate::http::error::ApiError;
 use crate::http::pagination;

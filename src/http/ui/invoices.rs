@@ -10,7 +10,7 @@ use super::layout::{self, CurrentPage, badge, pager};
 use super::session::Visitor;
 use super::text::{address, id, quoted, time};
 use crate::domain::history::Entry;
-use crate::domain::invoice::document::PaymentState;
+use crate::domain::payment_state::PaymentState;
 use crate::http::AppState;
 use crate::http::error::ApiError;
 use crate::http::pagination;

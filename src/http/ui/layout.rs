@@ -5,7 +5,8 @@ use maud::{DOCTYPE, Markup, html};
 
 use super::session::Visitor;
 use super::text::{address, id, quoted, time, time_s};
-use crate::domain::invoice::document::{PaymentState, validate_uid};
+use crate::domain::invoice::schema::validate_uid;
+use crate::domain::payment_state::PaymentState;
 use crate::store::{LoggedEvent, Source};
 
 /// Which part of the pages one belongs to.

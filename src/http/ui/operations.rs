@@ -85,7 +85,7 @@ pub async fn alarms(Given(state): Given<AppState>, _: Operator) -> Html<String> 
 }
 
 fn check_up(check: &Check) -> Markup {
-    use crate::domain::invoice::document::PaymentState as Payment;
+    use crate::domain::payment_state::PaymentState as Payment;
     // The signs of the states of a payment serve here, too: done, not known, wrong.
     let (tone, word, sign) = match check.state {
         CheckStatus::Ok => ("good", "Ok", Some(Payment::Paid)),
