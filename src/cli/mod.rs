@@ -137,9 +137,14 @@ pub fn fail(error: &anyhow::Error) -> ExitCode {
     if output::is_closed_pipe(error) {
         return Exit::Done.into();
     }
-    anstream::eprintln!("error: {error}");
-    for cause in error.chain().skip(1) {
-        anstream::eprintln!("caused by: {cause}");
+    let mut printed = error.to_string();
+    anstream::eprintln!("error: {printed}");
+    for cause in error.chain().skip(1).map(|cause| cause.to_string()) {
+        // Some errors already contain the message of their source.
+        if !printed.contains(&cause) {
+            anstream::eprintln!("caused by: {cause}");
+            printed = cause;
+        }
     }
     let is = |found: &(dyn std::error::Error + 'static)| {
         found.is::<StoreError>()

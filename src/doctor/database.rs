@@ -3,7 +3,7 @@
 use super::Check;
 use super::format::{bytes, failing, ok, sentence, unknown, warning};
 use crate::monitoring::monitor::HealthSnapshot;
-use crate::store::{Space, StoreError};
+use crate::store::{Space, StoreError, StoreErrorKind};
 
 /// While the room that is left is more than this, no share of a disk is too little.
 const ROOMY: u64 = 10 << 30;
@@ -12,7 +12,11 @@ const LONG_LOG: u64 = 1 << 30;
 
 /// Nothing can be read from it.
 pub fn away(error: &StoreError) -> Check {
-    failing("database", sentence(&error.to_string()), &remedy(error))
+    failing(
+        "database",
+        sentence(&error.to_string()),
+        &remedy(error.kind()),
+    )
 }
 
 /// `refused`: why it takes nothing. `has_keys`: somebody has begun to use it.
@@ -21,8 +25,8 @@ pub fn reached(snapshot: &HealthSnapshot, refused: Option<&StoreError>, has_keys
     match refused {
         Some(error) => failing(
             "database",
-            format!("It can be read, but takes nothing: {}.", error.reason()),
-            &remedy(error),
+            format!("Readable, but rejects writes: {}.", error.reason()),
+            &remedy(error.kind()),
         ),
         None if !has_keys => warning(
             "database",
@@ -40,44 +44,66 @@ pub fn reached(snapshot: &HealthSnapshot, refused: Option<&StoreError>, has_keys
 const NOT_THE_ONE: &str = "Where there was one before, this is not it: DATABASE_URL names another, its disk is not mounted, or its file was \
                            lost or replaced. Stop `serve`, and put it back, or restore the backup (docs/backup.md).";
 
-/// Told by the words of the engines and of the store: there are more causes than kinds of [`StoreError`].
-fn remedy(error: &StoreError) -> String {
-    const MEANWHILE: &str = "Meanwhile deliveries are answered 503 and nothing is lost: Stripe delivers them again for three days.";
-    let says = |words: &[&str]| words.iter().any(|words| error.reason().contains(words));
-    let remedy = match error {
-        _ if says(&["newer version"]) => {
-            return "Run that version: a database does not go back to an older one.".to_owned();
-        }
-        _ if says(&["it is empty"]) => {
+const MEANWHILE: &str =
+    "Until then deliveries are answered 503. Nothing is lost: Stripe redelivers for three days.";
+
+/// Returns what to do about a failure of this kind.
+///
+/// The match is exhaustive: a new kind does not compile without its remedy.
+pub(super) fn remedy(kind: StoreErrorKind) -> String {
+    use StoreErrorKind::*;
+    let remedy = match kind {
+        NotMigrated => {
             return format!(
-                "A new one: run `stripe-reconciler migrate`; `serve` does it when it starts. {NOT_THE_ONE}"
+                "If it is new, run `stripe-reconciler migrate`; `serve` does so when it starts. \
+                 {NOT_THE_ONE}"
             );
         }
-        _ if says(&["migrate`"]) => {
-            return "Run `stripe-reconciler migrate`; `serve` does it when it starts.".to_owned();
+        SchemaOlder => {
+            return "Run `stripe-reconciler migrate`; `serve` does so when it starts.".to_owned();
         }
-        _ if says(&["there is no file"]) => {
-            "Put DATABASE_URL right, or mount its disk. If the file is lost, restore the backup. Only for a new database: start `serve`, \
-             which makes it."
+        SchemaNewer => {
+            return "Run that version: a database cannot go back to an older one.".to_owned();
         }
-        _ if says(&["no longer"]) => {
-            "Put the file back that was there; or, if the one that is there now is right, restart `serve`: it opened the other."
+        FileMissing => {
+            "Correct DATABASE_URL, or mount its disk. If the file was moved, put it back; if it is \
+             lost, restore the backup. Only for a new database: start `serve`, which creates it."
         }
-        _ if says(&["not a database", "malformed"]) => {
-            "Where DATABASE_URL names the right file, it is damaged: restore the backup, and run `reconcile --since 30d`."
+        FileReplaced => {
+            "Put the file back that was there. If the present file is the right one, restart \
+             `serve`, which opened the other."
         }
-        _ if says(&["read-only", "readonly", "standby"]) => {
-            "Point DATABASE_URL at the primary, or make it writable again."
+        ReadOnly | Standby => "Point DATABASE_URL at the primary, or make it writable again.",
+        DiskFull => "Free space on its disk.",
+        TooManyConnections => {
+            "End other programs that use its connections, or raise max_connections: each replica \
+             needs 11."
         }
-        _ if says(&["is full", "No space left"]) => "Make room on its disk.",
-        _ if says(&["too many", "connection slots"]) => {
-            "End who else uses its connections, or let it have more (max_connections): each replica needs 11."
+        Locked => {
+            "End the process that holds it: `fuser` with the SQLite file names it, and in \
+             PostgreSQL the view pg_stat_activity."
         }
-        _ if says(&["locked", "connection is free", "not end in time"]) => {
-            "End the process that holds it: `fuser` with SQLite's file names it, and PostgreSQL's pg_stat_activity."
+        Corrupt => {
+            "If DATABASE_URL names the right file, it is damaged: restore the backup, then run \
+             `reconcile --since 30d`."
         }
-        StoreError::Refused(_) => "Put DATABASE_URL right: server, database, user and password.",
-        _ => "Start it (its own log says why it does not run), or put DATABASE_URL right.",
+        DamagedRow => {
+            "Run `rebuild`, which reads the stored events again. If that does not help, restore \
+             the backup."
+        }
+        Io => {
+            "Check its disk: is it mounted, and may this program read and write the file and its \
+             folder?"
+        }
+        Unreachable | Unresponsive | Contended => {
+            "Start the database server (its own log says why it does not run), or correct \
+             DATABASE_URL."
+        }
+        UnsafeCommit => {
+            "Set synchronous_commit to on for this database, so that no acknowledged delivery is \
+             lost."
+        }
+        Rejected => "Correct DATABASE_URL: server, database, user and password.",
     };
     format!("{remedy} {MEANWHILE}")
 }
@@ -155,31 +181,28 @@ mod tests {
     }
 
     #[test]
-    fn what_cures_a_failure_is_told_by_its_words() {
-        let unavailable = |reason: &str| remedy(&StoreError::Unavailable(reason.to_owned()));
-        assert!(unavailable("database is locked").contains("fuser"));
-        assert!(unavailable("database or disk is full").contains("Make room"));
-        assert!(
-            unavailable("could not extend file \"base/1/2\": No space left on device")
-                .contains("Make room")
-        );
-        assert!(unavailable("attempt to write a readonly database").contains("writable"));
-        assert!(unavailable("sorry, too many clients already").contains("max_connections"));
-        let newer = unavailable(
-            "it was migrated by a newer version of this program (to 5; this version knows 4)",
-        );
+    fn remedy_matches_kind() {
+        for (kind, first_action) in [
+            (StoreErrorKind::Locked, "fuser"),
+            (StoreErrorKind::DiskFull, "Free space"),
+            (StoreErrorKind::ReadOnly, "writable"),
+            (StoreErrorKind::TooManyConnections, "max_connections"),
+            (StoreErrorKind::Rejected, "password"),
+            (StoreErrorKind::Corrupt, "restore the backup"),
+            (StoreErrorKind::DamagedRow, "rebuild"),
+            (StoreErrorKind::FileMissing, "put it back"),
+            (StoreErrorKind::Unreachable, "Start the database server"),
+        ] {
+            let remedy = remedy(kind);
+            assert!(
+                remedy.contains(first_action) && remedy.contains("503"),
+                "{kind:?}: {remedy}"
+            );
+        }
+        let newer = remedy(StoreErrorKind::SchemaNewer);
         assert!(
             newer.contains("Run that version") && !newer.contains("503"),
             "{newer}"
-        );
-        let refused = |reason: &str| remedy(&StoreError::Refused(reason.to_owned()));
-        assert!(refused("password authentication failed for user \"x\"").contains("password"));
-        assert!(refused("a.db: file is not a database").contains("restore the backup"));
-        assert!(
-            remedy(&StoreError::Away(
-                "Connection refused (os error 111)".to_owned()
-            ))
-            .starts_with("Start it")
         );
     }
 }

@@ -19,7 +19,7 @@ use super::reconcile::look_at_endpoints;
 use crate::clock::Clock;
 use crate::domain::stripe::signing_secrets::SecretName;
 use crate::monitoring::delivery_gap;
-use crate::store::{ActivityDelta, Store, StoreError};
+use crate::store::{ActivityDelta, Store, StoreError, StoreErrorClass};
 use crate::stripe_api::{StripeApi, StripeApiError};
 
 /// What is looked at.
@@ -67,8 +67,7 @@ const STEPS: usize = 20;
 /// Looks at everything, and says of each thing how it is. The first is always `database`.
 pub async fn examine(patient: &DoctorInput) -> Vec<Check> {
     let looked = tokio::time::timeout(TIMEOUT, look(patient)).await;
-    let seen =
-        looked.unwrap_or_else(|_| Err(StoreError::Unavailable("it does not answer".to_owned())));
+    let seen = looked.unwrap_or_else(|_| Err(StoreError::unresponsive()));
     let endpoints = match &patient.api {
         Some(api) => Some(ask(api).await),
         None => None,
@@ -142,7 +141,7 @@ async fn look(patient: &DoctorInput) -> Result<Seen, StoreError> {
         .note_moments(&BTreeMap::from([(EXAMINED.to_owned(), now_ms)]), now_ms)
         .await
         .err();
-    if let Some(error @ StoreError::Away(_)) = refused {
+    if let Some(error) = refused.take_if(|error| error.class() == StoreErrorClass::Away) {
         return Err(error);
     }
     let (mut read, mut is_read) = (ActivityDelta::default(), false);

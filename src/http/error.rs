@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use crate::domain::invoice::schema::InvalidField;
 use crate::ingest::batch_writer::AppendError;
-use crate::store::StoreError;
+use crate::store::{StoreError, StoreErrorClass};
 
 #[derive(Clone, Debug)]
 pub enum ApiError {
@@ -143,9 +143,11 @@ impl IntoResponse for ApiError {
 
 impl From<StoreError> for ApiError {
     fn from(error: StoreError) -> ApiError {
-        match error {
-            StoreError::Refused(_) => ApiError::Internal(error.to_string()),
-            _ => ApiError::Unavailable(error.to_string()),
+        match error.class() {
+            StoreErrorClass::Rejected => ApiError::Internal(error.to_string()),
+            StoreErrorClass::Away | StoreErrorClass::Unavailable | StoreErrorClass::Contended => {
+                ApiError::Unavailable(error.to_string())
+            }
         }
     }
 }

@@ -19,7 +19,6 @@ pub async fn ready(State(state): State<AppState>) -> Result<Json<Value>, ApiErro
     if state.stopping.is_cancelled() {
         return Err(ApiError::Unavailable("shutting down".to_owned()));
     }
-    let pinged = tokio::time::timeout(PING_TIMEOUT, state.store.ping()).await;
-    pinged.map_err(|_| ApiError::Unavailable("the database does not answer".to_owned()))??;
+    state.store.ping_within(PING_TIMEOUT).await?;
     Ok(Json(json!({"status": "ready"})))
 }

@@ -62,9 +62,7 @@ pub async fn with_key(
     let mut found = Vec::new();
     for hash in key_hashes(&headers).iter().flatten() {
         let asked = tokio::time::timeout(KEY_TIMEOUT, state.store.key_by_hash(hash)).await;
-        match asked
-            .unwrap_or_else(|_| Err(StoreError::Unavailable("it does not answer".to_owned())))
-        {
+        match asked.unwrap_or_else(|_| Err(StoreError::unresponsive())) {
             Ok(key) => {
                 state.scrapers.remember(hash, key.as_ref());
                 found.extend(key);

@@ -15,7 +15,7 @@ use tracing::{Instrument, Level, Span};
 use uuid::Uuid;
 
 use crate::metrics::Metrics;
-use crate::store::{Appended, NewEvent, Store, StoreError};
+use crate::store::{Appended, NewEvent, Store, StoreError, StoreErrorClass};
 
 /// Deliveries that may wait.
 const QUEUE: usize = 1024;
@@ -131,7 +131,9 @@ async fn write(store: Store, mut queue: mpsc::Receiver<Waiting>, metrics: Arc<Me
         });
         let answers = match appended {
             Ok(answers) => answers.into_iter().map(Ok).collect(),
-            Err(StoreError::Refused(_)) if events.len() > 1 => one_by_one(&store, &events).await,
+            Err(error) if error.class() == StoreErrorClass::Rejected && events.len() > 1 => {
+                one_by_one(&store, &events).await
+            }
             Err(error) => events.iter().map(|_| Err(error.clone().into())).collect(),
         };
         for (caller, answer) in callers.into_iter().zip(answers) {

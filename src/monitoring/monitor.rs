@@ -55,7 +55,7 @@ const READ_ON: Duration = Duration::from_secs(5);
 const FRESH: Duration = Duration::from_secs(1);
 const SHARE: u32 = 20;
 /// How long the database may take to answer at all, and to answer everything.
-const PING_PATIENCE: Duration = Duration::from_secs(1);
+const PING_TIMEOUT: Duration = Duration::from_secs(1);
 const TIMEOUT: Duration = Duration::from_secs(3);
 
 /// What the database says. Times in Unix milliseconds.
@@ -382,9 +382,7 @@ impl HealthMonitor {
         // Who comes while another looks waits for what that one sees.
         let mut fresh_until = self.fresh_until.lock().await;
         let started = Instant::now();
-        let pinged = tokio::time::timeout(PING_PATIENCE, self.store.ping()).await;
-        let pinged = pinged
-            .unwrap_or_else(|_| Err(StoreError::Unavailable("it does not answer".to_owned())));
+        let pinged = self.store.ping_within(PING_TIMEOUT).await;
         let (was_up, reached) = (self.metrics.database.up.get() == 1, pinged.is_ok());
         self.metrics.database.up.set(i64::from(reached));
         match pinged {

@@ -72,7 +72,7 @@ fn invoice_uid(uid: Option<&str>, document: &Value) -> Result<String, InvalidFie
 /// The history of a stored invoice.
 ///
 /// # Errors
-/// [`StoreError::Refused`] when the stored text is damaged.
+/// [`StoreErrorKind::DamagedRow`](crate::store::StoreErrorKind) if the stored text is damaged.
 pub fn history(stored: &StoredInvoice) -> Result<Vec<Entry>, StoreError> {
     Ok(fold(
         stored.stripe_invoice_id.as_deref(),
@@ -92,14 +92,14 @@ pub fn known(stored: &StoredInvoice) -> Result<Vec<StoredObservation>, StoreErro
 /// What was read in events, out of the store.
 ///
 /// # Errors
-/// [`StoreError::Refused`] when the stored text is damaged.
+/// [`StoreErrorKind::DamagedRow`](crate::store::StoreErrorKind) if the stored text is damaged.
 pub fn parse_observations(stored: &[ObservationRow]) -> Result<Vec<StoredObservation>, StoreError> {
     let read = |told: &ObservationRow| match serde_json::from_str(&told.json) {
         Ok(telling) => Ok(StoredObservation {
             key: told.key,
             telling,
         }),
-        Err(e) => Err(StoreError::Refused(format!(
+        Err(e) => Err(StoreError::damaged(format!(
             "what event {} tells cannot be read, run `rebuild`: {e}",
             hex::encode(told.key.0)
         ))),
@@ -110,7 +110,7 @@ pub fn parse_observations(stored: &[ObservationRow]) -> Result<Vec<StoredObserva
 /// The states that came with a stored invoice.
 ///
 /// # Errors
-/// [`StoreError::Refused`] when the stored text is damaged.
+/// [`StoreErrorKind::DamagedRow`](crate::store::StoreErrorKind) if the stored text is damaged.
 pub fn imported_states(stored: &StoredInvoice) -> Result<Vec<ImportedState>, StoreError> {
     serde_json::from_str(&stored.imported_states).map_err(|e| damaged(stored, e))
 }
@@ -125,7 +125,7 @@ pub fn render(stored: &StoredInvoice) -> Result<Value, StoreError> {
 }
 
 fn damaged(stored: &StoredInvoice, error: serde_json::Error) -> StoreError {
-    StoreError::Refused(format!(
+    StoreError::damaged(format!(
         "invoice {} of {} is damaged: {error}",
         stored.invoice_uid, stored.tenant_uid
     ))

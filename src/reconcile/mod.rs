@@ -264,7 +264,7 @@ async fn known_accounts(store: &Store) -> Result<Vec<String>, StoreError> {
 async fn keep(store: &Store, report: &Report) -> Result<(), StoreError> {
     let text = report.shortened().to_json().to_string();
     let report_json = RawValue::from_string(text)
-        .map_err(|e| StoreError::Refused(format!("a report is no JSON: {e}")))?;
+        .map_err(|e| StoreError::damaged(format!("a report is no JSON: {e}")))?;
     let id = report.id.clone();
     store
         .keep_run(&Run {

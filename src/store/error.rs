@@ -1,94 +1,262 @@
-//! What a store can fail with, by what the caller can do about it.
+//! Why a store call failed, and what its caller can do about it.
+//!
+//! The kind is decided here, once, from the SQLSTATE or SQLite result code. Nobody else looks at an
+//! engine's message.
+
+use std::borrow::Cow;
+use std::fmt;
+use std::sync::Arc;
 
 use sqlx::error::DatabaseError;
 use sqlx::migrate::MigrateError;
 use sqlx::postgres::PgDatabaseError;
 
-#[derive(Clone, Debug, thiserror::Error)]
-pub enum StoreError {
-    /// The server is away, or about to be: no other call will fare better now.
-    #[error("the database cannot be reached: {0}")]
-    Away(String),
-    /// Locked, full or not migrated: the same call may succeed later.
-    #[error("the database cannot take it now: {0}")]
-    Unavailable(String),
-    /// Another writer was faster: the same call may succeed at once.
-    #[error("the database is contended: {0}")]
-    Contended(String),
-    /// The database answered, and trying again changes nothing.
-    #[error("the database refused: {0}")]
-    Refused(String),
+/// A failed store call.
+///
+/// Cheap to clone: one failed commit answers a whole batch of deliveries.
+#[derive(Clone, Debug)]
+pub struct StoreError {
+    kind: StoreErrorKind,
+    context: Cow<'static, str>,
+    source: Option<Arc<sqlx::Error>>,
+}
+
+/// The cause of a failure, as far as an operator acts differently on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum StoreErrorKind {
+    /// The database is empty: no migration was ever applied.
+    NotMigrated,
+    /// The database lacks migrations that this version needs.
+    SchemaOlder,
+    /// A newer version of this program migrated the database.
+    SchemaNewer,
+    /// The SQLite file does not exist, or no longer does.
+    FileMissing,
+    /// Another file took the place of the SQLite file that was opened.
+    FileReplaced,
+    /// The database, its file or the transaction is read-only.
+    ReadOnly,
+    /// The PostgreSQL server is a standby.
+    Standby,
+    /// The disk of the database is full.
+    DiskFull,
+    /// PostgreSQL has no free connection slot.
+    TooManyConnections,
+    /// Another process or statement holds what this call needs.
+    Locked,
+    /// The database file is damaged, or is not a database.
+    Corrupt,
+    /// A stored row cannot be read.
+    DamagedRow,
+    /// SQLite cannot read, write or open its file.
+    Io,
+    /// The server cannot be reached, or is about to go away.
+    Unreachable,
+    /// The server did not answer in time.
+    Unresponsive,
+    /// Another writer was faster.
+    Contended,
+    /// PostgreSQL acknowledges commits before they are on its disk.
+    UnsafeCommit,
+    /// The database refuses the request itself: credentials, names, values.
+    Rejected,
+}
+
+/// What a caller can do about a failure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StoreErrorClass {
+    /// No other call will fare better now: the circuit breaker opens.
+    Away,
+    /// The same call may succeed later: the answer is 503.
+    Unavailable,
+    /// The same call may succeed at once.
+    Contended,
+    /// Repeating the call changes nothing: the answer is 500, and a batch is retried one by one.
+    Rejected,
+}
+
+impl StoreErrorKind {
+    /// Returns what a caller can do about a failure of this kind.
+    pub fn class(self) -> StoreErrorClass {
+        use StoreErrorKind::*;
+        match self {
+            Unreachable => StoreErrorClass::Away,
+            NotMigrated | SchemaOlder | SchemaNewer | FileMissing | FileReplaced | ReadOnly
+            | Standby | DiskFull | TooManyConnections | Locked | Io | Unresponsive => {
+                StoreErrorClass::Unavailable
+            }
+            Contended => StoreErrorClass::Contended,
+            Corrupt | DamagedRow | UnsafeCommit | Rejected => StoreErrorClass::Rejected,
+        }
+    }
+
+    fn as_str(self) -> &'static str {
+        use StoreErrorKind::*;
+        match self {
+            NotMigrated => "database was never migrated",
+            SchemaOlder => "database lacks migrations",
+            SchemaNewer => "database was migrated by a newer version of this program",
+            FileMissing => "database file is missing",
+            FileReplaced => "database file was replaced",
+            ReadOnly => "database is read-only",
+            Standby => "database server is a standby",
+            DiskFull => "database disk is full",
+            TooManyConnections => "database has no free connection slot",
+            Locked => "database is locked or busy",
+            Corrupt => "database is damaged",
+            DamagedRow => "stored data is damaged",
+            Io => "database file cannot be read or written",
+            Unreachable => "database cannot be reached",
+            Unresponsive => "database does not answer",
+            Contended => "database transaction conflicts with another",
+            UnsafeCommit => "database may lose acknowledged commits",
+            Rejected => "database rejected the request",
+        }
+    }
+}
+
+impl fmt::Display for StoreErrorKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
 }
 
 impl StoreError {
-    /// Without what kind of failure it is.
-    pub(crate) fn reason(&self) -> &str {
-        match self {
-            StoreError::Away(reason)
-            | StoreError::Unavailable(reason)
-            | StoreError::Contended(reason)
-            | StoreError::Refused(reason) => reason,
+    /// Creates an error of this kind. `context` says what the kind does not; it may be empty.
+    pub(crate) fn new(kind: StoreErrorKind, context: impl Into<Cow<'static, str>>) -> StoreError {
+        StoreError {
+            kind,
+            context: context.into(),
+            source: None,
         }
     }
 
-    /// Puts what the error is about in front.
-    pub(super) fn about(self, what: &str) -> StoreError {
-        let about = |reason: String| format!("{what}: {reason}");
-        match self {
-            StoreError::Away(reason) => StoreError::Away(about(reason)),
-            StoreError::Unavailable(reason) => StoreError::Unavailable(about(reason)),
-            StoreError::Contended(reason) => StoreError::Contended(about(reason)),
-            StoreError::Refused(reason) => StoreError::Refused(about(reason)),
+    /// Creates an error about a stored row that cannot be read.
+    pub(crate) fn damaged(context: impl Into<Cow<'static, str>>) -> StoreError {
+        StoreError::new(StoreErrorKind::DamagedRow, context)
+    }
+
+    /// Creates an error about a call that did not end within its time limit.
+    pub(crate) fn unresponsive() -> StoreError {
+        StoreError::new(StoreErrorKind::Unresponsive, "")
+    }
+
+    /// Puts a subject, such as a file, in front of the context. Kind and source stay.
+    pub(super) fn with_subject(self, subject: &str) -> StoreError {
+        StoreError {
+            context: format!("{subject}: {}", self.context).into(),
+            ..self
+        }
+    }
+
+    pub fn kind(&self) -> StoreErrorKind {
+        self.kind
+    }
+
+    /// Returns what a caller can do about it.
+    pub fn class(&self) -> StoreErrorClass {
+        self.kind.class()
+    }
+
+    /// Returns the cause without its kind: the engine's message, or what the store found.
+    pub fn reason(&self) -> &str {
+        if self.context.is_empty() {
+            self.kind.as_str()
+        } else {
+            &self.context
         }
     }
 }
 
-/// SQLite's primary result codes that pass: busy, locked, read-only, I/O error, full, cannot open.
-const PASSING: [u32; 6] = [5, 6, 8, 10, 13, 14];
-/// PostgreSQL: somebody made the database read-only, or the server is a standby, which takes no serializable transaction either.
-pub(super) const READ_ONLY: [&str; 2] = ["25006", "0A000"];
-/// PostgreSQL's classes of errors that mean the server: connection, out of resources, going down, system error.
-const SERVER: [&str; 4] = ["08", "53", "57", "58"];
+impl fmt::Display for StoreError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.kind)?;
+        if !self.context.is_empty() {
+            write!(f, ": {}", self.context)?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for StoreError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        let source = self.source.as_deref()?;
+        Some(source)
+    }
+}
+
+/// SQLSTATE classes that mean the server is away or about to be: connection exception,
+/// insufficient resources, operator intervention, system error.
+const SERVER_CLASSES: [&str; 4] = ["08", "53", "57", "58"];
 
 impl From<sqlx::Error> for StoreError {
     fn from(error: sqlx::Error) -> StoreError {
         use sqlx::Error::*;
-        match &error {
+        let (kind, context) = match &error {
             Io(_) | Tls(_) | Protocol(_) | PoolClosed | WorkerCrashed => {
-                StoreError::Away(error.to_string())
+                (StoreErrorKind::Unreachable, error.to_string())
             }
-            PoolTimedOut => StoreError::Unavailable(
-                "no connection is free: another statement takes too long".to_owned(),
-            ),
-            Database(database) => of_database(&**database),
-            _ => StoreError::Refused(error.to_string()),
+            PoolTimedOut => {
+                let reason = "no connection became free: another statement takes too long";
+                (StoreErrorKind::Locked, reason.to_owned())
+            }
+            Database(database) => (kind_of(&**database), database.message().to_owned()),
+            _ => (StoreErrorKind::Rejected, error.to_string()),
+        };
+
+        StoreError {
+            kind,
+            context: context.into(),
+            source: Some(Arc::new(error)),
         }
     }
 }
 
-fn of_database(error: &dyn DatabaseError) -> StoreError {
-    let message = error.message().to_owned();
+fn kind_of(error: &dyn DatabaseError) -> StoreErrorKind {
     let code = error.code().unwrap_or_default();
     if error.is_unique_violation() {
-        return StoreError::Contended(message);
-    }
-    if code == "42P01" || message.contains("no such table") {
-        return StoreError::Unavailable("it is empty: it was never migrated".to_owned());
+        return StoreErrorKind::Contended;
     }
     if error.try_downcast_ref::<PgDatabaseError>().is_some() {
-        return match &*code {
-            "40001" | "40P01" => StoreError::Contended(message),
-            // Its disk is full, it has no connection more, or it is read-only: what is there can still be read.
-            code if code == "53100" || code == "53300" || READ_ONLY.contains(&code) => {
-                StoreError::Unavailable(message)
-            }
-            code if SERVER.contains(&&code[..2]) => StoreError::Away(message),
-            _ => StoreError::Refused(message),
-        };
+        return kind_of_sqlstate(&code);
     }
-    match code.parse::<u32>() {
-        Ok(code) if PASSING.contains(&(code & 0xff)) => StoreError::Unavailable(message),
-        _ => StoreError::Refused(message),
+    // SQLite reports a missing table as a generic SQLITE_ERROR (1): only the text tells.
+    if error.message().contains("no such table") {
+        return StoreErrorKind::NotMigrated;
+    }
+    code.parse()
+        .map_or(StoreErrorKind::Rejected, kind_of_sqlite_code)
+}
+
+fn kind_of_sqlstate(code: &str) -> StoreErrorKind {
+    match code {
+        "40001" | "40P01" => StoreErrorKind::Contended,
+        "42P01" => StoreErrorKind::NotMigrated,
+        "25006" => StoreErrorKind::ReadOnly,
+        // A standby runs no serializable transaction, and says "feature not supported".
+        "0A000" => StoreErrorKind::Standby,
+        "53100" => StoreErrorKind::DiskFull,
+        "53300" => StoreErrorKind::TooManyConnections,
+        "XX001" | "XX002" => StoreErrorKind::Corrupt,
+        code if code
+            .get(..2)
+            .is_some_and(|class| SERVER_CLASSES.contains(&class)) =>
+        {
+            StoreErrorKind::Unreachable
+        }
+        _ => StoreErrorKind::Rejected,
+    }
+}
+
+/// Decides by the primary result code: the lowest byte of SQLite's extended code.
+fn kind_of_sqlite_code(code: u32) -> StoreErrorKind {
+    match code & 0xff {
+        5 | 6 => StoreErrorKind::Locked,
+        8 => StoreErrorKind::ReadOnly,
+        10 | 14 => StoreErrorKind::Io,
+        11 | 26 => StoreErrorKind::Corrupt,
+        13 => StoreErrorKind::DiskFull,
+        _ => StoreErrorKind::Rejected,
     }
 }
 
@@ -96,10 +264,69 @@ impl From<MigrateError> for StoreError {
     fn from(error: MigrateError) -> StoreError {
         match error {
             MigrateError::Execute(error) | MigrateError::ExecuteMigration(error, _) => error.into(),
-            MigrateError::VersionMissing(version) => StoreError::Refused(format!(
-                "it was migrated by a newer version of this program (migration {version} is not known here)"
-            )),
-            other => StoreError::Refused(other.to_string()),
+            MigrateError::VersionMissing(version) => StoreError::new(
+                StoreErrorKind::SchemaNewer,
+                format!("this version does not know migration {version}"),
+            ),
+            other => StoreError::new(StoreErrorKind::Rejected, other.to_string()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sqlstate_decides_kind_and_class() {
+        use StoreErrorKind::*;
+        for (code, kind, class) in [
+            ("40001", Contended, StoreErrorClass::Contended),
+            ("40P01", Contended, StoreErrorClass::Contended),
+            ("42P01", NotMigrated, StoreErrorClass::Unavailable),
+            ("25006", ReadOnly, StoreErrorClass::Unavailable),
+            ("0A000", Standby, StoreErrorClass::Unavailable),
+            ("53100", DiskFull, StoreErrorClass::Unavailable),
+            ("53300", TooManyConnections, StoreErrorClass::Unavailable),
+            ("53200", Unreachable, StoreErrorClass::Away),
+            ("08006", Unreachable, StoreErrorClass::Away),
+            ("57P01", Unreachable, StoreErrorClass::Away),
+            ("58030", Unreachable, StoreErrorClass::Away),
+            ("XX001", Corrupt, StoreErrorClass::Rejected),
+            ("28P01", Rejected, StoreErrorClass::Rejected),
+            ("", Rejected, StoreErrorClass::Rejected),
+        ] {
+            assert_eq!(kind_of_sqlstate(code), kind, "{code}");
+            assert_eq!(kind.class(), class, "{code}");
+        }
+    }
+
+    #[test]
+    fn extended_sqlite_code_counts_as_its_primary() {
+        use StoreErrorKind::*;
+        for (code, kind) in [
+            (5, Locked),
+            (261, Locked),
+            (6, Locked),
+            (8, ReadOnly),
+            (1032, ReadOnly),
+            (10, Io),
+            (778, Io),
+            (14, Io),
+            (11, Corrupt),
+            (26, Corrupt),
+            (13, DiskFull),
+            (1, Rejected),
+        ] {
+            assert_eq!(kind_of_sqlite_code(code), kind, "{code}");
+        }
+    }
+
+    #[test]
+    fn source_survives_cloning() {
+        let error = StoreError::from(sqlx::Error::PoolTimedOut).clone();
+        let source = std::error::Error::source(&error).unwrap();
+        assert_eq!(source.to_string(), sqlx::Error::PoolTimedOut.to_string());
+        assert_eq!(error.kind(), StoreErrorKind::Locked);
     }
 }

@@ -35,7 +35,7 @@ impl Source {
         let all = [Source::Webhook, Source::Replay, Source::Api];
         all.into_iter()
             .find(|s| s.as_str() == text)
-            .ok_or_else(|| StoreError::Refused(format!("an event came by `{text}`")))
+            .ok_or_else(|| StoreError::damaged(format!("an event came by `{text}`")))
     }
 }
 
@@ -566,7 +566,7 @@ async fn insert(session: &mut Connection, event: &NewEvent) -> Result<(), StoreE
 pub(super) fn event_key(bytes: Vec<u8>) -> Result<EventKey, StoreError> {
     let key = bytes
         .try_into()
-        .map_err(|_| StoreError::Refused("the key of an event is damaged".to_owned()))?;
+        .map_err(|_| StoreError::damaged("the key of an event"))?;
     Ok(EventKey(key))
 }
 
@@ -584,7 +584,7 @@ fn logged(row: LoggedRow) -> Result<LoggedEvent, StoreError> {
         outcome,
         unreadable_reason,
     ) = row;
-    let unknown = || StoreError::Refused(format!("the outcome of an event is `{outcome}`"));
+    let unknown = || StoreError::damaged(format!("the outcome of an event is `{outcome}`"));
     Ok(LoggedEvent {
         key: event_key(key)?,
         id,
@@ -609,7 +609,7 @@ fn stored_body(row: BodyRow) -> Result<StoredBody, StoreError> {
     let (a, b, c, d, e, f, g, h, i, j, k, telling, packed) = row;
     let logged = logged((a, b, c, d, e, f, g, h, i, j, k))?;
     let damaged = || {
-        StoreError::Refused(format!(
+        StoreError::damaged(format!(
             "the body of event {} is damaged",
             hex::encode(logged.key.0)
         ))

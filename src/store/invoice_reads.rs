@@ -240,7 +240,7 @@ pub(super) async fn read(
         second,
         is_us
     )?;
-    let damaged = || StoreError::Refused("an invoice is damaged".to_owned());
+    let damaged = || StoreError::damaged("an invoice");
     let mut keys: Vec<AskedKey> =
         serde_json::from_str(keys.as_deref().unwrap_or("[]")).map_err(|_| damaged())?;
     keys.sort_by_key(|(is_second, _)| *is_second);
@@ -271,7 +271,7 @@ pub(super) async fn read(
 }
 
 fn read_lines(lines: &str) -> Result<Vec<ObservationRow>, StoreError> {
-    let damaged = || StoreError::Refused("what is told of an invoice is damaged".to_owned());
+    let damaged = || StoreError::damaged("the observations of an invoice");
     lines
         .lines()
         .map(|line| telling(line).ok_or_else(damaged))

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::engine::connection::{Connection, execute, rows};
 use super::invoice_reads::{self, Reader};
-use super::{Engine, Store, StoreError};
+use super::{Engine, Store, StoreError, StoreErrorClass};
 use crate::domain::stripe::event::EventKey;
 
 /// An invoice as stored, and what is told about it.
@@ -147,7 +147,7 @@ impl Store {
         let mut attempt = 1;
         loop {
             match self.put_once(batch, now_ms, precondition).await {
-                Err(StoreError::Contended(_)) if attempt < ATTEMPTS => {
+                Err(error) if error.class() == StoreErrorClass::Contended && attempt < ATTEMPTS => {
                     // Those who collided must not meet again.
                     tokio::time::sleep(Duration::from_millis(rand::random_range(0..10 << attempt)))
                         .await;
@@ -391,7 +391,7 @@ async fn write(
 /// A document that leaves its Stripe invoice out keeps the one it has.
 fn with_stripe_invoice(document: &str, id: &str) -> Result<String, StoreError> {
     let unfit = |e: &dyn std::fmt::Display| {
-        StoreError::Refused(format!("the document of an invoice cannot be read: {e}"))
+        StoreError::damaged(format!("the document of an invoice cannot be read: {e}"))
     };
     let mut document: Value = serde_json::from_str(document).map_err(|e| unfit(&e))?;
     let fields = document

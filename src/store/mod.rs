@@ -16,13 +16,14 @@ mod monitoring;
 mod reconcile;
 
 use std::cmp::Ordering;
+use std::time::Duration;
 
 use sqlx::migrate::{Migrate, Migration, MigrationType, Migrator};
 use sqlx::{Connection as _, SqlSafeStr};
 
 pub use copy::rows::{CopyPage, CopyTarget, Row, Value};
 pub use copy::tables::Table;
-pub use error::StoreError;
+pub use error::{StoreError, StoreErrorClass, StoreErrorKind};
 pub use events::{
     Appended, EventFilter, LoggedEvent, NewEvent, Outcome, PackedBody, Source, StoredBody,
 };
@@ -92,11 +93,17 @@ impl Store {
     /// Opens `sqlite://PATH`, creating the file when it is missing, or `postgres://...`. Does not migrate.
     ///
     /// # Errors
-    /// [`StoreError::Refused`] when the URL is no such URL, another when the database cannot be reached.
+    /// [`StoreErrorKind::Rejected`] if the URL is invalid, another kind if the database cannot be
+    /// reached.
     pub async fn connect(url: &str) -> Result<Store, StoreError> {
-        Store::check_url(url).map_err(StoreError::Refused)?;
+        Store::check_url(url)
+            .map_err(|reason| StoreError::new(StoreErrorKind::Rejected, reason))?;
         Ok(Store(match url.strip_prefix("sqlite://") {
-            Some(path) => Engine::Sqlite(SqliteStore::open(path).await.map_err(|e| e.about(path))?),
+            Some(path) => Engine::Sqlite(
+                SqliteStore::open(path)
+                    .await
+                    .map_err(|e| e.with_subject(path))?,
+            ),
             None => Engine::Postgres(PostgresStore::open(url).await?),
         }))
     }
@@ -104,19 +111,20 @@ impl Store {
     /// As [`Store::connect`], but creates nothing.
     ///
     /// # Errors
-    /// [`StoreError::Away`] when there is no such database.
+    /// [`StoreErrorKind::FileMissing`] if there is no such file.
     pub async fn connect_to_existing(url: &str) -> Result<Store, StoreError> {
-        Store::check_url(url).map_err(StoreError::Refused)?;
+        Store::check_url(url)
+            .map_err(|reason| StoreError::new(StoreErrorKind::Rejected, reason))?;
         if let Some(file) = url
             .strip_prefix("sqlite://")
             .map(engine::sqlite::file)
             .transpose()?
             && !file.exists()
         {
-            return Err(StoreError::Away(format!(
-                "there is no file {}",
-                file.display()
-            )));
+            return Err(StoreError::new(
+                StoreErrorKind::FileMissing,
+                file.display().to_string(),
+            ));
         }
         Store::connect(url).await
     }
@@ -149,7 +157,7 @@ impl Store {
     /// Applies the embedded migrations and says which were applied now. Several processes may do it at once.
     ///
     /// # Errors
-    /// [`StoreError::Refused`] when the database was made by a newer version of this program.
+    /// [`StoreErrorKind::SchemaNewer`] if a newer version of this program migrated the database.
     pub async fn migrate(&self) -> Result<Vec<&'static str>, StoreError> {
         if self.ping().await.is_ok() {
             return Ok(Vec::new());
@@ -189,19 +197,27 @@ impl Store {
         let (latest,) = rows!(session, fetch_one, (i64,), LATEST)?;
         session.done().await?;
         let needed = MIGRATIONS[MIGRATIONS.len() - 1].0;
-        Err(StoreError::Unavailable(match latest.cmp(&needed) {
-            Ordering::Equal => return Ok(()),
-            Ordering::Less => {
+        match latest.cmp(&needed) {
+            Ordering::Equal => Ok(()),
+            Ordering::Less => Err(StoreError::new(
+                StoreErrorKind::SchemaOlder,
                 format!(
-                    "it is at migration {latest}, and this version needs {needed}: run `stripe-reconciler migrate`"
-                )
-            }
-            Ordering::Greater => {
-                format!(
-                    "it was migrated by a newer version of this program (to {latest}; this version knows {needed})"
-                )
-            }
-        }))
+                    "it is at migration {latest}, this version needs {needed}: \
+                     run `stripe-reconciler migrate`"
+                ),
+            )),
+            Ordering::Greater => Err(StoreError::new(
+                StoreErrorKind::SchemaNewer,
+                format!("it is at migration {latest}, this version knows {needed}"),
+            )),
+        }
+    }
+
+    /// Returns what [`Store::ping`] does, or [`StoreErrorKind::Unresponsive`] after `limit`.
+    pub async fn ping_within(&self, limit: Duration) -> Result<(), StoreError> {
+        tokio::time::timeout(limit, self.ping())
+            .await
+            .unwrap_or_else(|_| Err(StoreError::unresponsive()))
     }
 
     /// Appends a batch in one transaction; durable when it returns, or nothing is kept. Answers in the order of the batch.
@@ -237,7 +253,7 @@ impl Store {
         }
     }
 
-    /// A transaction that sees no other's writes: it is as if it ran alone, or it is [`StoreError::Contended`].
+    /// A transaction that sees no other's writes: it is as if it ran alone, or it is [`StoreErrorKind::Contended`].
     async fn transaction(&self) -> Result<Connection, StoreError> {
         match &self.0 {
             Engine::Sqlite(store) => store.transaction().await,

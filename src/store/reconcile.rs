@@ -539,7 +539,7 @@ impl Store {
 fn to_ask((key, telling, packed, attempts): ToAskRow) -> Result<PendingLookup, StoreError> {
     let key = event_key(key)?;
     let damaged = || {
-        StoreError::Refused(format!(
+        StoreError::damaged(format!(
             "the body of event {} is damaged",
             hex::encode(key.0)
         ))
@@ -568,7 +568,7 @@ fn to_check(
 
 fn run((id, started_ms, ended_ms, report): (String, i64, i64, String)) -> Result<Run, StoreError> {
     let damaged = |e: serde_json::Error| {
-        StoreError::Refused(format!("the report of pass {id} is damaged: {e}"))
+        StoreError::damaged(format!("the report of pass {id} is damaged: {e}"))
     };
     let report = RawValue::from_string(report).map_err(damaged)?;
     Ok(Run {

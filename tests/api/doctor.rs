@@ -206,7 +206,7 @@ each_database! {
             Engine::Sqlite => {
                 let held = server.database.hold().await;
                 let said = doctor(&server, &[]);
-                said.assert_wrong(&[("database", "failing")]).assert_says("database", &["takes nothing", "locked", "503"]);
+                said.assert_wrong(&[("database", "failing")]).assert_says("database", &["rejects writes", "locked", "503"]);
                 said.assert_says("deliveries", &["10 min ago"]).assert_says("unmatched", &["is read not at all yet"]);
                 assert_eq!(said.code, 4);
                 held.release().await;
@@ -215,7 +215,7 @@ each_database! {
                 let name = server.database.url.rsplit('/').next().unwrap();
                 server.database.execute(&format!("alter database {name} set default_transaction_read_only = on")).await;
                 let said = doctor(&server, &[]);
-                said.assert_wrong(&[("database", "failing")]).assert_says("database", &["can be read, but takes nothing", "read-only", "503"]);
+                said.assert_wrong(&[("database", "failing")]).assert_says("database", &["Readable, but rejects writes", "read-only", "503"]);
                 said.assert_says("deliveries", &["10 min ago"]);
                 assert_eq!(said.code, 4);
             }

@@ -17,8 +17,7 @@ use tokio::time::timeout;
 
 use super::connection::{Connection, EngineConnection, PostgresConnection, rows_in_postgres};
 use super::pool::Pool;
-use crate::store::error::READ_ONLY;
-use crate::store::{Appended, NewEvent, StoreError};
+use crate::store::{Appended, NewEvent, StoreError, StoreErrorClass, StoreErrorKind};
 
 /// Compiling a statement takes longer than any of ours runs. And who folds an invoice's history gathers some ten rows, for which the
 /// server would make hash tables as large as this, since it expects millions: with the usual 4 MB, a fifth of a read went into that.
@@ -87,10 +86,10 @@ pub(in crate::store) struct StatementAbandoned;
 
 impl PostgresStore {
     /// # Errors
-    /// [`StoreError::Refused`] when the server acknowledges commits that are not on its disk.
+    /// [`StoreErrorKind::UnsafeCommit`] if the server acknowledges commits that are not on its disk.
     pub async fn open(url: &str) -> Result<PostgresStore, StoreError> {
-        let options =
-            PgConnectOptions::from_str(url).map_err(|e| StoreError::Refused(e.to_string()))?;
+        let options = PgConnectOptions::from_str(url)
+            .map_err(|e| StoreError::new(StoreErrorKind::Rejected, e.to_string()))?;
         for name in unknown_parameters(url) {
             tracing::warn!(
                 name,
@@ -103,8 +102,7 @@ impl PostgresStore {
             .application_name("stripe-reconciler")
             .disable_statement_logging();
         let looked_at = timeout(STATEMENT_TIMEOUT, look_at(url, &options)).await;
-        let is_pooled = looked_at
-            .map_err(|_| StoreError::Unavailable("the server does not answer".to_owned()))??;
+        let is_pooled = looked_at.map_err(|_| StoreError::unresponsive())??;
         // Poolers do not know these parameters.
         let options = if is_pooled {
             options
@@ -328,10 +326,10 @@ async fn look_at(url: &str, options: &PgConnectOptions) -> Result<bool, StoreErr
     let (port, commits): (Option<i32>, String) = (row.try_get(0)?, row.try_get(1)?);
     connection.close().await?;
     if commits == "off" {
-        return Err(StoreError::Refused(
-            "its synchronous_commit is off, so what it acknowledges can be lost: \
-             set it on (alter database ... set synchronous_commit = on)"
-                .to_owned(),
+        return Err(StoreError::new(
+            StoreErrorKind::UnsafeCommit,
+            "its synchronous_commit is off: \
+             set it on (alter database ... set synchronous_commit = on)",
         ));
     }
     let by_socket = options.get_socket().is_some() || options.get_host().starts_with('/');
@@ -342,7 +340,10 @@ async fn look_at(url: &str, options: &PgConnectOptions) -> Result<bool, StoreErr
 impl CircuitBreaker {
     fn pass(&self) -> Result<(), StoreError> {
         if *self.0.is_closed.borrow() {
-            return Err(StoreError::Unavailable("the server is away".to_owned()));
+            return Err(StoreError::new(
+                StoreErrorKind::Unreachable,
+                "the server is away",
+            ));
         }
         Ok(())
     }
@@ -383,23 +384,22 @@ impl CircuitBreaker {
             Ok(Ok(value)) => return Ok(value),
             Ok(Err(sqlx::Error::PoolTimedOut)) => "no connection is free",
             Ok(Err(error)) => {
-                if error
-                    .as_database_error()
-                    .and_then(|error| error.code())
-                    .is_some_and(|code| READ_ONLY.contains(&&*code))
-                {
+                let error = StoreError::from(error);
+                if matches!(
+                    error.kind(),
+                    StoreErrorKind::ReadOnly | StoreErrorKind::Standby
+                ) {
                     self.doubt(Doubt::ReadOnly);
                 }
-                let error = StoreError::from(error);
-                if let StoreError::Away(reason) = &error {
-                    self.close(reason);
+                if error.class() == StoreErrorClass::Away {
+                    self.close(error.reason());
                 }
                 return Err(error);
             }
             Err(StatementAbandoned) => "a statement did not end in time",
         };
         self.doubt(Doubt::NoAnswer);
-        Err(StoreError::Unavailable(in_vain.to_owned()))
+        Err(StoreError::new(StoreErrorKind::Locked, in_vain))
     }
 
     /// The server has answered a statement.
@@ -421,7 +421,7 @@ impl CircuitBreaker {
                 Ok(Found::Standby) => gate.close("it is a standby"),
                 // What was opened before leads to what was the primary.
                 Ok(Found::Primary) if why == Doubt::ReadOnly => *gate.opened() = Instant::now(),
-                Err(StoreError::Away(_)) if answers() == before => {
+                Err(error) if error.class() == StoreErrorClass::Away && answers() == before => {
                     gate.close("the server does not answer")
                 }
                 _ => {}
@@ -464,7 +464,7 @@ impl CircuitBreaker {
         };
         let asked = timeout(ACQUIRE_TIMEOUT, asked)
             .await
-            .map_err(|_| StoreError::Away("it does not answer".to_owned()))?;
+            .map_err(|_| StoreError::new(StoreErrorKind::Unreachable, "it does not answer"))?;
         Ok(match asked? {
             (true, _) => Found::Standby,
             (false, true) => Found::ReadOnly,

@@ -17,7 +17,7 @@ use tokio::sync::mpsc;
 use super::connection::{Connection, EngineConnection, execute, rows};
 use super::pool::Pool;
 use crate::domain::stripe::event::EventKey;
-use crate::store::{Appended, Disk, NewEvent, Space, StoreError};
+use crate::store::{Appended, Disk, NewEvent, Space, StoreError, StoreErrorKind};
 
 /// How long a statement waits for another process that writes to the same file.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
@@ -196,7 +196,7 @@ impl SqliteStore {
             .map(|(keys,)| serde_json::from_str::<HashSet<String>>(keys));
         let mut known = known
             .and_then(Result::ok)
-            .ok_or_else(|| StoreError::Refused("known keys cannot be read".to_owned()))?;
+            .ok_or_else(|| StoreError::damaged("the keys of known events"))?;
         Ok(crate::store::events::answers(batch, |key| {
             known.insert(hex::encode_upper(key.0))
         }))
@@ -206,14 +206,17 @@ impl SqliteStore {
     fn verify_same_file(&self) -> Result<(), StoreError> {
         match identity(&self.file) {
             found if found == self.opened => Ok(()),
-            None => Err(StoreError::Unavailable(format!(
-                "{} is no longer there",
-                self.file.display()
-            ))),
-            Some(_) => Err(StoreError::Unavailable(format!(
-                "{} is no longer the file that was opened",
-                self.file.display()
-            ))),
+            None => Err(StoreError::new(
+                StoreErrorKind::FileMissing,
+                format!("{} is no longer there", self.file.display()),
+            )),
+            Some(_) => Err(StoreError::new(
+                StoreErrorKind::FileReplaced,
+                format!(
+                    "{} is no longer the file that was opened",
+                    self.file.display()
+                ),
+            )),
         }
     }
 
@@ -227,7 +230,10 @@ impl SqliteStore {
 
     pub fn space(&self) -> Result<Space, StoreError> {
         let unseen = |error: std::io::Error| {
-            StoreError::Unavailable(format!("{}: {error}", self.file.display()))
+            StoreError::new(
+                StoreErrorKind::Io,
+                format!("{}: {error}", self.file.display()),
+            )
         };
         let log = self.file.with_file_name(
             [self.file.file_name().unwrap_or_default(), "-wal".as_ref()].join("".as_ref()),

@@ -5,7 +5,8 @@ use std::collections::BTreeSet;
 use stripe_reconciler::domain::stripe::event::EventKey;
 use stripe_reconciler::ingest::batch_writer::{AppendError, BatchWriter};
 use stripe_reconciler::store::{
-    Appended, EventFilter, LoggedEvent, NewEvent, Outcome, PackedBody, Source, Store, StoreError,
+    Appended, EventFilter, LoggedEvent, NewEvent, Outcome, PackedBody, Source, Store,
+    StoreErrorClass,
 };
 
 use super::{ODD, TestStore, each_store, event, invoice, key, mention, nth};
@@ -203,7 +204,10 @@ each_store! {
         let answer = poisoned.await.unwrap();
         let is_right = match place.database.engine {
             Engine::Sqlite => matches!(answer, Ok(Appended::New)),
-            Engine::Postgres => matches!(&answer, Err(AppendError::Store(StoreError::Refused(_)))),
+            Engine::Postgres => matches!(
+                &answer,
+                Err(AppendError::Store(error)) if error.class() == StoreErrorClass::Rejected
+            ),
         };
         assert!(is_right, "{answer:?}");
         drop(inbox);
