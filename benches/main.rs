@@ -8,13 +8,6 @@
 mod deliveries;
 mod load;
 mod picture;
-#[path = "../tests/api/support/postgres.rs"]
-#[expect(
-    dead_code,
-    clippy::unwrap_used,
-    reason = "the tests use more of it, and fail by what goes wrong"
-)]
-mod postgres;
 mod process;
 mod reference;
 
@@ -23,9 +16,9 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use load::{Timings, closed_loop, open_loop};
-use postgres::PostgresServer;
 use process::{Served, cpu, product, pss_mb};
 use tempfile::TempDir;
+use testkit::PostgresServer;
 
 const CONNECTIONS: [usize; 4] = [1, 16, 64, 256];
 

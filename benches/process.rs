@@ -62,7 +62,7 @@ impl Drop for Served {
 
 /// The product's binary, with no setting that is not needed.
 pub fn product(database_url: &str) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_stripe-reconciler"));
+    let mut command = Command::new(testkit::binary_path());
     command.env("DATABASE_URL", database_url);
     command
 }

@@ -3,15 +3,12 @@
 
 #![expect(clippy::unwrap_used, reason = "what goes wrong in a test fails it")]
 
-#[path = "../fuzz/src/lib.rs"]
-#[allow(dead_code, reason = "the targets use more of it")]
-mod fuzz;
-
 use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 
-use fuzz::mutate::{Dice, body, json};
-use fuzz::world::World;
+use stripe_reconciler_fuzz as fuzz;
+use stripe_reconciler_fuzz::mutate::{Dice, body, json};
+use stripe_reconciler_fuzz::world::World;
 
 /// All files below a folder of the project.
 fn files(folder: &str) -> Vec<(PathBuf, Vec<u8>)> {

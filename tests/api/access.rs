@@ -4,9 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Value, json};
 
-use crate::each_database;
-use crate::support::documented::DOCUMENT;
-use crate::support::{Answer, TestServer, invoice_path};
+use testkit::each_database;
+use testkit::openapi::DOCUMENT;
+use testkit::{Answer, TestServer, invoice_path};
 
 /// Stands in the invoice of another tenant, and in its event.
 const SECRET_OF_BETA: &str = "only beta may read this";

@@ -9,7 +9,7 @@ use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use tokio::task::block_in_place;
 
-use crate::support::{Database, Load, PostgresServer, TestServer};
+use testkit::{Database, Load, PostgresServer, TestServer};
 
 const ROUNDS: usize = 10;
 

@@ -5,14 +5,14 @@ use std::collections::BTreeMap;
 use serde_json::Value;
 use sqlx::{Connection, SqliteConnection};
 
-use crate::each_database;
-use crate::stripe_fake::{LIVE_KEY, Stripe, story};
-use crate::support::{self, CommandOutput, Database, Engine, Files};
+use testkit::each_database;
+use testkit::stripe::{LIVE_KEY, Stripe, story};
+use testkit::{CommandOutput, Database, Engine, Files};
 
 const INVOICES: usize = 60;
 
 fn command(database: &Database, arguments: &[&str], input: &str) -> CommandOutput {
-    support::run(
+    testkit::run(
         &[("DATABASE_URL", &database.url), ("RUST_LOG", "warn")],
         arguments,
         input.as_bytes(),
@@ -72,10 +72,10 @@ each_database! {
 
         let environment = [("DATABASE_URL", &*restored.url), ("STRIPE_API_KEY", LIVE_KEY), ("STRIPE_API_BASE", &stripe.base),
             ("STRIPE_API_RATE", "1000"), ("RUST_LOG", "warn")];
-        support::run(&environment, &["reconcile", "--since", "30d"], b"").with_code(3);
+        testkit::run(&environment, &["reconcile", "--since", "30d"], b"").with_code(3);
         let found = histories(&restored);
         let other: Vec<_> = whole.iter().filter(|(uid, states)| found.get(*uid) != Some(*states)).take(2).collect();
         assert!(other.is_empty() && found.len() == whole.len(), "expected {other:?}");
-        support::run(&environment, &["reconcile"], b"").with_code(0);
+        testkit::run(&environment, &["reconcile"], b"").with_code(0);
     }
 }

@@ -6,8 +6,8 @@ use std::process::Stdio;
 
 use serde_json::json;
 
-use crate::each_database;
-use crate::support::{self, Files, SECRET, binary, invoice_path, recorded};
+use testkit::each_database;
+use testkit::{Files, SECRET, binary, fixtures, invoice_path};
 
 each_database! {
     async fn invoices_are_imported_from_every_form_of_file_and_count_at_once(server: TestServer) {
@@ -94,16 +94,16 @@ each_database! {
     }
 
     async fn invoices_are_shown_and_listed_as_http_answers_them(server: TestServer) {
-        let (document, uid) = recorded::told_invoice();
+        let (document, uid) = fixtures::told_invoice();
         server.put(&invoice_path(&uid), &document).await.with_status(201);
         server.put(&invoice_path("none"), &json!({"metadata": {"uid": "none"}})).await.with_status(201);
         server.put("/v1/tenants/beta/invoices/b", &json!({"metadata": {"uid": "b"}})).await.with_status(201);
-        for event in recorded::events() {
+        for event in fixtures::events() {
             server.deliver(&event).await.with_status(200);
         }
         let shown = server.run(&["invoices", "get", "acme", &uid]).with_code(0);
         let read = server.get(&invoice_path(&uid), &server.acme_key).await.with_status(200).invoice();
-        assert_eq!(support::assert_is_invoice(&shown.stdout), read);
+        assert_eq!(testkit::assert_is_invoice(&shown.stdout), read);
         server.run(&["invoices", "get", "beta", &uid]).with_code(1);
         let listed = server.get("/v1/tenants/acme/invoices", &server.acme_key).await.with_status(200).json();
         let lines = server.run(&["invoices", "list", "--tenant", "acme", "--json"]).with_code(0).json_lines();
@@ -158,15 +158,15 @@ each_database! {
 
     async fn a_database_is_migrated_once(server: TestServer) {
         let database = server.empty_database();
-        let migrate = || support::run(&[("DATABASE_URL", &database.url)], &["migrate"], b"").with_code(0).stdout;
+        let migrate = || testkit::run(&[("DATABASE_URL", &database.url)], &["migrate"], b"").with_code(0).stdout;
         let first = migrate();
         assert!(!first.is_empty() && first.lines().all(|line| line.starts_with("applied ")), "{first}");
         assert_eq!(migrate(), "nothing to apply\n");
-        let as_json = |url| support::run(&[("DATABASE_URL", url)], &["migrate", "--json"], b"").with_code(0).json();
+        let as_json = |url| testkit::run(&[("DATABASE_URL", url)], &["migrate", "--json"], b"").with_code(0).json();
         assert_eq!(as_json(&database.url), json!({"applied": []}));
         let applied = as_json(&server.empty_database().url);
         assert_eq!((&applied["applied"][0], applied["applied"].as_array().unwrap().len()), (&json!("start"), first.lines().count()));
-        support::run(&[("DATABASE_URL", &database.url)], &["invoices", "list"], b"").with_code(0);
+        testkit::run(&[("DATABASE_URL", &database.url)], &["invoices", "list"], b"").with_code(0);
     }
 }
 
@@ -195,7 +195,7 @@ fn a_database_that_cannot_be_reached_is_code_4_whatever_the_command() {
     ];
     for command in commands {
         let ran =
-            support::run(&environment, &command.split(' ').collect::<Vec<_>>(), b"").with_code(4);
+            testkit::run(&environment, &command.split(' ').collect::<Vec<_>>(), b"").with_code(4);
         assert!(
             ran.stdout.is_empty() && ran.stderr.contains("/no/such/folder/test.db"),
             "{command}: {}",
@@ -228,7 +228,7 @@ fn a_command_that_is_not_understood_is_code_2_and_nothing_is_made() {
     ];
     for command in commands {
         let arguments: Vec<&str> = command.split(' ').filter(|part| !part.is_empty()).collect();
-        let ran = support::run(&[("DATABASE_URL", &url)], &arguments, b"").with_code(2);
+        let ran = testkit::run(&[("DATABASE_URL", &url)], &arguments, b"").with_code(2);
         assert!(
             ran.stdout.is_empty() && !ran.stderr.is_empty(),
             "{command}: {}",
@@ -248,7 +248,7 @@ fn the_help_of_every_command_shows_examples() {
             .map(String::as_str)
             .chain(["--help"])
             .collect();
-        let help = support::run(&[], &arguments, b"").with_code(0).stdout;
+        let help = testkit::run(&[], &arguments, b"").with_code(0).stdout;
         let examples = help
             .split_once("\nExample")
             .map_or("", |(_, examples)| examples);

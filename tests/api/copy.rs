@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use stripe_reconciler::store::{CheckResult, Store};
 
-use crate::support::{
+use testkit::{
     CommandOutput, Database, Engine, Files, Load, Server, TestServer, binary, invoice_path, run,
 };
 

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use stripe_reconciler::domain::invoice::document;
 
-use crate::support::run;
+use testkit::run;
 
 const CONFIG: &str = include_str!("../../src/config.rs");
 /// Settings of others, of the shell and of the tests, that pages and files name.

@@ -11,10 +11,10 @@ use stripe_reconciler::ingest::{Delivery, prepare};
 use stripe_reconciler::store::{Source, Store};
 use tokio::task::block_in_place;
 
-use crate::each_database;
 use crate::metrics::until;
-use crate::stripe_fake::{Endpoint, Stripe, now_s};
-use crate::support::{
+use testkit::each_database;
+use testkit::stripe::{Endpoint, Stripe, now_s};
+use testkit::{
     self, CommandOutput, Database, Engine, OLD_SECRET, PostgresServer, SECRET, Server, TestServer,
     invoice_path, signature,
 };
@@ -105,7 +105,7 @@ impl DoctorOutput {
 /// With these settings beside the database's.
 fn doctor(server: &TestServer, settings: &[(&str, &str)]) -> DoctorOutput {
     let environment = [&[("DATABASE_URL", server.database.url.as_str())], settings].concat();
-    DoctorOutput::of(&support::run(&environment, &["doctor", "--json"], b""))
+    DoctorOutput::of(&testkit::run(&environment, &["doctor", "--json"], b""))
 }
 
 /// Asks until a check is so: a server notes what it refused within some seconds.
@@ -183,15 +183,15 @@ each_database! {
         let there = Store::connect(&empty.url).await.unwrap();
         there.close().await;
         for _ in 0..2 {
-            let ran = support::run(&[("DATABASE_URL", &empty.url)], &["doctor", "--json"], b"").with_code(4);
+            let ran = testkit::run(&[("DATABASE_URL", &empty.url)], &["doctor", "--json"], b"").with_code(4);
             DoctorOutput::of(&ran).assert_wrong(&[("database", "failing")]).assert_says("database", &["migrate", "restore the backup"]);
         }
-        let text = support::run(&[("DATABASE_URL", &empty.url)], &["doctor"], b"").with_code(4).stdout;
+        let text = testkit::run(&[("DATABASE_URL", &empty.url)], &["doctor"], b"").with_code(4).stdout;
         assert!(text.contains("FAILING  database") && text.contains("stripe-reconciler migrate"), "{text}");
         // Whoever does that all the same, or starts `serve`, is told again that this may not be what was there.
         let process = Server::start(&empty.url);
         assert!(process.log().contains("the database holds no API key"), "{}", process.log());
-        let ran = support::run(&[("DATABASE_URL", &empty.url)], &["doctor", "--json"], b"").with_code(3);
+        let ran = testkit::run(&[("DATABASE_URL", &empty.url)], &["doctor", "--json"], b"").with_code(3);
         DoctorOutput::of(&ran).assert_wrong(&[("database", "warning")]).assert_says("database", &["no API key", "keys create", "restore the backup"]);
         // What a newer version has migrated, this one cannot.
         server.database.execute("update _sqlx_migrations set version = version + 1000").await;
@@ -358,12 +358,12 @@ async fn a_database_that_is_away_is_said_and_what_can_be_told_without_it() {
 fn a_file_that_is_not_there_is_said_and_not_made() {
     let folder = tempfile::tempdir().unwrap();
     let url = format!("sqlite://{}/no.db", folder.path().display());
-    let ran = support::run(&[("DATABASE_URL", &url)], &["doctor", "--json"], b"").with_code(4);
+    let ran = testkit::run(&[("DATABASE_URL", &url)], &["doctor", "--json"], b"").with_code(4);
     DoctorOutput::of(&ran)
         .assert_wrong(&[("database", "failing")])
         .assert_says("database", &["no.db", "DATABASE_URL"]);
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
-    let unfit = support::run(
+    let unfit = testkit::run(
         &[("DATABASE_URL", &url), ("STRIPE_WEBHOOK_SECRET", "a=x,a=y")],
         &["doctor"],
         b"",

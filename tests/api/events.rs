@@ -2,8 +2,8 @@
 
 use serde_json::{Value, json};
 
-use crate::each_database;
-use crate::support::{Answer, TestServer, invoice_path, recorded};
+use testkit::each_database;
+use testkit::{Answer, TestServer, fixtures, invoice_path};
 
 async fn get(server: &TestServer, path: &str) -> Answer {
     server.get(path, &server.operator_key).await
@@ -49,13 +49,13 @@ fn charge(id: &str, names: Value) -> Value {
 
 each_database! {
     async fn received_events_are_listed_as_the_command_lists_them(server: TestServer) {
-        for event in recorded::events() {
+        for event in fixtures::events() {
             server.deliver(&event).await.with_status(200);
         }
         server.run_with_input(&["replay", "-"], sent("evt_replayed", "in_1").to_string().as_bytes()).with_code(0);
         server.deliver_bytes(b"authentic, and no JSON").await.with_status(200);
         let listed = server.run(&["events", "list", "--json", "--limit", "1000"]).with_code(0).json_lines();
-        assert_eq!(listed.len(), recorded::events().len() + 2);
+        assert_eq!(listed.len(), fixtures::events().len() + 2);
         for limit in [1, 3, listed.len(), 500] {
             assert_eq!(all(&server, &format!("limit={limit}")).await, listed, "by {limit}");
         }
@@ -63,7 +63,7 @@ each_database! {
         assert_eq!((&unreadable["id"], &unreadable["secretLabel"]), (&Value::Null, &json!("live")));
         assert!(unreadable["unreadableReason"].as_str().unwrap().contains("not JSON"), "{unreadable}");
         assert_eq!(texts(&all(&server, "type=invoice.payment_failed").await, "type"), ["invoice.payment_failed"; 2]);
-        let stripe_invoice_id = recorded::told_invoice().0["status"]["stripeInvoiceId"].as_str().unwrap().to_owned();
+        let stripe_invoice_id = fixtures::told_invoice().0["status"]["stripeInvoiceId"].as_str().unwrap().to_owned();
         let paid = all(&server, &format!("invoice={stripe_invoice_id}&type=invoice.paid&outcome=recorded&limit=1")).await;
         assert_eq!((texts(&paid, "type"), texts(&paid, "outcome")), (vec!["invoice.paid"], vec!["recorded"]));
         let replayed = all(&server, "type=invoice.sent").await;

@@ -5,9 +5,9 @@ use stripe_reconciler::clock::Clock;
 use stripe_reconciler::domain::time::timestamp;
 use stripe_reconciler::store::Store;
 
-use crate::each_database;
-use crate::stripe_fake::{self, DAY, ENDIVE, HOUR, LIVE_KEY, Life, Stripe, Terms, now_s};
-use crate::support::{SECRET, TestServer, binary, invoice_path, recorded};
+use testkit::each_database;
+use testkit::stripe::{self, DAY, ENDIVE, HOUR, LIVE_KEY, Life, Stripe, Terms, now_s};
+use testkit::{SECRET, TestServer, binary, fixtures, invoice_path};
 
 fn path(uid: &str) -> String {
     format!("{}/evidence", invoice_path(uid))
@@ -66,12 +66,12 @@ fn paid() -> Value {
 
 each_database! {
     async fn each_entry_comes_with_its_proofs_as_why_prints_them(server: TestServer) {
-        let (mut document, uid) = recorded::told_invoice();
+        let (mut document, uid) = fixtures::told_invoice();
         document["status"]["states"] = json!([{"state": "PaymentPending", "timestamp": "2020-01-01T00:00:00Z", "paymentMsg": "Imported."}]);
         server.put(&invoice_path(&uid), &document).await.with_status(201);
         let untold = evidence(&server, &uid).await;
         assert_eq!((&untold["lastEventAt"], &untold["confirmedAt"], &untold["asOf"]), (&Value::Null, &Value::Null, &Value::Null));
-        for event in recorded::events() {
+        for event in fixtures::events() {
             server.deliver(&event).await.with_status(200);
         }
         let answer = server.get(&path(&uid), &server.acme_key).await.with_status(200);
@@ -104,10 +104,10 @@ each_database! {
     }
 
     async fn as_of_a_moment_the_answer_is_what_was_known_then(server: TestServer) {
-        let (mut document, uid) = recorded::told_invoice();
+        let (mut document, uid) = fixtures::told_invoice();
         document["status"]["states"] = json!([{"state": "PaymentFailed", "timestamp": "2020-01-01T00:00:00Z", "paymentMsg": "Imported."}]);
         let mut then = vec![moment()];
-        let events = recorded::events();
+        let events = fixtures::events();
         let finalized = events.iter().position(|event| event["type"] == "invoice.finalized").unwrap();
         let (early, late) = events.split_at(finalized + 1);
         for event in early {
@@ -212,7 +212,7 @@ each_database! {
         life.later(HOUR).silence(&[""]).finalized().later(2).paid_by_card();
         server.store("thin", life.id()).await.with_status(201);
         let thin = stripe.events().into_iter().find(|event| event.kind == "invoice.paid").unwrap().as_thin();
-        stripe_fake::deliver_one(&server.process.base, &thin).await;
+        stripe::deliver_one(&server.process.base, &thin).await;
         let announced = evidence(&server, "thin").await;
         assert_eq!(messages(&announced), ["Stripe announced invoice.paid without its details: the invoice is still to be fetched from Stripe's API"]);
         assert_eq!((&announced["missing"][0]["eventId"], &announced["missing"][0]["objectId"]), (&thin["id"], &json!(life.id())));

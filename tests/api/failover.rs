@@ -8,7 +8,7 @@ use futures_util::future::join_all;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::block_in_place;
 
-use crate::support::{Database, Load, PostgresServer, TestServer, invoice_path};
+use testkit::{Database, Load, PostgresServer, TestServer, invoice_path};
 
 /// The address that stays: whoever comes is taken to the server that it points to. It has the port of the first one, so that it
 /// is not taken for a pooler.

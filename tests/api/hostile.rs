@@ -11,8 +11,8 @@ use stripe_reconciler::clock::Clock;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use crate::each_database;
-use crate::support::{
+use testkit::each_database;
+use testkit::{
     OLD_SECRET, SECRET, Server, TestServer, Wire, binary, client, invoice_path, send, signature,
 };
 
@@ -198,7 +198,7 @@ each_database! {
 
 #[tokio::test]
 async fn a_head_and_a_body_have_to_come_in_time() {
-    let server = TestServer::start(crate::support::Engine::Sqlite).await;
+    let server = TestServer::start(testkit::Engine::Sqlite).await;
     let authority = server.process.authority();
     let slow_head = async {
         let mut wire = Wire::connect(authority).await;
@@ -235,7 +235,7 @@ async fn a_head_and_a_body_have_to_come_in_time() {
 
 #[tokio::test]
 async fn where_few_files_may_be_opened_there_are_fewer_connections() {
-    let server = TestServer::start(crate::support::Engine::Sqlite).await;
+    let server = TestServer::start(testkit::Engine::Sqlite).await;
     let secrets = format!("live={SECRET},old={OLD_SECRET}");
     let limited = |script: &str| {
         let inner = binary(&[]);
@@ -277,7 +277,7 @@ async fn where_few_files_may_be_opened_there_are_fewer_connections() {
 
 #[tokio::test]
 async fn who_is_refused_before_its_body_is_read_sees_the_answer() {
-    let server = TestServer::start(crate::support::Engine::Sqlite).await;
+    let server = TestServer::start(testkit::Engine::Sqlite).await;
     let kinds = [
         (head("nonsense", &format!("Content-Length: {MIB}")), 400),
         (

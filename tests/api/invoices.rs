@@ -6,8 +6,8 @@ use futures_util::future::join_all;
 use serde_json::{Value, json};
 use stripe_reconciler::clock::Clock;
 
-use crate::each_database;
-use crate::support::{Answer, TestServer, invoice_path};
+use testkit::each_database;
+use testkit::{Answer, TestServer, invoice_path};
 
 const LIST: &str = "/v1/tenants/acme/invoices";
 

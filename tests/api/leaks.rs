@@ -8,11 +8,9 @@ use std::collections::BTreeSet;
 use serde_json::{Value, json};
 use stripe_reconciler::clock::Clock;
 
-use crate::stripe_fake::{Stripe, story};
-use crate::support::collector::Collector;
-use crate::support::{
-    Database, Engine, Files, PostgresServer, TestServer, invoice_path, run, signature,
-};
+use testkit::collector::Collector;
+use testkit::stripe::{Stripe, story};
+use testkit::{Database, Engine, Files, PostgresServer, TestServer, invoice_path, run, signature};
 
 const SECRET: &str = "whsec_ofTheLiveEndpoint1";
 const OTHER_SECRET: &str = "whsec_ofTheOldEndpoint2";
@@ -122,7 +120,7 @@ impl Told {
             shown: Shown::default(),
             hidden: BTreeSet::new(),
         };
-        let server = crate::support::Server::start_with(
+        let server = testkit::Server::start_with(
             &[told.environment(), vec![("LOG_FORMAT", format)]].concat(),
         );
         told.server.process = server;

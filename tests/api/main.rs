@@ -4,8 +4,6 @@
 
 #![expect(clippy::unwrap_used, reason = "what goes wrong in a test fails it")]
 
-mod support;
-
 mod access;
 mod alternating_crashes;
 mod backup;
@@ -35,8 +33,6 @@ mod store;
 mod stories;
 mod stripe_cli;
 mod stripe_fake;
-#[path = "stripe_fake/checks.rs"]
-mod stripe_fake_checks;
 mod tls;
 mod tracing;
 mod ui;

@@ -5,19 +5,19 @@ use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::process::Command;
 
-use crate::each_database;
-use crate::support::{self, binary};
+use testkit::binary;
+use testkit::each_database;
 
 each_database! {
     async fn a_container_learns_whether_the_server_in_it_is_ready(server: TestServer) {
         let mut server = server;
         let authority = server.process.authority().to_owned();
-        let ready = support::run(&[("LISTEN_ADDR", &authority)], &["healthcheck"], b"").with_code(0);
+        let ready = testkit::run(&[("LISTEN_ADDR", &authority)], &["healthcheck"], b"").with_code(0);
         assert_eq!((&*ready.stdout, &*ready.stderr), ("ready\n", ""));
         let everywhere = authority.replace("127.0.0.1", "0.0.0.0");
-        support::run(&[("LISTEN_ADDR", "127.0.0.1:1")], &["healthcheck", "--listen-addr", &everywhere], b"").with_code(0);
+        testkit::run(&[("LISTEN_ADDR", "127.0.0.1:1")], &["healthcheck", "--listen-addr", &everywhere], b"").with_code(0);
         server.process.sigkill();
-        let gone = support::run(&[("LISTEN_ADDR", &authority)], &["healthcheck"], b"").with_code(4);
+        let gone = testkit::run(&[("LISTEN_ADDR", &authority)], &["healthcheck"], b"").with_code(4);
         assert!(gone.stderr.contains("does not answer"), "{gone:?}");
     }
 }
@@ -35,7 +35,7 @@ fn a_server_that_is_not_ready_is_told_from_one_that_is_away() {
             .unwrap();
         String::from_utf8_lossy(&request[..read]).into_owned()
     });
-    let ran = support::run(&[("LISTEN_ADDR", &address)], &["healthcheck"], b"").with_code(1);
+    let ran = testkit::run(&[("LISTEN_ADDR", &address)], &["healthcheck"], b"").with_code(1);
     assert!(ran.stderr.contains("503"), "{ran:?}");
     assert!(
         answering
@@ -43,7 +43,7 @@ fn a_server_that_is_not_ready_is_told_from_one_that_is_away() {
             .unwrap()
             .starts_with("GET /readyz HTTP/1.1")
     );
-    support::run(&[("LISTEN_ADDR", "nowhere")], &["healthcheck"], b"").with_code(2);
+    testkit::run(&[("LISTEN_ADDR", "nowhere")], &["healthcheck"], b"").with_code(2);
 }
 
 /// What bash offers for the last of these words.
@@ -87,20 +87,20 @@ fn bash_completes_commands_what_is_below_them_and_their_flags() {
     assert!(offered(&["stripe-reconciler", "copy", "--"]).contains(&"--to".to_owned()));
     for shell in ["zsh", "fish"] {
         assert!(
-            support::run(&[], &["completions", shell], b"")
+            testkit::run(&[], &["completions", shell], b"")
                 .with_code(0)
                 .stdout
                 .contains("reconcile")
         );
     }
-    support::run(&[], &["completions", "cmd"], b"").with_code(2);
+    testkit::run(&[], &["completions", "cmd"], b"").with_code(2);
 }
 
 #[test]
 fn every_command_has_its_manual_page() {
     let folder = tempfile::tempdir().unwrap();
     let pages = folder.path().join("man1");
-    support::run(&[], &["man", pages.to_str().unwrap()], b"").with_code(0);
+    testkit::run(&[], &["man", pages.to_str().unwrap()], b"").with_code(0);
     let page = |name: &str| std::fs::read_to_string(pages.join(format!("{name}.1"))).unwrap();
     for name in [
         "stripe-reconciler",
@@ -121,5 +121,5 @@ fn every_command_has_its_manual_page() {
     );
     let file = folder.path().join("file");
     std::fs::write(&file, "").unwrap();
-    support::run(&[], &["man", file.to_str().unwrap()], b"").with_code(1);
+    testkit::run(&[], &["man", file.to_str().unwrap()], b"").with_code(1);
 }

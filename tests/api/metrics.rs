@@ -9,10 +9,9 @@ use serde_json::{Value, json};
 use stripe_reconciler::clock::Clock;
 use tokio::task::block_in_place;
 
-use crate::each_database;
-use crate::stripe_fake::{CLOVER, DAY, Endpoint, HOUR, LIVE_KEY, Stripe};
-use crate::stripe_fake_checks::terms;
-use crate::support::{
+use testkit::each_database;
+use testkit::stripe::{CLOVER, DAY, Endpoint, HOUR, LIVE_KEY, Stripe, Terms};
+use testkit::{
     Answer, Database, Engine, OLD_SECRET, PostgresServer, SECRET, Server, TestServer, Wire, client,
     invoice_path, send, signature,
 };
@@ -198,7 +197,7 @@ each_database! {
         for path in ["/", "/readyz", "/v1/tenants/acme/invoices"] {
             apart(path).await.with_error(404, "ResourceNotFound");
         }
-        let taken = crate::support::run(&environment, &["serve", "--listen-addr", "127.0.0.1:0"], b"").with_code(2);
+        let taken = testkit::run(&environment, &["serve", "--listen-addr", "127.0.0.1:0"], b"").with_code(2);
         assert!(taken.stderr.contains(&address), "{taken:?}");
     }
 
@@ -250,7 +249,7 @@ each_database! {
         let mut server = server;
         let stripe = Stripe::start();
         stripe.register(Endpoint { status: "disabled", ..Endpoint::enabled(&format!("{}/webhooks/stripe", server.process.base)) });
-        let mut life = stripe.draft(terms(now_s() - DAY, CLOVER));
+        let mut life = stripe.draft(Terms::automatic(now_s() - DAY, CLOVER));
         life.later(HOUR).finalized();
         let url = server.database.url.clone();
         let with_key = |key: &str| {

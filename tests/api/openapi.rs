@@ -5,13 +5,13 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Value, json};
 
-use crate::each_database;
-use crate::support::documented::{DOCUMENT, faults, resolved};
-use crate::support::{self, invoice_path};
+use testkit::each_database;
+use testkit::invoice_path;
+use testkit::openapi::{DOCUMENT, faults, resolved};
 
 const ROUTER: &str = include_str!("../../src/http/mod.rs");
 const ERRORS: &str = include_str!("../../src/http/error.rs");
-const V1_INVOICE: &str = include_str!("v1_invoice.schema.json");
+const V1_INVOICE: &str = testkit::V1_INVOICE_SCHEMA;
 /// What the document says nothing about: paths whose last id is empty are only refused.
 const REFUSED: [&str; 2] = ["/v1/tenants/{tenantUid}/invoices/", "/v1/events/"];
 
@@ -267,7 +267,7 @@ each_database! {
         let document = answer.json();
         assert_eq!(document["info"]["version"], env!("CARGO_PKG_VERSION"));
         assert!(document["openapi"].as_str().unwrap().starts_with("3.1."));
-        let printed = support::run(&[], &["openapi"], b"").with_code(0);
+        let printed = testkit::run(&[], &["openapi"], b"").with_code(0);
         assert_eq!(printed.stdout.trim_end().as_bytes(), answer.body);
         server.send("HEAD", "/openapi.json", &[], vec![]).await.with_status(200);
     }

@@ -7,7 +7,7 @@ use futures_util::future::join_all;
 use serde_json::json;
 use tokio::task::block_in_place;
 
-use crate::support::{Answer, Database, Engine, Load, PostgresServer, TestServer, invoice_path};
+use testkit::{Answer, Database, Engine, Load, PostgresServer, TestServer, invoice_path};
 
 /// "At once".
 const AT_ONCE: Duration = Duration::from_millis(400);

@@ -1,8 +1,6 @@
 //! Through PgBouncer in transaction mode, with fewer connections than anybody needs: everything is as it is without.
 
-use crate::support::{
-    CommandOutput, Database, Engine, Load, Pooler, PostgresServer, TestServer, run,
-};
+use testkit::{CommandOutput, Database, Engine, Load, Pooler, PostgresServer, TestServer, run};
 
 /// Everything that the program does with a database, by two servers and many commands that share a few connections.
 async fn all_is_as_without(server: TestServer, direct_url: &str) {

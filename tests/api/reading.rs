@@ -2,8 +2,8 @@
 
 use serde_json::{Value, json};
 
-use crate::each_database;
-use crate::support::{Answer, TestServer, invoice_path};
+use testkit::each_database;
+use testkit::{Answer, TestServer, invoice_path};
 
 const FIXTURES: &str = include_str!("../../fixtures/invoices.jsonl");
 

@@ -12,14 +12,13 @@ use serde_json::{Value, json};
 use stripe_reconciler::clock::Clock;
 use stripe_reconciler::store::Store;
 
-use crate::each_database;
-use crate::stripe_fake::story::{self, Stored};
-use crate::stripe_fake::{
+use testkit::each_database;
+use testkit::stripe::story::{self, Stored};
+use testkit::stripe::{
     self, BASIL, CLOVER, Call, DAY, Deliveries, ENDIVE, Endpoint, Event, HOUR, LIVE_KEY, Life, OLD,
     OTHER_KEY, Stripe, Terms, Troubles, now_s,
 };
-use crate::stripe_fake_checks;
-use crate::support::{
+use testkit::{
     CommandOutput, Database, Engine, Files, SECRET, Server, TestServer, binary, invoice_path, run,
 };
 
@@ -361,7 +360,7 @@ fn assert_logged_once(database_url: &str) {
 pub fn terms(start: i64, version: &'static str) -> Terms {
     Terms {
         currency: "usd",
-        ..stripe_fake_checks::terms(start, version)
+        ..Terms::automatic(start, version)
     }
 }
 
@@ -496,7 +495,7 @@ each_database! {
         let twins = |kind: &str| stripe.events().into_iter().find(|event| event.kind == kind).unwrap();
         stripe.hold();
         for kind in ["invoice.finalized", "invoice.paid"] {
-            stripe_fake::deliver_one(&process.base, &twins(kind).as_thin()).await;
+            stripe::deliver_one(&process.base, &twins(kind).as_thin()).await;
         }
         assert_eq!(server.history("thin").await.len(), 2, "their types are claims already");
         stripe.release();
@@ -509,10 +508,10 @@ each_database! {
         let invoice = [stored("thin", &life)];
         let expected = undisturbed(&server, &stripe, &invoice);
         for event in stripe.events() {
-            stripe_fake::deliver_one(&process.base, &event.as_delivered()).await;
+            stripe::deliver_one(&process.base, &event.as_delivered()).await;
         }
         assert_eq!(server.states("thin").await.to_string(), expected[life.id()]);
-        stripe_fake::deliver_one(&process.base, &twins("invoice.payment_succeeded").as_thin()).await;
+        stripe::deliver_one(&process.base, &twins("invoice.payment_succeeded").as_thin()).await;
         assert_eq!(server.states("thin").await.to_string(), expected[life.id()]);
         assert_eq!(stripe.faults(), [""; 0]);
     }

@@ -6,8 +6,8 @@ use serde_json::{Value, json};
 use stripe_reconciler::ingest::{Delivery, prepare};
 use stripe_reconciler::store::{NewEvent, Outcome, Store};
 
-use crate::each_database;
-use crate::support::{self, CommandOutput, Files, SECRET, invoice_path, recorded};
+use testkit::each_database;
+use testkit::{CommandOutput, Files, SECRET, fixtures, invoice_path};
 
 fn texts<'v>(items: &'v [Value], name: &str) -> Vec<&'v str> {
     items
@@ -17,7 +17,7 @@ fn texts<'v>(items: &'v [Value], name: &str) -> Vec<&'v str> {
 }
 
 fn import(url: &str, tenant: &str, lines: &str) -> CommandOutput {
-    support::run(
+    testkit::run(
         &[("DATABASE_URL", url)],
         &["invoices", "import", "--tenant", tenant, "-"],
         lines.as_bytes(),
@@ -26,30 +26,30 @@ fn import(url: &str, tenant: &str, lines: &str) -> CommandOutput {
 
 each_database! {
     async fn recorded_payloads_are_replayed_from_every_form_of_file(server: TestServer) {
-        let (document, uid) = recorded::told_invoice();
+        let (document, uid) = fixtures::told_invoice();
         server.put(&invoice_path(&uid), &document).await.with_status(201);
-        for event in recorded::events() {
+        for event in fixtures::events() {
             server.deliver(&event).await.with_status(200);
         }
         let states = server.states(&uid).await;
         assert!(states.as_array().unwrap().len() > 3);
         let files = Files::new();
         let pretty = |value: &Value| serde_json::to_string_pretty(value).unwrap();
-        let list = json!({"object": "list", "url": "/v1/events", "has_more": false, "data": recorded::events()});
-        for (number, event) in recorded::events().iter().enumerate() {
+        let list = json!({"object": "list", "url": "/v1/events", "has_more": false, "data": fixtures::events()});
+        for (number, event) in fixtures::events().iter().enumerate() {
             let text = if number == 0 { event.to_string() } else { pretty(event) };
             files.add(&format!("folder/{}/{number}.json", number % 3), text);
         }
         files.add("folder/notes.txt", "no event");
-        files.add("folder/more/events.jsonl", recorded::events()[0].to_string());
+        files.add("folder/more/events.jsonl", fixtures::events()[0].to_string());
         let forms: [(String, &str); 7] = [
             (files.path("folder").to_str().unwrap().to_owned(), ""), (files.add("list.json", pretty(&list)), ""), (files.add("list.jsonl", list.to_string()), ""),
-            (files.add("array.json", pretty(&json!(recorded::events()))), ""), (files.add("lines.jsonl", recorded::lines().join("\n")), ""), ("-".to_owned(), &recorded::lines().join("\r\n")), ("-".to_owned(), &list.to_string()),
+            (files.add("array.json", pretty(&json!(fixtures::events()))), ""), (files.add("lines.jsonl", fixtures::lines().join("\n")), ""), ("-".to_owned(), &fixtures::lines().join("\r\n")), ("-".to_owned(), &list.to_string()),
         ];
-        let told = recorded::events().len() as u64;
+        let told = fixtures::events().len() as u64;
         for (path, input) in forms {
             let database = server.empty_database();
-            let run = |arguments: &[&str], input: &str| support::run(&[("DATABASE_URL", &database.url)], arguments, input.as_bytes()).with_code(0);
+            let run = |arguments: &[&str], input: &str| testkit::run(&[("DATABASE_URL", &database.url)], arguments, input.as_bytes()).with_code(0);
             import(&database.url, "acme", &document.to_string()).with_code(0);
             let counts = run(&["replay", &path, "--json"], input).json();
             let new = counts["recorded"].as_u64().unwrap() + counts["no_payment_fact"].as_u64().unwrap();
@@ -65,7 +65,7 @@ each_database! {
 
     async fn what_is_no_event_is_refused_with_its_place_and_all_others_are_replayed(server: TestServer) {
         let files = Files::new();
-        let mut lines: Vec<String> = recorded::lines().into_iter().map(str::to_owned).collect();
+        let mut lines: Vec<String> = fixtures::lines().into_iter().map(str::to_owned).collect();
         let told = lines.len();
         lines.insert(1, r#"{"id": "evt_x", "type": 5}"#.to_owned());
         lines.insert(4, "this is no JSON".to_owned());
@@ -84,16 +84,16 @@ each_database! {
 
     async fn payloads_are_delivered_to_a_url_signed_with_the_first_secret(server: TestServer) {
         let files = Files::new();
-        let file = files.add("story.jsonl", recorded::lines().join("\n"));
-        let (document, uid) = recorded::told_invoice();
+        let file = files.add("story.jsonl", fixtures::lines().join("\n"));
+        let (document, uid) = fixtures::told_invoice();
         server.put(&invoice_path(&uid), &document).await.with_status(201);
         let to = format!("{}/webhooks/stripe", server.process.base);
         let replay = |secrets: &str, arguments: &[&str]| {
             let environment = if secrets.is_empty() { vec![] } else { vec![("STRIPE_WEBHOOK_SECRET", secrets)] };
-            support::run(&environment, &[&["replay", "--to"], arguments].concat(), b"")
+            testkit::run(&environment, &[&["replay", "--to"], arguments].concat(), b"")
         };
         let refused = replay(&format!("whsec_unknown,{SECRET}"), &[&to, &file]).with_code(1);
-        let told = recorded::events().len();
+        let told = fixtures::events().len();
         assert!(refused.stdout.contains(&format!("{told} refused")), "{}", refused.stdout);
         for line in 1..=told {
             let place = format!("{file}:{line}: was answered 400");
@@ -114,15 +114,15 @@ each_database! {
     }
 
     async fn a_rebuild_puts_right_what_an_older_version_read_otherwise(server: TestServer) {
-        let (document, uid) = recorded::told_invoice();
+        let (document, uid) = fixtures::told_invoice();
         server.put(&invoice_path(&uid), &document).await.with_status(201);
-        for event in recorded::events() {
+        for event in fixtures::events() {
             server.deliver(&event).await.with_status(200);
         }
         let states = server.states(&uid).await;
         for arguments in [&["rebuild", "--dry-run"][..], &["rebuild"]] {
             let ran = server.run(arguments).with_code(0);
-            assert!(ran.stdout.starts_with(&format!("{} events read again", recorded::events().len())), "{}", ran.stdout);
+            assert!(ran.stdout.starts_with(&format!("{} events read again", fixtures::events().len())), "{}", ran.stdout);
         }
         forget_what_was_read(&server.database.url).await;
         assert_eq!(server.states(&uid).await, json!([]));
@@ -189,7 +189,7 @@ fn stories() -> Vec<PathBuf> {
 
 each_database! {
     async fn what_is_exported_and_replayed_elsewhere_gives_the_same_histories(server: TestServer) {
-        import(&server.database.url, "acme", recorded::INVOICES).with_code(0);
+        import(&server.database.url, "acme", fixtures::INVOICES).with_code(0);
         let stories: Vec<String> = stories().iter().map(|path| path.to_str().unwrap().to_owned()).collect();
         let arguments: Vec<&str> = ["replay"].into_iter().chain(stories.iter().map(String::as_str)).collect();
         server.run(&arguments).with_code(0);
@@ -198,16 +198,16 @@ each_database! {
         assert_eq!(exported.json_lines().len() + 1, server.run(&["events", "list", "--json", "--limit", "100000"]).with_code(0).json_lines().len());
         assert!(exported.stderr.contains("1 "), "what is left out is said: {}", exported.stderr);
         let elsewhere = server.empty_database();
-        support::run(&[("DATABASE_URL", &elsewhere.url)], &["replay", "-"], exported.stdout.as_bytes()).with_code(0);
-        import(&elsewhere.url, "acme", recorded::INVOICES).with_code(0);
-        let list = |url: &str| support::run(&[("DATABASE_URL", url)], &["invoices", "list", "--json"], b"").with_code(0).stdout;
+        testkit::run(&[("DATABASE_URL", &elsewhere.url)], &["replay", "-"], exported.stdout.as_bytes()).with_code(0);
+        import(&elsewhere.url, "acme", fixtures::INVOICES).with_code(0);
+        let list = |url: &str| testkit::run(&[("DATABASE_URL", url)], &["invoices", "list", "--json"], b"").with_code(0).stdout;
         let (here, there) = (list(&server.database.url), list(&elsewhere.url));
         assert!(here.matches("\"state\":\"Paid\"").count() > 10);
         assert_eq!(here, there);
     }
 
     async fn received_events_are_listed_and_shown(server: TestServer) {
-        let events = recorded::events();
+        let events = fixtures::events();
         for event in &events {
             server.deliver(event).await.with_status(200);
         }
@@ -221,19 +221,19 @@ each_database! {
         let all = list(&[]);
         assert_eq!(all.len(), events.len() + 2);
         assert!(all.iter().map(|event| event["receivedAt"].as_str().unwrap()).is_sorted_by(|a, b| a >= b), "the latest received first");
-        assert_eq!(texts(&list(&["--type", "invoice.paid"]), "id"), [recorded::event_id(paid); 2]);
+        assert_eq!(texts(&list(&["--type", "invoice.paid"]), "id"), [fixtures::event_id(paid); 2]);
         assert_eq!(texts(&list(&["--outcome", "unreadable"]), "id"), ["-"]);
         assert!(list(&["--outcome", "recorded"]).iter().all(|event| event["outcome"] == "recorded"));
         assert!(list(&["--invoice", stripe_invoice_id, "--type", "invoice.paid"]).len() == 2 && list(&["--invoice", "in_unknown"]).is_empty());
         assert_eq!(server.run(&["events", "list", "--limit", "3", "--json"]).with_code(0).json_lines(), all[..3]);
         let table = server.run(&["events", "list", "--type", "invoice.paid"]).with_code(0).stdout;
-        for part in [recorded::event_id(paid), "invoice.paid", "recorded", "webhook", "live"] {
+        for part in [fixtures::event_id(paid), "invoice.paid", "recorded", "webhook", "live"] {
             assert!(table.lines().nth(1).unwrap().contains(part), "{part} is missing in\n{table}");
         }
-        let shown = server.run(&["events", "show", recorded::event_id(paid), "--json"]).with_code(0).json();
+        let shown = server.run(&["events", "show", fixtures::event_id(paid), "--json"]).with_code(0).json();
         let bodies: Vec<&Value> = shown.as_array().unwrap().iter().map(|rendering| &rendering["body"]).collect();
         assert_eq!(bodies, [paid, &rendered], "all renderings, oldest receipt first");
-        let shown = server.run(&["events", "show", recorded::event_id(first)]).with_code(0).stdout;
+        let shown = server.run(&["events", "show", fixtures::event_id(first)]).with_code(0).stdout;
         assert!(shown.contains(&first.to_string()) && shown.contains("live"), "{shown}");
         server.run(&["events", "show", "evt_unknown"]).with_code(1);
         for unfit in [&["--limit", "0"][..], &["--limit", "x"], &["--outcome", "duplicate"], &["--unknown"]] {
@@ -242,12 +242,12 @@ each_database! {
     }
 
     async fn why_shows_the_proofs_of_each_entry(server: TestServer) {
-        let (mut document, uid) = recorded::told_invoice();
+        let (mut document, uid) = fixtures::told_invoice();
         document["status"]["states"] = json!([{"state": "PaymentPending", "timestamp": "2020-01-01T00:00:00Z", "paymentMsg": "Imported."}]);
         server.put(&invoice_path(&uid), &document).await.with_status(201);
         let empty = server.run(&["why", "acme", &uid, "--json"]).with_code(0).json();
         assert_eq!(empty["entries"].as_array().unwrap().len(), 1);
-        for event in recorded::events() {
+        for event in fixtures::events() {
             server.deliver(&event).await.with_status(200);
         }
         let why = server.run(&["why", "acme", &uid, "--json"]).with_code(0).json();
@@ -263,7 +263,7 @@ each_database! {
             assert!(!proofs.is_empty() && entry["imported"] == false, "{entry}");
             for proof in proofs {
                 let id = proof["id"].as_str().unwrap();
-                let event = recorded::events().into_iter().find(|event| recorded::event_id(event) == id).unwrap();
+                let event = fixtures::events().into_iter().find(|event| fixtures::event_id(event) == id).unwrap();
                 assert_eq!((&proof["type"], &proof["source"], &proof["secretLabel"]), (&event["type"], &json!("webhook"), &json!("live")));
                 let (happened, received) = (proof["createdAt"].as_str().unwrap(), proof["receivedAt"].as_str().unwrap());
                 let line = text.lines().find(|line| line.contains(id)).unwrap();

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::support::{
+use testkit::{
     Database, Engine, Load, PostgresServer, Server, TestServer, client, run, send, uid_and_states,
 };
 

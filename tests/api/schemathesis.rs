@@ -6,8 +6,8 @@ use std::process::Command;
 
 use serde_json::json;
 
-use crate::each_database;
-use crate::support::{SECRET, TestServer, recorded};
+use testkit::each_database;
+use testkit::{SECRET, TestServer, fixtures};
 
 /// Where `./test` installs it. None where it is not installed: then nothing is tested, unless the environment says that it must.
 fn schemathesis() -> Option<PathBuf> {
@@ -83,8 +83,8 @@ each_database! {
     async fn schemathesis_finds_no_violation_with_any_kind_of_key(server: TestServer) {
         let Some(program) = schemathesis() else { return };
         let import = ["invoices", "import", "--tenant", "acme", "-"];
-        server.run_with_input(&import, recorded::INVOICES.as_bytes()).with_code(0);
-        for event in recorded::events() {
+        server.run_with_input(&import, fixtures::INVOICES.as_bytes()).with_code(0);
+        for event in fixtures::events() {
             server.deliver(&event).await.with_status(200);
         }
         server.deliver_bytes(b"authentic, and no JSON").await.with_status(200);

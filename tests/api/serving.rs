@@ -8,8 +8,8 @@ use serde_json::{Value, json};
 use stripe_reconciler::clock::Clock;
 use tempfile::TempDir;
 
-use crate::each_database;
-use crate::support::{self, CommandOutput, SECRET, binary, client, invoice_path, send, signature};
+use testkit::each_database;
+use testkit::{CommandOutput, SECRET, binary, client, invoice_path, send, signature};
 
 /// A `serve` that ends when it is told to, all its output kept.
 struct Served {
@@ -119,7 +119,7 @@ fn event(id: &str) -> String {
 
 /// What `serve` refuses to start with.
 fn refused(environment: &[(&str, &str)], arguments: &[&str]) -> String {
-    let ran = support::run(environment, &[&["serve"], arguments].concat(), b"").with_code(2);
+    let ran = testkit::run(environment, &[&["serve"], arguments].concat(), b"").with_code(2);
     assert_eq!(ran.stdout, "");
     ran.stderr
 }
@@ -138,7 +138,7 @@ each_database! {
             let ran = served.end(signal).with_code(0);
             assert_eq!(ran.stdout, "", "a script reads one line");
         }
-        let events = support::run(&[("DATABASE_URL", &empty.url)], &["events", "list", "--json"], b"").with_code(0).json_lines();
+        let events = testkit::run(&[("DATABASE_URL", &empty.url)], &["events", "list", "--json"], b"").with_code(0).json_lines();
         assert_eq!(events.len(), 1, "what was answered before the signal is kept");
     }
 
@@ -168,7 +168,7 @@ each_database! {
             assert_eq!(served.deliver("whsec_of_the_file", &event("evt_4")).await, 400);
             served.end("-TERM").with_code(0);
         }
-        let of_other_commands = support::run(&[("DATABASE_URL", "unfit")], &["keys", "list", "--database-url", &server.database.url], b"");
+        let of_other_commands = testkit::run(&[("DATABASE_URL", "unfit")], &["keys", "list", "--database-url", &server.database.url], b"");
         assert!(of_other_commands.with_code(0).stdout.contains("operator"));
     }
 
@@ -282,7 +282,7 @@ fn no_secret_stands_in_a_mistake_or_in_the_help() {
         "a b=whsec_hidden,a",
     ];
     for secrets in unfit {
-        let ran = support::run(
+        let ran = testkit::run(
             &[("STRIPE_WEBHOOK_SECRET", secrets), ("LISTEN_ADDR", "unfit")],
             &["serve"],
             b"",
@@ -303,7 +303,7 @@ fn no_secret_stands_in_a_mistake_or_in_the_help() {
         &["serve", "-h"],
         &["serve", "--unknown"],
     ] {
-        let ran = support::run(&environment, arguments, b"");
+        let ran = testkit::run(&environment, arguments, b"");
         assert!(
             !format!("{}{}", ran.stdout, ran.stderr).contains("hidden"),
             "{arguments:?}"

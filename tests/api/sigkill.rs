@@ -11,8 +11,8 @@ use serde_json::{Value, json};
 use stripe_reconciler::clock::Clock;
 use tokio::sync::mpsc;
 
-use crate::each_database;
-use crate::support::{SECRET, Server, TestServer, client, invoice_path, signature, try_send};
+use testkit::each_database;
+use testkit::{SECRET, Server, TestServer, client, invoice_path, signature, try_send};
 
 const ROUNDS: usize = 5;
 const CONNECTIONS: usize = 8;

@@ -13,7 +13,7 @@ use std::path::Path;
 use stripe_reconciler::domain::stripe::event::{EventKey, Link};
 use stripe_reconciler::store::{NewEvent, NewInvoice, Outcome, PackedBody, Source, Store};
 
-use crate::support::{Database, Engine};
+use testkit::{Database, Engine};
 
 /// A migrated store on a database of its own.
 struct TestStore {
@@ -43,12 +43,12 @@ macro_rules! each_store {
 
                 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
                 async fn sqlite() {
-                    run(TestStore::new($crate::support::Engine::Sqlite).await).await
+                    run(TestStore::new(testkit::Engine::Sqlite).await).await
                 }
 
                 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
                 async fn postgres() {
-                    run(TestStore::new($crate::support::Engine::Postgres).await).await
+                    run(TestStore::new(testkit::Engine::Postgres).await).await
                 }
             }
         )*

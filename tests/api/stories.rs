@@ -10,8 +10,8 @@ use rand::seq::SliceRandom;
 use rand::{RngExt, SeedableRng};
 use serde_json::Value;
 
-use crate::each_database;
-use crate::support::{TestServer, run};
+use testkit::each_database;
+use testkit::{TestServer, run};
 
 /// Deliveries under way at a time, as Stripe makes several.
 const AT_ONCE: usize = 8;

@@ -15,8 +15,8 @@ use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
-use crate::each_database;
-use crate::support::{SECRET, signature};
+use testkit::each_database;
+use testkit::{SECRET, signature};
 
 const INVOICES: usize = 8;
 const EVENTS: usize = 200;

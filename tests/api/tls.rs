@@ -7,7 +7,7 @@ use std::sync::Arc;
 use serde_json::json;
 use tempfile::TempDir;
 
-use crate::support::{Database, PostgresServer, TestServer, run};
+use testkit::{Database, PostgresServer, TestServer, run};
 
 /// Certificates, made for this test.
 struct Authority(TempDir);

@@ -6,10 +6,10 @@ use serde_json::{Value, json};
 use stripe_reconciler::clock::Clock;
 use tokio::net::TcpListener;
 
-use crate::each_database;
-use crate::stripe_fake::Stripe;
-use crate::support::collector::{Collector, attribute};
-use crate::support::{SECRET, Server, TestServer, invoice_path, signature};
+use testkit::collector::{Collector, attribute};
+use testkit::each_database;
+use testkit::stripe::Stripe;
+use testkit::{SECRET, Server, TestServer, invoice_path, signature};
 
 fn event(id: &str) -> Value {
     json!({"id": id, "object": "event", "type": "customer.updated", "created": 100, "data": {"object": {"id": "cus_1"}}})
@@ -106,7 +106,7 @@ each_database! {
     async fn a_pass_against_stripes_api_has_an_id_of_its_own(server: TestServer) {
         let (collector, stripe) = (Collector::start(), Stripe::start());
         let environment = [&[("DATABASE_URL", server.database.url.as_str()), ("OTEL_EXPORTER_OTLP_ENDPOINT", &collector.base)][..], &stripe.settings()].concat();
-        crate::support::run(&environment, &["reconcile"], b"").with_code(0);
+        testkit::run(&environment, &["reconcile"], b"").with_code(0);
         let pass = collector.spans().into_iter().find(|span| span.name == "pass").expect("a command sends its spans too");
         let runs = server.run(&["reconcile", "--list", "--json"]).with_code(0).json();
         assert_eq!(runs["runs"][0]["id"], attribute(&pass, "pass.id"));

@@ -5,12 +5,12 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
-use crate::each_database;
-use crate::support::{
-    Answer, Database, OLD_SECRET, PostgresServer, SECRET, Server, TestServer, client, invoice_path,
-    recorded, send, send_raw, signature,
-};
 use stripe_reconciler::clock::Clock;
+use testkit::each_database;
+use testkit::{
+    Answer, Database, OLD_SECRET, PostgresServer, SECRET, Server, TestServer, client, fixtures,
+    invoice_path, send, send_raw, signature,
+};
 
 /// All pages, with `inv-1` of tenant `acme` and the event `evt_1`.
 const PAGES: [&str; 9] = [
@@ -300,13 +300,13 @@ each_database! {
     }
 
     async fn an_invoice_is_shown_with_its_proofs_and_as_it_was_known(server: TestServer) {
-        let (document, uid) = recorded::told_invoice();
+        let (document, uid) = fixtures::told_invoice();
         server.put(&invoice_path(&uid), &document).await.with_status(201);
         let before = &stripe_reconciler::domain::time::timestamp(Clock::system().now_ms())[..19];
         while Clock::system().now_s() * 1000 < stripe_reconciler::domain::time::parse_time(&format!("{before}Z")).unwrap() + 1000 {
             tokio::time::sleep(std::time::Duration::from_millis(20)).await;
         }
-        for event in recorded::events() {
+        for event in fixtures::events() {
             server.deliver(&event).await.with_status(200);
         }
         let process = start_with_ui(&server);
@@ -413,8 +413,8 @@ async fn a_database_that_is_away_is_said_in_a_page() {
 
 /// The event that tells that the recorded invoice is paid.
 fn proof() -> String {
-    let events = recorded::events();
-    recorded::event_id(
+    let events = fixtures::events();
+    fixtures::event_id(
         events
             .iter()
             .find(|event| event["type"] == "invoice.paid")
@@ -448,18 +448,18 @@ fn browser(arguments: &[&str]) -> Option<Command> {
 
 each_database! {
     async fn a_person_finds_an_invoice_and_its_proof_in_a_real_browser(server: TestServer) {
-        for line in recorded::INVOICES.lines() {
+        for line in fixtures::INVOICES.lines() {
             let document: Value = serde_json::from_str(line).unwrap();
             server.put(&invoice_path(document["metadata"]["uid"].as_str().unwrap()), &document).await.with_status(201);
         }
         server.put("/v1/tenants/other/invoices/inv-other", &json!({"status": {"stripeInvoiceId": "in_other"}})).await.with_status(201);
-        for event in recorded::events() {
+        for event in fixtures::events() {
             server.deliver(&event).await.with_status(200);
         }
         server.deliver(&paid("evt_nobody", "in_nobody")).await.with_status(200);
         server.deliver_bytes(b"no event").await.with_status(200);
         let process = start_with_ui(&server);
-        let (document, uid) = recorded::told_invoice();
+        let (document, uid) = fixtures::told_invoice();
         let setting = json!({"base": process.base, "operatorKey": server.operator_key, "tenantKey": server.acme_key, "uid": uid,
             "stripeId": document["status"]["stripeInvoiceId"], "event": proof()});
         let Some(mut browser) = browser(&[&setting.to_string()]) else { return };

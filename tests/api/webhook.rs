@@ -8,8 +8,8 @@ use serde_json::{Value, json};
 use sha2::Sha256;
 use stripe_reconciler::clock::Clock;
 
-use crate::each_database;
-use crate::support::{Answer, OLD_SECRET, SECRET, TestServer, Wire, signature};
+use testkit::each_database;
+use testkit::{Answer, OLD_SECRET, SECRET, TestServer, Wire, signature};
 
 const PATH: &str = "/webhooks/stripe";
 const MIB: usize = 1024 * 1024;

@@ -11,7 +11,7 @@ use super::delivery::{Parcel, Signed};
 use super::process::Replica;
 use super::watch::Watch;
 use super::world::{World, assert_is_error, quiet};
-use crate::support::Answer;
+use testkit::Answer;
 
 /// Without news from its holder, a lease lasts so long.
 const LEASE_MS: i64 = 12_000;

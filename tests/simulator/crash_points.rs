@@ -8,8 +8,8 @@ use super::ending::{calm_down, check_truth, read_all};
 use super::rounds::{ROUNDS, rounds};
 use super::script::Script;
 use super::world::{AT_ONCE, Trace, World, quiet};
-use crate::stripe_fake::Troubles;
-use crate::support::Engine;
+use testkit::Engine;
+use testkit::stripe::Troubles;
 
 /// Moments of a pass at which it crashes in a short run: a pass has some 300.
 const MOMENTS: usize = 12;

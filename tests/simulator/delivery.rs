@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use sha2::Sha256;
 
 use super::ledger::identity;
-use crate::stripe_fake::{BASIL, CLOVER, DAY, ENDIVE, Event, OLD};
+use testkit::stripe::{BASIL, CLOVER, DAY, ENDIVE, Event, OLD};
 
 /// How far the time of a signature may lie from ours, in seconds.
 const TOLERANCE_S: i64 = 300;

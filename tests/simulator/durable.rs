@@ -10,7 +10,7 @@ use stripe_reconciler::store::{
     LoggedEvent, LookupKind, NewEvent, Store, StoredBody, Table, Value,
 };
 
-use crate::stripe_fake::{Event, Stripe};
+use testkit::stripe::{Event, Stripe};
 
 /// Events read from the log at a time.
 const PAGE: u32 = 500;

@@ -16,8 +16,8 @@ use super::process::{Process, Setup};
 use super::reading::entries;
 use super::script::Script;
 use super::world::{KEY, Stored, Trace, World, database, make_key, quiet};
-use crate::stripe_fake::DAY;
-use crate::support::{Engine, invoice_path};
+use testkit::stripe::DAY;
+use testkit::{Engine, invoice_path};
 
 /// `status.states` of each invoice, as they stand, by its uid.
 pub type Histories = BTreeMap<String, String>;

@@ -6,7 +6,7 @@ use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use serde_json::{Value, json};
 
-use crate::stripe_fake::{BASIL, CLOVER, DAY, ENDIVE, Life, OLD, Stripe, Terms};
+use testkit::stripe::{BASIL, CLOVER, DAY, ENDIVE, Life, OLD, Stripe, Terms};
 
 pub const CONNECTED: &str = "acct_1Connected";
 /// Moves of one invoice this close, in seconds, are hard to tell apart, and may be shown as one until all is known.

@@ -8,8 +8,8 @@ use serde_json::Value;
 use stripe_reconciler::domain::stripe::event::EventKey;
 use stripe_reconciler::store::{Source, StoredBody};
 
-use crate::stripe_fake::{Event, Stripe};
-use crate::support::Answer;
+use testkit::Answer;
+use testkit::stripe::{Event, Stripe};
 
 /// What is known of the deliveries, by their identity.
 #[derive(Default)]

@@ -27,19 +27,5 @@ mod process;
 mod reading;
 mod rounds;
 mod script;
-#[path = "../api/stripe_fake/mod.rs"]
-#[allow(
-    dead_code,
-    unused_imports,
-    reason = "the tests from outside use more of it"
-)]
-mod stripe_fake;
-#[path = "../api/support/mod.rs"]
-#[allow(
-    dead_code,
-    unused_imports,
-    reason = "the tests from outside use more of it"
-)]
-mod support;
 mod watch;
 mod world;

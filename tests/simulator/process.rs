@@ -26,8 +26,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::durable::Durable;
 use super::watch::Watch;
-use crate::stripe_fake::LIVE_KEY;
-use crate::support::{Answer, Database, Engine};
+use testkit::stripe::LIVE_KEY;
+use testkit::{Answer, Database, Engine};
 
 /// How long the database may take to notice that somebody is gone.
 const TIMEOUT: Duration = Duration::from_secs(20);

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::invoice_lifecycle::{Fact, NEAR_S};
 use super::ledger::identity;
 use super::world::{KEY, Stored, World, assert_is_error};
-use crate::support::{assert_is_invoice, invoice_path};
+use testkit::{assert_is_invoice, invoice_path};
 
 /// State and second of an entry.
 pub type Shown = (String, i64);

@@ -7,7 +7,7 @@ use std::sync::Once;
 use super::ending::{Histories, round};
 use super::script::Script;
 use super::world::Trace;
-use crate::support::Engine;
+use testkit::Engine;
 
 /// Without a word from `SIMULATOR_ROUNDS`.
 pub const ROUNDS: u64 = 8;

@@ -21,8 +21,8 @@ use super::ledger::Ledger;
 use super::process::{Process, Setup};
 use super::reading::Reads;
 use super::script::{Script, Step, What};
-use crate::stripe_fake::{DAY, HOUR, Stripe, Troubles};
-use crate::support::{Answer, Database, Engine, invoice_path};
+use testkit::stripe::{DAY, HOUR, Stripe, Troubles};
+use testkit::{Answer, Database, Engine, invoice_path};
 
 pub const KEY: &str = "srk_simulated";
 /// Deliveries at a time.

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::reconcile;
-use crate::stripe_fake::{CLOVER, DAY, Endpoint, HOUR, Stripe, Terms, Troubles, now_s};
+use testkit::stripe::{CLOVER, DAY, Endpoint, HOUR, Stripe, Terms, Troubles, now_s};
 
 each_database! {
     async fn webhooks_that_are_lost_for_a_day_are_missed(server: TestServer) {
@@ -14,13 +14,13 @@ each_database! {
         let settings = stripe.settings();
         let environment = [&[("DATABASE_URL", server.database.url.as_str())], &settings[..]].concat();
         server.store("a", life.id()).await;
-        support::run(&environment, &["reconcile"], b"");
+        testkit::run(&environment, &["reconcile"], b"");
         let missed = |said: &DoctorOutput| {
             said.assert_says("deliveries", &["1.0 days ago", "events since, the first 23.0 hours ago", "Dashboard"]);
             assert_eq!(said.check("deliveries")["state"], "failing");
         };
         missed(&doctor(&server, &settings));
-        support::run(&environment, &["reconcile"], b"").with_code(0);
+        testkit::run(&environment, &["reconcile"], b"").with_code(0);
         doctor(&server, &[]).assert_says("endpoint", &["No webhook came since", "Stripe's list has new events", "The last pass saw that"]);
         // As if the pass that found them had failed half way.
         server.database.execute("delete from runs").await;
@@ -35,7 +35,7 @@ each_database! {
         stripe.register(Endpoint { status: "disabled", ..Endpoint::enabled(&ours) });
         came(&server, [10 * MINUTE_MS]).await;
         let environment = [&[("DATABASE_URL", server.database.url.as_str())], &stripe.settings()[..]].concat();
-        support::run(&environment, &["reconcile"], b"");
+        testkit::run(&environment, &["reconcile"], b"");
         doctor(&server, &[]).assert_says("endpoint", &["is disabled"]);
         move_passes(&server, -DAY_MS).await;
         server.database.execute(&format!("insert into moments values ('refused stale', {})", Clock::system().now_ms() + DAY_MS)).await;
@@ -54,7 +54,7 @@ each_database! {
         life.later(HOUR).finalized();
         came(&server, [DAY_MS + HOUR_MS]).await;
         let environment = [&[("DATABASE_URL", server.database.url.as_str())], &stripe.settings()[..]].concat();
-        let report = support::run(&environment, &["reconcile", "--json"], b"").json();
+        let report = testkit::run(&environment, &["reconcile", "--json"], b"").json();
         let found = report["apiOnlyEvents"].as_array().unwrap();
         assert!(found.iter().any(|event| event["type"] == "invoice.created"), "{report}");
         server.database.execute("delete from events where source = 'api' and event_type <> 'invoice.created'").await;
@@ -93,7 +93,7 @@ each_database! {
         said.assert_wrong(&[("endpoint", "failing"), ("reconciliation", "warning")]);
         said.assert_says("endpoint", &["is disabled", "Dashboard"]).assert_says("reconciliation", &["No pass was made yet"]);
         let environment = [&[("DATABASE_URL", server.database.url.as_str())], &settings[..]].concat();
-        support::run(&environment, &["reconcile"], b"").with_code(0);
+        testkit::run(&environment, &["reconcile"], b"").with_code(0);
         let said = doctor(&server, &[]);
         said.assert_wrong(&[("endpoint", "failing")]).assert_says("endpoint", &["is disabled"]);
         doctor(&server, &[("STRIPE_API_BASE", &stripe.base), ("STRIPE_API_KEY", "sk_live_of_somebody_else")])
@@ -123,7 +123,7 @@ each_database! {
         server.put(&invoice_path("a"), &document).await;
         let settings = stripe.settings();
         let environment = [&[("DATABASE_URL", server.database.url.as_str())], &settings[..]].concat();
-        support::run(&environment, &["reconcile"], b"").with_code(3);
+        testkit::run(&environment, &["reconcile"], b"").with_code(3);
         doctor(&server, &settings).assert_wrong(&[("drift", "warning")]).assert_says("drift", &["Not as Stripe has it: 1 invoice,", "reconcile", "Find out which side is wrong"]);
         let url = server.database.url.clone();
         server.process = Server::start_with(&[("DATABASE_URL", &url), ("STRIPE_WEBHOOK_SECRET", SECRET), ("STRIPE_API_BASE", &stripe.base), ("STRIPE_API_KEY", "sk_live_of_somebody_else")]);

@@ -9,7 +9,7 @@ use stripe_reconciler::store::{
 use super::opening::api_key;
 use super::reconcile::run_of;
 use super::{NewInvoice, ODD, TestStore, each_store, event, invoice, key, nth};
-use crate::support::{Engine, PostgresServer};
+use testkit::{Engine, PostgresServer};
 
 /// So much does not fit into one page.
 const LARGE: usize = 700_000;

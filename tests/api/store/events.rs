@@ -10,7 +10,7 @@ use stripe_reconciler::store::{
 };
 
 use super::{ODD, TestStore, each_store, event, invoice, key, mention, nth};
-use crate::support::Engine;
+use testkit::Engine;
 
 fn ids(page: &[LoggedEvent]) -> Vec<&str> {
     page.iter()

@@ -171,7 +171,7 @@ each_store! {
     async fn the_room_and_the_time_of_the_database_are_told(place: TestStore) {
         let space = place.store.space().await.unwrap();
         assert!(space.database > 1_000, "{space:?}");
-        let is_here = place.database.engine == crate::support::Engine::Sqlite;
+        let is_here = place.database.engine == testkit::Engine::Sqlite;
         assert_eq!((space.disk.is_some(), space.log.is_some()), (is_here, is_here));
         assert!(space.disk.is_none_or(|disk| disk.free > 0 && disk.free <= disk.size), "{space:?}");
         let time_ms = place.store.time_ms().await.unwrap();

@@ -8,7 +8,7 @@ use stripe_reconciler::store::{
 };
 
 use super::{TestStore, each_store, nth};
-use crate::support::{Database, Engine};
+use testkit::{Database, Engine};
 
 pub(super) fn api_key(id: &str, scope: Scope, created_ms: i64) -> ApiKey {
     ApiKey {

@@ -9,7 +9,7 @@ use serde_json::Value;
 use stripe_reconciler::http_client::HttpClient;
 
 use super::{Event, Stripe, chance, now_s};
-use crate::support::{SECRET, client, send, signature};
+use crate::{SECRET, client, send, signature};
 
 /// Deliveries under way at a time.
 const AT_ONCE: usize = 8;

@@ -13,8 +13,8 @@ use tempfile::NamedTempFile;
 
 use super::command::{self, CommandOutput, binary};
 use super::database::{Database, Engine};
-use super::documented::assert_documented;
 use super::http::{self, Answer};
+use super::openapi::assert_documented;
 
 pub const SECRET: &str = "whsec_world_live";
 pub const OLD_SECRET: &str = "whsec_world_old";

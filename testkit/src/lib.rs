@@ -1,25 +1,28 @@
 //! What the tests stand on: a world with a server in it, a database, and the means to talk to both.
 
+#![expect(clippy::unwrap_used, reason = "a failed step fails the test")]
+
 pub mod collector;
 mod command;
 mod database;
-pub mod documented;
+pub mod fixtures;
 mod http;
+mod invoice_schema;
 mod load;
+pub mod openapi;
 mod pooler;
 mod postgres;
-pub mod recorded;
-mod schema;
 mod server;
+pub mod stripe;
 
-pub use command::{CommandOutput, binary, run};
+pub use command::{CommandOutput, binary, binary_path, run};
 pub use database::{Database, Engine};
+pub use fixtures::Files;
 pub use http::{Answer, Wire, client, send, send_raw, try_send};
+pub use invoice_schema::{V1_INVOICE_SCHEMA, assert_is_invoice};
 pub use load::Load;
 pub use pooler::Pooler;
 pub use postgres::PostgresServer;
-pub use recorded::Files;
-pub use schema::assert_is_invoice;
 pub use server::{OLD_SECRET, SECRET, Server, TestServer, invoice_path, signature, uid_and_states};
 
 /// Writes each test once and runs it on every engine: `name::sqlite` and so on.
@@ -32,16 +35,16 @@ macro_rules! each_database {
                 #[allow(unused_imports)]
                 use super::*;
 
-                async fn run($server: $crate::support::TestServer) $body
+                async fn run($server: $crate::TestServer) $body
 
                 #[tokio::test]
                 async fn sqlite() {
-                    run($crate::support::TestServer::start($crate::support::Engine::Sqlite).await).await
+                    run($crate::TestServer::start($crate::Engine::Sqlite).await).await
                 }
 
                 #[tokio::test]
                 async fn postgres() {
-                    run($crate::support::TestServer::start($crate::support::Engine::Postgres).await).await
+                    run($crate::TestServer::start($crate::Engine::Postgres).await).await
                 }
             }
         )*

@@ -1,6 +1,7 @@
 //! The real binary, run to its end.
 
 use std::io::Write;
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use serde_json::Value;
@@ -13,9 +14,27 @@ pub struct CommandOutput {
     pub stderr: String,
 }
 
+/// Returns the path of the program's binary.
+///
+/// Cargo names it in the environment of the tests and benchmarks that it runs. A test executable
+/// that is started by hand, for example in a debugger, finds it in the parent of its own folder.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "Cargo names the binary in the environment"
+)]
+pub fn binary_path() -> PathBuf {
+    if let Some(path) = std::env::var_os("CARGO_BIN_EXE_stripe-reconciler") {
+        return path.into();
+    }
+
+    let executable = std::env::current_exe().unwrap();
+    let profile = executable.ancestors().nth(2).unwrap();
+    profile.join("stripe-reconciler")
+}
+
 /// The binary with nothing in its environment but what is given.
 pub fn binary(environment: &[(&str, &str)]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_stripe-reconciler"));
+    let mut command = Command::new(binary_path());
     command.env_clear().envs(environment.iter().copied());
     command
 }

@@ -4,24 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Value, json};
 
-use crate::stripe_fake::{
+use testkit::stripe::{
     BASIL, CLOVER, DAY, ENDIVE, HOUR, LIVE_KEY, OLD, Stripe, TEST_KEY, Terms, Troubles, now_s,
 };
-use crate::support::{client, try_send};
-
-pub fn terms(start: i64, version: &'static str) -> Terms {
-    Terms {
-        account: None,
-        livemode: true,
-        due: 5000,
-        currency: "eur",
-        sent: false,
-        start,
-        listed: version,
-        delivered: version,
-        order_reference: None,
-    }
-}
+use testkit::{client, try_send};
 
 /// Status and body; none when no whole answer came.
 async fn call(stripe: &Stripe, path: &str, headers: &[(&str, &str)]) -> Option<(u16, Value)> {
@@ -94,7 +80,7 @@ async fn pages_of_equal_seconds_show_each_event_once_from_either_end() {
     let stripe = Stripe::start();
     for _ in 0..30 {
         stripe
-            .draft(terms(now_s() - DAY, CLOVER))
+            .draft(Terms::automatic(now_s() - DAY, CLOVER))
             .later(HOUR)
             .finalized()
             .paid_by_card();
@@ -122,7 +108,7 @@ async fn pages_of_equal_seconds_show_each_event_once_from_either_end() {
 #[tokio::test]
 async fn an_object_is_shown_in_the_version_that_is_asked_for_and_an_event_in_its_own() {
     let stripe = Stripe::start();
-    let mut life = stripe.draft(terms(now_s() - DAY, OLD));
+    let mut life = stripe.draft(Terms::automatic(now_s() - DAY, OLD));
     life.later(HOUR).finalized().later(2).paid_by_card();
     let invoice = format!("/v1/invoices/{}", life.id());
     let (_, old) = call(&stripe, &invoice, &[("Stripe-Version", OLD)])
@@ -170,13 +156,13 @@ async fn what_stripe_refuses_is_refused_in_its_words() {
     let stripe = Stripe::start();
     let mut life = stripe.draft(Terms {
         livemode: false,
-        ..terms(now_s() - DAY, CLOVER)
+        ..Terms::automatic(now_s() - DAY, CLOVER)
     });
     life.silence(&["invoice.finalized"]).finalized();
     stripe
         .draft(Terms {
             account: Some("acct_1Connected"),
-            ..terms(now_s() - DAY, CLOVER)
+            ..Terms::automatic(now_s() - DAY, CLOVER)
         })
         .finalized();
     let refused = [
@@ -262,7 +248,9 @@ async fn what_stripe_refuses_is_refused_in_its_words() {
 #[tokio::test]
 async fn troubles_come_in_every_form_and_never_three_times_in_a_row() {
     let stripe = Stripe::start();
-    stripe.draft(terms(now_s() - DAY, CLOVER)).finalized();
+    stripe
+        .draft(Terms::automatic(now_s() - DAY, CLOVER))
+        .finalized();
     stripe.trouble(Troubles {
         rate_limited: 0.2,
         failing: 0.2,

@@ -30,6 +30,23 @@ pub struct Terms {
     pub order_reference: Option<&'static str>,
 }
 
+impl Terms {
+    /// The terms of a live invoice of 50 EUR that Stripe charges automatically.
+    pub fn automatic(start: i64, version: &'static str) -> Terms {
+        Terms {
+            account: None,
+            livemode: true,
+            due: 5000,
+            currency: "eur",
+            sent: false,
+            start,
+            listed: version,
+            delivered: version,
+            order_reference: None,
+        }
+    }
+}
+
 pub struct Life {
     stripe: Stripe,
     terms: Terms,

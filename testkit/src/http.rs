@@ -33,7 +33,7 @@ impl Answer {
     /// An invoice, right in its form.
     #[track_caller]
     pub fn invoice(&self) -> Value {
-        super::schema::assert_is_invoice(std::str::from_utf8(&self.body).unwrap())
+        super::invoice_schema::assert_is_invoice(std::str::from_utf8(&self.body).unwrap())
     }
 
     /// Checks that it is an error as all errors are: JSON with these four fields, which names the request.

@@ -7,9 +7,9 @@ use hyper::http::request::Parts;
 use percent_encoding::percent_decode_str;
 use serde_json::{Value, json};
 
+use super::DAY;
 use super::objects::Object;
 use super::{Event, Kept, LIVE_KEY, State, TEST_KEY, chance};
-use crate::stripe_fake::DAY;
 
 /// A call, taken apart.
 pub struct Ask {

@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use serde_json::Value;
 use tempfile::TempDir;
 
-pub const INVOICES: &str = include_str!("../../../fixtures/invoices.jsonl");
+pub const INVOICES: &str = include_str!("../../fixtures/invoices.jsonl");
 const STORY: &str =
-    include_str!("../../../fixtures/stories/declined-twice-then-paid.2025-11-17.clover.jsonl");
+    include_str!("../../fixtures/stories/declined-twice-then-paid.2025-11-17.clover.jsonl");
 
 /// The stored invoice that `STORY` is about, and its uid.
 pub fn told_invoice() -> (Value, String) {
@@ -47,9 +47,15 @@ pub fn event_id(event: &Value) -> &str {
 /// A folder of files.
 pub struct Files(TempDir);
 
+impl Default for Files {
+    fn default() -> Files {
+        Files(tempfile::tempdir().unwrap())
+    }
+}
+
 impl Files {
     pub fn new() -> Files {
-        Files(tempfile::tempdir().unwrap())
+        Files::default()
     }
 
     pub fn add(&self, name: &str, text: impl AsRef<[u8]>) -> String {

@@ -5,9 +5,12 @@ use std::sync::LazyLock;
 use jsonschema::Validator;
 use serde_json::Value;
 
+/// The JSON Schema of a `v1Invoice`.
+pub const V1_INVOICE_SCHEMA: &str = include_str!("v1_invoice.schema.json");
+
 /// The facts of the API's schema, in a layout of our own.
 static V1_INVOICE: LazyLock<Validator> = LazyLock::new(|| {
-    let schema: Value = serde_json::from_str(include_str!("../v1_invoice.schema.json")).unwrap();
+    let schema: Value = serde_json::from_str(V1_INVOICE_SCHEMA).unwrap();
     jsonschema::options()
         .should_validate_formats(true)
         .build(&schema)
