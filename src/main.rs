@@ -1,4 +1,4 @@
-//! Reads the arguments, runs the command, prints the chain of causes when it fails, and exits with a code that scripts can use.
+//! Parses the arguments, runs the command, prints the causes of a failure, and exits with a code for scripts.
 
 use std::process::ExitCode;
 

@@ -1,4 +1,4 @@
-//! `healthcheck`: whether the server on this machine is ready. For containers, whose image holds no other program to ask with.
+//! `healthcheck`: whether the server on this machine is ready. For containers, whose image has no other HTTP client.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
@@ -14,18 +14,19 @@ use crate::config::{Config, Flags, Purpose};
 use crate::http_client::HttpClient;
 
 const TIMEOUT: Duration = Duration::from_secs(3);
-/// More than its answer ever is.
+/// Larger than any answer of `/readyz`, in bytes.
 const ANSWER_LIMIT: usize = 64 << 10;
 
-/// Ask the server on this machine whether it is ready
+/// Check whether the server on this machine is ready
 #[derive(Args)]
 #[command(after_help = "Examples:
   stripe-reconciler healthcheck
   stripe-reconciler healthcheck --listen-addr 127.0.0.1:8080
 
-It asks /readyz. Exit codes: 0 ready; 1 not ready: the database is away, or it is stopping; 4 nobody answers.")]
+It requests /readyz. Exit codes: 0 ready; 1 not ready: the database is unavailable, or the server is stopping;
+4 no answer.")]
 pub struct Healthcheck {
-    /// Where serve listens [env: LISTEN_ADDR] [default: 127.0.0.1:8080]
+    /// Address where serve listens [env: LISTEN_ADDR] [default: 127.0.0.1:8080]
     #[arg(long, value_name = "ADDR:PORT")]
     listen_addr: Option<String>,
 }
@@ -39,8 +40,10 @@ impl Healthcheck {
             },
             Purpose::Healthcheck,
         )?;
+
         let url = format!("http://{}/readyz", reachable(config.listen_addr));
         let request = Request::get(&url).body(Full::<Bytes>::default())?;
+
         match HttpClient::new(TIMEOUT, ANSWER_LIMIT).send(request).await {
             Ok(answer) if answer.status().is_success() => {
                 output::line("ready")?;
@@ -51,14 +54,14 @@ impl Healthcheck {
                 Ok(Exit::Refused)
             }
             Err(error) => {
-                output::note(format!("error: {url} does not answer: {error}"));
+                output::note(format!("error: {url} did not answer: {error}"));
                 Ok(Exit::Unreachable)
             }
         }
     }
 }
 
-/// Who listens on all addresses is reached on this machine's own.
+/// Returns the loopback address for a server that listens on all addresses.
 fn reachable(address: SocketAddr) -> SocketAddr {
     let ip = match address.ip() {
         IpAddr::V4(ip) if ip.is_unspecified() => IpAddr::V4(Ipv4Addr::LOCALHOST),

@@ -1,4 +1,4 @@
-//! `keys`: make, list and revoke API keys. A key is shown once; the database keeps its hash.
+//! `keys`: create, list and revoke API keys. A key is shown once; the database stores only its hash.
 
 use clap::{Args, Subcommand};
 use serde_json::json;
@@ -12,7 +12,7 @@ use crate::domain::api_key;
 use crate::domain::invoice::schema::validate_uid;
 use crate::store::{ApiKey, Scope, Store, StoreError};
 
-/// Make, list and revoke API keys
+/// Create, list and revoke API keys
 #[derive(Args)]
 #[command(after_help = "Examples:
   stripe-reconciler keys create --operator
@@ -24,12 +24,12 @@ pub struct Keys {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Make a key and print it: this once, alone on standard output
+    /// Create a key and print it once, alone on standard output
     #[command(after_help = "Examples:
   TENANT_KEY=$(stripe-reconciler keys create --tenant acme)
   stripe-reconciler keys create --operator --expires-in 90d")]
     Create(Create),
-    /// List all keys, without the keys
+    /// List all keys, without their secret part
     #[command(
         after_help = "Example:\n  stripe-reconciler keys list --json | jq -r '.[] | select(.revokedAt == null) | .id'"
     )]
@@ -38,25 +38,25 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Revoke a key, at once
+    /// Revoke a key immediately
     #[command(after_help = "Example:\n  stripe-reconciler keys revoke key_0197f3c2d1b47a90")]
     Revoke {
-        /// As `keys list` shows it
+        /// Id of the key, as `keys list` shows it
         id: String,
     },
 }
 
 #[derive(Args)]
-// Not `#[group(...)]`: clap puts every argument of the struct into that one, and `--expires-in` is no scope.
+// Not `#[group(...)]`: clap would put every argument of the struct into it, and `--expires-in` is not a scope.
 #[command(group = clap::ArgGroup::new("scope").required(true).args(["tenant", "operator"]))]
 struct Create {
-    /// The key reads this tenant's invoices
+    /// Let the key read this tenant's invoices
     #[arg(long, value_name = "TENANT")]
     tenant: Option<String>,
-    /// The key reads and writes the invoices of all tenants
+    /// Let the key read and write the invoices of all tenants
     #[arg(long)]
     operator: bool,
-    /// For how long it is valid: a number and s, m, h or d [default: for ever]
+    /// Validity: a number and s, m, h or d [default: unlimited]
     #[arg(long, value_name = "DURATION")]
     expires_in: Option<String>,
 }
@@ -82,11 +82,13 @@ impl Create {
             }
             None => Scope::Operator,
         };
+
         let expires_ms = self
             .expires_in
             .map(|text| duration_ms("--expires-in", &text))
             .transpose()?
             .map(|ms| now_ms.saturating_add(ms));
+
         let store = settings.store(Access::Writes).await?;
         let (key, secret) = make(&store, scope, now_ms, expires_ms).await?;
         output::note(format!(
@@ -99,7 +101,7 @@ impl Create {
     }
 }
 
-/// Makes a key, and the secret that opens it: it is not kept.
+/// Creates a key. Also returns its secret part, which is not stored.
 pub(super) async fn make(
     store: &Store,
     scope: Scope,
@@ -115,6 +117,7 @@ pub(super) async fn make(
     };
     let mut random = [0; 32];
     rand::fill(&mut random[..]);
+
     let secret = api_key::from_random(random);
     store
         .insert_key(&key, &api_key::hash(secret.as_bytes()))
@@ -136,34 +139,32 @@ async fn list(store: &Store, json: bool) -> anyhow::Result<Exit> {
         output::line(serde_json::to_string_pretty(&items)?)?;
         return Ok(Exit::Done);
     }
-    let row = |key: &ApiKey| {
-        let state = if key.revoked_ms.is_some() {
-            "revoked"
-        } else {
-            "valid"
-        };
-        let expired = key
-            .expires_ms
-            .is_some_and(|ms| ms <= Clock::system().now_ms());
-        let state = if expired && key.revoked_ms.is_none() {
-            "expired"
-        } else {
-            state
-        };
-        let expires = output::time(key.expires_ms);
-        vec![
-            key.id.clone(),
-            describe(&key.scope),
-            state.to_owned(),
-            output::time(Some(key.created_ms)),
-            expires,
-        ]
-    };
+
+    let now_ms = Clock::system().now_ms();
     output::line(output::table(
         &["ID", "OPENS", "STATE", "CREATED", "EXPIRES"],
-        keys.iter().map(row).collect(),
+        keys.iter().map(|key| table_row(key, now_ms)).collect(),
     ))?;
+
     Ok(Exit::Done)
+}
+
+fn table_row(key: &ApiKey, now_ms: i64) -> Vec<String> {
+    let state = if key.revoked_ms.is_some() {
+        "revoked"
+    } else if key.expires_ms.is_some_and(|ms| ms <= now_ms) {
+        "expired"
+    } else {
+        "valid"
+    };
+
+    vec![
+        key.id.clone(),
+        describe(&key.scope),
+        state.to_owned(),
+        output::time(Some(key.created_ms)),
+        output::time(key.expires_ms),
+    ]
 }
 
 fn as_json(key: &ApiKey) -> serde_json::Value {
@@ -187,7 +188,7 @@ async fn revoke(store: &Store, id: &str) -> anyhow::Result<Exit> {
         return Ok(Exit::Done);
     }
     output::note(format!(
-        "error: there is no key {id} that could be revoked; `keys list` shows all"
+        "error: no valid key {id}; `keys list` shows all keys"
     ));
     Ok(Exit::Refused)
 }

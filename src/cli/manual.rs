@@ -1,4 +1,4 @@
-//! `completions` and `man`: for the shell and for `man`, from the same words as `--help`.
+//! `completions` and `man`: shell completions and manual pages, generated from the texts of `--help`.
 
 use std::path::{Path, PathBuf};
 
@@ -20,13 +20,13 @@ pub struct Completions {
     shell: Shell,
 }
 
-/// Write the manual pages into a folder, one for each command
+/// Write one manual page per command into a folder
 #[derive(Args)]
 #[command(after_help = "Examples:
   stripe-reconciler man /usr/local/share/man/man1
   stripe-reconciler man . && man -l ./stripe-reconciler-copy.1")]
 pub struct Man {
-    /// The folder; it is made when it is missing
+    /// Folder for the pages, created if missing
     folder: PathBuf,
 }
 
@@ -37,7 +37,8 @@ impl Completions {
         let name = command.get_name().to_owned();
         clap_complete::generate(self.shell, &mut command, name.clone(), &mut script);
         if self.shell == Shell::Bash {
-            // It writes a name with a hyphen in two ways, and completes nothing below a command (clap-rs/clap#6421).
+            // clap_complete writes a name with a hyphen in two ways, so subcommands have no completions
+            // (clap-rs/clap#6421).
             let (wrong, right) = (name.replace('-', "__subcmd__"), name.replace('-', "__"));
             script = String::from_utf8(script)?
                 .replace(&wrong, &right)
@@ -51,7 +52,7 @@ impl Completions {
 impl Man {
     pub(super) fn run(self) -> anyhow::Result<Exit> {
         std::fs::create_dir_all(&self.folder)
-            .with_context(|| format!("{} cannot be made", self.folder.display()))?;
+            .with_context(|| format!("{} cannot be created", self.folder.display()))?;
         let mut command = Arguments::command().disable_help_subcommand(true);
         command.build();
         let pages = write_pages(&command, &self.folder)?;
@@ -63,10 +64,11 @@ impl Man {
     }
 }
 
-/// The page of a command, and those of the commands below it. How many they are.
+/// Writes the pages of a command and of its subcommands. Returns their number.
 fn write_pages(command: &clap::Command, folder: &Path) -> anyhow::Result<usize> {
     let man = clap_mangen::Man::new(command.clone());
     let mut page = Vec::new();
+
     man.render_title(&mut page)?;
     man.render_name_section(&mut page)?;
     man.render_synopsis_section(&mut page)?;
@@ -78,8 +80,10 @@ fn write_pages(command: &clap::Command, folder: &Path) -> anyhow::Result<usize> 
     if let Some(text) = command.get_after_help() {
         verbatim(&text.to_string()).to_writer(&mut page)?;
     }
+
     let path = folder.join(man.get_filename());
     std::fs::write(&path, page).with_context(|| format!("{} cannot be written", path.display()))?;
+
     let mut pages = 1;
     for below in command.get_subcommands() {
         pages += write_pages(below, folder)?;
@@ -87,7 +91,7 @@ fn write_pages(command: &clap::Command, folder: &Path) -> anyhow::Result<usize> 
     Ok(pages)
 }
 
-/// Examples, and what follows them, with their lines and blanks.
+/// Renders the examples and the text after them verbatim, with their line breaks and blanks.
 fn verbatim(text: &str) -> Roff {
     let mut section = Roff::new();
     let (title, rest) = text.split_once(":\n").unwrap_or(("Examples", text));

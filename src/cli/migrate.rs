@@ -1,4 +1,4 @@
-//! `migrate`: brings the database to what this version needs, and stops.
+//! `migrate`: applies the migrations that this version needs, and stops.
 
 use clap::Args;
 use serde_json::json;
@@ -9,13 +9,13 @@ use crate::config::{Config, Purpose};
 use crate::store::Store;
 use crate::telemetry;
 
-/// Apply migrations and stop (`serve` does it by itself)
+/// Apply migrations and stop (`serve` also applies them)
 #[derive(Args)]
 #[command(
     after_help = "Example:\n  stripe-reconciler migrate --database-url sqlite:///var/lib/stripe-reconciler/db"
 )]
 pub struct Migrate {
-    /// Print the names of what was applied as JSON
+    /// Print the names of the applied migrations as JSON
     #[arg(long)]
     json: bool,
 }
@@ -27,6 +27,7 @@ impl Migrate {
         let store = Store::connect(&config.database_url).await?;
         let applied = store.migrate().await?;
         store.close().await;
+
         if self.json {
             output::line(json!({"applied": applied}))?;
         } else if applied.is_empty() {

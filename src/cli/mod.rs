@@ -1,4 +1,4 @@
-//! The command line: one file per command. What is printed for a script goes to standard output, all else to standard error.
+//! The command line: one file per command. Output for scripts goes to standard output, everything else to standard error.
 
 mod copy;
 mod demo;
@@ -37,16 +37,16 @@ use crate::telemetry;
     about,
     max_term_width = 110,
     after_help = "Examples:
-  stripe-reconciler demo                                       see the main job, with nothing configured
-  stripe-reconciler keys create --operator                     make a key
+  stripe-reconciler demo                                       show the main job with nothing configured
+  stripe-reconciler keys create --operator                     create a key
   stripe-reconciler invoices import --tenant acme in.jsonl     store invoices
   STRIPE_WEBHOOK_SECRET=whsec_... stripe-reconciler serve      receive Stripe's webhooks
-  stripe-reconciler why acme inv-2026-01                       what proves that an invoice is paid
-  STRIPE_API_KEY=rk_... stripe-reconciler reconcile            find what no webhook told
-  stripe-reconciler doctor                                     what is wrong, and what to do
+  stripe-reconciler why acme inv-2026-01                       show what proves the state of an invoice
+  STRIPE_API_KEY=rk_... stripe-reconciler reconcile            find payments that no webhook reported
+  stripe-reconciler doctor                                     report problems and how to fix them
 
-Settings may stand in the environment instead; NAME_FILE names a file that holds the value of NAME.
-Exit codes: 0 done, 1 some of the input was refused, 2 wrong usage or configuration, 3 something differs,
+Settings can also be set in the environment; NAME_FILE names a file that holds the value of NAME.
+Exit codes: 0 done, 1 some of the input was rejected, 2 wrong usage or configuration, 3 something differs,
 would change or is wrong, 4 the database, the server or Stripe cannot be reached."
 )]
 pub struct Arguments {
@@ -56,15 +56,16 @@ pub struct Arguments {
     command: Command,
 }
 
+/// Options of every command.
 #[derive(Args, Clone)]
 struct GlobalArgs {
-    /// Where everything is kept: sqlite://PATH, created when missing [env: DATABASE_URL] [default: sqlite://stripe-reconciler.db]
+    /// Database URL: sqlite://PATH (created if missing) or postgres://... [env: DATABASE_URL] [default: sqlite://stripe-reconciler.db]
     #[arg(long, global = true, value_name = "URL")]
     database_url: Option<String>,
-    /// What to log, such as info or stripe_reconciler=debug [env: RUST_LOG] [default: info]
+    /// Log filter, such as info or stripe_reconciler=debug [env: RUST_LOG] [default: info]
     #[arg(long, global = true, value_name = "FILTER")]
     log_filter: Option<String>,
-    /// text or json [env: LOG_FORMAT] [default: text on a terminal, else json]
+    /// Log format, text or json [env: LOG_FORMAT] [default: text on a terminal, else json]
     #[arg(long, global = true, value_name = "FORMAT")]
     log_format: Option<String>,
 }
@@ -90,13 +91,13 @@ enum Command {
     OpenApi(openapi::OpenApi),
 }
 
-/// How a command ended that did what it was asked to.
+/// Exit status of a command that ran to its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exit {
     Done = 0,
-    /// Some of the input was refused, or is not there.
+    /// Some of the input was rejected or does not exist.
     Refused = 1,
-    /// Something differs, was put right, or would change; or is wrong.
+    /// Something differs, was corrected, would change, or is wrong.
     Differs = 3,
     /// The database cannot be reached.
     Unreachable = 4,
@@ -108,9 +109,13 @@ impl From<Exit> for ExitCode {
     }
 }
 
+/// Runs the command, then sends the remaining traces.
+///
+/// # Errors
+/// Whatever ended the command; [`fail`] turns it into an exit code.
 pub async fn run(arguments: Arguments) -> anyhow::Result<Exit> {
     let settings = arguments.settings;
-    let ended = match arguments.command {
+    let result = match arguments.command {
         Command::Serve(command) => command.run(settings).await,
         Command::Demo(command) => command.run(settings).await,
         Command::Invoices(command) => command.run(settings).await,
@@ -128,15 +133,17 @@ pub async fn run(arguments: Arguments) -> anyhow::Result<Exit> {
         Command::Man(command) => command.run(),
         Command::OpenApi(command) => command.run(),
     };
+
     telemetry::finish().await;
-    ended
+    result
 }
 
-/// Says why a command failed, and with which code the program ends.
+/// Prints why a command failed and returns the exit code.
 pub fn fail(error: &anyhow::Error) -> ExitCode {
     if output::is_closed_pipe(error) {
         return Exit::Done.into();
     }
+
     let mut printed = error.to_string();
     anstream::eprintln!("error: {printed}");
     for cause in error.chain().skip(1).map(|cause| cause.to_string()) {
@@ -146,24 +153,26 @@ pub fn fail(error: &anyhow::Error) -> ExitCode {
             printed = cause;
         }
     }
-    let is = |found: &(dyn std::error::Error + 'static)| {
-        found.is::<StoreError>()
-            || found.is::<ReplayError>()
-            || found.is::<AppendError>()
-            || found.is::<ReconcileError>()
-    };
-    let is_wrong_key = |found: &ReconcileError| {
-        matches!(
-            found,
-            ReconcileError::Stripe(StripeApiError::Unauthorized(_))
-        )
-    };
-    match error {
-        error if error.downcast_ref().is_some_and(is_wrong_key) => ExitCode::from(2),
-        error if error.chain().any(|cause| cause.is::<ConfigErrors>()) => ExitCode::from(2),
-        error if error.chain().any(is) => ExitCode::from(4),
-        _ => ExitCode::from(1),
+
+    let is_wrong_stripe_key = matches!(
+        error.downcast_ref(),
+        Some(ReconcileError::Stripe(StripeApiError::Unauthorized(_)))
+    );
+    if is_wrong_stripe_key || error.chain().any(|cause| cause.is::<ConfigErrors>()) {
+        ExitCode::from(2)
+    } else if error.chain().any(is_unreachable) {
+        ExitCode::from(4)
+    } else {
+        ExitCode::from(1)
     }
+}
+
+/// Whether the database, the server or Stripe cannot be reached.
+fn is_unreachable(cause: &(dyn std::error::Error + 'static)) -> bool {
+    cause.is::<StoreError>()
+        || cause.is::<ReplayError>()
+        || cause.is::<AppendError>()
+        || cause.is::<ReconcileError>()
 }
 
 impl GlobalArgs {
@@ -176,21 +185,21 @@ impl GlobalArgs {
         }
     }
 
-    /// The database of a command that needs nothing else, migrated.
+    /// Opens the database for a command that needs no other setting, and migrates it.
     async fn store(&self, access: Access) -> anyhow::Result<Store> {
         open(Config::load(&self.flags(), Purpose::Database)?, access).await
     }
 }
 
-/// What a command does with the database.
+/// Whether a command writes to the database.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Access {
     Reads,
-    /// Then it is no longer a copy that `copy` may change.
+    /// Ends a copy into this database: `copy` must not overwrite what the command writes.
     Writes,
 }
 
-/// Starts logging, and opens the database, migrated.
+/// Starts logging, opens the database and migrates it.
 async fn open(config: Config, access: Access) -> anyhow::Result<Store> {
     telemetry::start(config.telemetry);
     let store = Store::connect(&config.database_url).await?;

@@ -1,4 +1,4 @@
-//! `openapi`: prints the OpenAPI document, as the server answers it.
+//! `openapi`: prints the OpenAPI document that the server answers.
 
 use clap::Args;
 
@@ -6,7 +6,7 @@ use super::Exit;
 use super::output;
 use crate::http;
 
-/// Print the OpenAPI 3.1 document of the HTTP API, as GET /openapi.json answers it
+/// Print the OpenAPI 3.1 document of the HTTP API, the same as GET /openapi.json
 #[derive(Args)]
 #[command(after_help = "Example:\n  stripe-reconciler openapi > openapi.json")]
 pub struct OpenApi {}

@@ -1,4 +1,4 @@
-//! Printing: tables that line up, progress on a terminal, colours only there, and no complaint when a pipe closes.
+//! Printing: aligned tables, progress and colours on a terminal only, and a silent end when a pipe closes.
 
 use std::fmt::Display;
 use std::io::{self, Write};
@@ -9,13 +9,13 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::domain::time::timestamp;
 
-/// A line on standard output.
+/// Prints a line on standard output.
 pub fn line(text: impl Display) -> anyhow::Result<()> {
     writeln!(anstream::stdout().lock(), "{text}")?;
     Ok(())
 }
 
-/// The bytes as they are, on standard output.
+/// Writes the bytes to standard output.
 pub fn bytes(bytes: &[u8]) -> anyhow::Result<()> {
     let mut out = io::stdout().lock();
     out.write_all(bytes)?;
@@ -23,13 +23,13 @@ pub fn bytes(bytes: &[u8]) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A note for the person, on standard error.
+/// Prints a note for the user on standard error.
 pub fn note(text: impl Display) {
-    // Where nobody can read it, there is nothing to do about it.
+    // If standard error is closed, nobody can read the note.
     let _ = writeln!(anstream::stderr().lock(), "{text}");
 }
 
-/// `head` closed the pipe: it has what it wanted.
+/// Whether the reader closed the pipe, as `head` does once it has enough.
 pub fn is_closed_pipe(error: &anyhow::Error) -> bool {
     error
         .chain()
@@ -37,7 +37,7 @@ pub fn is_closed_pipe(error: &anyhow::Error) -> bool {
         .any(|e| e.kind() == io::ErrorKind::BrokenPipe)
 }
 
-/// Columns that line up, without borders. An empty head: rows only.
+/// Formats aligned columns without borders. With an empty `head`, only the rows.
 pub fn table(head: &[&str], rows: Vec<Vec<String>>) -> String {
     let mut table = Table::new();
     table
@@ -54,41 +54,42 @@ pub fn table(head: &[&str], rows: Vec<Vec<String>>) -> String {
         .join("\n")
 }
 
-/// Lines of so many letters at most, broken between words; a word that is longer stands alone.
+/// Breaks text between words into lines of at most `width` characters. A longer word gets a line of its own.
 pub fn wrap(text: &str, width: usize) -> Vec<String> {
     let mut lines = vec![String::new()];
     for word in text.split_whitespace() {
-        let line = lines.last_mut().expect("there is one from the start");
-        match line.is_empty() {
-            true => line.push_str(word),
-            false if line.chars().count() + 1 + word.chars().count() <= width => {
-                line.extend([" ", word])
-            }
-            false => lines.push(word.to_owned()),
+        let line = lines.last_mut().expect("the list starts with one line");
+        if line.is_empty() {
+            line.push_str(word);
+        } else if line.chars().count() + 1 + word.chars().count() <= width {
+            line.extend([" ", word]);
+        } else {
+            lines.push(word.to_owned());
         }
     }
     lines
 }
 
-/// Counts on a terminal; elsewhere silent.
-pub fn progress(what: &str) -> ProgressBar {
-    let bar = ProgressBar::new_spinner().with_message(what.to_owned());
+/// Shows a counter on a terminal. Elsewhere it is silent.
+pub fn progress(message: &str) -> ProgressBar {
+    let bar = ProgressBar::new_spinner().with_message(message.to_owned());
     let style = ProgressStyle::with_template("{spinner} {human_pos} {msg} ({per_sec})");
-    bar.set_style(style.expect("the template is right"));
+    bar.set_style(style.expect("the template is valid"));
     bar.enable_steady_tick(Duration::from_millis(200));
     bar
 }
 
-/// Milliseconds as a person and a script can read them; `-` for none.
+/// Formats Unix milliseconds for people and scripts; `-` for `None`.
 pub fn time(ms: Option<i64>) -> String {
     ms.map_or("-".to_owned(), timestamp)
 }
 
+/// Returns the text, or `-` for `None`.
 pub fn or_dash(text: &Option<String>) -> String {
     text.clone().unwrap_or_else(|| "-".to_owned())
 }
 
-/// Stands out on a terminal; plain elsewhere, where [`line`] drops the codes.
+/// Makes text bold on a terminal. Elsewhere [`line`] drops the escape codes.
 pub fn bold(text: &str) -> String {
     format!("\x1b[1m{text}\x1b[0m")
 }

@@ -1,4 +1,4 @@
-//! `why`: for each entry of an invoice's history, the events that prove it.
+//! `why`: each entry of an invoice's history, and the events that prove it.
 
 use clap::Args;
 
@@ -18,10 +18,10 @@ use crate::store::LoggedEvent;
 pub struct Why {
     tenant: String,
     uid: String,
-    /// As it was known at this moment: only what was received by then counts
+    /// Show what was known at this time: count only what had been received by then
     #[arg(long, value_name = "TIME")]
     as_of: Option<String>,
-    /// Print JSON, as GET /v1/tenants/TENANT/invoices/UID/evidence answers it
+    /// Print the JSON of GET /v1/tenants/TENANT/invoices/UID/evidence
     #[arg(long)]
     json: bool,
 }
@@ -29,13 +29,13 @@ pub struct Why {
 impl Why {
     pub(super) async fn run(self, settings: GlobalArgs) -> anyhow::Result<Exit> {
         let now_ms = Clock::system().now_ms();
-        let mistaken = |reason: String| ConfigErrors(vec![format!("--as-of {reason}")]);
         let as_of_ms = self
             .as_of
             .as_deref()
             .map(|text| evidence::as_of(text, now_ms))
             .transpose()
-            .map_err(mistaken)?;
+            .map_err(|reason| ConfigErrors(vec![format!("--as-of {reason}")]))?;
+
         let store = settings.store(Access::Reads).await?;
         let Some(evidence) = evidence::gather(&store, &self.tenant, &self.uid, as_of_ms).await?
         else {
@@ -45,6 +45,7 @@ impl Why {
             ));
             return Ok(Exit::Refused);
         };
+
         if self.json {
             output::line(serde_json::to_string_pretty(&evidence.to_json())?)?;
         } else {

@@ -18,7 +18,7 @@ each_database! {
         testkit::run(&[("LISTEN_ADDR", "127.0.0.1:1")], &["healthcheck", "--listen-addr", &everywhere], b"").with_code(0);
         server.process.sigkill();
         let gone = testkit::run(&[("LISTEN_ADDR", &authority)], &["healthcheck"], b"").with_code(4);
-        assert!(gone.stderr.contains("does not answer"), "{gone:?}");
+        assert!(gone.stderr.contains("did not answer"), "{gone:?}");
     }
 }
 
