@@ -209,7 +209,7 @@ impl<'s> Copying<'s> {
     }
 
     async fn write(&self, table: Table, rows: &[Row], gone: &[Row]) -> Result<(), CopyError> {
-        match self.target.carry(self.run, table, rows, gone).await? {
+        match self.target.apply(self.run, table, rows, gone).await? {
             true => Ok(()),
             false => Err(CopyError::Superseded),
         }

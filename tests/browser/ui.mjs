@@ -29,7 +29,7 @@ async function finance(javaScriptEnabled) {
   await page.getByLabel("Date and time, UTC").fill("2026-01-01T12:00:00");
   await page.getByRole("button", { name: "Show" }).click();
   await page.getByText("Nothing was known about its payment at that time").waitFor();
-  await page.getByRole("link", { name: "As it is known now" }).click();
+  await page.getByRole("link", { name: "Show the present history" }).click();
   await page.getByText(/^Paid on/).waitFor();
 
   await page.goto(`${base}/ui`);
@@ -67,7 +67,7 @@ async function operator(size, colorScheme) {
   await page.getByRole("link", { name: "Unreadable" }).last().click();
   await page.getByText("no event").first().waitFor();
   await measure(page, `unreadable event ${size} ${colorScheme}`);
-  for (const name of ["Waiting", "Unreadable", "Events", "Reconciliation", "Alarms"]) {
+  for (const name of ["Unmatched", "Unreadable", "Events", "Reconciliation", "Alarms"]) {
     await page.getByRole("navigation", { name: "Pages" }).getByRole("link", { name, exact: true }).click();
     await page.locator(`nav [aria-current=page]`).getByText(name).waitFor();
     await measure(page, `${name} ${size} ${colorScheme}`);

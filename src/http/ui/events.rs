@@ -1,4 +1,4 @@
-//! `/ui/events`, `/ui/unreadable` and `/ui/event?id=`: what was received, for the operator.
+//! `/ui/events`, `/ui/unreadable` and `/ui/event?id=`: received events, for the operator.
 
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{Query, State};
@@ -16,12 +16,14 @@ use crate::http::pagination;
 use crate::queries::events::{self, Cursor, OutcomeFilter, Page, PageRequest};
 use crate::store::{LoggedEvent, Outcome, Scope, StoredBody};
 
-const IN_A_PAGE: usize = 50;
-/// Bytes of a body that are shown.
-const SHOWN: usize = 64 * 1024;
-/// Bytes in a row of those that are no text.
-const IN_A_ROW: usize = 16;
-const ROWS: usize = 256;
+/// Events on one page.
+const PAGE_SIZE: usize = 50;
+/// Bytes of a body that the page shows.
+const MAX_SHOWN: usize = 64 * 1024;
+/// Bytes in a row of a hexadecimal dump.
+const DUMP_ROW_BYTES: usize = 16;
+/// Rows of a hexadecimal dump.
+const DUMP_ROWS: usize = 256;
 const OPERATOR: Visitor = Visitor(Scope::Operator);
 
 #[derive(Deserialize)]
@@ -48,9 +50,9 @@ pub async fn list(
     let named = named.unwrap_or_default();
     let content = html! {
         h1 { "Events" }
-        p.intro { "What was received, the latest first." }
+        p.intro { "Received events, latest first." }
         form.search role="search" method="get" action="/ui/events" {
-            label for="invoice" { "Those that name a Stripe invoice" }
+            label for="invoice" { "Events that name a Stripe invoice" }
             div {
                 input #invoice type="search" name="invoice" value=(named) placeholder="in_1Q…" autocomplete="off" spellcheck="false"
                     maxlength="255";
@@ -83,8 +85,8 @@ pub async fn unreadable(
     let content = html! {
         h1 { "Unreadable" }
         p.intro {
-            "Deliveries that Stripe signed, and that are no event as this version of the program knows them. Their bytes are kept; "
-            "after an upgrade, " code { "stripe-reconciler rebuild" } " reads them again."
+            "Deliveries that Stripe signed, but that this version cannot read as an event. Their bytes are kept. "
+            "After an upgrade, " code { "stripe-reconciler rebuild" } " reads them again."
         }
         (table(&page, "/ui/unreadable", "", asked.cursor.is_some()))
     };
@@ -107,7 +109,7 @@ async fn page(
         event_type: None,
         stripe_invoice_id,
         outcome,
-        limit: IN_A_PAGE,
+        limit: PAGE_SIZE,
         after,
     };
     Ok(events::page(&state.store, &request).await?)
@@ -118,9 +120,9 @@ fn table(page: &Page, path: &str, invoice: &str, goes_on: bool) -> Markup {
         .next
         .map(|cursor| address(path, &[("invoice", invoice), ("cursor", &cursor.to_text())]));
     html! {
-        @if page.events.is_empty() { p.empty { "There are none." } } @else {
+        @if page.events.is_empty() { p.empty { "No events." } } @else {
             table.cards {
-                thead { tr { th scope="col" { "Event" } th scope="col" { "Says" } th scope="col" { "Happened" } th scope="col" { "Received" } } }
+                thead { tr { th scope="col" { "Event" } th scope="col" { "Content" } th scope="col" { "Happened" } th scope="col" { "Received" } } }
                 tbody { @for event in &page.events { (row(event)) } }
             }
         }
@@ -148,8 +150,8 @@ fn row(event: &LoggedEvent) -> Markup {
 fn outcome(event: &LoggedEvent) -> Markup {
     html! {
         @match event.outcome {
-            Outcome::Recorded => "Something about a payment",
-            Outcome::NoPaymentFact => "Nothing about a payment",
+            Outcome::Recorded => "Payment fact",
+            Outcome::NoPaymentFact => "No payment fact",
             Outcome::Unreadable => { @match &event.unreadable_reason { Some(reason) => (marked(reason)), None => "Unreadable" } }
         }
     }
@@ -189,7 +191,7 @@ pub async fn show(
         nav.back aria-label="Back" { a href="/ui/events" { "Events" } }
         h1 { "Event " (id(&event_id)) }
         @if found.renderings.len() > 1 {
-            p.intro { "It was received in " (found.renderings.len()) " renderings; all are kept, the oldest receipt first." }
+            p.intro { "Received in " (found.renderings.len()) " renderings, oldest receipt first." }
         }
         @for stored in &found.renderings { (rendering(stored)) }
         (pager(after.map(|_| address("/ui/event", &[("id", &event_id)])), next))
@@ -208,7 +210,7 @@ fn rendering(stored: &StoredBody) -> Markup {
         section.rendering {
             h2 { @match &event.event_type { Some(kind) => (quoted(kind)), None => "Unreadable" } }
             dl.facts.tall {
-                div { dt { "Says" } dd { (outcome(event)) } }
+                div { dt { "Content" } dd { (outcome(event)) } }
                 @if let Some(object_id) = &event.object_id { div { dt { "About" } dd { (id(object_id)) } } }
                 @if let Some(version) = &event.api_version { div { dt { "API version" } dd { (quoted(version)) } } }
                 @if let Some(created_s) = event.created_s { div { dt { "Happened" } dd { (time_s(created_s)) } } }
@@ -217,14 +219,14 @@ fn rendering(stored: &StoredBody) -> Markup {
                 div { dt { "Key" } dd { (id(&hex::encode(event.key.0))) } }
             }
             @match &stored.body {
-                None => p.hint { "Its bytes were pruned; what they told is kept." },
+                None => p.hint { "Its bytes were pruned; its facts are kept." },
                 Some(body) => (bytes(body)),
             }
         }
     }
 }
 
-/// As text where it is text, else as bytes.
+/// Renders a body as text if it is text, else as a hexadecimal dump.
 fn bytes(body: &[u8]) -> Markup {
     let text = std::str::from_utf8(body)
         .ok()
@@ -232,27 +234,27 @@ fn bytes(body: &[u8]) -> Markup {
     let (form, shown) = match text {
         Some(text) => (
             "as received",
-            visible_lines(&text[..text.floor_char_boundary(SHOWN)]),
+            visible_lines(&text[..text.floor_char_boundary(MAX_SHOWN)]),
         ),
-        None => ("no text", dump(body)),
+        None => ("not text", dump(body)),
     };
     let limit = if text.is_some() {
-        SHOWN
+        MAX_SHOWN
     } else {
-        IN_A_ROW * ROWS
+        DUMP_ROW_BYTES * DUMP_ROWS
     };
     html! {
         details open[text.is_none() || body.len() < 16 * 1024] {
             summary { (body.len()) " bytes, " (form) }
             @if body.len() > limit {
-                p.hint { "The first " (limit) " bytes. " code { "stripe-reconciler events show" } " prints all." }
+                p.hint { "The first " (limit) " bytes. " code { "stripe-reconciler events show" } " prints the rest." }
             }
             pre tabindex="0" role="region" aria-label="The bytes of the delivery" { bdi { (shown) } }
         }
     }
 }
 
-/// Rows of hexadecimal digits, and beside them what is ASCII.
+/// Formats rows of hexadecimal digits with their ASCII characters.
 fn dump(body: &[u8]) -> String {
     let ascii = |byte: &u8| {
         if byte.is_ascii_graphic() || *byte == b' ' {
@@ -264,10 +266,14 @@ fn dump(body: &[u8]) -> String {
     let row = |(at, row): (usize, &[u8])| {
         let digits: Vec<String> = row.iter().map(|byte| format!("{byte:02x}")).collect();
         let text: String = row.iter().map(ascii).collect();
-        format!("{:06x}  {:<47}  {text}", at * IN_A_ROW, digits.join(" "))
+        format!(
+            "{:06x}  {:<47}  {text}",
+            at * DUMP_ROW_BYTES,
+            digits.join(" ")
+        )
     };
-    body.chunks(IN_A_ROW)
-        .take(ROWS)
+    body.chunks(DUMP_ROW_BYTES)
+        .take(DUMP_ROWS)
         .enumerate()
         .map(row)
         .collect::<Vec<_>>()

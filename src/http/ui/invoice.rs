@@ -1,4 +1,4 @@
-//! `/ui/invoice?tenant=&uid=&at=`: is it paid, and how do we know? The answer, then the history with the proof of every entry.
+//! `/ui/invoice?tenant=&uid=&at=`: whether an invoice is paid, and the history with the proof of every entry.
 
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{Query, State as Given};
@@ -19,8 +19,8 @@ use crate::http::error::ApiError;
 use crate::queries::evidence::{self, Evidence, Missing, Proven};
 use crate::queries::payment_summary::verdict;
 
-/// Proofs of an entry that are shown at once; the others unfold.
-const AT_ONCE: usize = 3;
+/// Proofs of an entry that are visible at first; the others unfold.
+const VISIBLE_PROOFS: usize = 3;
 
 #[derive(Deserialize)]
 pub struct InvoicePageParams {
@@ -34,18 +34,17 @@ pub async fn show(
     visitor: Visitor,
     asked: Result<Query<InvoicePageParams>, QueryRejection>,
 ) -> Result<Html<String>, ApiError> {
-    // Whatever cannot be an invoice is none, and another tenant's is none either.
+    // An invalid id and another tenant's invoice look the same: not found.
     let Ok(Query(InvoicePageParams { tenant, uid, at })) = asked else {
         return Err(ApiError::NotFound);
     };
-    let can_be = validate_uid(&tenant).is_ok() && validate_uid(&uid).is_ok();
-    if !can_be || !visitor.0.reads(&tenant) {
+    let is_valid = validate_uid(&tenant).is_ok() && validate_uid(&uid).is_ok();
+    if !is_valid || !visitor.0.reads(&tenant) {
         return Err(ApiError::NotFound);
     }
     let at = at.filter(|at| !at.trim().is_empty());
-    let as_of = |text: String| evidence::as_of(&as_time(&text), state.clock.now_ms());
     let as_of_ms = at
-        .map(as_of)
+        .map(|text| evidence::as_of(&as_time(&text), state.clock.now_ms()))
         .transpose()
         .map_err(|reason| ApiError::InvalidQuery(format!("The time {reason}")))?;
     let invoice = state
@@ -79,7 +78,8 @@ pub async fn show(
     ))
 }
 
-/// What a browser's field for date and time gives has no offset, and may have no seconds: it is UTC, as the label says.
+/// Completes the value of a browser's date and time field, which has no offset and sometimes no seconds. It is UTC, as its label
+/// says.
 fn as_time(text: &str) -> String {
     let text = text.trim().replace(' ', "+");
     match text.len() {
@@ -98,13 +98,14 @@ fn answer(evidence: &Evidence) -> Markup {
             p.lead { (sentence(&verdict.answer)) }
             @if verdict.is_doubtful { p.mistake role="alert" { (sentence(&verdict.grounds)) } }
             p.grounds { @if !verdict.is_doubtful { (sentence(&verdict.grounds)) " " } (verdict.waits) }
-            div.last { @for message in told(&evidence.entries) { p { (quoted(message)) } } }
+            div.last { @for message in latest_messages(&evidence.entries) { p { (quoted(message)) } } }
         }
     }
 }
 
-/// What is said at once: the latest; of what was paid, also how much that was, and what became of the money since.
-fn told(entries: &[Proven]) -> impl Iterator<Item = &str> {
+/// Returns the messages below the answer: the latest, or from the first payment on, since later entries tell what happened to the
+/// money.
+fn latest_messages(entries: &[Proven]) -> impl Iterator<Item = &str> {
     let paid = entries
         .iter()
         .position(|entry| entry.state == PaymentState::Paid);
@@ -123,7 +124,7 @@ fn open(missing: &Missing, visitor: &Visitor) -> Markup {
     }
 }
 
-/// The time line: a point for each entry, and how long it took from one to the next.
+/// Renders the timeline: a point for each entry, and the time between them.
 fn line(evidence: &Evidence, visitor: &Visitor) -> Markup {
     let entries = &evidence.entries;
     html! {
@@ -135,7 +136,7 @@ fn line(evidence: &Evidence, visitor: &Visitor) -> Markup {
                     @if let Some(passed) = before.map(|ms| entry.timestamp_ms - ms).filter(|passed| *passed >= 1000) {
                         p.passed { (duration(passed)) " later" }
                     }
-                    span.point { (layout::sign(Some(entry.state))) }
+                    span.point { (layout::icon(Some(entry.state))) }
                     (proven(entry, visitor))
                 }
             }
@@ -145,13 +146,15 @@ fn line(evidence: &Evidence, visitor: &Visitor) -> Markup {
 
 fn proven(entry: &Proven, visitor: &Visitor) -> Markup {
     let links = visitor.is_operator();
-    let (first, more) = entry.proofs.split_at(entry.proofs.len().min(AT_ONCE));
+    let (first, more) = entry
+        .proofs
+        .split_at(entry.proofs.len().min(VISIBLE_PROOFS));
     html! {
         article {
             p.entry-head { strong { (layout::name(Some(entry.state))) } " " (time(entry.timestamp_ms)) }
             @if let Some(message) = &entry.message { p.said { (quoted(message)) } }
             @if entry.is_imported {
-                p.proof-head { "It came with the stored invoice; no event proves it." }
+                p.proof-head { "Imported with the stored invoice; no event proves it." }
             } @else {
                 p.proof-head { @if entry.proofs.len() == 1 { "Proved by" } @else { "Proved by " (entry.proofs.len()) " events" } }
                 @for event in first { (layout::event(event, links)) }
@@ -203,7 +206,7 @@ fn facts(evidence: &Evidence, document: &Value) -> Markup {
                                 a href=(dashboard(evidence, stripe_id)) rel="noopener noreferrer" { (id(stripe_id)) }
                                 @if at_stripe.livemode == Some(false) { " (test mode)" }
                             }
-                            None => "names no invoice",
+                            None => "no Stripe invoice",
                         }
                     }
                 }
@@ -215,7 +218,7 @@ fn facts(evidence: &Evidence, document: &Value) -> Markup {
                     dd {
                         @match (evidence.confirmed_ms, evidence.differs_since_ms) {
                             (Some(ms), _) => (time(ms)),
-                            (None, Some(_)) => "never: it says something else",
+                            (None, Some(_)) => "never: Stripe differs",
                             (None, None) if evidence.as_of_ms.is_some() => "not known",
                             (None, None) => "not compared",
                         }
@@ -226,12 +229,12 @@ fn facts(evidence: &Evidence, document: &Value) -> Markup {
     }
 }
 
-/// The day of a time as documents hold it.
+/// Returns the day of a time in a document.
 fn day(time: &str) -> &str {
     time.split('T').next().unwrap_or(time)
 }
 
-/// Where Stripe shows it.
+/// Returns the address of the invoice in Stripe's Dashboard.
 fn dashboard(evidence: &Evidence, stripe_id: &str) -> String {
     let account = evidence
         .at_stripe
@@ -259,7 +262,7 @@ fn at_a_time(evidence: &Evidence) -> Markup {
     let value = as_of_ms.map(|ms| timestamp(ms)[..19].to_owned());
     html! {
         section.as-of aria-labelledby="as-of" {
-            h2 #as-of { "As it was known then" }
+            h2 #as-of { "History at an earlier time" }
             form method="get" action="/ui/invoice" {
                 input type="hidden" name="tenant" value=(tenant_uid);
                 input type="hidden" name="uid" value=(invoice_uid);
@@ -270,9 +273,9 @@ fn at_a_time(evidence: &Evidence) -> Markup {
                 }
             }
             @if as_of_ms.is_some() {
-                p { a href=(address("/ui/invoice", &[("tenant", tenant_uid), ("uid", invoice_uid)])) { "As it is known now" } }
+                p { a href=(address("/ui/invoice", &[("tenant", tenant_uid), ("uid", invoice_uid)])) { "Show the present history" } }
             } @else {
-                p.hint { "Only what was received by then counts: what an auditor would have been told." }
+                p.hint { "Counts only what had been received by then, as an auditor would have seen it." }
             }
         }
     }

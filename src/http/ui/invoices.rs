@@ -1,4 +1,4 @@
-//! `/ui`: the invoices, newest first, with the state of each; and the box to find one.
+//! `/ui`: the invoices with their states, newest first, and the search.
 
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{Query, State as Given};
@@ -17,7 +17,8 @@ use crate::http::pagination;
 use crate::queries::invoices::{self as flow, Cursor, Page, PageRequest, StateFilter};
 use crate::store::StoredInvoice;
 
-const IN_A_PAGE: usize = 50;
+/// Invoices on one page.
+const PAGE_SIZE: usize = 50;
 
 #[derive(Deserialize)]
 pub struct InvoiceListParams {
@@ -45,16 +46,16 @@ pub async fn list(
         } else {
             StateFilter::parse(filter).map_err(ApiError::InvalidQuery)?
         },
-        limit: IN_A_PAGE,
+        limit: PAGE_SIZE,
         after: pagination::cursor(asked.cursor.as_deref(), Cursor::parse)?,
     };
     let is_first = request.after.is_none();
     let Page { invoices, next } = flow::page(&state.store, &request).await?;
     let rows = rows(&invoices)?;
-    // A full page says itself that more may follow.
+    // Below a full page, the link to the next page is enough.
     let looked_back_to_ms = next
         .as_ref()
-        .filter(|_| rows.len() < IN_A_PAGE)
+        .filter(|_| rows.len() < PAGE_SIZE)
         .map(Cursor::stored_ms);
     let next =
         next.map(|cursor| address("/ui", &[("state", filter), ("cursor", &cursor.to_text())]));
@@ -64,10 +65,10 @@ pub async fn list(
         (search(""))
         (filters(filter))
         @if rows.is_empty() {
-            p.empty { @if next.is_some() { "None so far." } @else { "There are none." } }
+            p.empty { @if next.is_some() { "None found so far." } @else { "No invoices." } }
         } @else { (table(&rows, &visitor)) }
         @if let Some(ms) = looked_back_to_ms {
-            p.hint.looked { "Looked through the invoices stored since " (time(ms)) ". Older ones may be in this state, too." }
+            p.hint.looked { "Searched the invoices stored since " (time(ms)) ". Older invoices may also be in this state." }
         }
         (pager(first, next))
     };
@@ -75,7 +76,7 @@ pub async fn list(
 }
 
 async fn find(state: &AppState, visitor: &Visitor, sought: &str) -> Result<Response, ApiError> {
-    let found = flow::find(&state.store, visitor.tenant(), sought, IN_A_PAGE).await?;
+    let found = flow::find(&state.store, visitor.tenant(), sought, PAGE_SIZE).await?;
     if let [only] = &found.invoices[..]
         && (only.invoice_uid == sought || only.stripe_invoice_id.as_deref() == Some(sought))
     {
@@ -88,18 +89,18 @@ async fn find(state: &AppState, visitor: &Visitor, sought: &str) -> Result<Respo
         p.filters { a href="/ui" { "All invoices" } }
         @if rows.is_empty() {
             div.empty {
-                p { "No invoice has " strong { (quoted(sought)) } " as its Stripe id, and no uid begins so." }
-                p.hint { "Look for the uid, or its beginning, as it was stored; or for Stripe's id, which begins with " code { "in_" } "." }
+                p { "No invoice has the Stripe id " strong { (quoted(sought)) } ", and no uid starts with it." }
+                p.hint { "Search for a uid or its beginning, or for a Stripe id, which starts with " code { "in_" } "." }
             }
         } @else {
             (table(&rows, visitor))
-            @if found.has_more { p.hint { "There are more: write more of the uid." } }
+            @if found.has_more { p.hint { "More invoices match: enter more of the uid." } }
         }
     };
     Ok(layout::page("Search", CurrentPage::Invoices, Some(visitor), content).into_response())
 }
 
-/// Each with the last entry of its history.
+/// Returns each invoice with the last entry of its history.
 fn rows(invoices: &[StoredInvoice]) -> Result<Vec<(&StoredInvoice, Option<Entry>)>, ApiError> {
     invoices
         .iter()
@@ -107,6 +108,7 @@ fn rows(invoices: &[StoredInvoice]) -> Result<Vec<(&StoredInvoice, Option<Entry>
         .collect()
 }
 
+/// Returns the address of an invoice's page.
 pub fn invoice_address(invoice: &StoredInvoice) -> String {
     address(
         "/ui/invoice",
@@ -117,6 +119,7 @@ pub fn invoice_address(invoice: &StoredInvoice) -> String {
     )
 }
 
+/// Renders the search form.
 pub fn search(sought: &str) -> Markup {
     html! {
         form.search role="search" method="get" action="/ui" {
@@ -154,7 +157,7 @@ fn table(rows: &[(&StoredInvoice, Option<Entry>)], visitor: &Visitor) -> Markup 
                 tr {
                     th scope="col" { "Invoice" }
                     th scope="col" { "State" }
-                    th scope="col" { "What happened last" }
+                    th scope="col" { "Last entry" }
                     th scope="col" { "When" }
                 }
             }
@@ -170,7 +173,7 @@ fn table(rows: &[(&StoredInvoice, Option<Entry>)], visitor: &Visitor) -> Markup 
                         td.said {
                             @match last.as_ref().map(|entry| entry.message.as_deref().unwrap_or_default()) {
                                 Some(message) => (quoted(message)),
-                                None => span.hint { "Stripe has told nothing about it." },
+                                None => span.hint { "Nothing received from Stripe yet." },
                             }
                         }
                         td.when { @if let Some(entry) = last { (time(entry.timestamp_ms)) } }

@@ -1,4 +1,4 @@
-//! The frame around every page, and the pieces that several pages are made of.
+//! The frame around every page, and the parts that several pages share.
 
 use axum::response::Html;
 use maud::{DOCTYPE, Markup, html};
@@ -9,12 +9,12 @@ use crate::domain::invoice::schema::validate_uid;
 use crate::domain::payment_state::PaymentState;
 use crate::store::{LoggedEvent, Source};
 
-/// Which part of the pages one belongs to.
+/// The entry of the navigation that a page belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CurrentPage {
     Outside,
     Invoices,
-    Waiting,
+    Unmatched,
     Unreadable,
     Reconciliation,
     Alarms,
@@ -22,7 +22,7 @@ pub enum CurrentPage {
 }
 
 const FOR_OPERATORS: [(CurrentPage, &str, &str); 5] = [
-    (CurrentPage::Waiting, "/ui/waiting", "Waiting"),
+    (CurrentPage::Unmatched, "/ui/waiting", "Unmatched"),
     (CurrentPage::Unreadable, "/ui/unreadable", "Unreadable"),
     (CurrentPage::Events, "/ui/events", "Events"),
     (
@@ -33,7 +33,7 @@ const FOR_OPERATORS: [(CurrentPage, &str, &str); 5] = [
     (CurrentPage::Alarms, "/ui/alarms", "Alarms"),
 ];
 
-/// A whole page. None: nobody is signed in.
+/// Renders a whole page. `visitor` is `None` if nobody is signed in.
 pub fn page(
     title: &str,
     here: CurrentPage,
@@ -81,7 +81,7 @@ pub fn page(
     Html(markup.into_string())
 }
 
-/// A page that says one thing.
+/// Renders a page with one message.
 pub fn notice(title: &str, text: &str) -> Html<String> {
     page(
         title,
@@ -91,17 +91,18 @@ pub fn notice(title: &str, text: &str) -> Html<String> {
             section.notice {
                 h1 { (title) }
                 p { (text) }
-                p { a href="/ui" { "To the invoices" } }
+                p { a href="/ui" { "Invoices" } }
             }
         },
     )
 }
 
-/// A state in words and with a sign of its own: never by its colour alone.
+/// Renders a state as text with an icon, so that it never depends on colour alone.
 pub fn badge(state: Option<PaymentState>) -> Markup {
-    html! { span.badge.(tone(state)) { (sign(state)) (name(state)) } }
+    html! { span.badge.(tone(state)) { (icon(state)) (name(state)) } }
 }
 
+/// Returns the short name of a state.
 pub fn name(state: Option<PaymentState>) -> &'static str {
     match state {
         Some(PaymentState::Paid) => "Paid",
@@ -112,7 +113,7 @@ pub fn name(state: Option<PaymentState>) -> &'static str {
     }
 }
 
-/// The class that colours it.
+/// Returns the CSS class that colours a state.
 pub fn tone(state: Option<PaymentState>) -> &'static str {
     match state {
         Some(PaymentState::Paid) => "good",
@@ -123,8 +124,8 @@ pub fn tone(state: Option<PaymentState>) -> &'static str {
     }
 }
 
-/// Drawn in the colour of the text around it.
-pub fn sign(state: Option<PaymentState>) -> Markup {
+/// Renders the icon of a state, in the colour of the text around it.
+pub fn icon(state: Option<PaymentState>) -> Markup {
     let path = match state {
         Some(PaymentState::Paid) => "M3.5 8.5l3 3 6-7",
         Some(PaymentState::PaymentPending) => {
@@ -152,13 +153,13 @@ fn mark() -> Markup {
     }
 }
 
-/// The id of an event, or its key where it has none. `links`: to its own page, which is for operators.
+/// Renders the id of an event, or its key if it has no id. `links` adds a link to its page, which is for operators.
 pub fn event_id(event: &LoggedEvent, links: bool) -> Markup {
     let shown = event.id.clone().unwrap_or_else(|| hex::encode(event.key.0));
     html! { @if links { a href=(event_address(event)) { (id(&shown)) } } @else { (id(&shown)) } }
 }
 
-/// By its id, which all its renderings share; by its key where the id cannot be asked for.
+/// Returns the address of an event's page: by its id, which all its renderings share, or by its key if the id is invalid.
 pub fn event_address(event: &LoggedEvent) -> String {
     let by_id = event.id.clone().filter(|id| validate_uid(id).is_ok());
     address(
@@ -167,7 +168,8 @@ pub fn event_address(event: &LoggedEvent) -> String {
     )
 }
 
-/// An event: what it is, when it happened, when and how it came. `links`: to its own page, which is for operators.
+/// Renders an event: its type, when it happened, when and how it was received. `links` adds a link to its page, which is for
+/// operators.
 pub fn event(event: &LoggedEvent, links: bool) -> Markup {
     let kind = event.event_type.as_deref().unwrap_or("unreadable");
     html! {
@@ -185,25 +187,26 @@ pub fn event(event: &LoggedEvent, links: bool) -> Markup {
     }
 }
 
+/// Renders how an event was received.
 pub fn came_by(event: &LoggedEvent) -> Markup {
-    let way = match event.source {
+    let source = match event.source {
         Source::Webhook => "webhook",
         Source::Replay => "replay",
         Source::Api => "Stripe's API",
     };
     html! {
-        (way)
+        (source)
         @if let Some(label) = &event.secret_label { ", signed with secret " (id(label)) }
     }
 }
 
-/// The link to what follows, and back to the start.
+/// Renders links to the first and the next page.
 pub fn pager(first: Option<String>, next: Option<String>) -> Markup {
     html! {
         @if first.is_some() || next.is_some() {
             nav.pager aria-label="More" {
-                @if let Some(first) = first { a href=(first) { "Back to the first" } }
-                @if let Some(next) = next { a.next href=(next) rel="next" { "Older ones" } }
+                @if let Some(first) = first { a href=(first) { "First page" } }
+                @if let Some(next) = next { a.next href=(next) rel="next" { "Older" } }
             }
         }
     }

@@ -1,8 +1,8 @@
-//! Pages for a person: is this invoice paid, and how do we know? And for the operator: what waits, what went wrong.
+//! Pages for people: whether an invoice is paid and how we know; for the operator, unmatched events and problems.
 //!
-//! Written here, escaped by the template, without a script. They only read: no page changes anything. They are no part of the API,
-//! so they are not in `openapi.json`; what they ask for stands in the query, where any id can stand. `session` says who looks,
-//! `layout` is the frame, `text` makes what comes from outside harmless to look at; the others are the pages.
+//! The template escapes all text, and no page needs a script. All pages are read-only. They are not part of the API, so
+//! `openapi.json` leaves them out. Ids are query parameters, because a path cannot hold every id. `session` identifies the visitor,
+//! `layout` is the frame, `text` makes text from outside safe to display; the other files are the pages.
 
 mod events;
 mod invoice;
@@ -18,7 +18,7 @@ use std::sync::LazyLock;
 use axum::Router;
 use axum::body::Body;
 use axum::extract::DefaultBodyLimit;
-use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
+use axum::http::{HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use sha2::{Digest, Sha256};
@@ -26,12 +26,12 @@ use sha2::{Digest, Sha256};
 use super::AppState;
 use super::error::ApiError;
 
-/// A form with a key and an address in it is not larger.
+/// Largest form, in bytes. The sign-in form has a key and an address.
 const FORM_LIMIT: usize = 16 * 1024;
 
-/// Nothing but our style sheet and our forms: what gets past the escaping finds nothing to work with.
+/// Allows only our style sheet and our forms, so that markup that got past the escaping can do nothing.
 const POLICY: &str = "default-src 'none'; style-src 'self'; img-src data:; form-action 'self'; frame-ancestors 'none'; base-uri 'none'";
-/// `same-origin`, not `no-referrer`: that would keep browsers from saying where a form comes from, too.
+/// `same-origin`, not `no-referrer`: with the latter, browsers would not send the origin of a form either.
 const GUARDS: [(HeaderName, &str); 5] = [
     (header::CONTENT_SECURITY_POLICY, POLICY),
     (header::REFERRER_POLICY, "same-origin"),
@@ -43,7 +43,7 @@ const GUARDS: [(HeaderName, &str); 5] = [
     ),
 ];
 
-/// The style sheet. Its name changes with what is in it, so that it may be kept for ever.
+/// The style sheet. Its path contains a hash of its content, so that browsers may cache it without limit.
 struct Style {
     text: &'static str,
     path: String,
@@ -58,12 +58,13 @@ static STYLE: LazyLock<Style> = LazyLock::new(|| {
     }
 });
 
+/// Returns the routes of all pages.
 pub fn routes() -> Router<AppState> {
     Router::new()
         .route("/ui", get(invoices::list))
         .route("/ui/", get(invoices::list))
         .route("/ui/invoice", get(invoice::show))
-        .route("/ui/waiting", get(operations::waiting))
+        .route("/ui/waiting", get(operations::unmatched))
         .route("/ui/unreadable", get(events::unreadable))
         .route("/ui/events", get(events::list))
         .route("/ui/event", get(events::show))
@@ -84,17 +85,16 @@ async fn style() -> Response {
     (headers, STYLE.text).into_response()
 }
 
-/// Whether a route, as it stands above, is a page.
+/// Whether a route of [`routes`] is a page.
 pub fn is_page(route: &str) -> bool {
     route == "/ui" || route.starts_with("/ui/")
 }
 
-/// What every page's answer goes through: an error is said in a page, too, and browsers are told what pages may do.
+/// Completes the response of a page: renders an error as a page, and adds the headers that restrict what pages may do.
 pub fn finish(response: &mut Response, error: Option<&ApiError>, request_id: &str) {
-    let is_said = |headers: &HeaderMap| headers.contains_key(header::CONTENT_TYPE);
     if let Some(error) = error.filter(|error| error.status() == response.status()) {
-        let (title, said) = words(error);
-        let page = layout::notice(title, &format!("{said} (Request {request_id}.)"));
+        let (title, text) = error_text(error);
+        let page = layout::notice(title, &format!("{text} (Request {request_id}.)"));
         *response.body_mut() = Body::from(page.0);
         let headers = response.headers_mut();
         headers.remove(header::CONTENT_LENGTH);
@@ -107,12 +107,13 @@ pub fn finish(response: &mut Response, error: Option<&ApiError>, request_id: &st
                 .headers_mut()
                 .insert(header::RETRY_AFTER, HeaderValue::from_static("2"));
         }
-    } else if !is_said(response.headers()) {
+    } else if !response.headers().contains_key(header::CONTENT_TYPE) {
         response.headers_mut().insert(
             header::CONTENT_TYPE,
             HeaderValue::from_static("text/plain; charset=utf-8"),
         );
     }
+
     let headers = response.headers_mut();
     for (name, value) in &GUARDS {
         headers.insert(name, HeaderValue::from_static(value));
@@ -122,20 +123,20 @@ pub fn finish(response: &mut Response, error: Option<&ApiError>, request_id: &st
         .or_insert(HeaderValue::from_static("no-store"));
 }
 
-/// What a person is told.
-fn words(error: &ApiError) -> (&'static str, String) {
+/// Returns the title and the text of an error page.
+fn error_text(error: &ApiError) -> (&'static str, String) {
     match error {
-        ApiError::NotFound => ("Not here", "There is no such page, or nothing that you may see at this address.".to_owned()),
-        ApiError::Forbidden => ("For operators", "This page needs an operator's key.".to_owned()),
-        ApiError::MethodNotAllowed => ("Not this way", "This page can only be looked at.".to_owned()),
-        ApiError::InvalidQuery(reason) | ApiError::InvalidPath(reason) => ("That cannot be asked", format!("{reason}.")),
+        ApiError::NotFound => ("Not found", "This page does not exist, or you may not see it.".to_owned()),
+        ApiError::Forbidden => ("Operators only", "This page needs an operator's key.".to_owned()),
+        ApiError::MethodNotAllowed => ("Method not allowed", "This page is read-only.".to_owned()),
+        ApiError::InvalidQuery(reason) | ApiError::InvalidPath(reason) => ("Invalid request", format!("{reason}.")),
         ApiError::Unavailable(_) => (
             "The database does not answer",
-            "Try again in a moment. Meanwhile deliveries are answered 503 and nothing is lost: Stripe repeats them for three days. For \
-             the person on call: the log says why, and `stripe-reconciler doctor` what to do."
+            "Try again in a moment. Until it recovers, deliveries are answered 503 and nothing is lost: Stripe redelivers for three days. \
+             If you are on call: the server log has the cause, and `stripe-reconciler doctor` tells you what to do."
                 .to_owned(),
         ),
-        ApiError::Internal(_) => ("Something went wrong here", "The log says more.".to_owned()),
-        _ => ("That could not be read", "Open the page again, and try once more.".to_owned()),
+        ApiError::Internal(_) => ("Internal error", "The server log has the details.".to_owned()),
+        _ => ("Invalid form", "Open the page again and retry.".to_owned()),
     }
 }

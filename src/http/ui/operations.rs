@@ -1,4 +1,4 @@
-//! `/ui/waiting`, `/ui/reconciliation` and `/ui/alarms`: how the service is, for the operator.
+//! `/ui/waiting`, `/ui/reconciliation` and `/ui/alarms`: the state of the service, for the operator.
 
 use axum::extract::State as Given;
 use axum::response::Html;
@@ -14,25 +14,29 @@ use crate::http::AppState;
 use crate::http::error::ApiError;
 use crate::store::{Run, Scope};
 
-/// Invoices that are awaited, and passes, that are shown at most.
-const AWAITED: u32 = 200;
-const PASSES: u32 = 12;
+/// Most unmatched invoices on the page.
+const MAX_UNMATCHED: u32 = 200;
+/// Most reconcile runs on the page.
+const MAX_RUNS: u32 = 12;
 const OPERATOR: Visitor = Visitor(Scope::Operator);
 
-pub async fn waiting(Given(state): Given<AppState>, _: Operator) -> Result<Html<String>, ApiError> {
-    let awaited = state.store.awaited(AWAITED + 1).await?;
+pub async fn unmatched(
+    Given(state): Given<AppState>,
+    _: Operator,
+) -> Result<Html<String>, ApiError> {
+    let unmatched = state.store.awaited(MAX_UNMATCHED + 1).await?;
     let now_ms = state.clock.now_ms();
     let content = html! {
-        h1 { "Waiting for their invoice" }
+        h1 { "Unmatched events" }
         p.intro {
-            "Events came that name these invoices of Stripe's, and nobody stored one that holds them. They show the moment it is stored. "
-            "What waits for long was never stored, or stored without its " code { "stripeInvoiceId" } "."
+            "These Stripe invoices have events, but no stored invoice names them. Their history appears as soon as one does. "
+            "Events that wait for long belong to an invoice that was never stored, or was stored without its " code { "stripeInvoiceId" } "."
         }
-        @if awaited.is_empty() { p.empty { "Nothing waits." } } @else {
+        @if unmatched.is_empty() { p.empty { "No unmatched events." } } @else {
             table.cards {
-                thead { tr { th scope="col" { "Stripe's invoice" } th scope="col" { "Events" } th scope="col" { "Waits for" } th scope="col" { "Since" } } }
+                thead { tr { th scope="col" { "Stripe invoice" } th scope="col" { "Events" } th scope="col" { "Waits for" } th scope="col" { "Since" } } }
                 tbody {
-                    @for awaited in awaited.iter().take(AWAITED as usize) {
+                    @for awaited in unmatched.iter().take(MAX_UNMATCHED as usize) {
                         tr {
                             th scope="row" { a href=(address("/ui/events", &[("invoice", &awaited.stripe_invoice_id)])) { (id(&awaited.stripe_invoice_id)) } }
                             td.said { (awaited.events) @if awaited.events == 1 { " event" } @else { " events" } }
@@ -42,27 +46,27 @@ pub async fn waiting(Given(state): Given<AppState>, _: Operator) -> Result<Html<
                     }
                 }
             }
-            @if awaited.len() > AWAITED as usize { p.hint { "There are more: these wait longest." } }
+            @if unmatched.len() > MAX_UNMATCHED as usize { p.hint { "There are more. These have waited longest." } }
         }
     };
     Ok(layout::page(
-        "Waiting",
-        CurrentPage::Waiting,
+        "Unmatched",
+        CurrentPage::Unmatched,
         Some(&OPERATOR),
         content,
     ))
 }
 
 pub async fn alarms(Given(state): Given<AppState>, _: Operator) -> Html<String> {
-    let patient = DoctorInput {
+    let input = DoctorInput {
         store: Ok(state.store.clone()),
-        // Looking at a page costs no call to Stripe: what the last pass saw of it is told.
+        // A page view must not cost a call to Stripe: it shows what the last run saw.
         api: None,
         reconciles: state.metrics.reconcile.enabled.get() == 1,
         secrets: Some(state.secrets.names()),
         clock: state.clock.clone(),
     };
-    let mut checks = doctor::examine(&patient).await;
+    let mut checks = doctor::examine(&input).await;
     let wrong = checks
         .iter()
         .filter(|check| check.state >= CheckStatus::Warning)
@@ -71,23 +75,24 @@ pub async fn alarms(Given(state): Given<AppState>, _: Operator) -> Html<String> 
         .iter()
         .filter(|check| check.state == CheckStatus::Unknown)
         .count();
+
     checks.sort_by_key(|check| std::cmp::Reverse(check.state));
     let content = html! {
         h1 { "Alarms" }
         p.intro {
-            @match wrong { 0 => "Nothing is wrong.", 1 => "One thing is wrong.", _ => { (wrong) " things are wrong." } }
-            @match unknown { 0 => {}, 1 => " One thing cannot be told.", _ => { " " (unknown) " things cannot be told." } }
-            " The same is said by " code { "stripe-reconciler doctor" } ". Looked at " (time(state.clock.now_ms())) "."
+            @match wrong { 0 => "No problems.", 1 => "One problem.", _ => { (wrong) " problems." } }
+            @match unknown { 0 => {}, 1 => " One check could not be made.", _ => { " " (unknown) " checks could not be made." } }
+            " " code { "stripe-reconciler doctor" } " reports the same. Checked " (time(state.clock.now_ms())) "."
         }
-        ul.checks { @for check in &checks { (check_up(check)) } }
+        ul.checks { @for check in &checks { (check_item(check)) } }
     };
     layout::page("Alarms", CurrentPage::Alarms, Some(&OPERATOR), content)
 }
 
-fn check_up(check: &Check) -> Markup {
+fn check_item(check: &Check) -> Markup {
     use crate::domain::payment_state::PaymentState as Payment;
-    // The signs of the states of a payment serve here, too: done, not known, wrong.
-    let (tone, word, sign) = match check.state {
+    // The icons of payment states also fit here: done, unknown, wrong.
+    let (tone, word, icon) = match check.state {
         CheckStatus::Ok => ("good", "Ok", Some(Payment::Paid)),
         CheckStatus::Unknown => ("unknown", "Unknown", None),
         CheckStatus::Warning => ("waiting", "Warning", Some(Payment::PaymentPending)),
@@ -95,7 +100,7 @@ fn check_up(check: &Check) -> Markup {
     };
     html! {
         li.(tone) {
-            h2 { (check.name) span.badge.(tone) { (layout::sign(sign)) (word) } }
+            h2 { (check.name) span.badge.(tone) { (layout::icon(icon)) (word) } }
             p { (marked(&check.finding)) }
             @if let Some(remedy) = &check.remedy { p.remedy { strong { "What to do: " } (marked(remedy)) } }
         }
@@ -106,14 +111,14 @@ pub async fn reconciliation(
     Given(state): Given<AppState>,
     _: Operator,
 ) -> Result<Html<String>, ApiError> {
-    let runs = state.store.last_runs(PASSES, i64::MAX).await?;
+    let runs = state.store.last_runs(MAX_RUNS, i64::MAX).await?;
     let content = html! {
         h1 { "Reconciliation" }
-        p.intro { "The last passes against Stripe's API: what agrees, what was healed, what differs." }
+        p.intro { "The last reconcile runs against Stripe's API: what agrees, what was healed, what differs." }
         @if runs.is_empty() {
-            p.empty { "No pass was made yet. Set STRIPE_API_KEY for " code { "serve" } ", or run " code { "stripe-reconciler reconcile" } "." }
+            p.empty { "No run yet. Set STRIPE_API_KEY for " code { "serve" } ", or run " code { "stripe-reconciler reconcile" } "." }
         }
-        @for run in &runs { (pass(run)) }
+        @for run in &runs { (run_section(run)) }
     };
     Ok(layout::page(
         "Reconciliation",
@@ -123,19 +128,19 @@ pub async fn reconciliation(
     ))
 }
 
-/// The lists of a report, in the order of what matters.
+/// The lists of a report, most important first.
 const LISTS: [(&str, &str); 8] = [
     ("differing", "Differ"),
     ("unknownAtStripe", "Not at Stripe"),
     ("endpointRemarks", "About the endpoint"),
     ("healed", "Healed"),
-    ("apiOnlyEvents", "Events no webhook brought"),
+    ("apiOnlyEvents", "Events without a webhook"),
     ("unknownHere", "Not stored here"),
     ("stripeLags", "Stripe's API lags"),
     ("agreeing", "Agree"),
 ];
 
-fn pass(run: &Run) -> Markup {
+fn run_section(run: &Run) -> Markup {
     let report: Value = serde_json::from_str(run.report.get()).unwrap_or_default();
     let count = |name: &str| report["counts"][name].as_i64().unwrap_or_default();
     let bad: i64 = ["differing", "unknownAtStripe", "endpointRemarks"]
@@ -160,7 +165,7 @@ fn pass(run: &Run) -> Markup {
                 @if !items.is_empty() {
                     details open[["differing", "endpointRemarks"].contains(name)] {
                         summary { (title) " (" (count(name)) ")" }
-                        ul.items { @for item in items { li { (told(name, item)) } } }
+                        ul.items { @for item in items { li { (item_text(name, item)) } } }
                     }
                 }
             }
@@ -168,8 +173,8 @@ fn pass(run: &Run) -> Markup {
     }
 }
 
-/// An item of a list, in words.
-fn told(list: &str, item: &Value) -> Markup {
+/// Renders an item of a list.
+fn item_text(list: &str, item: &Value) -> Markup {
     let text = |name: &str| item[name].as_str().unwrap_or_default();
     let invoice = || {
         html! {
@@ -192,7 +197,7 @@ fn told(list: &str, item: &Value) -> Markup {
             }
             "unknownHere" => {
                 (id(text("stripeInvoiceId"))) " " (quoted(text("number"))) " " (quoted(text("status"))) " " (quoted(text("amount")))
-                ", made " (at("created"))
+                ", created " (at("created"))
             }
             "apiOnlyEvents" => {
                 a href=(address("/ui/event", &[("id", text("eventId"))])) { (id(text("eventId"))) } " " (quoted(text("type"))) ", " (at("created"))

@@ -1,7 +1,7 @@
-//! Who looks: signing in with an API key, and the cookie that stands for it afterwards (see `domain/session`).
+//! Sign-in with an API key, and the cookie that replaces the key afterwards (see `session_token`).
 //!
-//! Pages change nothing, so only signing in and out must not be done to somebody from another site: both want a `POST` that the
-//! browser says is from here. Trying is not limited: a key has 256 random bits.
+//! Pages are read-only, so only sign-in and sign-out need protection from other sites: both require a `POST` that the browser
+//! marks as same-origin. Attempts are not limited: a key has 256 random bits.
 
 use axum::Form;
 use axum::extract::rejection::{FormRejection, QueryRejection};
@@ -25,14 +25,14 @@ const COOKIE: &str = "stripe_reconciler_session";
 static FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
 static FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 
-/// Who is signed in. Who is not is led to the page for it.
+/// The signed-in visitor. Redirects to the sign-in page if there is no valid session.
 pub struct Visitor(pub Scope);
 
-/// As [`Visitor`], for what only an operator may see.
+/// A signed-in operator. Answers 403 to a tenant's visitor.
 pub struct Operator;
 
 impl Visitor {
-    /// None: all tenants.
+    /// Returns the tenant whose invoices the visitor may read; `None` for all tenants.
     pub fn tenant(&self) -> Option<&str> {
         match &self.0 {
             Scope::Tenant(tenant_uid) => Some(tenant_uid),
@@ -87,7 +87,7 @@ async fn signed_in(state: &AppState, headers: &HeaderMap) -> Result<Option<Scope
     Ok(auth::scope(state, vec![key]).ok())
 }
 
-/// The session's. Beside it may stand cookies of others on this host, which may hold any bytes.
+/// Returns the value of the session cookie. Other programs on this host may set cookies with arbitrary bytes.
 fn cookie(headers: &HeaderMap) -> Option<&str> {
     let lines = headers
         .get_all(header::COOKIE)
@@ -107,6 +107,7 @@ pub struct SignInParams {
     next: Option<String>,
 }
 
+/// Shows the sign-in form.
 pub async fn ask(query: Result<Query<SignInParams>, QueryRejection>) -> Response {
     let Query(wanted) = query.unwrap_or_default();
     form(&next(wanted.next), None).into_response()
@@ -118,6 +119,7 @@ pub struct Credentials {
     next: Option<String>,
 }
 
+/// Signs a visitor in and redirects to the page that required it.
 pub async fn sign_in(
     State(state): State<AppState>,
     headers: HeaderMap,
@@ -135,8 +137,8 @@ pub async fn sign_in(
     let hash = api_key::hash(key.trim().as_bytes());
     let found = state.store.key_by_hash(&hash).await?;
     let Some(key) = found.filter(|key| auth::scope(&state, vec![key.clone()]).is_ok()) else {
-        let said = "This key is not valid: it may be mistyped, expired or revoked.";
-        return Ok((StatusCode::UNAUTHORIZED, form(&wanted, Some(said))).into_response());
+        let mistake = "This key is not valid: it may be mistyped, expired or revoked.";
+        return Ok((StatusCode::UNAUTHORIZED, form(&wanted, Some(mistake))).into_response());
     };
     let session = issue(&state.secrets, &key.id, &hash, state.clock.now_s());
     Ok((
@@ -146,7 +148,7 @@ pub async fn sign_in(
         .into_response())
 }
 
-/// The browser forgets the session.
+/// Deletes the session cookie.
 pub async fn sign_out(headers: HeaderMap) -> Response {
     if !is_from_here(&headers) {
         return from_elsewhere();
@@ -154,7 +156,7 @@ pub async fn sign_out(headers: HeaderMap) -> Response {
     (set_cookie(&headers, "", 0), Redirect::to("/ui/sign-in")).into_response()
 }
 
-/// `Secure` where the browser came by https, which a proxy in front says.
+/// Sets the session cookie. It is `Secure` if a proxy says that the browser used https.
 fn set_cookie(headers: &HeaderMap, value: &str, life_s: i64) -> [(HeaderName, HeaderValue); 1] {
     let proto = headers
         .get(&FORWARDED_PROTO)
@@ -173,7 +175,7 @@ fn set_cookie(headers: &HeaderMap, value: &str, life_s: i64) -> [(HeaderName, He
     )]
 }
 
-/// Browsers say where a `POST` comes from; where they do so over plain http by `Origin` only, it must name this host.
+/// Whether a `POST` comes from one of our pages. Over plain http some browsers send only `Origin`, which must name this host.
 fn is_from_here(headers: &HeaderMap) -> bool {
     let text = |name: &HeaderName| headers.get(name).and_then(|value| value.to_str().ok());
     match (
@@ -190,19 +192,19 @@ fn is_from_here(headers: &HeaderMap) -> bool {
 }
 
 fn from_elsewhere() -> Response {
-    let said = "Your browser did not say that the request came from here. Open the page again, and sign in or out there.";
+    let text = "Your browser did not mark the request as coming from this site. Open the page again and sign in or out there.";
     (
         StatusCode::FORBIDDEN,
-        layout::notice("That did not come from this page", said),
+        layout::notice("Request from another site", text),
     )
         .into_response()
 }
 
-/// Where to go after signing in: a page of ours, and nothing else.
+/// Returns where to go after signing in: only to one of our pages.
 fn next(wanted: Option<String>) -> String {
     let is_ours = |wanted: &String| {
         let rest = wanted.strip_prefix("/ui");
-        // No page has these in its path; browsers take them for steps, also out of here.
+        // Our paths have neither. Browsers resolve encoded dots, which could lead out of `/ui`.
         let path = wanted.split('?').next().unwrap_or_default();
         rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(['/', '?']))
             && wanted
@@ -231,10 +233,10 @@ fn form(next: &str, mistake: Option<&str>) -> Html<String> {
                     button type="submit" { "Sign in" }
                 }
                 p.hint #about-keys {
-                    "A tenant's key shows the invoices of its tenant; an operator's shows everything. Nothing can be changed here. "
+                    "A tenant's key shows the invoices of its tenant, an operator's key shows everything. All pages are read-only. "
                     "You stay signed in for 12 hours."
                 }
-                // A link on another site brings no session along, a click here does.
+                // Browsers do not send the session with a link from another site, but do with a click here.
                 @if mistake.is_none() && next != "/ui" { p.hint { "Signed in already? " a href=(next) { "Open the page" } "." } }
             }
         },
@@ -246,7 +248,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn signing_in_leads_to_pages_of_ours_only() {
+    fn sign_in_redirects_only_to_our_pages() {
         for ours in ["/ui", "/ui?q=a", "/ui/invoice?tenant=acme&uid=a%20b.."] {
             assert_eq!(next(Some(ours.to_owned())), ours);
         }

@@ -1,4 +1,4 @@
-//! Text for pages: what comes from outside is shown as it is, and cannot play tricks; times, durations, addresses.
+//! Text for pages: text from outside with its control characters escaped, times, durations and addresses.
 
 use std::borrow::Cow;
 
@@ -7,29 +7,32 @@ use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 
 use crate::domain::time::{readable, timestamp};
 
-/// What may stand in a query as it is.
+/// Characters that a query keeps unescaped.
 const IN_QUERY: &AsciiSet = &NON_ALPHANUMERIC
     .remove(b'-')
     .remove(b'_')
     .remove(b'.')
     .remove(b'~');
 
-/// With what cannot be seen, or would turn the writing around, made visible. (Escaping is the template's.)
+/// Escapes invisible and bidirectional control characters. (The template escapes HTML.)
 pub fn visible(text: &str) -> Cow<'_, str> {
     if !text.chars().any(is_tricky) {
         return Cow::Borrowed(text);
     }
-    let spell = |c: char| {
+
+    let mut escaped = String::with_capacity(text.len() + 8);
+    for c in text.chars() {
         if is_tricky(c) {
-            format!("\\u{{{:x}}}", u32::from(c))
+            escaped.push_str(&format!("\\u{{{:x}}}", u32::from(c)));
         } else {
-            c.to_string()
+            escaped.push(c);
         }
-    };
-    Cow::Owned(text.chars().map(spell).collect())
+    }
+
+    Cow::Owned(escaped)
 }
 
-/// As [`visible`], where lines may break.
+/// Escapes as [`visible`], and keeps line breaks.
 pub fn visible_lines(text: &str) -> String {
     text.split('\n')
         .map(|line| visible(line.strip_suffix('\r').unwrap_or(line)))
@@ -44,21 +47,22 @@ fn is_tricky(c: char) -> bool {
     (c.is_control() && c != '\t') || is_invisible || is_mark
 }
 
-/// Something from outside, apart from the writing around it.
+/// Renders text from outside, isolated from the direction of the text around it.
 pub fn quoted(text: &str) -> Markup {
     html! { bdi { (visible(text)) } }
 }
 
-/// An id.
+/// Renders an id.
 pub fn id(text: &str) -> Markup {
     html! { code { bdi { (visible(text)) } } }
 }
 
+/// Renders Unix milliseconds.
 pub fn time(ms: i64) -> Markup {
     html! { time datetime=(timestamp(ms)) { (readable(ms)) } }
 }
 
-/// A sentence of ours, in which no time is broken between two lines.
+/// Renders one of our sentences, without a line break inside a date.
 pub fn sentence(text: &str) -> Markup {
     let words: Vec<&str> = text.split(' ').collect();
     let is_date =
@@ -71,12 +75,12 @@ pub fn sentence(text: &str) -> Markup {
     }
 }
 
-/// A text of ours in which names stand between backticks.
+/// Renders one of our texts, in which names are between backticks.
 pub fn marked(text: &str) -> Markup {
     html! { @for (at, part) in text.split('`').enumerate() { @if at % 2 == 1 { (id(part)) } @else { (quoted(part)) } } }
 }
 
-/// An amount as a document holds it, with two decimals where these say all.
+/// Formats the amount of a document, with two decimals if these are exact.
 pub fn amount(number: &serde_json::Number) -> String {
     let rounded = number
         .as_f64()
@@ -85,11 +89,12 @@ pub fn amount(number: &serde_json::Number) -> String {
     exact.map_or_else(|| number.to_string(), |(_, text)| text)
 }
 
+/// Renders Unix seconds.
 pub fn time_s(s: i64) -> Markup {
     time(s.saturating_mul(1000))
 }
 
-/// `3 days`, in the largest unit that it fills.
+/// Formats a duration in its largest whole unit, such as `3 days`.
 pub fn duration(ms: i64) -> String {
     let units = [
         (86_400_000, "day"),
@@ -108,7 +113,7 @@ pub fn duration(ms: i64) -> String {
     }
 }
 
-/// An address of ours with what it is asked for; what is empty is left out.
+/// Builds one of our addresses with its query. Leaves out empty values.
 pub fn address(path: &str, query: &[(&str, &str)]) -> String {
     let given = query.iter().filter(|(_, value)| !value.is_empty());
     let pairs: Vec<String> = given
@@ -121,6 +126,7 @@ pub fn address(path: &str, query: &[(&str, &str)]) -> String {
     }
 }
 
+/// Percent-encodes a value of a query.
 pub fn encoded(value: &str) -> String {
     utf8_percent_encode(value, IN_QUERY).to_string()
 }
@@ -130,7 +136,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_would_turn_the_writing_around_is_spelt_out() {
+    fn bidi_controls_are_escaped() {
         assert_eq!(visible("Müller & Co. 请求"), "Müller & Co. 请求");
         assert_eq!(
             visible("a\u{202e}b\u{0}c\u{200d}"),
@@ -140,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn an_address_carries_any_id() {
+    fn address_carries_any_id() {
         assert_eq!(address("/ui", &[("q", ""), ("state", "")]), "/ui");
         assert_eq!(
             address("/ui/invoice", &[("uid", "a/b ?&=%é..")]),
@@ -149,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn an_amount_has_two_decimals_unless_it_needs_more() {
+    fn amount_has_two_decimals_unless_it_needs_more() {
         let written = |json: &str| amount(&serde_json::from_str(json).unwrap());
         for (json, text) in [
             ("2500.0", "2500.00"),
@@ -162,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn a_duration_is_said_in_its_largest_unit() {
+    fn duration_uses_its_largest_unit() {
         let cases = [
             (0, "0 seconds"),
             (1_000, "1 second"),

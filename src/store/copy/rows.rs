@@ -1,5 +1,6 @@
-//! What `copy` does with a database: tables are read in pages by primary key, as rows of cells, and written over what stands in
-//! another. Who may write to a copy is noted in its `progress`, so that nothing is lost that anybody else wrote.
+//! The store's side of `copy`: reads tables in pages by primary key, and overwrites the rows of another database with them.
+//!
+//! The target's `progress` table records which run may write to it, so that `copy` never overwrites what another command wrote.
 
 use futures_util::{Stream, TryStreamExt};
 use sqlx::{AssertSqlSafe, ColumnIndex, Decode, Type};
@@ -8,9 +9,10 @@ use super::tables::{Column, Kind, Table};
 use crate::store::engine::connection::{Connection, EngineConnection, execute, rows};
 use crate::store::{Store, StoreError};
 
-/// After so many bytes a page ends.
+/// A page ends after this many bytes.
 const PAGE_BYTES: usize = 2 << 20;
 
+/// The value of one column.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Value {
     Text(Option<String>),
@@ -18,34 +20,35 @@ pub enum Value {
     Bytes(Option<Vec<u8>>),
 }
 
-/// A row of a [`Table`]; its payload may be there, or only its length.
+/// A row of a [`Table`], with its payload or only the payload's length.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Row {
     cells: Vec<Value>,
     key: usize,
 }
 
-/// Some rows, in the order of their keys.
+/// Rows in the order of their keys.
 #[derive(Clone, Debug)]
 pub struct CopyPage {
     pub rows: Vec<Row>,
-    /// None follows.
+    /// No row follows.
     pub is_last: bool,
 }
 
-/// What `copy` may do with a database that it shall write to.
+/// Whether `copy` may write to a database.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CopyTarget {
     Ready,
-    /// It was written to by another command than `copy`.
+    /// Another command than `copy` wrote to it.
     InUse,
-    /// This table holds something that no copy brought.
+    /// This table has rows that no copy wrote.
     HoldsOther(&'static str),
+    /// It is a copy of another database.
     CopyOfAnother,
 }
 
 impl Row {
-    /// Rows are ordered by it, in both engines.
+    /// Returns the primary key. Both engines order rows by it.
     pub fn key(&self) -> &[Value] {
         &self.cells[..self.key]
     }
@@ -92,17 +95,17 @@ const COPY_NOTES: &str = "select name, value from progress where name in ('copy 
 const BEGIN_COPY: &str = "
     insert into progress (name, value) values ('copy of', $1), ('copy run', $2)
     on conflict (name) do update set value = excluded.value";
-/// No row: another `copy` has begun since, or another command writes here now.
+/// Changes no row if another `copy` has started since, or if another command has written here.
 const IS_STILL_MINE: &str = "
     update progress set value = $1 where name = 'copy run' and value = $1
                                      and not exists (select 1 from progress as noted where noted.name = 'copy over')";
 const END_COPYING: &str =
     "insert into progress (name, value) values ('copy over', $1) on conflict (name) do nothing";
-/// Waits for the page that a run is writing, and is what the next page waits for: that one no longer finds its run.
+/// Takes the row lock. It waits for a page in progress and makes the next page fail the "still mine" check.
 const END_RUN: &str = "update progress set value = 0 where name = 'copy run'";
 
 impl Store {
-    /// What this database is known by to its copies; `new_id` where it has no name yet.
+    /// Returns the id by which copies know this database. Stores `new_id` if it has none yet.
     pub async fn copy_id(&self, new_id: i64) -> Result<i64, StoreError> {
         let mut session = self.writing().await?;
         execute!(session, SET_COPY_ID, new_id)?;
@@ -111,8 +114,8 @@ impl Store {
         Ok(id)
     }
 
-    /// Makes this database a copy of another if it is empty, or was one before; from now on, only `run` may write to it. A run
-    /// that began earlier may no longer.
+    /// Makes this database a copy of `of` if it is empty or already such a copy. From then on only `run` may write to it, and
+    /// earlier runs may not.
     pub async fn begin_copy(&self, of: i64, run: i64) -> Result<CopyTarget, StoreError> {
         let mut session = self.transaction().await?;
         let notes = rows!(session, fetch_all, (String, i64), COPY_NOTES)?;
@@ -137,7 +140,7 @@ impl Store {
         Ok(target)
     }
 
-    /// From now on, this database is no longer a copy that `copy` may change: something else writes to it.
+    /// Ends copying into this database: from now on another command writes to it.
     pub async fn end_copying(&self, now_ms: i64) -> Result<(), StoreError> {
         let mut session = self.writing().await?;
         execute!(session, END_RUN)?;
@@ -145,7 +148,7 @@ impl Store {
         session.commit().await
     }
 
-    /// Whether there is anything to copy.
+    /// Whether the database has rows to copy.
     pub async fn holds_rows(&self) -> Result<bool, StoreError> {
         let mut session = self.session().await?;
         let held = self.first_that_holds_rows(&mut session).await?;
@@ -173,7 +176,7 @@ impl Store {
         Ok(None)
     }
 
-    /// The rows after this key, as they are compared: of a payload, its length.
+    /// Returns the rows after this key in the form that is compared: a payload is replaced by its length.
     pub async fn rows_after(
         &self,
         table: Table,
@@ -197,7 +200,7 @@ impl Store {
         Ok(page)
     }
 
-    /// The rows from this key to that, whole; some of them, when they are too large to be read at once.
+    /// Returns the whole rows between two keys, both included. Returns only the first of them if they exceed a page in bytes.
     pub async fn rows_between(
         &self,
         table: Table,
@@ -217,21 +220,21 @@ impl Store {
         Ok(page)
     }
 
-    /// Writes rows, whole, over what stands there, and removes others, in one transaction. False: nothing was done, because
-    /// this run may no longer write here.
-    pub async fn carry(
+    /// Overwrites rows and deletes others, in one transaction. Returns `false` and changes nothing if this run may no longer write
+    /// here.
+    pub async fn apply(
         &self,
         run: i64,
         table: Table,
         rows: &[Row],
-        gone: &[Row],
+        deleted: &[Row],
     ) -> Result<bool, StoreError> {
         let mut session = self.writing().await?;
         if execute!(session, IS_STILL_MINE, run)? != 1 {
             session.commit().await?;
             return Ok(false);
         }
-        for row in gone {
+        for row in deleted {
             change(&mut session, table.delete(), row.key()).await?;
         }
         if !rows.is_empty() {
@@ -242,7 +245,7 @@ impl Store {
     }
 }
 
-/// The columns of a table, where a payload is read as this.
+/// Returns the columns of a table, with payloads read as `payload`.
 fn read_as(table: Table, payload: Kind) -> Vec<Column> {
     table
         .columns
@@ -274,7 +277,7 @@ macro_rules! bound {
     }};
 }
 
-/// Reads rows until they are enough bytes: however large the rows are, one page fits into memory.
+/// Reads rows up to the byte limit, so that a page fits into memory however large the rows are.
 async fn read(
     session: &mut Connection,
     sql: String,
@@ -356,7 +359,7 @@ async fn change(session: &mut Connection, sql: String, binds: &[Value]) -> Resul
     }
 }
 
-/// One by one in SQLite, where a statement is no journey; in PostgreSQL all in one, column by column.
+/// Writes rows: one by one in SQLite, where a statement needs no round trip; in PostgreSQL all in one statement, column by column.
 async fn write(session: &mut Connection, table: Table, rows: &[Row]) -> Result<(), StoreError> {
     if let EngineConnection::Postgres(connection) = &mut session.connection {
         let (inner, named, gate) = connection.start();

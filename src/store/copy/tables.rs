@@ -1,19 +1,19 @@
-//! The tables that `copy` carries to another database, and the statements for it.
+//! The tables that `copy` copies to another database, and the statements for it.
 //!
-//! A table or column that a migration adds is added to [`Table::ALL`]: a test below holds it against the migrations. Not carried:
-//! `leases` (who holds one holds it in its own database), and what `copy` itself notes in `progress`.
+//! A migration that adds a table or column also adds it to [`Table::ALL`]: a test below compares the two. Two things are not
+//! copied: `leases`, because a lease is valid only in its own database, and the entries of `copy` itself in `progress`.
 
-/// A table that is carried. All its statements are made of these words, which no input reaches.
+/// A table that is copied. Its statements are built from these constants alone; no input reaches them.
 #[derive(Clone, Copy, Debug)]
 pub struct Table {
     pub name: &'static str,
-    /// The primary key first.
+    /// All columns, the primary key first.
     pub(in crate::store) columns: &'static [Column],
-    /// How many columns the primary key has.
+    /// Number of columns of the primary key.
     pub(in crate::store) key: usize,
-    /// Which of its rows are carried.
+    /// Condition on the rows to copy.
     only: &'static str,
-    /// Rows read at a time, at most.
+    /// Most rows of a page.
     pub(in crate::store) page: i64,
 }
 
@@ -22,7 +22,7 @@ pub(in crate::store) enum Kind {
     Text,
     Number,
     Bytes,
-    /// Bytes that are large, and never change but by being forgotten: their length tells whether they are the same.
+    /// Large bytes that never change except by being pruned, so equal lengths mean equal bytes.
     Payload,
 }
 use Kind::{Bytes, Number, Payload, Text};
@@ -32,9 +32,8 @@ pub(in crate::store) type Column = (&'static str, Kind);
 const ALL_ROWS: &str = "1 = 1";
 
 impl Table {
-    /// In the order in which they are carried. What says how far some work has come goes before what that work adds: where
-    /// others write meanwhile, the copy then repeats some of it, and leaves nothing out. Events go before what they mention, so
-    /// that none is there without its mentions.
+    /// All tables, in the order of copying. Progress is copied before the rows that the work adds: if others write meanwhile, the
+    /// copy then repeats some work instead of skipping it. Events are copied before their links, so that no event lacks its links.
     pub const ALL: [Table; 9] = [
         Table {
             name: "api_keys",
@@ -219,7 +218,7 @@ impl Table {
         )
     }
 
-    /// One row, or none.
+    /// Returns the statement that reads one row, if there is one.
     pub(in crate::store) fn any(&self) -> String {
         format!(
             "select {} from {} where {} limit 1",
@@ -238,7 +237,7 @@ impl Table {
         )
     }
 
-    /// What follows the rows that are to be written.
+    /// Returns the clause that overwrites existing rows.
     fn on_conflict_clause(&self) -> String {
         let mut sql = format!(" on conflict ({}) do ", self.key_names());
         let others = &self.columns[self.key..];
@@ -256,7 +255,7 @@ impl Table {
         sql
     }
 
-    /// One row.
+    /// Returns the statement that writes one row.
     pub(in crate::store) fn write_in_sqlite(&self) -> String {
         let (names, values) = (self.names(), Table::binds(1, self.columns.len()));
         format!(
@@ -266,7 +265,7 @@ impl Table {
         )
     }
 
-    /// All rows at once, column by column.
+    /// Returns the statement that writes all rows at once, one array per column.
     pub(in crate::store) fn write_in_postgres(&self) -> String {
         let array = |(n, (_, kind)): (usize, &Column)| match kind {
             Text => format!("${}::text[]", n + 1),
@@ -297,9 +296,9 @@ mod tests {
     use super::*;
     use crate::store::MIGRATIONS;
 
-    /// The columns of each table, and its primary key, as the migrations make them.
-    fn made(engine: usize) -> BTreeMap<String, (BTreeSet<String>, Vec<String>)> {
-        let (mut made, mut table) = (BTreeMap::new(), None);
+    /// Returns the columns and the primary key of each table that the migrations create.
+    fn created(engine: usize) -> BTreeMap<String, (BTreeSet<String>, Vec<String>)> {
+        let (mut tables, mut table) = (BTreeMap::new(), None);
         for line in MIGRATIONS
             .iter()
             .flat_map(|(_, _, sql)| sql[engine].lines())
@@ -310,11 +309,11 @@ mod tests {
                 .collect();
             match words[..] {
                 ["create", "table", name, ..] => {
-                    made.insert(name.to_owned(), (BTreeSet::new(), Vec::new()));
+                    tables.insert(name.to_owned(), (BTreeSet::new(), Vec::new()));
                     table = Some(name.to_owned());
                 }
                 ["alter", "table", name, "add", "column", column, ..] => {
-                    made.get_mut(name).unwrap().0.insert(column.to_owned());
+                    tables.get_mut(name).unwrap().0.insert(column.to_owned());
                 }
                 [")", ..] => table = None,
                 ["primary", "key", ..] => {
@@ -325,11 +324,11 @@ mod tests {
                         .split(", ")
                         .map(str::to_owned)
                         .collect();
-                    made.get_mut(table.as_ref().unwrap()).unwrap().1 = key;
+                    tables.get_mut(table.as_ref().unwrap()).unwrap().1 = key;
                 }
                 [column, ..] => {
                     if let Some((columns, key)) =
-                        table.as_ref().and_then(|table| made.get_mut(table))
+                        table.as_ref().and_then(|table| tables.get_mut(table))
                     {
                         columns.insert(column.to_owned());
                         if line.contains("primary key") {
@@ -340,36 +339,35 @@ mod tests {
                 [] => {}
             }
         }
-        made
+        tables
     }
 
     #[test]
-    fn every_column_of_every_table_is_carried() {
+    fn every_column_of_every_table_is_copied() {
         for engine in [0, 1] {
-            let mut made = made(engine);
-            assert!(made.remove("leases").is_some(), "it belongs to a database");
+            let mut tables = created(engine);
+            assert!(
+                tables.remove("leases").is_some(),
+                "leases stay in their database"
+            );
             for table in Table::ALL {
-                let (columns, key) = made
+                let (columns, key) = tables
                     .remove(table.name)
-                    .unwrap_or_else(|| panic!("{} is there", table.name));
-                let carried: Vec<String> = table
+                    .unwrap_or_else(|| panic!("table {} exists", table.name));
+                let copied: Vec<String> = table
                     .columns
                     .iter()
                     .map(|(name, _)| (*name).to_owned())
                     .collect();
-                assert_eq!(carried[..table.key], key, "{}: the key", table.name);
+                assert_eq!(copied[..table.key], key, "{}: the key", table.name);
                 assert_eq!(
-                    carried.into_iter().collect::<BTreeSet<_>>(),
+                    copied.into_iter().collect::<BTreeSet<_>>(),
                     columns,
                     "{}",
                     table.name
                 );
             }
-            assert!(
-                made.is_empty(),
-                "not carried to another database: {:?}",
-                made.keys()
-            );
+            assert!(tables.is_empty(), "not copied: {:?}", tables.keys());
         }
     }
 }

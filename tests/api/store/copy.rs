@@ -159,7 +159,7 @@ async fn assert_same(source: &Store, target: &Store) {
 
 async fn copy(source: &Store, target: &Store) -> u64 {
     let mut copying = Copying::begin(source, target).await.unwrap();
-    copying.carry(|_, _| {}).await.unwrap();
+    copying.apply(|_, _| {}).await.unwrap();
     let report = copying.compare(|_| {}).await.unwrap();
     assert_eq!((report.compared, report.differing), (601, 0));
     report
@@ -225,14 +225,14 @@ each_store! {
         assert_eq!(target.begin_copy(9, 2).await.unwrap(), CopyTarget::Ready, "nothing came of the first");
         let keys = Table::ALL[0];
         let (rows, _) = all(source, keys).await;
-        assert!(!target.carry(1, keys, &rows, &[]).await.unwrap() && all(target, keys).await.0.is_empty(), "overtaken");
-        assert!(target.carry(2, keys, &rows, &[]).await.unwrap());
-        assert!(target.carry(2, keys, &[], &rows[..1]).await.unwrap() && all(target, keys).await.0 == rows[1..]);
+        assert!(!target.apply(1, keys, &rows, &[]).await.unwrap() && all(target, keys).await.0.is_empty(), "overtaken");
+        assert!(target.apply(2, keys, &rows, &[]).await.unwrap());
+        assert!(target.apply(2, keys, &[], &rows[..1]).await.unwrap() && all(target, keys).await.0 == rows[1..]);
         assert_eq!(target.begin_copy(id, 3).await.unwrap(), CopyTarget::CopyOfAnother);
         assert_eq!(target.begin_copy(9, 4).await.unwrap(), CopyTarget::Ready);
         target.end_copying(100).await.unwrap();
         target.end_copying(101).await.unwrap();
-        assert!(!target.carry(4, keys, &rows, &rows).await.unwrap() && all(target, keys).await.0 == rows[1..], "in use");
+        assert!(!target.apply(4, keys, &rows, &rows).await.unwrap() && all(target, keys).await.0 == rows[1..], "in use");
         assert_eq!(target.begin_copy(9, 5).await.unwrap(), CopyTarget::InUse);
         assert_eq!(source.begin_copy(9, 6).await.unwrap(), CopyTarget::HoldsOther("api_keys"));
         let is_first = |cell: &Value| matches!(cell, Value::Text(Some(id)) if id == "key_1");
@@ -245,8 +245,8 @@ each_store! {
         fill(source).await;
         let mut copying = Copying::begin(source, target).await.unwrap();
         let mut later = Copying::begin(source, target).await.unwrap();
-        assert!(matches!(copying.carry(|_, _| {}).await, Err(CopyError::Superseded)));
-        later.carry(|_, _| {}).await.unwrap();
+        assert!(matches!(copying.apply(|_, _| {}).await, Err(CopyError::Superseded)));
+        later.apply(|_, _| {}).await.unwrap();
         let replaced = NewInvoice { document: r#"{"a":1}"#.to_owned(), ..invoice("acme", "inv-8", None) };
         source.put_invoice(&replaced, 6, &|_| true).await.unwrap();
         source.put_invoice(&invoice("acme", "new", Some("in_new")), 6, &|_| true).await.unwrap();
@@ -283,7 +283,7 @@ async fn who_uses_a_copy_in_postgres_waits_for_the_page_that_is_being_written() 
     let (server, url) = (PostgresServer::shared(), &copy.database.url);
     let held = copy.database.hold().await;
     let (target, page) = (copy.store.clone(), rows.clone());
-    let carrying = tokio::spawn(async move { target.carry(1, events, &page, &[]).await.unwrap() });
+    let carrying = tokio::spawn(async move { target.apply(1, events, &page, &[]).await.unwrap() });
     server.wait_until("the page is not written", || {
         server.waiting_for_locks(url) == 1
     });
@@ -297,7 +297,7 @@ async fn who_uses_a_copy_in_postgres_waits_for_the_page_that_is_being_written() 
     assert!(carrying.await.unwrap(), "the page is written");
     using.await.unwrap();
     assert!(
-        !copy.store.carry(1, events, &[], &rows).await.unwrap(),
+        !copy.store.apply(1, events, &[], &rows).await.unwrap(),
         "and no other"
     );
     assert_eq!(all(&copy.store, events).await.0.len(), 1);
