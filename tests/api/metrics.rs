@@ -412,8 +412,8 @@ fn every_alarm_has_its_section_and_every_section_its_alarm() {
         let of_alarm = section.split("\n## ").next().unwrap();
         assert!(
             of_alarm.contains("**Means**: ")
-                && of_alarm.contains("**Look**")
-                && of_alarm.to_lowercase().contains("**cure**: "),
+                && of_alarm.contains("**Check**")
+                && of_alarm.to_lowercase().contains("**remedy**: "),
             "{of_alarm}"
         );
     }
