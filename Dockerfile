@@ -1,10 +1,10 @@
 # syntax=docker/dockerfile:1
-# One binary on a base without a shell or a package manager, run by nobody in particular.
+# One binary on a base without a shell or a package manager, run by an unprivileged user.
 #
 #   docker build -t stripe-reconciler .
 #   docker run -p 127.0.0.1:8080:8080 -v reconciler:/data -e STRIPE_WEBHOOK_SECRET=whsec_... stripe-reconciler
 
-# Debian's release is that of the base below: the binary uses its C library.
+# The same Debian release as the base image below, because the binary links to its C library.
 FROM rust:1-bookworm AS build
 WORKDIR /build
 COPY . .
@@ -16,7 +16,8 @@ RUN --mount=type=cache,target=/usr/local/cargo/registry \
 
 FROM gcr.io/distroless/cc-debian12:nonroot
 COPY --from=build /image/usr/ /usr/
-# `nonroot` of the base; SQLite's file stands in the working directory unless DATABASE_URL says otherwise.
+# Owned by `nonroot` of the base image. SQLite's file is in the working directory unless DATABASE_URL
+# names another place.
 COPY --from=build --chown=65532:65532 /image/data /data
 WORKDIR /data
 VOLUME /data
