@@ -9,7 +9,10 @@ use testkit::run;
 
 const CONFIG: &str = include_str!("../../src/config.rs");
 /// Settings of others, of the shell and of the tests, that pages and files name.
-const OTHERS: [&str; 6] = [
+const OTHERS: [&str; 9] = [
+    "BROWSER_REQUIRED",
+    "SCHEMATHESIS_REQUIRED",
+    "STRIPE_CLI_REQUIRED",
     "POSTGRES_",
     "OPERATOR_KEY",
     "TENANT_KEY",
@@ -56,7 +59,13 @@ fn file(name: &str) -> (String, String) {
 
 fn pages() -> BTreeMap<String, String> {
     let mut pages = files_below("docs", &[".md"]);
-    pages.extend([file("README.md"), file("CHANGELOG.md"), file("SECURITY.md")]);
+    pages.extend([
+        file("README.md"),
+        file("ARCHITECTURE.md"),
+        file("CHANGELOG.md"),
+        file("CONTRIBUTING.md"),
+        file("SECURITY.md"),
+    ]);
     assert!(pages.len() > 8, "{:?}", pages.keys());
     pages
 }
@@ -229,7 +238,7 @@ fn every_command_that_a_page_shows_is_one_with_the_flags_that_it_shows() {
 
 #[test]
 fn every_command_and_every_setting_is_in_the_pages() {
-    let (index, readme) = (file("docs/README.md").1, file("README.md").1);
+    let (index, table) = (file("docs/README.md").1, file("docs/configuration.md").1);
     for (command, (_, below)) in Commands::ask().0 {
         let name = command.join(" ");
         assert!(
@@ -242,19 +251,35 @@ fn every_command_and_every_setting_is_in_the_pages() {
         settings.len() > 8 && settings.contains("COPY_TO"),
         "{settings:?}"
     );
-    let table = readme
-        .split("## Configuration")
-        .nth(1)
-        .unwrap()
-        .split("\n## ")
-        .next()
-        .unwrap();
     for setting in settings {
         assert!(
             table.contains(&format!("`{setting}`")),
-            "README.md does not say what {setting} is"
+            "docs/configuration.md does not say what {setting} is"
         );
     }
+}
+
+#[test]
+fn readme_fits_on_few_screens() {
+    let lines = file("README.md").1.lines().count();
+    assert!(
+        lines <= 120,
+        "README.md has {lines} lines: move details to docs/"
+    );
+}
+
+#[test]
+fn every_page_is_linked_from_the_index() {
+    let index = file("docs/README.md").1;
+    let pages = files_below("docs", &[".md"]);
+    for name in pages.keys().filter(|name| *name != "docs/README.md") {
+        let link = format!("]({})", name.strip_prefix("docs/").unwrap());
+        assert!(
+            index.contains(&link),
+            "docs/README.md does not link to {name}"
+        );
+    }
+    assert!(pages.len() > 15, "{:?}", pages.keys());
 }
 
 /// As `src/config.rs` reads them.

@@ -1,4 +1,5 @@
-// Debian's Chromium, without anything that talks to the network by itself, and what tests and pictures do alike.
+// Starts Debian's Chromium without the features that use the network by themselves, and holds the steps
+// that tests and pictures share.
 
 import { chromium } from "playwright-core";
 

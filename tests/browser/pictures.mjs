@@ -1,4 +1,4 @@
-// The pictures in the README, from the demo's data. With `stripe-reconciler demo --keep` running:
+// Takes the pictures in the README from the demo's data. With `stripe-reconciler demo --keep` running,
 //
 //     node tests/browser/pictures.mjs http://127.0.0.1:PORT OPERATOR_KEY
 //

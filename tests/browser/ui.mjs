@@ -1,5 +1,6 @@
-// The pages in a real browser: `node tests/browser/ui.mjs SETTING`, as tests/api/ui.rs starts it on a server with the recorded
-// invoices. Once without JavaScript, and once with it, so that the pages can be measured; on a telephone and on a desk, light and dark.
+// Checks the pages in a real browser: `node tests/browser/ui.mjs SETTINGS`. tests/api/ui.rs starts it on a
+// server with the recorded invoices. The first part runs without JavaScript. The second part needs it to
+// measure the pages, on a phone and on a desktop, in the light and the dark scheme.
 
 import assert from "node:assert/strict";
 import { SIZES, launch, signIn } from "./browser.mjs";
@@ -8,7 +9,7 @@ const { base, operatorKey, tenantKey, uid, stripeId, event } = JSON.parse(proces
 const invoicePage = `/ui/invoice?tenant=acme&uid=${uid}`;
 const browser = await launch();
 
-// What a person in finance does, with a tenant's key.
+// The steps of a person in finance, with a tenant's key.
 async function finance(javaScriptEnabled) {
   const { context, page } = await open({ viewport: SIZES.desk, javaScriptEnabled });
   await page.goto(base + invoicePage);
@@ -47,7 +48,7 @@ async function finance(javaScriptEnabled) {
   await context.close();
 }
 
-// What the person on call looks at, with the operator's key; and how each page looks, in each size and scheme.
+// The pages that the person on call reads, with the operator's key, measured in one size and scheme.
 async function operator(size, colorScheme) {
   const { context, page } = await open({ viewport: SIZES[size], colorScheme });
   await page.goto(`${base}/ui/sign-in`);
@@ -73,13 +74,13 @@ async function operator(size, colorScheme) {
     await measure(page, `${name} ${size} ${colorScheme}`);
     if (name === "Events" && size === "telephone") {
       const label = await page.locator("td.when").first().evaluate((cell) => getComputedStyle(cell, "::before").content);
-      assert.match(label, /Happened|data-label/, "where the heads of columns are out of sight, times are labelled");
+      assert.match(label, /Happened|data-label/, "times are labelled where the column heads are hidden");
     }
   }
   await context.close();
 }
 
-// A context whose console must stay silent but for the errors that are asked for.
+// Opens a page whose console must stay silent, except for the error statuses that the test provokes.
 async function open(options) {
   const context = await browser.newContext(options);
   const page = await context.newPage();
@@ -97,7 +98,8 @@ async function search(page, text) {
   await page.getByRole("button", { name: "Find" }).click();
 }
 
-// Nothing is wider than the window, every text can be read on its ground, every field has a name, and the keyboard shows where it is.
+// Asserts that nothing is wider than the window, every text contrasts with its background (4.5 : 1), every
+// field has a label, and the focused element has an outline.
 async function measure(page, what) {
   const found = await page.evaluate(() => {
     const wide = [...document.querySelectorAll("body *")].filter((e) => e.getBoundingClientRect().right > innerWidth + 1 && !e.closest("pre, thead"));
@@ -138,7 +140,7 @@ async function measure(page, what) {
   assert.deepEqual([found.nameless, found.headings, found.language, found.styled], [0, 1, "en", 1], what);
   await page.keyboard.press("Tab");
   const outline = await page.evaluate(() => getComputedStyle(document.activeElement).outlineStyle);
-  assert.notEqual(outline, "none", `${what} shows where the keyboard is`);
+  assert.notEqual(outline, "none", `${what} outlines the focused element`);
 }
 
 const problems = [];

@@ -1,4 +1,4 @@
-"""What Schemathesis cannot find in the document: how Stripe signs, and which cursors and tags were given out."""
+"""Adds what the OpenAPI document cannot tell Schemathesis: how Stripe signs, and which cursors and tags exist."""
 
 import hashlib
 import hmac
@@ -11,7 +11,7 @@ import schemathesis
 
 
 class Signed(requests.auth.AuthBase):
-    """Signs what is sent, as Stripe does: any other delivery is refused."""
+    """Signs the request as Stripe does: the server rejects any other delivery."""
 
     def __call__(self, request):
         body = request.body or b""
@@ -35,18 +35,21 @@ def before_call(context, case, kwargs):
 
 @schemathesis.hook
 def map_case(context, case):
-    """Leaves out what looks right and cannot be: a made-up cursor is refused (those that were given out come by links), and a
-    made-up tag names nothing that is stored, so that nothing would be."""
+    """Removes values that have the right form and cannot be valid.
+
+    The server rejects an invented cursor (issued cursors arrive through links). An invented tag matches no
+    stored invoice, so that no PUT would ever store one.
+    """
     if is_positive(case):
         query, headers = case.query or {}, case.headers or {}
-        if case.operation.path.endswith("/invoices") and not was_given_out(query.get("cursor")):
+        if case.operation.path.endswith("/invoices") and not was_issued(query.get("cursor")):
             query.pop("cursor", None)
         if case.operation.method.upper() == "PUT" and headers.get("If-Match") != "*":
             headers.pop("If-Match", None)
     return case
 
 
-def was_given_out(cursor):
+def was_issued(cursor):
     try:
         return len(json.loads(bytes.fromhex(cursor))) == 3
     except (TypeError, ValueError):
