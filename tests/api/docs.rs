@@ -408,6 +408,29 @@ fn the_image_is_built_from_all_that_the_code_includes() {
 }
 
 #[test]
+fn image_contains_manifest_of_every_local_crate() {
+    let (manifest, ignored) = (file("Cargo.toml").1, file(".dockerignore").1);
+    let members = manifest
+        .lines()
+        .find_map(|line| line.strip_prefix("members = [\"")?.strip_suffix("\"]"))
+        .unwrap();
+    let local = manifest
+        .lines()
+        .filter_map(|line| line.split("path = \"").nth(1)?.split('"').next())
+        .filter(|path| root().join(path).join("Cargo.toml").is_file());
+
+    let crates: BTreeSet<&str> = members.split("\", \"").chain(local).collect();
+    assert!(crates.contains("testkit"), "{crates:?}");
+
+    for path in crates {
+        assert!(
+            ignored.lines().any(|line| line == format!("!{path}")),
+            ".dockerignore leaves out {path}, whose manifest cargo reads"
+        );
+    }
+}
+
+#[test]
 fn the_document_that_is_to_be_moved_is_read_whole() {
     let (_, page) = file("docs/moving-from-a-handler.md");
     let document = page
