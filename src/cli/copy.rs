@@ -95,7 +95,7 @@ async fn copy(source: &Store, target: &Store) -> Result<(CopyReport, Took), Copy
     let mut copy = copy::Copying::begin(source, target).await?;
     let started_ms = clock.now_ms();
     let bar = output::progress("");
-    copy.apply(|table, rows| {
+    copy.carry(|table, rows| {
         if bar.message() != table {
             bar.set_message(table);
             bar.reset();

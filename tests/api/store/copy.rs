@@ -159,7 +159,7 @@ async fn assert_same(source: &Store, target: &Store) {
 
 async fn copy(source: &Store, target: &Store) -> u64 {
     let mut copying = Copying::begin(source, target).await.unwrap();
-    copying.apply(|_, _| {}).await.unwrap();
+    copying.carry(|_, _| {}).await.unwrap();
     let report = copying.compare(|_| {}).await.unwrap();
     assert_eq!((report.compared, report.differing), (601, 0));
     report
@@ -245,8 +245,8 @@ each_store! {
         fill(source).await;
         let mut copying = Copying::begin(source, target).await.unwrap();
         let mut later = Copying::begin(source, target).await.unwrap();
-        assert!(matches!(copying.apply(|_, _| {}).await, Err(CopyError::Superseded)));
-        later.apply(|_, _| {}).await.unwrap();
+        assert!(matches!(copying.carry(|_, _| {}).await, Err(CopyError::Superseded)));
+        later.carry(|_, _| {}).await.unwrap();
         let replaced = NewInvoice { document: r#"{"a":1}"#.to_owned(), ..invoice("acme", "inv-8", None) };
         source.put_invoice(&replaced, 6, &|_| true).await.unwrap();
         source.put_invoice(&invoice("acme", "new", Some("in_new")), 6, &|_| true).await.unwrap();
