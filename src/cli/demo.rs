@@ -1,5 +1,7 @@
-//! `demo`: the main job, with nothing configured. A real server, a database of its own, payloads in full size, signed and
-//! delivered over HTTP the way Stripe delivers them: some twice, some out of order, some before their invoice is stored.
+//! `demo`: the main job with nothing configured.
+//!
+//! A real server with its own database gets full-size payloads, signed and delivered over HTTP as Stripe delivers them: some
+//! twice, some out of order, some before their invoice is stored.
 
 use std::time::Duration;
 
@@ -28,12 +30,12 @@ use crate::queries::invoices::new_invoice;
 use crate::store::{Scope, Store};
 
 const TENANT: &str = "acme";
-/// Of the server: this is all that talks to it.
+/// Connections of the server. Only the demo itself connects to it.
 const CONNECTIONS: usize = 64;
-/// Deliveries under way at a time, as Stripe makes several.
-const AT_ONCE: usize = 8;
+/// Concurrent deliveries, since Stripe also sends several at a time.
+const CONCURRENT_DELIVERIES: usize = 8;
 
-/// What happened to one invoice at Stripe, and how word of it comes.
+/// The events of one invoice at Stripe, and how they are delivered.
 struct Sample {
     title: &'static str,
     events: &'static str,
@@ -120,16 +122,16 @@ const SAMPLES: [Sample; 12] = [
     sample!("Collected outside Stripe", "collected-elsewhere", InOrder),
 ];
 
-/// One document a line; each names its Stripe invoice.
+/// One document per line. Each names its Stripe invoice.
 const INVOICES: &str = include_str!("../../fixtures/invoices.jsonl");
 
 /// Show the main job with nothing configured
 #[derive(Args)]
 #[command(after_help = "Examples:
   stripe-reconciler demo
-  stripe-reconciler demo --keep      leave it running, and print commands to try")]
+  stripe-reconciler demo --keep      keep it running, and print commands to try")]
 pub struct Demo {
-    /// Leave it running until Ctrl-C, and print commands to try
+    /// Keep it running until Ctrl-C, and print commands to try
     #[arg(long)]
     keep: bool,
 }
@@ -142,14 +144,17 @@ impl Demo {
             stage.base,
             stage.folder.path().display()
         ))?;
+
         let mut counts = Counts::default();
         for sample in &SAMPLES {
             stage.play(sample, &mut counts).await?;
         }
+
         output::line(counts.describe())?;
         for sample in &SAMPLES {
             stage.print(sample).await?;
         }
+
         if self.keep {
             stage.explain()?;
             tokio::signal::ctrl_c().await?;
@@ -178,18 +183,18 @@ impl Counts {
         let delivered = recorded + duplicate + no_payment_fact;
         format!(
             "{invoices} invoices stored. {delivered} deliveries signed, sent and answered 2xx: {recorded} recorded, \
-             {duplicate} duplicate, {no_payment_fact} that say nothing about a payment.\n\nWhat came of each invoice:"
+             {duplicate} duplicate, {no_payment_fact} without a payment fact.\n\nThe history of each invoice:"
         )
     }
 }
 
-/// The real server, and all that is needed to talk to it.
+/// The running server, and the keys and clients to use it.
 struct Stage {
     folder: TempDir,
     base: String,
     store: Store,
     endpoint: Endpoint,
-    transport: HttpClient,
+    client: HttpClient,
     operator_key: String,
     tenant_key: String,
     signing_secret: String,
@@ -234,13 +239,13 @@ impl Stage {
             secrets()?,
             Clock::system(),
         );
-        let transport = HttpClient::new(Duration::from_secs(10), 1024 * 1024);
+        let client = HttpClient::new(Duration::from_secs(10), 1024 * 1024);
         Ok(Stage {
             folder,
             base,
             store,
             endpoint,
-            transport,
+            client,
             operator_key,
             tenant_key,
             signing_secret,
@@ -249,7 +254,7 @@ impl Stage {
         })
     }
 
-    /// Stores the invoice and delivers its events, in the way and order of the sample.
+    /// Stores the invoice and delivers its events in the order of the sample.
     async fn play(&self, sample: &Sample, counts: &mut Counts) -> anyhow::Result<()> {
         let mut events: Vec<Bytes> = sample
             .events
@@ -280,7 +285,7 @@ impl Stage {
 
     async fn store_invoice(&self, document: Value) -> anyhow::Result<()> {
         let invoice = new_invoice(TENANT, None, document)
-            .map_err(|faults| anyhow::anyhow!("a sample is faulty: {faults:?}"))?;
+            .map_err(|faults| anyhow::anyhow!("a sample is invalid: {faults:?}"))?;
         self.store
             .put_invoices(&[invoice], Clock::system().now_ms())
             .await?;
@@ -290,7 +295,7 @@ impl Stage {
     async fn deliver(&self, events: Vec<Bytes>, counts: &mut Counts) -> anyhow::Result<()> {
         let mut answers = stream::iter(events)
             .map(|event| self.endpoint.post(event))
-            .buffered(AT_ONCE);
+            .buffered(CONCURRENT_DELIVERIES);
         while let Some(answer) = answers.try_next().await? {
             match answer.map_err(anyhow::Error::msg)? {
                 Outcome::Recorded => counts.recorded += 1,
@@ -302,13 +307,13 @@ impl Stage {
         Ok(())
     }
 
-    /// Asks the read endpoint, with the tenant's key, and prints what it says.
+    /// Reads the invoice with the tenant's key and prints its history.
     async fn print(&self, sample: &Sample) -> anyhow::Result<()> {
         let (_, uid) = sample.invoice()?;
         let request = Request::get(self.invoice_url(&uid))
             .header("apikey", &self.tenant_key)
             .body(Full::default())?;
-        let answer = self.transport.send(request).await?;
+        let answer = self.client.send(request).await?;
         ensure!(
             answer.status().is_success(),
             "reading {uid} was answered {}",
@@ -318,7 +323,7 @@ impl Stage {
         let states = invoice
             .pointer("/status/states")
             .and_then(Value::as_array)
-            .context("states are always there")?;
+            .context("an answer without states")?;
         output::line(format!(
             "\n{uid}  {} ({})",
             output::bold(sample.title),
@@ -358,11 +363,11 @@ impl Stage {
         let database = database_url(&self.folder);
         output::line(format!(
             "
-It keeps running until Ctrl-C. Pages to look at, in a browser: {base}/ui
+The server runs until Ctrl-C. Pages for your browser: {base}/ui
   sign in with the operator's key  {operator_key}
   or with the key of tenant {TENANT}  {tenant_key}
 
-Things to try in another terminal:
+Commands to try in another terminal:
 
   export DATABASE_URL={database}
   curl -H 'ApiKey: {tenant_key}' {url}
@@ -387,7 +392,7 @@ fn database_url(folder: &TempDir) -> String {
 }
 
 impl Sample {
-    /// The stored invoice that this is about, and its uid.
+    /// Returns the document of the invoice, and its uid.
     fn invoice(&self) -> anyhow::Result<(Value, String)> {
         for line in INVOICES.lines() {
             let document: Value = serde_json::from_str(line)?;

@@ -1,4 +1,4 @@
-//! What was received, in pages and one by one: what `events` prints, what HTTP answers and what the page shows.
+//! Received events, in pages and one by one, for the `events` command, HTTP and the pages.
 
 use std::collections::HashSet;
 
@@ -9,29 +9,29 @@ use crate::domain::stripe::event::{EventKey, Observation};
 use crate::domain::time::timestamp;
 use crate::store::{EventFilter, LoggedEvent, Outcome, Store, StoreError, StoredBody};
 
-/// Events read at a time, while those are sought whose invoice nobody stored.
-const READ: u32 = 1_000;
-/// Events that one page looks through at most for them.
-const SCANNED: usize = 50_000;
-/// Renderings in one page at most. Stripe's own ids have a few; those of test payloads may be shared by many events.
-const RENDERINGS: usize = 100;
-/// A page ends after so many bytes of bodies.
-const BYTES: usize = 4 * 1024 * 1024;
+/// Events read at a time in a search for unmatched ones.
+const BATCH: u32 = 1_000;
+/// Most events that one page scans for unmatched ones.
+const MAX_SCANNED: usize = 50_000;
+/// Most renderings on one page. Stripe's own ids have a few; many test payloads may share an id.
+const MAX_RENDERINGS: usize = 100;
+/// A page ends after this many bytes of bodies.
+const MAX_BYTES: usize = 4 * 1024 * 1024;
 
-/// Which events a list shows, by what became of them.
+/// A filter by outcome.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OutcomeFilter {
     Any,
     Is(Outcome),
-    /// It names an invoice, and none that it names is stored.
+    /// Events that name an invoice, but none that is stored.
     Unmatched,
 }
 
 impl OutcomeFilter {
-    /// `unmatched`, or the name of an outcome.
+    /// Parses `unmatched` or the name of an outcome.
     ///
     /// # Errors
-    /// In words, what it may be.
+    /// The accepted values, to be put behind the name of the parameter.
     pub fn parse(text: &str) -> Result<OutcomeFilter, String> {
         match (text, Outcome::parse(text)) {
             ("unmatched", _) => Ok(OutcomeFilter::Unmatched),
@@ -41,31 +41,34 @@ impl OutcomeFilter {
     }
 }
 
-/// All that is given must hold.
+/// A request for a page. All given conditions must hold.
 pub struct PageRequest {
     pub event_type: Option<String>,
-    /// The event names this Stripe invoice.
+    /// The Stripe invoice that the event names.
     pub stripe_invoice_id: Option<String>,
     pub outcome: OutcomeFilter,
     pub limit: usize,
     pub after: Option<Cursor>,
 }
 
+/// A page of events.
 pub struct Page {
     pub events: Vec<LoggedEvent>,
-    /// Where the next page begins; None: this was the last.
+    /// Start of the next page; `None` on the last.
     pub next: Option<Cursor>,
 }
 
-/// Where a page ended, as text that says nothing to a client.
+/// The end of a page, as text that is opaque to clients.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cursor(i64, EventKey);
 
 impl Cursor {
+    /// Returns the text for clients.
     pub fn to_text(self) -> String {
         hex::encode([&self.0.to_be_bytes()[..], &self.1.0].concat())
     }
 
+    /// Parses the text of [`Cursor::to_text`]. Returns `None` for any other text.
     pub fn parse(text: &str) -> Option<Cursor> {
         let bytes = hex::decode(text).ok()?;
         let (received_ms, key) = bytes.split_first_chunk()?;
@@ -80,8 +83,13 @@ impl Cursor {
     }
 }
 
-/// A page of events, the latest received first. It may be shorter than its limit although more follow: which invoices are not
-/// stored is found out, not kept, so what one request looks through is bounded.
+/// Returns a page of events, latest receipt first.
+///
+/// A page of unmatched events may be shorter than its limit although more follow: whether an invoice is stored is checked on each
+/// request, so the number of events that one request scans is bounded.
+///
+/// # Errors
+/// The database cannot be read.
 pub async fn page(store: &Store, request: &PageRequest) -> Result<Page, StoreError> {
     let filter = EventFilter {
         event_type: request.event_type.clone(),
@@ -91,11 +99,13 @@ pub async fn page(store: &Store, request: &PageRequest) -> Result<Page, StoreErr
             OutcomeFilter::Any | OutcomeFilter::Unmatched => None,
         },
     };
+
     let read = if request.outcome == OutcomeFilter::Unmatched {
-        READ
+        BATCH
     } else {
         request.limit as u32 + 1
     };
+
     let mut found = Vec::new();
     let mut scanned = 0;
     let mut after = request.after;
@@ -107,12 +117,14 @@ pub async fn page(store: &Store, request: &PageRequest) -> Result<Page, StoreErr
                 read,
             )
             .await?;
+
         let is_last = batch.len() < read as usize;
         scanned += batch.len();
         let shown = match request.outcome {
             OutcomeFilter::Unmatched => unmatched(store, &batch).await?,
             _ => vec![true; batch.len()],
         };
+
         for ((event, _), is_shown) in batch.into_iter().zip(shown) {
             if found.len() == request.limit {
                 return Ok(Page {
@@ -125,7 +137,8 @@ pub async fn page(store: &Store, request: &PageRequest) -> Result<Page, StoreErr
                 found.push(event);
             }
         }
-        if is_last || scanned >= SCANNED {
+
+        if is_last || scanned >= MAX_SCANNED {
             return Ok(Page {
                 events: found,
                 next: after.filter(|_| !is_last),
@@ -134,7 +147,7 @@ pub async fn page(store: &Store, request: &PageRequest) -> Result<Page, StoreErr
     }
 }
 
-/// Which of these events name an invoice, but none that is stored.
+/// Returns, for each event, whether it names an invoice, but none that is stored.
 async fn unmatched(
     store: &Store,
     batch: &[(LoggedEvent, Option<String>)],
@@ -143,6 +156,7 @@ async fn unmatched(
         .iter()
         .map(|(_, telling)| invoice_ids(telling.as_deref()))
         .collect();
+
     let ids: HashSet<&String> = named.iter().flatten().collect();
     let ids: Vec<String> = ids.into_iter().cloned().collect();
     let held: HashSet<String> = store
@@ -151,6 +165,7 @@ async fn unmatched(
         .into_iter()
         .map(|(_, _, id)| id)
         .collect();
+
     Ok(named
         .iter()
         .map(|ids| !ids.is_empty() && !ids.iter().any(|id| held.contains(id)))
@@ -158,7 +173,7 @@ async fn unmatched(
 }
 
 fn invoice_ids(telling: Option<&str>) -> Vec<String> {
-    // One that another version wrote names none until `rebuild`.
+    // An observation that another version wrote names no invoice until `rebuild`.
     let Some(telling) = telling.and_then(|text| serde_json::from_str::<Observation>(text).ok())
     else {
         return Vec::new();
@@ -171,14 +186,18 @@ fn invoice_ids(telling: Option<&str>) -> Vec<String> {
         .collect()
 }
 
+/// A page of the renderings of one event.
 pub struct Renderings {
     pub renderings: Vec<StoredBody>,
-    /// Where the next page begins; None: this was the last.
+    /// Start of the next page; `None` on the last.
     pub next: Option<Cursor>,
 }
 
-/// All renderings of an event, oldest receipt first, by its id; or the one that has this key, in hexadecimal digits: by it what
-/// is unreadable and has no id can be looked at. More than [`RENDERINGS`] or [`BYTES`] come in pages.
+/// Returns the renderings of an event by its id, oldest receipt first, or the one with this key in hexadecimal digits: an
+/// unreadable event has no id. More than [`MAX_RENDERINGS`] or [`MAX_BYTES`] come in pages.
+///
+/// # Errors
+/// The database cannot be read.
 pub async fn renderings(
     store: &Store,
     id: &str,
@@ -186,7 +205,7 @@ pub async fn renderings(
 ) -> Result<Renderings, StoreError> {
     let after_row = after.map(|Cursor(received_ms, key)| (received_ms, key));
     let listed = store
-        .events_by_id(id, after_row, RENDERINGS as u32 + 1)
+        .events_by_id(id, after_row, MAX_RENDERINGS as u32 + 1)
         .await?;
     if listed.is_empty() && after.is_none() {
         return Ok(Renderings {
@@ -194,16 +213,18 @@ pub async fn renderings(
             next: None,
         });
     }
+
     let (mut renderings, mut bytes, mut last) = (Vec::new(), 0, None);
     for event in &listed {
-        if renderings.len() == RENDERINGS || bytes >= BYTES {
+        if renderings.len() == MAX_RENDERINGS || bytes >= MAX_BYTES {
             return Ok(Renderings {
                 renderings,
                 next: last,
             });
         }
+
         last = Some(Cursor::at(event));
-        // One at a time: each may have a mebibyte. One that `rebuild` has just replaced comes back under its new key.
+        // Read one at a time: each may have a mebibyte. An event that `rebuild` has just replaced has a new key.
         let stored = store.event_by_key(&event.key).await?;
         bytes += stored
             .as_ref()
@@ -245,6 +266,7 @@ pub struct Listed {
     unreadable_reason: Option<String>,
 }
 
+/// Converts an event for JSON.
 pub fn listed(event: &LoggedEvent) -> Listed {
     let event = event.clone();
     Listed {
@@ -262,7 +284,7 @@ pub fn listed(event: &LoggedEvent) -> Listed {
     }
 }
 
-/// A received event as JSON, and its body as far as JSON can carry it.
+/// A received event as JSON, with its body in one of three forms.
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Shown {
@@ -272,16 +294,17 @@ pub struct Shown {
     pub body: Body,
 }
 
+/// The body of an event.
 #[derive(Serialize)]
 #[serde(untagged)]
 pub enum Body {
-    /// As it was received, to the byte.
+    /// The received bytes, unchanged.
     Json(Box<RawValue>),
     Text(String),
     Pruned,
 }
 
-/// The body is JSON where it is JSON, else text where it is UTF-8, else hexadecimal digits; `bodyForm` says which.
+/// Converts an event with its body: JSON if it is JSON, else text if it is UTF-8, else hexadecimal digits. `bodyForm` says which.
 pub fn show(stored: StoredBody) -> Shown {
     let event = listed(&stored.logged);
     let (body_form, body) = match stored.body.map(String::from_utf8) {
@@ -304,7 +327,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_cursor_is_read_as_it_was_given_out_and_nothing_else_is() {
+    fn cursor_parses_only_its_own_text() {
         let cursor = Cursor(1_769_850_900_123, EventKey([7; EventKey::LENGTH]));
         assert_eq!(Cursor::parse(&cursor.to_text()), Some(cursor));
         let text = cursor.to_text();

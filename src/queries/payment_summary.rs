@@ -1,28 +1,30 @@
-//! Is this invoice paid, and how do we know? In plain sentences, from the evidence, for somebody in finance.
+//! Summary of an invoice's payment in plain sentences for finance: whether it is paid, and the grounds for saying so.
 
 use super::evidence::Evidence;
 use crate::domain::payment_state::PaymentState;
 use crate::domain::time::readable;
 use crate::store::Source;
 
-/// The answer, and what it rests on.
+/// The answer and its grounds.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Verdict {
-    /// None: nothing is known.
+pub struct PaymentSummary {
+    /// The present state; `None` if nothing is known.
     pub state: Option<PaymentState>,
     /// Whether it is paid, and since when.
     pub answer: String,
-    /// How we know.
+    /// The proofs, and the last comparison with Stripe.
     pub grounds: String,
-    /// What is still open about it.
+    /// Objects that are still to be fetched from Stripe.
     pub waits: String,
-    /// Somebody should look at it before relying on the answer.
+    /// Whether somebody must check the invoice before relying on the answer.
     pub is_doubtful: bool,
 }
 
-pub fn verdict(evidence: &Evidence) -> Verdict {
+/// Summarises the evidence.
+pub fn summarise(evidence: &Evidence) -> PaymentSummary {
     let state = evidence.entries.last().map(|entry| entry.state);
-    Verdict {
+
+    PaymentSummary {
         state,
         answer: answer(evidence),
         grounds: grounds(evidence),
@@ -32,8 +34,9 @@ pub fn verdict(evidence: &Evidence) -> Verdict {
 }
 
 fn answer(evidence: &Evidence) -> String {
-    let answer = state_in_words(evidence);
-    // Whoever reads no further must not take play money for money.
+    let answer = describe_state(evidence);
+
+    // The headline itself must say that test money is not real.
     let is_test = evidence.at_stripe.livemode == Some(false) && !evidence.entries.is_empty();
     if is_test {
         format!("{answer} In test mode: no real money.")
@@ -42,23 +45,26 @@ fn answer(evidence: &Evidence) -> String {
     }
 }
 
-fn state_in_words(evidence: &Evidence) -> String {
+fn describe_state(evidence: &Evidence) -> String {
     let Some(last) = evidence.entries.last() else {
         return match (&evidence.stripe_invoice_id, evidence.as_of_ms) {
             (None, _) => {
-                "Nothing is known about its payment: the stored invoice names no invoice at Stripe."
+                "Nothing is known about its payment: the stored invoice names no Stripe invoice."
                     .to_owned()
             }
             (Some(_), None) => {
-                "Nothing is known about its payment: Stripe has told nothing about it yet."
+                "Nothing is known about its payment: nothing has been received from Stripe yet."
                     .to_owned()
             }
             (Some(_), Some(_)) => "Nothing was known about its payment at that time.".to_owned(),
         };
     };
-    let (_, before) = evidence.entries.split_last().expect("there is a last");
+    let (_, before) = evidence
+        .entries
+        .split_last()
+        .expect("the list has a last entry");
     let since = readable(last.timestamp_ms);
-    // What happens to money after it was paid is told by further entries, maybe within the same second.
+    // Refunds and disputes after the payment are further entries, perhaps within the same second.
     match (
         last.state,
         before
@@ -73,15 +79,15 @@ fn state_in_words(evidence: &Evidence) -> String {
         }
         (PaymentState::Paid, _) => format!("Paid on {since}."),
         (PaymentState::PaymentPending, _) => {
-            format!("Not paid: it waits for payment since {since}.")
+            format!("Not paid: waiting for payment since {since}.")
         }
         (PaymentState::PaymentInProgress, _) => {
             format!(
-                "Not paid in full: a payment is under way, or a part has arrived, since {since}."
+                "Not paid in full: a payment is in progress, or a part has arrived, since {since}."
             )
         }
         (PaymentState::PaymentFailed, _) => {
-            format!("Not paid: collecting it failed or was given up on {since}.")
+            format!("Not paid: collection failed or ended on {since}.")
         }
     }
 }
@@ -91,7 +97,7 @@ fn grounds(evidence: &Evidence) -> String {
     let proofs = last.map_or(&[][..], |last| &last.proofs);
     let imported = last.is_some_and(|last| last.is_imported);
     let is_past = evidence.as_of_ms.is_some();
-    // What Stripe's API showed in the comparison itself is kept a moment after it began.
+    // Objects fetched during a comparison are received a moment after it started.
     let is_newer = |confirmed_ms: i64| {
         !proofs.is_empty()
             && proofs
@@ -105,7 +111,7 @@ fn grounds(evidence: &Evidence) -> String {
     match (evidence.differs_since_ms, evidence.confirmed_ms) {
         (Some(since_ms), _) => {
             format!(
-                "Do not rely on it: Stripe's API says something else since {}.",
+                "Do not rely on it: Stripe's API has differed since {}.",
                 readable(since_ms)
             )
         }
@@ -119,16 +125,16 @@ fn grounds(evidence: &Evidence) -> String {
             format!("Confirmed with Stripe at {}.", readable(confirmed_ms))
         }
         (None, None) if evidence.entries.is_empty() => String::new(),
-        // Only the last agreement is kept: before it there may have been others.
+        // Only the last agreement is stored; there may have been earlier ones.
         (None, None) if imported && is_past => {
-            "It came with the stored invoice; whether Stripe's API agreed by then is not known."
+            "Imported with the stored invoice; whether Stripe's API agreed by then is not known."
                 .to_owned()
         }
         (None, None) if is_past => {
             format!("{proved}; whether Stripe's API agreed by then is not known.")
         }
         (None, None) if imported => {
-            "It came with the stored invoice, and was not compared with Stripe.".to_owned()
+            "Imported with the stored invoice, and not compared with Stripe.".to_owned()
         }
         (None, None) => format!("{proved}; not compared with Stripe's API."),
     }
@@ -137,9 +143,9 @@ fn grounds(evidence: &Evidence) -> String {
 fn waits(evidence: &Evidence) -> String {
     match evidence.missing.len() {
         0 if evidence.entries.is_empty() => String::new(),
-        0 => "Nothing waits to be fetched.".to_owned(),
-        1 => "One thing is still to be fetched from Stripe; it stands below.".to_owned(),
-        n => format!("{n} things are still to be fetched from Stripe; they stand below."),
+        0 => "Nothing is left to fetch.".to_owned(),
+        1 => "One object is still to be fetched from Stripe; see below.".to_owned(),
+        n => format!("{n} objects are still to be fetched from Stripe; see below."),
     }
 }
 
@@ -176,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn the_answer_says_whether_it_is_paid_and_since_when() {
+    fn answer_says_whether_and_since_when_it_is_paid() {
         let cases: [(&[(PaymentState, i64)], &str); 7] = [
             (
                 &[(PaymentState::PaymentPending, 0), (PaymentState::Paid, 1)],
@@ -192,40 +198,40 @@ mod tests {
             ),
             (
                 &[(PaymentState::PaymentPending, 0)],
-                "Not paid: it waits for payment since 2026-01-31 09:00:00 UTC.",
+                "Not paid: waiting for payment since 2026-01-31 09:00:00 UTC.",
             ),
             (
                 &[(PaymentState::PaymentInProgress, 0)],
-                "Not paid in full: a payment is under way, or a part has arrived, since 2026-01-31 09:00:00 UTC.",
+                "Not paid in full: a payment is in progress, or a part has arrived, since 2026-01-31 09:00:00 UTC.",
             ),
             (
                 &[(PaymentState::PaymentFailed, 0)],
-                "Not paid: collecting it failed or was given up on 2026-01-31 09:00:00 UTC.",
+                "Not paid: collection failed or ended on 2026-01-31 09:00:00 UTC.",
             ),
             (
                 &[],
-                "Nothing is known about its payment: Stripe has told nothing about it yet.",
+                "Nothing is known about its payment: nothing has been received from Stripe yet.",
             ),
         ];
         for (states, answer) in cases {
-            assert_eq!(verdict(&evidence(states)).answer, answer);
+            assert_eq!(summarise(&evidence(states)).answer, answer);
         }
     }
 
     #[test]
-    fn play_money_is_not_taken_for_money() {
+    fn test_mode_is_part_of_the_answer() {
         let mut paid = evidence(&[(PaymentState::Paid, 1)]);
         paid.at_stripe.livemode = Some(true);
-        assert_eq!(verdict(&paid).answer, "Paid on 2026-01-31 09:00:01 UTC.");
+        assert_eq!(summarise(&paid).answer, "Paid on 2026-01-31 09:00:01 UTC.");
         paid.at_stripe.livemode = Some(false);
         assert_eq!(
-            verdict(&paid).answer,
+            summarise(&paid).answer,
             "Paid on 2026-01-31 09:00:01 UTC. In test mode: no real money."
         );
     }
 
     #[test]
-    fn what_came_after_the_last_comparison_is_not_said_to_be_confirmed() {
+    fn newer_proofs_are_not_called_confirmed() {
         let proof = |source, received_ms| LoggedEvent {
             key: EventKey([0; EventKey::LENGTH]),
             id: None,
@@ -256,19 +262,19 @@ mod tests {
         ] {
             let mut paid = evidence(&[(PaymentState::PaymentPending, 0), (PaymentState::Paid, 1)]);
             paid.entries[1].proofs = proofs;
-            assert_eq!(verdict(&paid).grounds, grounds);
+            assert_eq!(summarise(&paid).grounds, grounds);
         }
     }
 
     #[test]
-    fn it_says_what_the_answer_rests_on_and_what_waits() {
+    fn grounds_and_open_fetches_are_given() {
         let mut paid = evidence(&[(PaymentState::Paid, 0)]);
-        let told = verdict(&paid);
+        let summary = summarise(&paid);
         assert_eq!(
-            (&*told.grounds, &*told.waits),
+            (&*summary.grounds, &*summary.waits),
             (
                 "Confirmed with Stripe at 2026-01-31 09:00:05 UTC.",
-                "Nothing waits to be fetched."
+                "Nothing is left to fetch."
             )
         );
         paid.confirmed_ms = None;
@@ -276,24 +282,26 @@ mod tests {
             event: None,
             message: String::new(),
         }];
-        let told = verdict(&paid);
+        let summary = summarise(&paid);
         assert_eq!(
-            told.waits,
-            "One thing is still to be fetched from Stripe; it stands below."
+            summary.waits,
+            "One object is still to be fetched from Stripe; see below."
         );
-        assert!(told.grounds.ends_with("not compared with Stripe's API.") && !told.is_doubtful);
+        assert!(
+            summary.grounds.ends_with("not compared with Stripe's API.") && !summary.is_doubtful
+        );
         paid.as_of_ms = Some(NINE);
         assert!(
-            verdict(&paid)
+            summarise(&paid)
                 .grounds
                 .ends_with("; whether Stripe's API agreed by then is not known.")
         );
         paid.differs_since_ms = Some(NINE);
-        let told = verdict(&paid);
+        let summary = summarise(&paid);
         assert!(
-            told.is_doubtful
-                && told.grounds
-                    == "Do not rely on it: Stripe's API says something else since 2026-01-31 09:00:00 UTC."
+            summary.is_doubtful
+                && summary.grounds
+                    == "Do not rely on it: Stripe's API has differed since 2026-01-31 09:00:00 UTC."
         );
     }
 }

@@ -322,7 +322,7 @@ each_database! {
                 assert!(shown.contains(&format!("/ui/event?id={}", proof["id"].as_str().unwrap())), "{proof}");
             }
         }
-        for said in ["Paid on ", "not compared with Stripe", "Nothing waits", "webhook, signed with secret", "1299.00 EUR", "https://dashboard.stripe.com/"] {
+        for said in ["Paid on ", "not compared with Stripe", "Nothing is left to fetch", "webhook, signed with secret", "1299.00 EUR", "https://dashboard.stripe.com/"] {
             assert!(shown.contains(said), "{said} is not in {shown}");
         }
         for at in [before.to_owned(), format!("{before}Z"), "2026-01-01T00:00".to_owned(), "2026-01-01T00:00:00%2B01:00".to_owned()] {

@@ -17,7 +17,7 @@ use crate::domain::time::timestamp;
 use crate::http::AppState;
 use crate::http::error::ApiError;
 use crate::queries::evidence::{self, Evidence, Missing, Proven};
-use crate::queries::payment_summary::verdict;
+use crate::queries::payment_summary::summarise;
 
 /// Proofs of an entry that are visible at first; the others unfold.
 const VISIBLE_PROOFS: usize = 3;
@@ -90,14 +90,14 @@ fn as_time(text: &str) -> String {
 }
 
 fn answer(evidence: &Evidence) -> Markup {
-    let verdict = verdict(evidence);
+    let summary = summarise(evidence);
     html! {
-        section.answer.(layout::tone(verdict.state)) aria-labelledby="invoice" {
-            p.answer-state { (badge(verdict.state)) @if let Some(ms) = evidence.as_of_ms { span.then { "as known at " (time(ms)) } } }
+        section.answer.(layout::tone(summary.state)) aria-labelledby="invoice" {
+            p.answer-state { (badge(summary.state)) @if let Some(ms) = evidence.as_of_ms { span.then { "as known at " (time(ms)) } } }
             h1 #invoice { "Invoice " (quoted(&evidence.invoice_uid)) }
-            p.lead { (sentence(&verdict.answer)) }
-            @if verdict.is_doubtful { p.mistake role="alert" { (sentence(&verdict.grounds)) } }
-            p.grounds { @if !verdict.is_doubtful { (sentence(&verdict.grounds)) " " } (verdict.waits) }
+            p.lead { (sentence(&summary.answer)) }
+            @if summary.is_doubtful { p.mistake role="alert" { (sentence(&summary.grounds)) } }
+            p.grounds { @if !summary.is_doubtful { (sentence(&summary.grounds)) " " } (summary.waits) }
             div.last { @for message in latest_messages(&evidence.entries) { p { (quoted(message)) } } }
         }
     }
