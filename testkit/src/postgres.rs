@@ -38,16 +38,20 @@ pub struct PostgresServer {
 pub struct Paused(Vec<u32>);
 
 impl PostgresServer {
-    /// One for all tests of this process: it forgets what it has acknowledged when the machine dies.
+    /// Returns the server for all tests of this process.
+    ///
+    /// The program refuses a server with `fsync = off`, and on a disk `fsync` makes each `dropdb`
+    /// take two seconds. So the files are in memory, where `fsync` has nothing to do: both cost
+    /// there what they cost on a disk without `fsync`.
     pub fn shared() -> &'static Arc<PostgresServer> {
         static SERVER: OnceLock<Arc<PostgresServer>> = OnceLock::new();
-        SERVER
-            .get_or_init(|| Arc::new(PostgresServer::start("-c fsync=off -c max_connections=400")))
+        let options = "-c fsync=on -c max_connections=400 -c max_wal_size=256MB";
+        SERVER.get_or_init(|| Arc::new(PostgresServer::start(options)))
     }
 
-    /// A server with these options; it ends with the process.
+    /// Starts a server with these options, in memory if there is room; it ends with the process.
     pub fn start(options: &str) -> PostgresServer {
-        PostgresServer::start_in(options, |binaries, data| {
+        PostgresServer::start_in(&roomy_folder(), options, |binaries, data| {
             let mut initdb = as_nobody(Command::new(binaries.join("initdb")));
             initdb.arg("-D").arg(data).args([
                 "-U",
@@ -73,7 +77,7 @@ impl PostgresServer {
     /// A server for one test, with these options and with these files in its folder: durable, and gone when it is dropped.
     pub fn of_its_own(options: &str, files: &[(&str, String)]) -> PostgresServer {
         let template = PostgresServer::shared().folder.join("template");
-        PostgresServer::start_in(options, |_, data| {
+        PostgresServer::start_in(&std::env::temp_dir(), options, |_, data| {
             succeed(
                 as_nobody(Command::new("cp"))
                     .arg("-a")
@@ -90,7 +94,8 @@ impl PostgresServer {
 
     /// Follows another server, until it is told to lead.
     pub fn standby_of(primary: &PostgresServer) -> PostgresServer {
-        PostgresServer::start_in("-c fsync=on", |binaries, data| {
+        let temporary = std::env::temp_dir();
+        PostgresServer::start_in(&temporary, "-c fsync=on", |binaries, data| {
             let mut backup = as_nobody(Command::new(binaries.join("pg_basebackup")));
             backup.arg("-D").arg(data).args([
                 "-R",
@@ -108,11 +113,15 @@ impl PostgresServer {
     }
 
     /// `prepare` is given the server's binaries, and the folder that it shall fill.
-    fn start_in(options: &str, prepare: impl FnOnce(&Path, &Path)) -> PostgresServer {
+    fn start_in(
+        parent: &Path,
+        options: &str,
+        prepare: impl FnOnce(&Path, &Path),
+    ) -> PostgresServer {
         let binaries = newest_binaries();
         let folder = tempfile::Builder::new()
             .prefix("stripe-reconciler-pg-")
-            .tempdir()
+            .tempdir_in(parent)
             .unwrap()
             .keep();
         give_to_nobody(&folder, 0o700);
@@ -392,6 +401,18 @@ fn newest_binaries() -> PathBuf {
     newest
         .expect("PostgreSQL's server is needed for the tests: apt-get install postgresql")
         .join("bin")
+}
+
+/// Returns a folder in memory if it has room for a server, or the one for temporary files.
+fn roomy_folder() -> PathBuf {
+    const ROOM: u64 = 2 << 30;
+    let memory = Path::new("/dev/shm");
+    let free = rustix::fs::statvfs(memory).map_or(0, |disk| disk.f_bavail * disk.f_frsize);
+    if free > ROOM {
+        memory.to_owned()
+    } else {
+        std::env::temp_dir()
+    }
 }
 
 pub fn free_port() -> u16 {
