@@ -56,7 +56,7 @@ pub enum StoreErrorKind {
     Unresponsive,
     /// Another writer was faster.
     Contended,
-    /// PostgreSQL acknowledges commits before they are on its disk.
+    /// The database acknowledges commits that a crash can lose or damage.
     UnsafeCommit,
     /// The database refuses the request itself: credentials, names, values.
     Rejected,
@@ -82,11 +82,10 @@ impl StoreErrorKind {
         match self {
             Unreachable => StoreErrorClass::Away,
             NotMigrated | SchemaOlder | SchemaNewer | FileMissing | FileReplaced | ReadOnly
-            | Standby | DiskFull | TooManyConnections | Locked | Io | Unresponsive => {
-                StoreErrorClass::Unavailable
-            }
+            | Standby | DiskFull | TooManyConnections | Locked | Io | Unresponsive
+            | UnsafeCommit => StoreErrorClass::Unavailable,
             Contended => StoreErrorClass::Contended,
-            Corrupt | DamagedRow | UnsafeCommit | Rejected => StoreErrorClass::Rejected,
+            Corrupt | DamagedRow | Rejected => StoreErrorClass::Rejected,
         }
     }
 
@@ -236,6 +235,8 @@ fn kind_of_sqlstate(code: &str) -> StoreErrorKind {
         // A standby runs no serializable transaction, and says "feature not supported".
         "0A000" => StoreErrorKind::Standby,
         "53100" => StoreErrorKind::DiskFull,
+        // A cancelled statement, or one that took too long, proves nothing about the server.
+        "57014" => StoreErrorKind::Locked,
         "53300" => StoreErrorKind::TooManyConnections,
         "XX001" | "XX002" => StoreErrorKind::Corrupt,
         code if code
@@ -291,6 +292,7 @@ mod tests {
             ("53200", Unreachable, StoreErrorClass::Away),
             ("08006", Unreachable, StoreErrorClass::Away),
             ("57P01", Unreachable, StoreErrorClass::Away),
+            ("57014", Locked, StoreErrorClass::Unavailable),
             ("58030", Unreachable, StoreErrorClass::Away),
             ("XX001", Corrupt, StoreErrorClass::Rejected),
             ("28P01", Rejected, StoreErrorClass::Rejected),

@@ -411,7 +411,7 @@ impl Store {
         let keys: Vec<String> = keys.iter().map(|key| hex::encode(key.0)).collect();
         let keys = serde_json::to_string(&keys).expect("strings always serialise");
         let mut session = self.session().await?;
-        let found = rows!(session, fetch_all, LoggedRow, sql, keys)?;
+        let found = rows!(session, fetch_all, LoggedRow, sql, keys.as_str())?;
         session.done().await?;
         found.into_iter().map(logged).collect()
     }
@@ -454,7 +454,7 @@ impl Store {
         let wanted: Vec<(String, String)> = events.iter().flat_map(wanted).collect();
         let wanted = serde_json::to_string(&wanted).expect("strings always serialise");
         let mut session = self.session().await?;
-        let found = rows!(session, fetch_all, (Vec<u8>,), sql, wanted)?;
+        let found = rows!(session, fetch_all, (Vec<u8>,), sql, wanted.as_str())?;
         session.done().await?;
         found.into_iter().map(|(key,)| event_key(key)).collect()
     }

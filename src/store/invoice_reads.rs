@@ -236,8 +236,8 @@ pub(super) async fn read(
         sql,
         tenant_uid,
         invoice_uid,
-        first,
-        second,
+        first.as_deref(),
+        second.as_deref(),
         is_us
     )?;
     let damaged = || StoreError::damaged("an invoice");
@@ -316,7 +316,7 @@ async fn observations(
     ids: &[&String],
 ) -> Result<HashMap<String, Vec<ObservationRow>>, StoreError> {
     let ids = serde_json::to_string(ids).expect("strings always serialise");
-    let found = rows!(session, fetch_all, (String, String), sql, ids)?;
+    let found = rows!(session, fetch_all, (String, String), sql, ids.as_str())?;
     found
         .into_iter()
         .map(|(root, lines)| Ok((root, read_lines(&lines)?)))

@@ -274,11 +274,19 @@ impl Store {
                 InvoiceRow,
                 BY_UID_OF_TENANT,
                 start,
-                end,
+                end.as_str(),
                 limit,
                 tenant
             ),
-            None => rows!(session, fetch_all, InvoiceRow, BY_UID, start, end, limit),
+            None => rows!(
+                session,
+                fetch_all,
+                InvoiceRow,
+                BY_UID,
+                start,
+                end.as_str(),
+                limit
+            ),
         }?;
         let mut invoices: Vec<StoredInvoice> = found.into_iter().map(stored_invoice).collect();
         invoice_reads::tell(&mut session, &mut invoices).await?;
@@ -297,7 +305,13 @@ impl Store {
         };
         let ids = serde_json::to_string(stripe_invoice_ids).expect("strings always serialise");
         let mut session = self.session().await?;
-        let holders = rows!(session, fetch_all, (String, String, String), sql, ids)?;
+        let holders = rows!(
+            session,
+            fetch_all,
+            (String, String, String),
+            sql,
+            ids.as_str()
+        )?;
         session.done().await?;
         Ok(holders)
     }
@@ -380,7 +394,7 @@ async fn write(
             UPDATE,
             tenant_uid,
             invoice_uid,
-            document,
+            document.as_str(),
             stripe_invoice_id,
             i64::from(is_other)
         )?;
@@ -437,8 +451,13 @@ mod tests {
                 "tenant_uid=? AND invoice_uid>? AND invoice_uid<?",
             ),
         ] {
-            let explained = AssertSqlSafe(format!("explain query plan {sql}"));
-            let plan = rows!(session, fetch_all, (i64, i64, i64, String), explained).unwrap();
+            let plan = rows!(
+                session,
+                fetch_all,
+                (i64, i64, i64, String),
+                AssertSqlSafe(format!("explain query plan {sql}"))
+            )
+            .unwrap();
             assert!(
                 matches!(&plan[..], [(.., step)] if step.contains(sought)),
                 "{sql}: {plan:#?}"

@@ -35,6 +35,8 @@ pub use reconcile::{
     PendingLookup, Run,
 };
 
+pub use engine::postgres_server::Durability;
+
 use engine::connection::{Connection, rows};
 use engine::postgres::PostgresStore;
 use engine::sqlite::SqliteStore;
@@ -166,10 +168,11 @@ impl Store {
         // transaction is a lock on both; sqlx's transactions become savepoints inside it.
         match &self.0 {
             Engine::Sqlite(store) => {
-                let mut connection = store.writer().acquire(|| None).await?;
+                let mut connection = store.writer().await?;
                 let mut transaction = connection.begin_with("begin immediate").await?;
                 let applied = migrate_on(&mut *transaction, 0).await?;
                 transaction.commit().await?;
+                connection.set_reusable();
                 Ok(applied)
             }
             Engine::Postgres(store) => {
@@ -226,6 +229,15 @@ impl Store {
         match &self.0 {
             Engine::Sqlite(store) => store.append(batch).await,
             Engine::Postgres(store) => store.append(batch).await,
+        }
+    }
+
+    /// Returns which settings of the server make acknowledged commits unsafe, as last reported.
+    /// SQLite's settings are ours and always safe.
+    pub fn durability(&self) -> Durability {
+        match &self.0 {
+            Engine::Sqlite(_) => Durability::SAFE,
+            Engine::Postgres(store) => store.durability(),
         }
     }
 

@@ -456,7 +456,14 @@ impl Store {
     pub async fn progress(&self, prefix: &str) -> Result<Vec<(String, i64)>, StoreError> {
         let mut session = self.session().await?;
         let end = format!("{prefix}\u{7f}");
-        let found = rows!(session, fetch_all, (String, i64), PROGRESS, prefix, end)?;
+        let found = rows!(
+            session,
+            fetch_all,
+            (String, i64),
+            PROGRESS,
+            prefix,
+            end.as_str()
+        )?;
         session.done().await?;
         Ok(found)
     }

@@ -131,7 +131,7 @@ async fn an_address_that_leads_to_a_standby_too_early_shows_nothing_that_may_be_
     }
     server.get(&path, &server.acme_key).await.with_status(503);
     assert!(
-        server.process.log().contains("it is a standby"),
+        server.process.log().contains("the server is a standby"),
         "{}",
         server.process.log()
     );

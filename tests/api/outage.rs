@@ -143,7 +143,11 @@ async fn a_database_that_is_stopped_is_answered_503_at_once_and_it_goes_on_by_it
         );
         // No connection that led to the server before is used again: each would be taken for another outage.
         assert_eq!(
-            server.process.log().matches("the database is back").count(),
+            server
+                .process
+                .log()
+                .matches("database available again")
+                .count(),
             round + 1,
             "{}",
             server.process.log()
@@ -258,7 +262,7 @@ async fn a_disk_that_is_full_takes_no_delivery_and_is_still_read_and_the_doctor_
     }
     let log = server.process.log();
     assert!(
-        log.contains("No space left on device") && !log.contains("the database is away"),
+        log.contains("No space left on device") && !log.contains("database unavailable"),
         "{log}"
     );
     let until_doctor = async |code: i32, words: &str| {
@@ -324,8 +328,8 @@ async fn a_database_that_is_read_only_takes_no_delivery_and_is_still_read_in_a_c
     }
     let told = |log: &str| {
         (
-            log.matches("the database is away").count(),
-            log.matches("the database is back").count(),
+            log.matches("database unavailable").count(),
+            log.matches("database available again").count(),
         )
     };
     let before = told(&server.process.log());

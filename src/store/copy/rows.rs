@@ -289,15 +289,14 @@ async fn read(
     match &mut session.connection {
         EngineConnection::Sqlite(connection) => {
             let query = bound!(sqlx::query(sql), binds);
-            Ok(page_of(query.fetch(&mut **connection), columns, key).await?)
+            let ended = page_of(query.fetch(connection.start()), columns, key).await;
+            connection.end(ended)
         }
         EngineConnection::Postgres(connection) => {
-            let (inner, named, gate) = connection.start();
+            let (inner, named, watch) = connection.start();
             let query = bound!(sqlx::query(sql).persistent(named), binds);
-            let ended = gate
-                .limited(page_of(query.fetch(inner), columns, key))
-                .await;
-            connection.end(ended)
+            let ended = watch.run(page_of(query.fetch(inner), columns, key)).await;
+            Ok(connection.end(ended)?)
         }
     }
 }
@@ -345,16 +344,16 @@ async fn change(session: &mut Connection, sql: String, binds: &[Value]) -> Resul
     let sql = AssertSqlSafe(sql);
     match &mut session.connection {
         EngineConnection::Sqlite(connection) => {
-            bound!(sqlx::query(sql), binds)
-                .execute(&mut **connection)
-                .await?;
-            Ok(())
+            let query = bound!(sqlx::query(sql), binds);
+            let ended = query.execute(connection.start()).await;
+            connection.end(ended).map(drop)
         }
         EngineConnection::Postgres(connection) => {
-            let (inner, named, gate) = connection.start();
+            let (inner, named, watch) = connection.start();
             let query = bound!(sqlx::query(sql).persistent(named), binds);
-            let ended = gate.limited(query.execute(inner)).await;
-            connection.end(ended).map(drop)
+            let ended = watch.run(query.execute(inner)).await;
+            connection.end(ended)?;
+            Ok(())
         }
     }
 }
@@ -362,7 +361,7 @@ async fn change(session: &mut Connection, sql: String, binds: &[Value]) -> Resul
 /// Writes rows: one by one in SQLite, where a statement needs no round trip; in PostgreSQL all in one statement, column by column.
 async fn write(session: &mut Connection, table: Table, rows: &[Row]) -> Result<(), StoreError> {
     if let EngineConnection::Postgres(connection) = &mut session.connection {
-        let (inner, named, gate) = connection.start();
+        let (inner, named, watch) = connection.start();
         let mut query = sqlx::query(AssertSqlSafe(table.write_in_postgres())).persistent(named);
         for (n, (_, kind)) in table.columns.iter().enumerate() {
             let cells = rows.iter().map(|row| &row.cells[n]);
@@ -374,8 +373,9 @@ async fn write(session: &mut Connection, table: Table, rows: &[Row]) -> Result<(
                 }
             };
         }
-        let ended = gate.limited(query.execute(inner)).await;
-        return connection.end(ended).map(drop);
+        let ended = watch.run(query.execute(inner)).await;
+        connection.end(ended)?;
+        return Ok(());
     }
     for row in rows {
         change(session, table.write_in_sqlite(), &row.cells).await?;

@@ -1,95 +1,130 @@
-//! A connection of either engine, and statements on it: the same text and the same tuples for both.
+//! A connection of either engine, and statements on it: same text, same tuples for both.
 
-use sqlx::{Executor, PgConnection, Postgres, Sqlite};
+use sqlx::{Executor, SqliteConnection};
 
 use super::pool::Pooled;
-use super::postgres::{CircuitBreaker, StatementAbandoned};
+use super::postgres_connection::PostgresConnection;
 use crate::store::StoreError;
 
-/// One connection, for a few statements or for a transaction.
+/// One connection, for some statements or for a transaction.
 ///
-/// When it is dropped in the middle of a transaction, or after a statement that did not end, the connection is closed: what it
-/// had begun is rolled back.
+/// A drop in the middle of a transaction, or after a statement that did not end, closes the
+/// connection: the database rolls back.
 pub(in crate::store) struct Connection {
     pub(in crate::store) connection: EngineConnection,
     in_transaction: bool,
-    /// It came to its end.
     is_done: bool,
 }
 
 pub(in crate::store) enum EngineConnection {
-    Sqlite(Pooled<Sqlite>),
+    Sqlite(SqliteSession),
     Postgres(PostgresConnection),
 }
 
-pub(in crate::store) struct PostgresConnection {
-    pub(in crate::store) inner: Pooled<Postgres>,
-    /// Statements may be prepared under a name.
-    pub(in crate::store) named: bool,
-    pub(in crate::store) gate: CircuitBreaker,
-    /// A statement did not end, or failed.
-    pub(in crate::store) is_unsure: bool,
+/// A pooled connection to SQLite, which knows whether its last statement ended.
+pub(in crate::store) struct SqliteSession {
+    pooled: Pooled<SqliteConnection>,
+    /// A statement runs on the connection's thread, even if its caller no longer waits for it.
+    is_running: bool,
 }
 
-/// Reads rows on a [`Connection`], as tuples: `rows!(session, fetch_all, Row, SQL, bind, bind)`.
+/// Reads rows on a [`Connection`] as tuples: `rows!(session, fetch_all, Row, SQL, bind, bind)`.
+///
+/// Binds are evaluated again if the statement runs again, so they must not move anything.
 macro_rules! rows {
     ($session:expr, $method:ident, $row:ty, $sql:expr $(, $bind:expr)* $(,)?) => {
         match &mut $session.connection {
             $crate::store::engine::connection::EngineConnection::Sqlite(connection) => {
                 let statement = sqlx::query_as::<_, $row>($sql)$(.bind($bind))*;
-                statement.$method(&mut **connection).await.map_err($crate::store::StoreError::from)
+                let ended = statement.$method(connection.start()).await;
+                connection.end(ended)
             }
             $crate::store::engine::connection::EngineConnection::Postgres(connection) => {
-                $crate::store::engine::connection::rows_in_postgres!(connection, $method, $row, $sql $(, $bind)*)
+                $crate::store::engine::connection::rows_in_postgres!(
+                    connection, $method, $row, $sql $(, $bind)*
+                )
             }
         }
     };
 }
-/// As [`rows`], where a statement is only PostgreSQL's.
+
+/// Does what [`rows`] does, for a statement that only PostgreSQL has.
 macro_rules! rows_in_postgres {
-    ($connection:expr, $method:ident, $row:ty, $sql:expr $(, $bind:expr)* $(,)?) => {{
-        let (inner, named, gate) = $connection.start();
-        let statement = sqlx::query_as::<_, $row>($sql).persistent(named)$(.bind($bind))*;
-        let ended = gate.limited(statement.$method(inner)).await;
-        $connection.end(ended)
-    }};
+    ($connection:expr, $method:ident, $row:ty, $sql:expr $(, $bind:expr)* $(,)?) => {
+        loop {
+            let (inner, is_named, watch) = $connection.start();
+            let statement = sqlx::query_as::<_, $row>($sql).persistent(is_named)$(.bind($bind))*;
+            let ended = watch.run(statement.$method(inner)).await;
+            match $connection.end(ended) {
+                Ok(rows) => break Ok(rows),
+                Err(failure) => match $connection.recover(failure).await {
+                    Ok(()) => {}
+                    Err(error) => break Err(error),
+                },
+            }
+        }
+    };
 }
-/// Changes rows on a [`Connection`], and says how many: `execute!(session, SQL, bind, bind)`.
+
+/// Changes rows on a [`Connection`] and returns how many: `execute!(session, SQL, bind, bind)`.
+///
+/// Outside a transaction the statement must be idempotent: it may run twice.
 macro_rules! execute {
     ($session:expr, $sql:expr $(, $bind:expr)* $(,)?) => {
         match &mut $session.connection {
             $crate::store::engine::connection::EngineConnection::Sqlite(connection) => {
-                let executed = sqlx::query($sql)$(.bind($bind))*.execute(&mut **connection).await;
-                executed.map(|done| done.rows_affected()).map_err($crate::store::StoreError::from)
-            }
-            $crate::store::engine::connection::EngineConnection::Postgres(connection) => {
-                let (inner, named, gate) = connection.start();
-                let statement = sqlx::query($sql).persistent(named)$(.bind($bind))*;
-                let ended = gate.limited(statement.execute(inner)).await;
+                let statement = sqlx::query($sql)$(.bind($bind))*;
+                let ended = statement.execute(connection.start()).await;
                 connection.end(ended).map(|done| done.rows_affected())
             }
+            $crate::store::engine::connection::EngineConnection::Postgres(connection) => loop {
+                let (inner, is_named, watch) = connection.start();
+                let statement = sqlx::query($sql).persistent(is_named)$(.bind($bind))*;
+                let ended = watch.run(statement.execute(inner)).await;
+                match connection.end(ended) {
+                    Ok(done) => break Ok(done.rows_affected()),
+                    Err(failure) => match connection.recover(failure).await {
+                        Ok(()) => {}
+                        Err(error) => break Err(error),
+                    },
+                }
+            },
         }
     };
 }
 pub(in crate::store) use {execute, rows, rows_in_postgres};
 
-impl PostgresConnection {
-    /// The connection, for one statement; whether that may be prepared under a name; and who watches how long it takes.
-    pub(in crate::store) fn start(&mut self) -> (&mut PgConnection, bool, &CircuitBreaker) {
-        self.is_unsure = true;
-        (&mut self.inner, self.named, &self.gate)
+impl SqliteSession {
+    pub(in crate::store) fn new(pooled: Pooled<SqliteConnection>) -> SqliteSession {
+        SqliteSession {
+            pooled,
+            is_running: false,
+        }
+    }
+
+    /// Returns the connection for one statement. [`SqliteSession::end`] must follow.
+    pub(in crate::store) fn start(&mut self) -> &mut SqliteConnection {
+        self.is_running = true;
+        &mut self.pooled
     }
 
     pub(in crate::store) fn end<T>(
         &mut self,
-        ended: Result<Result<T, sqlx::Error>, StatementAbandoned>,
+        ended: Result<T, sqlx::Error>,
     ) -> Result<T, StoreError> {
-        let judged = self.gate.judge(ended);
-        self.is_unsure = judged.is_err();
-        if judged.is_ok() {
-            self.gate.heard();
+        self.is_running = false;
+        Ok(ended?)
+    }
+
+    async fn execute(&mut self, sql: &'static str) -> Result<(), StoreError> {
+        let ended = self.start().execute(sqlx::raw_sql(sql)).await;
+        self.end(ended).map(drop)
+    }
+
+    fn set_reusable(&mut self) {
+        if !self.is_running {
+            self.pooled.set_reusable();
         }
-        judged
     }
 }
 
@@ -102,24 +137,31 @@ impl Connection {
         }
     }
 
+    /// Begins a transaction with a statement such as `begin`.
     pub(in crate::store) async fn begin(&mut self, sql: &'static str) -> Result<(), StoreError> {
         self.set_in_transaction(true);
-        self.execute_plainly(sql).await
+        match &mut self.connection {
+            EngineConnection::Sqlite(connection) => connection.execute(sql).await,
+            EngineConnection::Postgres(connection) => connection.begin(sql).await,
+        }
     }
 
     pub(in crate::store) async fn commit(mut self) -> Result<(), StoreError> {
-        self.execute_plainly("commit").await?;
+        match &mut self.connection {
+            EngineConnection::Sqlite(connection) => connection.execute("commit").await?,
+            EngineConnection::Postgres(connection) => connection.execute_once("commit").await?,
+        }
         self.set_in_transaction(false);
         self.is_done = true;
         Ok(())
     }
 
-    /// For statements that begin or end a transaction themselves.
+    /// Notes whether a transaction is open, for statements that begin or end one themselves.
     pub(in crate::store) fn set_in_transaction(&mut self, in_transaction: bool) {
         self.in_transaction = in_transaction;
     }
 
-    /// Ends a session that may have needed a transaction.
+    /// Returns the connection to its pool, and commits if the connection needed a transaction.
     pub(in crate::store) async fn done(mut self) -> Result<(), StoreError> {
         if self.in_transaction {
             return self.commit().await;
@@ -127,34 +169,17 @@ impl Connection {
         self.is_done = true;
         Ok(())
     }
-
-    /// Without preparing it.
-    async fn execute_plainly(&mut self, sql: &'static str) -> Result<(), StoreError> {
-        match &mut self.connection {
-            EngineConnection::Sqlite(connection) => {
-                Ok((**connection).execute(sqlx::raw_sql(sql)).await.map(drop)?)
-            }
-            EngineConnection::Postgres(connection) => {
-                let (inner, _, gate) = connection.start();
-                let ended = gate.limited(inner.execute(sqlx::raw_sql(sql))).await;
-                connection.end(ended).map(drop)
-            }
-        }
-    }
 }
 
 impl Drop for Connection {
     fn drop(&mut self) {
-        let (is_done, in_transaction) = (self.is_done, self.in_transaction);
         match &mut self.connection {
-            EngineConnection::Sqlite(connection) if is_done => connection.set_ready(),
-            EngineConnection::Sqlite(connection) if in_transaction => connection.close_on_drop(),
-            EngineConnection::Sqlite(_) => {}
-            EngineConnection::Postgres(connection) if is_done && !connection.is_unsure => {
-                connection.inner.set_ready()
+            // A failed statement leaves SQLite's connection as it was.
+            EngineConnection::Sqlite(connection) if self.is_done || !self.in_transaction => {
+                connection.set_reusable();
             }
-            // It could be asked what it is doing; a server that is gone would keep its place meanwhile.
-            EngineConnection::Postgres(connection) => connection.inner.close_on_drop(),
+            EngineConnection::Postgres(connection) if self.is_done => connection.set_reusable(),
+            EngineConnection::Sqlite(_) | EngineConnection::Postgres(_) => {}
         }
     }
 }

@@ -1,6 +1,9 @@
 //! Connections of the two engines: opening, pooling, and what their SQL cannot share.
 
+pub(super) mod circuit_breaker;
 pub(super) mod connection;
 pub(super) mod pool;
 pub(super) mod postgres;
+pub(super) mod postgres_connection;
+pub(super) mod postgres_server;
 pub(super) mod sqlite;

@@ -1,314 +1,430 @@
-//! Connections that are kept ready. sqlx opens and closes them; one that has done its work waits here for what comes next.
+//! Pool of open connections, for either engine.
 //!
-//! sqlx asks every connection that is given back whether it still lives: a round trip to the server, or to SQLite's thread, after
-//! each read and each batch, and a connection that nobody else can use meanwhile.
+//! sqlx's own pool pings every connection that is returned: one round trip to the server, or to
+//! SQLite's thread, after each read and each batch. Meanwhile nobody else can use the connection.
+//! This pool reuses a connection without a question if its last user reported success, and closes
+//! it otherwise. How to open a connection, and what to ask it, is the caller's business.
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::ops::{Deref, DerefMut};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, Instant};
 
-use sqlx::Database;
-use sqlx::pool::PoolConnection;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 
+use crate::store::StoreError;
+
+/// Longest wait for a connection to say goodbye. A silent server does not delay a shutdown further.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// A future that opens one connection.
+pub(in crate::store) type Opening<C> =
+    Pin<Box<dyn Future<Output = Result<C, StoreError>> + Send + 'static>>;
+
+type Open<C> = Box<dyn Fn() -> Opening<C> + Send + Sync>;
+
+/// A connection that a pool can hold.
+pub(in crate::store) trait Poolable: Send + 'static {
+    /// Closes the connection in an orderly way.
+    fn close(self) -> impl Future<Output = ()> + Send;
+}
+
+pub(in crate::store) struct Pool<C: Poolable> {
+    open: Open<C>,
+    limits: Limits,
+    permits: Arc<Semaphore>,
+    /// Idle connections, in the order of their last use.
+    idle: Mutex<VecDeque<OpenConnection<C>>>,
+    is_closed: AtomicBool,
+}
+
+/// Limits of a pool. `None` means unlimited.
+#[derive(Clone, Copy, Debug)]
+pub(in crate::store) struct Limits {
+    pub max_connections: u32,
+    /// Longest wait for a free connection, or for the permission to open one.
+    pub acquire_timeout: Duration,
+    pub open_timeout: Duration,
+    pub max_lifetime: Option<Duration>,
+    pub max_idle: Option<Duration>,
+}
+
+/// Reasons why [`Pool::acquire`] returns no connection.
 #[derive(Debug)]
-pub(in crate::store) struct Pool<DB: Database> {
-    source: sqlx::Pool<DB>,
-    /// As many as `source` has connections: who holds one waits for none but what `source` is just opening or closing.
-    places: Arc<Semaphore>,
-    /// In the order in which they became ready. They are held to the same limits as sqlx's: how long one may live, and rest.
-    ready: Mutex<VecDeque<CheckedOut<DB>>>,
+pub(in crate::store) enum AcquireError {
+    /// No connection became free in time.
+    TimedOut,
+    /// No connection was opened in time.
+    OpenTimedOut,
+    Closed,
+    Open(StoreError),
 }
 
-/// A connection of sqlx's pool, when it was asked for, and when it was last used.
-#[derive(Debug)]
-struct CheckedOut<DB: Database> {
-    at: Instant,
-    used: Instant,
-    connection: PoolConnection<DB>,
+struct OpenConnection<C> {
+    connection: C,
+    opened: Instant,
+    last_used: Instant,
 }
 
-/// A connection in use. When it is dropped, sqlx takes it back and asks it, unless one of the methods said better.
-pub(in crate::store) struct Pooled<DB: Database> {
-    /// None only after the drop.
-    taken: Option<CheckedOut<DB>>,
-    is_ready: bool,
-    pool: Arc<Pool<DB>>,
-    _place: OwnedSemaphorePermit,
+/// A checked-out connection. On drop it is closed, unless [`Pooled::set_reusable`] was called.
+pub(in crate::store) struct Pooled<C: Poolable> {
+    /// `None` only after the drop.
+    taken: Option<OpenConnection<C>>,
+    /// Time without a statement before this checkout. `None` for a new connection.
+    idle_for: Option<Duration>,
+    is_reusable: bool,
+    pool: Arc<Pool<C>>,
+    /// Released after the connection is back: [`Pool::close`] relies on that order.
+    _permit: OwnedSemaphorePermit,
 }
 
-impl<DB: Database> Pool<DB> {
-    pub(in crate::store) fn new(source: sqlx::Pool<DB>) -> Arc<Pool<DB>> {
-        let places = Arc::new(Semaphore::new(
-            source.options().get_max_connections() as usize
-        ));
-        Arc::new(Pool {
-            source,
-            places,
-            ready: Mutex::default(),
-        })
+impl<C> OpenConnection<C> {
+    fn new(connection: C) -> OpenConnection<C> {
+        let now = Instant::now();
+        OpenConnection {
+            connection,
+            opened: now,
+            last_used: now,
+        }
+    }
+}
+
+impl Limits {
+    fn allow<C>(&self, taken: &OpenConnection<C>) -> bool {
+        self.max_lifetime
+            .is_none_or(|max| taken.opened.elapsed() < max)
+            && self
+                .max_idle
+                .is_none_or(|max| taken.last_used.elapsed() < max)
+    }
+}
+
+impl<C: Poolable> Pool<C> {
+    pub(in crate::store) fn new(
+        limits: Limits,
+        open: impl Fn() -> Opening<C> + Send + Sync + 'static,
+    ) -> Arc<Pool<C>> {
+        let pool = Arc::new(Pool {
+            open: Box::new(open),
+            limits,
+            permits: Arc::new(Semaphore::new(limits.max_connections as usize)),
+            idle: Mutex::default(),
+            is_closed: AtomicBool::new(false),
+        });
+
+        if let Some(max_idle) = limits.max_idle {
+            tokio::spawn(close_expired_connections(
+                Arc::downgrade(&pool),
+                max_idle / 2,
+            ));
+        }
+        pool
     }
 
-    /// `not_before`, asked when it is handed out: what was opened earlier leads nowhere, and is closed.
+    /// Checks out the idle connection that was used last, or opens one.
     ///
-    /// # Errors
-    /// As sqlx's pool.
+    /// A connection opened before `not_before` is closed instead. `not_before` is called when a
+    /// connection is free, because it may change during the wait.
     pub(in crate::store) async fn acquire(
         self: &Arc<Self>,
         not_before: impl Fn() -> Option<Instant>,
-    ) -> Result<Pooled<DB>, sqlx::Error> {
-        let acquired = async {
-            let place = self
-                .places
-                .clone()
-                .acquire_owned()
-                .await
-                .map_err(|_| sqlx::Error::PoolClosed)?;
-            let taken = match self.take_ready(not_before()) {
-                Some(taken) => taken,
-                None => CheckedOut {
-                    at: Instant::now(),
-                    connection: self.source.acquire().await?,
-                    used: Instant::now(),
-                },
-            };
-            Ok(Pooled {
-                taken: Some(taken),
-                is_ready: false,
-                pool: self.clone(),
-                _place: place,
-            })
+    ) -> Result<Pooled<C>, AcquireError> {
+        let waiting = self.permits.clone().acquire_owned();
+        let permit = timeout(self.limits.acquire_timeout, waiting).await;
+        let permit = permit.map_err(|_| AcquireError::TimedOut)?;
+        let permit = permit.map_err(|_| AcquireError::Closed)?;
+        if self.is_closed.load(Ordering::Acquire) {
+            return Err(AcquireError::Closed);
+        }
+
+        let idle = self.take_idle(not_before());
+        let idle_for = idle.as_ref().map(|taken| taken.last_used.elapsed());
+        let taken = match idle {
+            Some(taken) => taken,
+            None => self.open().await?,
         };
-        let in_time = timeout(self.source.options().get_acquire_timeout(), acquired).await;
-        in_time.map_err(|_| sqlx::Error::PoolTimedOut)?
+        Ok(Pooled {
+            taken: Some(taken),
+            idle_for,
+            is_reusable: false,
+            pool: self.clone(),
+            _permit: permit,
+        })
     }
 
+    async fn open(&self) -> Result<OpenConnection<C>, AcquireError> {
+        let opened = timeout(self.limits.open_timeout, (self.open)()).await;
+        let connection = opened.map_err(|_| AcquireError::OpenTimedOut)?;
+        Ok(OpenConnection::new(connection.map_err(AcquireError::Open)?))
+    }
+
+    /// Drops all idle connections. None of them may still lead anywhere.
+    pub(in crate::store) fn drop_idle(&self) {
+        self.idle().clear();
+    }
+
+    /// Closes all connections, once those in use are returned.
     pub(in crate::store) async fn close(&self) {
-        {
-            let mut ready = self.ready();
-            self.places.close();
-            // To be asked whether they live, they would hold their place as long as a server is silent.
-            ready
-                .iter_mut()
-                .for_each(|taken| taken.connection.close_on_drop());
-            ready.clear();
+        self.is_closed.store(true, Ordering::Release);
+        let all = self.permits.acquire_many(self.limits.max_connections).await;
+
+        let idle = std::mem::take(&mut *self.idle());
+        for taken in idle {
+            close(taken.connection).await;
         }
-        self.source.close().await;
+        self.permits.close();
+        drop(all);
     }
 
-    fn ready(&self) -> MutexGuard<'_, VecDeque<CheckedOut<DB>>> {
-        self.ready.lock().unwrap_or_else(PoisonError::into_inner)
+    fn idle(&self) -> MutexGuard<'_, VecDeque<OpenConnection<C>>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The one that was used last: the server has most of what it needs at hand.
-    fn take_ready(&self, not_before: Option<Instant>) -> Option<CheckedOut<DB>> {
-        let (life, rest) = (
-            self.source.options().get_max_lifetime(),
-            self.source.options().get_idle_timeout(),
-        );
-        let is_good = |taken: &CheckedOut<DB>| {
-            not_before.is_none_or(|not_before| taken.at >= not_before)
-                && life.is_none_or(|life| taken.at.elapsed() < life)
-                && rest.is_none_or(|rest| taken.used.elapsed() < rest)
-        };
-        let mut ready = self.ready();
-        ready.retain_mut(|taken| {
-            let is_good = is_good(taken);
-            if !is_good {
-                taken.connection.close_on_drop();
-            }
-            is_good
+    /// Takes the connection that was used last: the server has most of what it needs in its caches.
+    fn take_idle(&self, not_before: Option<Instant>) -> Option<OpenConnection<C>> {
+        let mut idle = self.idle();
+        idle.retain(|taken| {
+            self.limits.allow(taken)
+                && not_before.is_none_or(|not_before| taken.opened >= not_before)
         });
-        ready.pop_back()
+        idle.pop_back()
+    }
+
+    fn take_expired(&self) -> Vec<C> {
+        let mut idle = self.idle();
+        let (allowed, expired): (VecDeque<_>, VecDeque<_>) =
+            idle.drain(..).partition(|taken| self.limits.allow(taken));
+        *idle = allowed;
+        expired.into_iter().map(|taken| taken.connection).collect()
     }
 }
 
-impl<DB: Database> Pooled<DB> {
-    /// It has done all that it was asked: it can be used at once.
-    pub(in crate::store) fn set_ready(&mut self) {
-        self.is_ready = true;
-    }
-
-    /// Nobody knows what it is doing: it is to be closed.
-    pub(in crate::store) fn close_on_drop(&mut self) {
-        if let Some(taken) = &mut self.taken {
-            taken.connection.close_on_drop();
-        }
-    }
-}
-
-impl<DB: Database> Drop for Pooled<DB> {
-    fn drop(&mut self) {
-        if !self.is_ready {
+/// Closes expired connections for as long as the pool exists, also if nobody acquires one.
+async fn close_expired_connections<C: Poolable>(pool: Weak<Pool<C>>, period: Duration) {
+    loop {
+        tokio::time::sleep(period).await;
+        let Some(expired) = pool.upgrade().map(|pool| pool.take_expired()) else {
             return;
-        }
-        let mut ready = self.pool.ready();
-        if !self.pool.places.is_closed() {
-            ready.extend(self.taken.take().map(|taken| CheckedOut {
-                used: Instant::now(),
-                ..taken
-            }));
+        };
+        for connection in expired {
+            close(connection).await;
         }
     }
 }
 
-impl<DB: Database> Drop for Pool<DB> {
+async fn close(connection: impl Poolable) {
+    // A server that does not take the goodbye in time loses the connection without it.
+    let _ = timeout(CLOSE_TIMEOUT, connection.close()).await;
+}
+
+impl<C: Poolable> fmt::Debug for Pool<C> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pool")
+            .field("limits", &self.limits)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<C: Poolable> Pooled<C> {
+    /// Declares that the last statement ended well: the next user gets the connection as it is.
+    pub(in crate::store) fn set_reusable(&mut self) {
+        self.is_reusable = true;
+    }
+
+    /// Replaces the connection by a new one, without waiting for other users of the pool.
+    pub(in crate::store) async fn reopen(&mut self) -> Result<(), AcquireError> {
+        self.taken = Some(self.pool.open().await?);
+        self.idle_for = None;
+        Ok(())
+    }
+
+    /// Returns the time without a statement before this checkout, or `None` for a new connection.
+    pub(in crate::store) fn idle_for(&self) -> Option<Duration> {
+        self.idle_for
+    }
+}
+
+impl<C: Poolable> Drop for Pooled<C> {
     fn drop(&mut self) {
-        // To be given back to sqlx they would need a runtime, and that may have ended before.
-        for taken in self.ready().drain(..) {
-            drop(taken.connection.detach());
+        if self.is_reusable {
+            self.pool
+                .idle()
+                .extend(self.taken.take().map(|taken| OpenConnection {
+                    last_used: Instant::now(),
+                    ..taken
+                }));
         }
     }
 }
 
-impl<DB: Database> Deref for Pooled<DB> {
-    type Target = DB::Connection;
+impl<C: Poolable> Deref for Pooled<C> {
+    type Target = C;
 
-    fn deref(&self) -> &DB::Connection {
-        &self
-            .taken
-            .as_ref()
-            .expect("it is taken out only in the drop")
-            .connection
+    fn deref(&self) -> &C {
+        let taken = self.taken.as_ref();
+        &taken.expect("only the drop takes it").connection
     }
 }
 
-impl<DB: Database> DerefMut for Pooled<DB> {
-    fn deref_mut(&mut self) -> &mut DB::Connection {
-        &mut self
-            .taken
-            .as_mut()
-            .expect("it is taken out only in the drop")
-            .connection
+impl<C: Poolable> DerefMut for Pooled<C> {
+    fn deref_mut(&mut self) -> &mut C {
+        let taken = self.taken.as_mut();
+        &mut taken.expect("only the drop takes it").connection
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
-    use sqlx::Sqlite;
-    use sqlx::sqlite::{SqliteConnectOptions, SqlitePoolOptions};
+    use sqlx::sqlite::SqliteConnectOptions;
+    use sqlx::{ConnectOptions, SqliteConnection};
     use tempfile::TempDir;
 
     use super::*;
 
-    /// Of one connection.
-    fn pool(folder: &TempDir) -> Arc<Pool<Sqlite>> {
-        pool_with(SqlitePoolOptions::new(), folder)
-    }
+    const LIMITS: Limits = Limits {
+        max_connections: 1,
+        acquire_timeout: Duration::from_secs(5),
+        open_timeout: Duration::from_secs(5),
+        max_lifetime: None,
+        max_idle: None,
+    };
 
-    fn pool_with(limits: SqlitePoolOptions, folder: &TempDir) -> Arc<Pool<Sqlite>> {
+    fn pool(limits: Limits, folder: &TempDir) -> Arc<Pool<SqliteConnection>> {
         let options = SqliteConnectOptions::new()
             .filename(folder.path().join("test.db"))
             .create_if_missing(true);
-        Pool::new(limits.max_connections(1).connect_lazy_with(options))
+        Pool::new(limits, move || {
+            let options = options.clone();
+            Box::pin(async move { Ok(options.connect().await?) })
+        })
     }
 
-    /// What only the same connection knows.
-    async fn mark(connection: &mut Pooled<Sqlite>) {
+    async fn acquire(pool: &Arc<Pool<SqliteConnection>>) -> Pooled<SqliteConnection> {
+        pool.acquire(|| None).await.unwrap()
+    }
+
+    /// Leaves something that only this connection can see.
+    async fn mark(connection: &mut Pooled<SqliteConnection>) {
         sqlx::raw_sql("create temp table marked (x)")
             .execute(&mut **connection)
             .await
             .unwrap();
     }
 
-    async fn is_marked(connection: &mut Pooled<Sqlite>) -> bool {
+    async fn is_marked(connection: &mut Pooled<SqliteConnection>) -> bool {
         sqlx::raw_sql("select 1 from marked")
             .execute(&mut **connection)
             .await
             .is_ok()
     }
 
-    #[tokio::test]
-    async fn who_waits_is_handed_the_connection_that_is_ready() {
-        let folder = tempfile::tempdir().unwrap();
-        let pool = pool(&folder);
-        let mut first = pool.acquire(|| None).await.unwrap();
+    /// Returns a pool with one idle connection that is marked.
+    async fn pool_with_marked(limits: Limits, folder: &TempDir) -> Arc<Pool<SqliteConnection>> {
+        let pool = pool(limits, folder);
+        let mut first = acquire(&pool).await;
+        assert_eq!(first.idle_for(), None, "it is new");
         mark(&mut first).await;
-        first.set_ready();
-        let (mut second, ()) =
-            tokio::join!(async { pool.acquire(|| None).await.unwrap() }, async {
-                drop(first)
-            });
-        assert!(is_marked(&mut second).await && pool.ready().is_empty());
-        second.set_ready();
-        drop(second);
-        assert_eq!(pool.ready().len(), 1, "and waits here");
-    }
-
-    #[tokio::test]
-    async fn one_that_is_not_said_to_be_ready_goes_through_sqlx() {
-        let folder = tempfile::tempdir().unwrap();
-        let pool = pool(&folder);
-        let mut first = pool.acquire(|| None).await.unwrap();
-        mark(&mut first).await;
+        first.set_reusable();
         drop(first);
-        assert!(pool.ready().is_empty());
-        let mut second = pool.acquire(|| None).await.unwrap();
-        assert!(is_marked(&mut second).await, "sqlx found it whole");
-        second.close_on_drop();
-        drop(second);
-        assert!(!is_marked(&mut pool.acquire(|| None).await.unwrap()).await);
+        assert_eq!(pool.idle().len(), 1);
+        pool
     }
 
     #[tokio::test]
-    async fn one_that_was_opened_too_early_is_closed_however_ready_it_is() {
+    async fn waiting_caller_gets_returned_connection() {
         let folder = tempfile::tempdir().unwrap();
-        let pool = pool(&folder);
-        let mut first = pool.acquire(|| None).await.unwrap();
+        let pool = pool(LIMITS, &folder);
+        let mut first = acquire(&pool).await;
         mark(&mut first).await;
-        first.set_ready();
-        drop(first);
-        assert!(!is_marked(&mut pool.acquire(|| Some(Instant::now())).await.unwrap()).await);
+        first.set_reusable();
+        let (mut second, ()) = tokio::join!(acquire(&pool), async { drop(first) });
+        assert!(is_marked(&mut second).await && pool.idle().is_empty());
+        assert!(second.idle_for().is_some());
+        second.set_reusable();
+        drop(second);
+        assert_eq!(pool.idle().len(), 1);
     }
 
     #[tokio::test]
-    async fn one_that_has_lived_or_rested_too_long_is_closed_however_ready_it_is() {
-        let limits = [
-            SqlitePoolOptions::new().max_lifetime(Duration::ZERO),
-            SqlitePoolOptions::new().idle_timeout(Duration::ZERO),
-        ];
-        for limits in limits {
+    async fn connection_without_reported_success_is_closed() {
+        let folder = tempfile::tempdir().unwrap();
+        let pool = pool_with_marked(LIMITS, &folder).await;
+        drop(acquire(&pool).await);
+        assert!(pool.idle().is_empty());
+        assert!(!is_marked(&mut acquire(&pool).await).await);
+    }
+
+    #[tokio::test]
+    async fn connection_opened_too_early_is_closed() {
+        let folder = tempfile::tempdir().unwrap();
+        let pool = pool_with_marked(LIMITS, &folder).await;
+        let mut second = pool.acquire(|| Some(Instant::now())).await.unwrap();
+        assert!(!is_marked(&mut second).await);
+    }
+
+    #[tokio::test]
+    async fn dropped_idle_connection_is_not_reused() {
+        let folder = tempfile::tempdir().unwrap();
+        let pool = pool_with_marked(LIMITS, &folder).await;
+        pool.drop_idle();
+        assert!(!is_marked(&mut acquire(&pool).await).await);
+    }
+
+    #[tokio::test]
+    async fn expired_or_idle_connection_is_closed() {
+        let zero = Some(Duration::ZERO);
+        for (max_lifetime, max_idle) in [(zero, None), (None, zero)] {
+            let limits = Limits {
+                max_lifetime,
+                max_idle,
+                ..LIMITS
+            };
             let folder = tempfile::tempdir().unwrap();
-            let pool = pool_with(limits, &folder);
-            let mut first = pool.acquire(|| None).await.unwrap();
-            mark(&mut first).await;
-            first.set_ready();
-            drop(first);
-            assert_eq!(pool.ready().len(), 1);
-            assert!(!is_marked(&mut pool.acquire(|| None).await.unwrap()).await);
+            let pool = pool_with_marked(LIMITS, &folder).await;
+            assert!(is_marked(&mut acquire(&pool).await).await, "without limits");
+            let pool = pool_with_marked(limits, &folder).await;
+            assert!(!is_marked(&mut acquire(&pool).await).await, "{limits:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn idle_connection_is_closed_without_another_caller() {
+        let folder = tempfile::tempdir().unwrap();
+        let limits = Limits {
+            max_idle: Some(Duration::from_millis(1)),
+            ..LIMITS
+        };
+        let pool = pool_with_marked(limits, &folder).await;
+        while !pool.idle().is_empty() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
         }
     }
 
     #[test]
-    fn a_pool_may_outlive_its_runtime() {
+    fn pool_may_outlive_its_runtime() {
         let folder = tempfile::tempdir().unwrap();
         let runtime = tokio::runtime::Runtime::new().unwrap();
-        let pool = runtime.block_on(async {
-            let pool = pool(&folder);
-            pool.acquire(|| None).await.unwrap().set_ready();
-            pool
-        });
+        let pool = runtime.block_on(pool_with_marked(LIMITS, &folder));
         drop(runtime);
-        assert_eq!(pool.ready().len(), 1);
+        assert_eq!(pool.idle().len(), 1);
         drop(pool);
     }
 
     #[tokio::test]
-    async fn a_closed_pool_keeps_nothing_and_gives_nothing() {
+    async fn closed_pool_keeps_and_gives_nothing() {
         let folder = tempfile::tempdir().unwrap();
-        let pool = pool(&folder);
-        let mut used = pool.acquire(|| None).await.unwrap();
-        let closing = pool.close();
-        used.set_ready();
-        tokio::join!(closing, async { drop(used) });
-        assert!(pool.ready().is_empty());
+        let pool = pool(LIMITS, &folder);
+        let mut used = acquire(&pool).await;
+        used.set_reusable();
+        tokio::join!(pool.close(), async { drop(used) });
+        assert!(pool.idle().is_empty());
         assert!(matches!(
             pool.acquire(|| None).await,
-            Err(sqlx::Error::PoolClosed)
+            Err(AcquireError::Closed)
         ));
     }
 }

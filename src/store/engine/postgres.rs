@@ -1,230 +1,176 @@
-//! PostgreSQL: opened by URL, appended to by one statement a batch, and watched.
-//!
-//! When the server is away, nobody waits for it: the gate closes with the first failure, everything is refused at once, and a
-//! task knocks until the server answers again.
+//! PostgreSQL: opening a database by URL, transactions, and appending a batch in one statement.
 
 use std::collections::HashSet;
-use std::pin::pin;
 use std::str::FromStr;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
 
-use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
-use sqlx::{ConnectOptions, Connection as _, PgConnection, Postgres, Row};
-use tokio::sync::watch;
+use sqlx::postgres::PgConnectOptions;
+use sqlx::{ConnectOptions, PgConnection};
 use tokio::time::timeout;
 
-use super::connection::{Connection, EngineConnection, PostgresConnection, rows_in_postgres};
-use super::pool::Pool;
+use super::circuit_breaker::{CircuitBreaker, STATEMENT_TIMEOUT, unsafe_commit};
+use super::connection::{Connection, EngineConnection, rows_in_postgres};
+use super::postgres_connection::{PostgresPools, Purpose};
+use super::postgres_server::{Durability, ServerReport, ServerTarget};
 use crate::store::{Appended, NewEvent, StoreError, StoreErrorClass, StoreErrorKind};
 
-/// Compiling a statement takes longer than any of ours runs. And who folds an invoice's history gathers some ten rows, for which the
-/// server would make hash tables as large as this, since it expects millions: with the usual 4 MB, a fifth of a read went into that.
-const SESSION: [(&str, &str); 2] = [("jit", "off"), ("work_mem", "128kB")];
-const CONNECTIONS: u32 = 10;
-/// How long to wait for a free connection, or for a new one.
-const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(1);
-/// How long to wait for one until the server is asked whether it is there: the pool finds by itself that a connection is dead, tells
-/// nobody, and tries to open another.
-const ACQUIRE_DOUBT_AFTER: Duration = Duration::from_millis(500);
-/// How long one statement may take.
-const STATEMENT_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long a statement takes until the server is asked whether it is there: one that is paused refuses nothing.
-const DOUBT_AFTER: Duration = Duration::from_secs(1);
-/// How often a server that is away is asked again.
-const KNOCK: Duration = Duration::from_millis(200);
+/// Settings of each session. A pooler accepts none of them.
+///
+/// * `jit`: compiling a statement takes longer than any of ours runs.
+/// * `work_mem`: folding the history of an invoice gathers some ten rows. The server expects
+///   millions and would make hash tables of this size; with the default of 4 MB that took a fifth
+///   of a read.
+/// * `tcp_keepalives_*`: the server's end sends a packet every 30 seconds without traffic, which
+///   keeps the entry in a firewall alive, and ends a session after one minute without a client.
+const SESSION: [(&str, &str); 5] = [
+    ("jit", "off"),
+    ("work_mem", "128kB"),
+    ("tcp_keepalives_idle", "30"),
+    ("tcp_keepalives_interval", "10"),
+    ("tcp_keepalives_count", "3"),
+];
+
+/// Begins a transaction that commits durably. The last row is a [`Durability`].
+///
+/// Behind a pooler no setting of a session survives, so each transaction makes them.
+macro_rules! begin {
+    ($begin:literal) => {
+        concat!(
+            $begin,
+            "; set local jit = off;
+             select set_config('synchronous_commit', 'on', true)
+             where current_setting('synchronous_commit') = 'off';
+             select current_setting('fsync') = 'on', current_setting('full_page_writes') = 'on'"
+        )
+    };
+}
+const BEGIN: &str = begin!("begin");
+const BEGIN_SERIALIZABLE: &str = begin!("begin isolation level serializable");
 
 #[derive(Clone, Debug)]
 pub(in crate::store) struct PostgresStore {
-    pool: Arc<Pool<Postgres>>,
-    /// One connection that appends, and nothing else: it has its statement ready, and never waits for readers. (A pool, since
-    /// that opens it again.)
-    appending: Arc<Pool<Postgres>>,
-    /// A pooler stands between us and the server, and may hand each transaction to another of its connections.
-    is_pooled: bool,
-    gate: CircuitBreaker,
+    pools: PostgresPools,
 }
-
-/// Closed while the server is away.
-#[derive(Clone, Debug)]
-pub(in crate::store) struct CircuitBreaker(Arc<BreakerState>);
-
-#[derive(Debug)]
-struct BreakerState {
-    options: PgConnectOptions,
-    is_closed: watch::Sender<bool>,
-    /// The server is being asked whether it is there.
-    is_doubted: AtomicBool,
-    /// How often it has answered a statement.
-    answers: AtomicU64,
-    /// Connections that are older may lead to a server that is gone.
-    opened: Mutex<Instant>,
-}
-
-/// What makes one ask whether the server is there.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Doubt {
-    /// Somebody waited in vain.
-    NoAnswer,
-    /// It takes nothing: somebody made it read-only, or it is no longer the primary.
-    ReadOnly,
-}
-
-/// What a new connection leads to.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Found {
-    Primary,
-    /// As the primary, but for what it takes.
-    ReadOnly,
-    Standby,
-}
-
-/// A statement did not end in time, or the server went away meanwhile. It may have been done.
-#[derive(Debug)]
-pub(in crate::store) struct StatementAbandoned;
 
 impl PostgresStore {
+    /// Opens a database. Creates nothing.
+    ///
     /// # Errors
-    /// [`StoreErrorKind::UnsafeCommit`] if the server acknowledges commits that are not on its disk.
+    /// [`StoreErrorKind::UnsafeCommit`] if the server acknowledges commits that may be lost.
     pub async fn open(url: &str) -> Result<PostgresStore, StoreError> {
         let options = PgConnectOptions::from_str(url)
             .map_err(|e| StoreError::new(StoreErrorKind::Rejected, e.to_string()))?;
         for name in unknown_parameters(url) {
-            tracing::warn!(
-                name,
-                "this parameter of DATABASE_URL is not known: it does nothing"
-            );
+            tracing::warn!(name, "ignoring unknown parameter of DATABASE_URL");
         }
-        // A parameter that poolers do not know; nothing here is a float.
         let options = options
+            // Poolers reject this parameter, and no column is a float.
             .extra_float_digits(None)
             .application_name("stripe-reconciler")
             .disable_statement_logging();
-        let looked_at = timeout(STATEMENT_TIMEOUT, look_at(url, &options)).await;
-        let is_pooled = looked_at.map_err(|_| StoreError::unresponsive())??;
-        // Poolers do not know these parameters.
-        let options = if is_pooled {
-            options
-        } else {
-            options.options(SESSION)
-        };
-        let state = BreakerState {
-            options: options.clone(),
-            is_closed: watch::Sender::new(false),
-            is_doubted: AtomicBool::new(false),
-            answers: AtomicU64::new(0),
-            opened: Mutex::new(Instant::now()),
-        };
-        let gate = CircuitBreaker(Arc::new(state));
-        let pool = |connections| {
-            let watched = gate.clone();
-            let pool = PgPoolOptions::new()
-                .max_connections(connections)
-                .acquire_timeout(ACQUIRE_TIMEOUT)
-                .test_before_acquire(false)
-                .before_acquire(move |_, about| {
-                    let is_current = about.age <= watched.opened().elapsed();
-                    Box::pin(async move { Ok(is_current) })
-                });
-            Pool::new(pool.connect_lazy_with(options.clone()))
+
+        let inspected = timeout(STATEMENT_TIMEOUT, inspect(&options)).await;
+        let report = inspected.map_err(|_| StoreError::unresponsive())??;
+        check_durability(report.durability)?;
+
+        let is_pooled = is_pooled(url, &options, &report);
+        let target = ServerTarget {
+            options: if is_pooled {
+                options
+            } else {
+                options.options(SESSION)
+            },
+            is_pooled,
         };
         Ok(PostgresStore {
-            pool: pool(CONNECTIONS),
-            appending: pool(1),
-            is_pooled,
-            gate,
+            pools: PostgresPools::new(CircuitBreaker::new(target)),
         })
     }
 
-    /// A connection for statements that each stand alone.
+    /// Returns a connection for statements that each stand alone.
     pub async fn session(&self) -> Result<Connection, StoreError> {
-        self.session_of(&self.pool).await
+        self.session_for(Purpose::Any).await
     }
 
-    async fn session_of(&self, pool: &Arc<Pool<Postgres>>) -> Result<Connection, StoreError> {
-        let mut session = self.acquire(pool).await?;
-        if self.is_pooled {
-            // sqlx prepares and executes in two steps, and a pooler keeps both on one connection only within a transaction.
+    async fn session_for(&self, purpose: Purpose) -> Result<Connection, StoreError> {
+        let mut session = self.acquire(purpose).await?;
+        if self.is_pooled() {
+            // sqlx prepares and executes in two steps. A pooler keeps both on one connection only
+            // within a transaction.
             session.begin(BEGIN).await?;
         }
         Ok(session)
     }
 
-    /// A transaction whose statements each stand alone.
+    /// Returns a transaction whose statements each stand alone.
     pub async fn transaction(&self) -> Result<Connection, StoreError> {
-        let mut session = self.acquire(&self.pool).await?;
+        let mut session = self.acquire(Purpose::Any).await?;
         session.begin(BEGIN).await?;
         Ok(session)
     }
 
-    /// A transaction that is as if it ran alone, or fails.
+    /// Returns a transaction that behaves as if it ran alone, or fails.
     pub async fn serializable(&self) -> Result<Connection, StoreError> {
-        let mut session = self.acquire(&self.pool).await?;
+        let mut session = self.acquire(Purpose::Any).await?;
         session.begin(BEGIN_SERIALIZABLE).await?;
         Ok(session)
     }
 
-    async fn acquire(&self, pool: &Arc<Pool<Postgres>>) -> Result<Connection, StoreError> {
-        self.gate.pass()?;
-        let not_before = || Some(*self.gate.opened());
-        let acquired = self.gate.judge(
-            self.gate
-                .doubted(ACQUIRE_DOUBT_AFTER, pool.acquire(not_before))
-                .await,
-        )?;
-        let (named, gate) = (!self.is_pooled, self.gate.clone());
-        Ok(Connection::new(EngineConnection::Postgres(
-            PostgresConnection {
-                inner: acquired,
-                named,
-                gate,
-                is_unsure: false,
-            },
-        )))
+    async fn acquire(&self, purpose: Purpose) -> Result<Connection, StoreError> {
+        let connection = self.pools.acquire(purpose).await?;
+        Ok(Connection::new(EngineConnection::Postgres(connection)))
     }
 
-    /// A connection of its own, for migrations: they may take long, and change what others have prepared.
+    /// Returns a connection outside the pool, for migrations: they may take long, and they change
+    /// what other connections have prepared.
     pub async fn connect_dedicated(&self) -> Result<PgConnection, StoreError> {
-        Ok(self.gate.0.options.connect().await?)
+        Ok(self.pools.breaker().connect().await?.connection)
     }
 
-    /// Within a transaction, which a pooler keeps on one connection to the server: forgets the names that another client of the
-    /// pooler has given to statements there.
+    /// Deallocates the statements that another client of the pooler has prepared on this
+    /// connection. Call it within a transaction, which a pooler keeps on one connection.
     pub async fn deallocate_statements(
         &self,
         connection: &mut PgConnection,
     ) -> Result<(), StoreError> {
-        if self.is_pooled {
+        if self.is_pooled() {
             sqlx::raw_sql("deallocate all").execute(connection).await?;
         }
         Ok(())
     }
 
-    /// The whole batch in one statement: one round trip, one commit.
+    /// Appends a batch in one statement: one round trip, one commit.
     pub async fn append(&self, batch: &[NewEvent]) -> Result<Vec<Appended>, StoreError> {
+        let appended = self.append_once(batch).await;
+        let is_broken = |error: &StoreError| error.class() == StoreErrorClass::Away;
+        if self.is_pooled() && appended.as_ref().err().is_some_and(is_broken) {
+            // The connection broke in the commit that a pooler makes necessary. Appending again is
+            // harmless.
+            return self.append_once(batch).await;
+        }
+        appended
+    }
+
+    async fn append_once(&self, batch: &[NewEvent]) -> Result<Vec<Appended>, StoreError> {
         let firsts = crate::store::events::firsts(batch);
-        let column = |pick: fn(&NewEvent) -> Option<&str>| -> Vec<Option<String>> {
-            firsts
-                .iter()
-                .map(|event| pick(event).map(str::to_owned))
-                .collect()
+        let column = |pick: fn(&NewEvent) -> Option<&str>| -> Vec<Option<&str>> {
+            firsts.iter().map(|event| pick(event)).collect()
         };
         let mentions = || {
             firsts
                 .iter()
                 .flat_map(|event| event.mentions.iter().map(move |mention| (event, mention)))
         };
-        let mut session = self.session_of(&self.appending).await?;
+
+        let mut session = self.session_for(Purpose::Append).await?;
         let EngineConnection::Postgres(connection) = &mut session.connection else {
-            unreachable!("the sessions of this store are PostgreSQL's")
+            unreachable!("this store opens PostgreSQL connections")
         };
-        let new = rows_in_postgres!(
+        let rows = rows_in_postgres!(
             connection,
             fetch_all,
-            (Vec<u8>,),
+            AppendRow,
             APPEND,
-            firsts.iter().map(|e| e.key.0.to_vec()).collect::<Vec<_>>(),
+            firsts.iter().map(|e| &e.key.0[..]).collect::<Vec<_>>(),
             column(|e| e.id.as_deref()),
             column(|e| e.event_type.as_deref()),
             column(|e| e.api_version.as_deref()),
@@ -241,24 +187,56 @@ impl PostgresStore {
             mentions()
                 .map(|(_, m)| m.object_id.as_str())
                 .collect::<Vec<_>>(),
-            mentions()
-                .map(|(e, _)| e.key.0.to_vec())
-                .collect::<Vec<_>>()
+            mentions().map(|(e, _)| &e.key.0[..]).collect::<Vec<_>>()
         )?;
         session.done().await?;
-        let mut new: HashSet<Vec<u8>> = new.into_iter().map(|(key,)| key).collect();
+
+        let mut new = self.new_keys(rows)?;
         Ok(crate::store::events::answers(batch, |key| {
             new.remove(&key.0[..])
         }))
     }
 
+    /// Returns the keys of new events, or an error if their commit may be lost.
+    fn new_keys(&self, rows: Vec<AppendRow>) -> Result<HashSet<Vec<u8>>, StoreError> {
+        let mut keys = HashSet::with_capacity(rows.len());
+        for row in rows {
+            match row {
+                (Some(key), ..) => {
+                    keys.insert(key);
+                }
+                (None, fsync, full_page_writes, synchronous_commit) => {
+                    let durability = Durability {
+                        fsync: fsync.unwrap_or_default(),
+                        full_page_writes: full_page_writes.unwrap_or_default(),
+                        synchronous_commit: synchronous_commit.unwrap_or_default(),
+                    };
+                    self.pools.breaker().verify_durability(durability)?;
+                    return Err(unsafe_commit(SYNCHRONOUS_COMMIT_OFF));
+                }
+            }
+        }
+        Ok(keys)
+    }
+
     pub async fn close(&self) {
-        self.appending.close().await;
-        self.pool.close().await;
+        self.pools.close().await;
+    }
+
+    /// Returns what the server last reported about its settings.
+    pub fn durability(&self) -> Durability {
+        self.pools.breaker().durability()
+    }
+
+    fn is_pooled(&self) -> bool {
+        self.pools.breaker().target().is_pooled
     }
 }
 
-/// What sqlx reads of a URL, in one of its spellings or another.
+/// A row of [`APPEND`]: a key, or the settings of a [`Durability`].
+type AppendRow = (Option<Vec<u8>>, Option<bool>, Option<bool>, Option<bool>);
+
+/// Parameters of a URL that sqlx reads, in all their spellings.
 const PARAMETERS: [&str; 18] = [
     "application_name",
     "dbname",
@@ -280,7 +258,8 @@ const PARAMETERS: [&str; 18] = [
     "user",
 ];
 
-/// Names only: sqlx itself would say their values as well, and one may be a password whose name is misspelt.
+/// Lists the parameters of a URL that have no effect. Names only: sqlx would log the values too,
+/// and one may be a password whose name is misspelt.
 fn unknown_parameters(url: &str) -> impl Iterator<Item = &str> {
     let names = url
         .split_once('?')
@@ -292,183 +271,67 @@ fn unknown_parameters(url: &str) -> impl Iterator<Item = &str> {
     })
 }
 
-/// What a connection is told when it is made, a pooler is told with every transaction.
-const BEGIN: &str = "begin; set local jit = off";
-const BEGIN_SERIALIZABLE: &str = "begin isolation level serializable; set local jit = off";
-
-/// Events come sorted, mentions are sorted here, so that batches of several replicas take their locks in one order.
+/// Appends a batch, and returns the keys of events that are new.
+///
+/// A row without a key reports unsafe settings: they may have changed since the connection was
+/// opened. Events come sorted by key and mentions are sorted here, so that batches of several
+/// replicas take their locks in one order.
 const APPEND: &str = "
     with incoming as (
-        select * from unnest($1::bytea[], $2::text[], $3::text[], $4::text[], $5::text[], $6::bigint[], $7::bigint[], $8::text[],
-                             $9::text[], $10::text[], $11::text[], $12::text[], $13::text[], $14::bytea[])
-            as row (key, id, event_type, api_version, object_id, created_s, received_ms, source, secret_label, outcome,
-                    unreadable_reason, telling, linked, body)
+        select * from unnest($1::bytea[], $2::text[], $3::text[], $4::text[], $5::text[],
+                             $6::bigint[], $7::bigint[], $8::text[], $9::text[], $10::text[],
+                             $11::text[], $12::text[], $13::text[], $14::bytea[])
+            as row (key, id, event_type, api_version, object_id, created_s, received_ms, source,
+                    secret_label, outcome, unreadable_reason, telling, linked, body)
     ), new as (
-        insert into events (key, id, event_type, api_version, object_id, created_s, received_ms, source, secret_label, outcome,
-                            unreadable_reason, telling, linked, body)
+        insert into events (key, id, event_type, api_version, object_id, created_s, received_ms,
+                            source, secret_label, outcome, unreadable_reason, telling, linked, body)
         select * from incoming
         on conflict do nothing returning key
     ), linked as (
         insert into mentions (object_id, event_key)
-        select mention.* from unnest($15::text[], $16::bytea[]) as mention (object_id, event_key)
+        select mention.*
+        from unnest($15::text[], $16::bytea[]) as mention (object_id, event_key)
         join new on new.key = mention.event_key
         order by mention.object_id, mention.event_key
         on conflict do nothing
     )
-    select key from new";
+    select key, null, null, null from new
+    union all
+    select null, * from (
+        select current_setting('fsync') = 'on', current_setting('full_page_writes') = 'on',
+               current_setting('synchronous_commit') <> 'off'
+    ) as durable (fsync, full_page_writes, synchronous_commit)
+    where not (fsync and full_page_writes and synchronous_commit)";
 
-/// Is there a pooler in between? `statement-cache-capacity=0` in the URL says so; and so does a server that listens on
-/// another port than the one that we came to.
-async fn look_at(url: &str, options: &PgConnectOptions) -> Result<bool, StoreError> {
-    let mut connection = options.connect().await?;
-    let about = "select inet_server_port(), current_setting('synchronous_commit')";
-    let row = sqlx::Executor::fetch_one(&mut connection, sqlx::raw_sql(about)).await?;
-    let (port, commits): (Option<i32>, String) = (row.try_get(0)?, row.try_get(1)?);
-    connection.close().await?;
-    if commits == "off" {
-        return Err(StoreError::new(
-            StoreErrorKind::UnsafeCommit,
-            "its synchronous_commit is off: \
-             set it on (alter database ... set synchronous_commit = on)",
-        ));
-    }
-    let by_socket = options.get_socket().is_some() || options.get_host().starts_with('/');
-    let elsewhere = !by_socket && port.is_none_or(|port| port != i32::from(options.get_port()));
-    Ok(elsewhere || url.contains("statement-cache-capacity=0"))
+/// Asks the server about itself, before anything is known about a pooler.
+async fn inspect(options: &PgConnectOptions) -> Result<ServerReport, StoreError> {
+    let target = ServerTarget {
+        options: options.clone(),
+        is_pooled: true,
+    };
+    let (backend, report) = target.connect().await?;
+    super::pool::Poolable::close(backend).await;
+    Ok(report)
 }
 
-impl CircuitBreaker {
-    fn pass(&self) -> Result<(), StoreError> {
-        if *self.0.is_closed.borrow() {
-            return Err(StoreError::new(
-                StoreErrorKind::Unreachable,
-                "the server is away",
-            ));
-        }
-        Ok(())
-    }
+const SYNCHRONOUS_COMMIT_OFF: &str =
+    "synchronous_commit is off: set it on (alter database ... set synchronous_commit = on)";
 
-    /// Gives a statement up when it takes too long, or when it turns out meanwhile that the server is away.
-    pub async fn limited<T>(
-        &self,
-        statement: impl Future<Output = T>,
-    ) -> Result<T, StatementAbandoned> {
-        self.doubted(DOUBT_AFTER, statement).await
-    }
+/// Checks at the start what an operator can still correct before deliveries arrive. Later,
+/// `synchronous_commit` may change: the sessions of a running server override it.
+fn check_durability(durability: Durability) -> Result<(), StoreError> {
+    let violation = durability.violation();
+    let violation =
+        violation.or((!durability.synchronous_commit).then_some(SYNCHRONOUS_COMMIT_OFF));
+    violation.map_or(Ok(()), |setting| Err(unsafe_commit(setting)))
+}
 
-    /// The same; after so long, the server is asked whether it is there.
-    async fn doubted<T>(
-        &self,
-        after: Duration,
-        waiting: impl Future<Output = T>,
-    ) -> Result<T, StatementAbandoned> {
-        let mut waiting = pin!(waiting);
-        if let Ok(ended) = timeout(after, &mut waiting).await {
-            return Ok(ended);
-        }
-        self.doubt(Doubt::NoAnswer);
-        let mut is_closed = self.0.is_closed.subscribe();
-        tokio::select! {
-            ended = timeout(STATEMENT_TIMEOUT - after, waiting) => ended.map_err(|_| StatementAbandoned),
-            _ = is_closed.wait_for(|is_closed| *is_closed) => Err(StatementAbandoned),
-        }
-    }
-
-    /// Takes a result, and closes when it says that the server is away. Where it does not say so, but somebody waited in vain,
-    /// others may be in the way: then the server is asked first.
-    pub fn judge<T>(
-        &self,
-        ended: Result<Result<T, sqlx::Error>, StatementAbandoned>,
-    ) -> Result<T, StoreError> {
-        let in_vain = match ended {
-            Ok(Ok(value)) => return Ok(value),
-            Ok(Err(sqlx::Error::PoolTimedOut)) => "no connection is free",
-            Ok(Err(error)) => {
-                let error = StoreError::from(error);
-                if matches!(
-                    error.kind(),
-                    StoreErrorKind::ReadOnly | StoreErrorKind::Standby
-                ) {
-                    self.doubt(Doubt::ReadOnly);
-                }
-                if error.class() == StoreErrorClass::Away {
-                    self.close(error.reason());
-                }
-                return Err(error);
-            }
-            Err(StatementAbandoned) => "a statement did not end in time",
-        };
-        self.doubt(Doubt::NoAnswer);
-        Err(StoreError::new(StoreErrorKind::Locked, in_vain))
-    }
-
-    /// The server has answered a statement.
-    pub fn heard(&self) {
-        self.0.answers.fetch_add(1, Ordering::Relaxed);
-    }
-
-    /// Asks the server whether it is there, and closes when it is not. Where a machine has too much to do, it may be too slow to
-    /// say so, and yet answer others meanwhile.
-    fn doubt(&self, why: Doubt) {
-        if *self.0.is_closed.borrow() || self.0.is_doubted.swap(true, Ordering::AcqRel) {
-            return;
-        }
-        let gate = self.clone();
-        tokio::spawn(async move {
-            let answers = || gate.0.answers.load(Ordering::Relaxed);
-            let before = answers();
-            match gate.ask().await {
-                Ok(Found::Standby) => gate.close("it is a standby"),
-                // What was opened before leads to what was the primary.
-                Ok(Found::Primary) if why == Doubt::ReadOnly => *gate.opened() = Instant::now(),
-                Err(error) if error.class() == StoreErrorClass::Away && answers() == before => {
-                    gate.close("the server does not answer")
-                }
-                _ => {}
-            }
-            gate.0.is_doubted.store(false, Ordering::Release);
-        });
-    }
-
-    fn close(&self, reason: &str) {
-        if !self.0.is_closed.send_replace(true) {
-            tracing::warn!(
-                reason,
-                "the database is away: everything is refused until it is back"
-            );
-            tokio::spawn(self.clone().knock());
-        }
-    }
-
-    fn opened(&self) -> MutexGuard<'_, Instant> {
-        self.0.opened.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    async fn knock(self) {
-        while !matches!(self.ask().await, Ok(Found::Primary | Found::ReadOnly)) {
-            tokio::time::sleep(KNOCK).await;
-        }
-        *self.opened() = Instant::now();
-        self.0.is_closed.send_replace(false);
-        tracing::warn!("the database is back");
-    }
-
-    async fn ask(&self) -> Result<Found, StoreError> {
-        const ABOUT: &str =
-            "select pg_is_in_recovery(), current_setting('transaction_read_only') = 'on'";
-        let asked = async {
-            let mut connection = self.0.options.connect().await?;
-            let row = sqlx::Executor::fetch_one(&mut connection, sqlx::raw_sql(ABOUT)).await?;
-            connection.close().await?;
-            Ok::<(bool, bool), sqlx::Error>((row.try_get(0)?, row.try_get(1)?))
-        };
-        let asked = timeout(ACQUIRE_TIMEOUT, asked)
-            .await
-            .map_err(|_| StoreError::new(StoreErrorKind::Unreachable, "it does not answer"))?;
-        Ok(match asked? {
-            (true, _) => Found::Standby,
-            (false, true) => Found::ReadOnly,
-            (false, false) => Found::Primary,
-        })
-    }
+/// Returns whether a pooler stands in between. `statement-cache-capacity=0` in the URL says so, and
+/// a server that listens on another port than the one in the URL.
+fn is_pooled(url: &str, options: &PgConnectOptions, report: &ServerReport) -> bool {
+    let is_socket = options.get_socket().is_some() || options.get_host().starts_with('/');
+    let own_port = i32::from(options.get_port());
+    let is_elsewhere = !is_socket && report.port != Some(own_port);
+    is_elsewhere || url.contains("statement-cache-capacity=0")
 }

@@ -1,4 +1,5 @@
-//! SQLite: opened by path, one connection that writes and several that read beside it; appended to by two statements a batch.
+//! SQLite: opening a file, one connection that writes, several that read, and appending a batch in
+//! one call to the connection's thread.
 
 use std::collections::HashSet;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
@@ -8,49 +9,53 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use sqlx::sqlite::{
-    SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous,
-};
-use sqlx::{ConnectOptions, Sqlite};
+use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous};
+use sqlx::{ConnectOptions, SqliteConnection};
 use tokio::sync::mpsc;
 
-use super::connection::{Connection, EngineConnection, execute, rows};
-use super::pool::Pool;
+use super::connection::{Connection, EngineConnection, SqliteSession, execute, rows};
+use super::pool::{AcquireError, Limits, Pool, Poolable, Pooled};
 use crate::domain::stripe::event::EventKey;
 use crate::store::{Appended, Disk, NewEvent, Space, StoreError, StoreErrorKind};
 
-/// How long a statement waits for another process that writes to the same file.
+/// Longest wait of a statement for another process that writes to the same file, and of a caller
+/// for a free connection.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 const READERS: u32 = 4;
-/// Each remembers so many KB of the file (as SQLite writes it, with a minus); the system remembers it for all of them.
+/// Page cache of each reader in KiB; SQLite writes the unit as a minus sign. The cache of the
+/// operating system serves all of them.
 const READERS_CACHE: &str = "-512";
 const PAGE_SIZE: u32 = 8192;
-/// Bytes written to the log (WAL) until it is carried into the database file. While it is short, it is written over and over in
-/// the same place, which makes a commit twice as fast as where its file has to grow.
+/// Bytes written to the WAL before a checkpoint. While the WAL is short, SQLite overwrites the same
+/// blocks, which makes a commit twice as fast as one that extends the file.
 const CHECKPOINT_AFTER: usize = 8 << 20;
-/// What a batch writes beside its own bytes: a page of each index, at least.
+/// Bytes that a batch writes in addition to its own: at least one page of each index.
 const PAGES_A_BATCH: usize = 6 * PAGE_SIZE as usize;
-/// Pages after which the writer carries them over itself: only when the checkpointer cannot keep up.
+/// Pages in the WAL after which the writer runs a checkpoint itself. That happens only if the
+/// checkpointer cannot keep up.
 const CHECKPOINT_AT_LAST: &str = "16384";
-/// Carries over what no reader needs any more, and makes nobody wait.
+/// Copies what no reader needs any more into the database file, without blocking anyone.
 const CHECKPOINT: &str = "pragma wal_checkpoint(passive)";
+/// Settings of the writer on which it depends whether an acknowledged commit survives a crash.
+const DURABILITY: &str =
+    "select synchronous, journal_mode from pragma_synchronous, pragma_journal_mode";
 
 #[derive(Clone, Debug)]
 pub(in crate::store) struct SqliteStore {
     file: PathBuf,
-    /// The file that was opened, by device and number: what its name leads to may become another.
+    /// Device and inode of the file that was opened. Its name may come to lead to another file.
     opened: Option<(u64, u64)>,
-    write: Arc<Pool<Sqlite>>,
-    read: Arc<Pool<Sqlite>>,
-    /// Bytes written since the last checkpoint, about.
+    write: Arc<Pool<SqliteConnection>>,
+    read: Arc<Pool<SqliteConnection>>,
+    /// Approximate bytes written since the last checkpoint.
     written: Arc<AtomicUsize>,
     checkpoint: mpsc::Sender<()>,
-    /// The checkpointer has been through: what came meanwhile is left to the writer.
+    /// The checkpointer has run. What was written meanwhile is left to the writer.
     checkpoint_almost_done: Arc<AtomicBool>,
 }
 
 impl SqliteStore {
-    /// Opens the file, creating it when it is missing.
+    /// Opens the file, and creates it if it is missing.
     pub async fn open(path: &str) -> Result<SqliteStore, StoreError> {
         let file = file(path)?;
         create_private_file(&file);
@@ -63,30 +68,25 @@ impl SqliteStore {
             .busy_timeout(BUSY_TIMEOUT)
             .statement_cache_capacity(64)
             .pragma("wal_autocheckpoint", CHECKPOINT_AT_LAST)
-            // A container may have no folder for temporary files, or none that can be written to: a large batch would fail.
+            // A container may lack a writable folder for temporary files: a large batch would fail.
             .pragma("temp_store", "memory")
             .disable_statement_logging();
-        let pool = |connections| {
-            let pool = SqlitePoolOptions::new()
-                .max_connections(connections)
-                .test_before_acquire(false);
-            pool.idle_timeout(None)
-                .max_lifetime(None)
-                .acquire_timeout(BUSY_TIMEOUT)
-        };
+
         // The writer first: it creates the file, which readers may not.
-        let write = Pool::new(pool(1).connect_with(options.clone()).await?);
+        let write = pool_of(1, options.clone());
+        acquire(&write).await?.set_reusable();
         let reading = options
             .clone()
             .create_if_missing(false)
             .read_only(true)
             .pragma("cache_size", READERS_CACHE);
-        let read = Pool::new(pool(READERS).connect_with(reading).await?);
-        let checkpointer = pool(1).connect_lazy_with(options);
+        let read = pool_of(READERS, reading);
+        acquire(&read).await?.set_reusable();
+
         let (checkpoint, due) = mpsc::channel(1);
         let checkpoint_almost_done = Arc::new(AtomicBool::new(false));
         tokio::spawn(run_checkpointer(
-            checkpointer,
+            options,
             due,
             checkpoint_almost_done.clone(),
         ));
@@ -102,28 +102,51 @@ impl SqliteStore {
         })
     }
 
+    /// Returns a connection for statements that read.
     pub async fn session(&self) -> Result<Connection, StoreError> {
         self.verify_same_file()?;
+        let reader = acquire(&self.read).await?;
         Ok(Connection::new(EngineConnection::Sqlite(
-            self.read.acquire(|| None).await?,
+            SqliteSession::new(reader),
         )))
     }
 
-    /// A write transaction takes the lock at once: one that reads first fails when another process writes in between.
+    /// Returns a write transaction. It takes the lock at once: a transaction that reads first fails
+    /// if another process writes in between.
     pub async fn transaction(&self) -> Result<Connection, StoreError> {
         self.verify_same_file()?;
-        let mut session =
-            Connection::new(EngineConnection::Sqlite(self.write.acquire(|| None).await?));
+        let mut session = self.writing_session().await?;
         session.begin("begin immediate").await?;
         Ok(session)
     }
 
-    pub fn writer(&self) -> &Arc<Pool<Sqlite>> {
-        &self.write
+    async fn writing_session(&self) -> Result<Connection, StoreError> {
+        let writer = self.writer().await?;
+        Ok(Connection::new(EngineConnection::Sqlite(
+            SqliteSession::new(writer),
+        )))
     }
 
-    /// All in one call to the connection's thread, however many there are. Small columns go as JSON, what is large or binary as
-    /// parts of one blob.
+    /// Returns the connection that writes.
+    pub async fn writer(&self) -> Result<Pooled<SqliteConnection>, StoreError> {
+        acquire(&self.write).await
+    }
+
+    /// Checks that commits of this connection reach the disk before they return.
+    async fn verify_durability(session: &mut Connection) -> Result<(), StoreError> {
+        const FULL: i64 = 2;
+        let (synchronous, journal) = rows!(session, fetch_one, (i64, String), DURABILITY)?;
+        if synchronous >= FULL && journal == "wal" {
+            return Ok(());
+        }
+        Err(StoreError::new(
+            StoreErrorKind::UnsafeCommit,
+            format!("synchronous is {synchronous} and journal_mode is {journal}"),
+        ))
+    }
+
+    /// Appends a batch of any size in one call to the connection's thread. Small columns go as
+    /// JSON, large or binary columns as parts of one blob.
     pub async fn append(&self, batch: &[NewEvent]) -> Result<Vec<Appended>, StoreError> {
         self.verify_same_file()?;
         let mut blob = Vec::with_capacity(
@@ -171,23 +194,22 @@ impl SqliteStore {
             json(serde_json::to_string(&mentions)),
         );
         let bytes = blob.len();
-        let mut session =
-            Connection::new(EngineConnection::Sqlite(self.write.acquire(|| None).await?));
+        let mut session = self.writing_session().await?;
         if self.checkpoint_almost_done.swap(false, Ordering::Relaxed) {
-            // The little that is left. With nothing in it that is still needed, the log starts anew with what is written next.
+            // Copies the little that is left. SQLite restarts a WAL without needed frames at its
+            // beginning with the next write.
             execute!(session, CHECKPOINT)?;
+            SqliteStore::verify_durability(&mut session).await?;
         }
         session.set_in_transaction(true);
-        // All rows: with the first, the statements that follow would be left undone.
-        let answered = rows!(
-            session,
-            fetch_all,
-            (String,),
-            APPEND,
-            events,
-            blob,
-            mentions
-        )?;
+        // Drain all rows: `fetch_one` would stop before the later statements run.
+        let EngineConnection::Sqlite(connection) = &mut session.connection else {
+            unreachable!("this store opens SQLite connections")
+        };
+        let append = sqlx::query_as::<_, (String,)>(APPEND);
+        let append = append.bind(events).bind(blob).bind(mentions);
+        let ended = append.fetch_all(connection.start()).await;
+        let answered = connection.end(ended)?;
         session.set_in_transaction(false);
         session.done().await?;
         self.note_written(bytes + PAGES_A_BATCH);
@@ -202,7 +224,8 @@ impl SqliteStore {
         }))
     }
 
-    /// SQLite goes on writing to a file that was moved away or replaced, where nobody will find it again.
+    /// Checks that the name still leads to the file that was opened. SQLite goes on writing to a
+    /// file that was moved or replaced, and nobody would find those rows again.
     fn verify_same_file(&self) -> Result<(), StoreError> {
         match identity(&self.file) {
             found if found == self.opened => Ok(()),
@@ -223,7 +246,7 @@ impl SqliteStore {
     fn note_written(&self, bytes: usize) {
         if self.written.fetch_add(bytes, Ordering::Relaxed) + bytes > CHECKPOINT_AFTER {
             self.written.store(0, Ordering::Relaxed);
-            // One that is under way or waits already will do.
+            // A full queue means that a checkpoint is about to run anyway.
             let _ = self.checkpoint.try_send(());
         }
     }
@@ -247,7 +270,7 @@ impl SqliteStore {
         let (free, size) = (disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize);
         Ok(Space {
             database: std::fs::metadata(&self.file).map_err(unseen)?.len(),
-            // None yet: nothing was written.
+            // A missing WAL means that nothing was written yet.
             log: Some(std::fs::metadata(log).map_or(0, |log| log.len())),
             disk: Some(Disk { free, size }),
         })
@@ -259,14 +282,16 @@ impl SqliteStore {
     }
 }
 
-/// It will hold what is nobody else's business; SQLite gives its log and its index of that the rights of the file.
+/// Creates the file so that only its owner can read it. SQLite gives the WAL and its index the same
+/// permissions.
 fn create_private_file(file: &Path) {
     let created = std::fs::OpenOptions::new()
         .write(true)
         .create_new(true)
         .mode(0o600)
         .open(file);
-    // What cannot be made, or is there already, SQLite opens or says what is wrong with it.
+    // A file that exists, or cannot be created, is left to SQLite: it opens the file or reports why
+    // it cannot.
     drop(created);
 }
 
@@ -274,20 +299,22 @@ fn options_of(path: &str) -> Result<SqliteConnectOptions, sqlx::Error> {
     SqliteConnectOptions::from_str(&format!("sqlite://{path}"))
 }
 
-/// The file that a URL names after `sqlite://`.
+/// Returns the file that a URL names after `sqlite://`.
 pub(in crate::store) fn file(path: &str) -> Result<PathBuf, sqlx::Error> {
     Ok(options_of(path)?.get_filename().to_owned())
 }
 
-/// Where a file is, whatever its name.
+/// Returns device and inode of a file, which stay the same when it is renamed.
 fn identity(file: &Path) -> Option<(u64, u64)> {
     std::fs::metadata(file)
         .ok()
         .map(|about| (about.dev(), about.ino()))
 }
 
-/// Answers which keys were there before, in hex. `$1`: events, `$2`: keys, tellings and bodies, `$3`: mentions.
-/// They go first: what an event mentions that is there already adds nothing to it.
+/// Appends a batch, and returns as JSON which keys were stored before, in hex. `$1`: events, `$2`:
+/// keys, observations and bodies, `$3`: mentions.
+///
+/// Mentions are inserted first: the mentions of an event that is stored already add nothing.
 const APPEND: &str = "
     begin immediate;
     select json_group_array(hex(key)) from events where key in (select substr($2, value->>'$[0][0]', 32) from json_each($1));
@@ -307,20 +334,60 @@ const _: () = assert!(
     "APPEND cuts keys out of its blob by their length"
 );
 
-/// Carries what was appended into the database file, beside the writer and not in the commit of a delivery, as long as there is
-/// a store.
+/// Copies appended rows into the database file while the writer works, so that no commit of a
+/// delivery does it. Ends with the store.
 async fn run_checkpointer(
-    pool: SqlitePool,
+    options: SqliteConnectOptions,
     mut due: mpsc::Receiver<()>,
     checkpoint_almost_done: Arc<AtomicBool>,
 ) {
+    let pool = pool_of(1, options);
     while due.recv().await.is_some() {
-        match sqlx::query(CHECKPOINT).execute(&pool).await {
-            Ok(_) => checkpoint_almost_done.store(true, Ordering::Relaxed),
-            Err(error) => tracing::warn!(%error, "the log of the database could not be shortened"),
+        match checkpoint(&pool).await {
+            Ok(()) => checkpoint_almost_done.store(true, Ordering::Relaxed),
+            Err(error) => tracing::warn!(%error, "WAL checkpoint failed"),
         }
     }
     pool.close().await;
+}
+
+async fn checkpoint(pool: &Arc<Pool<SqliteConnection>>) -> Result<(), StoreError> {
+    let mut connection = acquire(pool).await?;
+    sqlx::query(CHECKPOINT).execute(&mut *connection).await?;
+    connection.set_reusable();
+    Ok(())
+}
+
+fn pool_of(max_connections: u32, options: SqliteConnectOptions) -> Arc<Pool<SqliteConnection>> {
+    let limits = Limits {
+        max_connections,
+        acquire_timeout: BUSY_TIMEOUT,
+        open_timeout: BUSY_TIMEOUT,
+        max_lifetime: None,
+        max_idle: None,
+    };
+    Pool::new(limits, move || {
+        let options = options.clone();
+        Box::pin(async move { Ok(options.connect().await?) })
+    })
+}
+
+async fn acquire(
+    pool: &Arc<Pool<SqliteConnection>>,
+) -> Result<Pooled<SqliteConnection>, StoreError> {
+    pool.acquire(|| None).await.map_err(|error| match error {
+        AcquireError::TimedOut | AcquireError::OpenTimedOut => sqlx::Error::PoolTimedOut.into(),
+        AcquireError::Closed => sqlx::Error::PoolClosed.into(),
+        AcquireError::Open(error) => error,
+    })
+}
+
+impl Poolable for SqliteConnection {
+    async fn close(self) {
+        // The file is closed either way. Only the last connection could fail in a checkpoint, and
+        // the WAL keeps what it could not copy.
+        let _ = sqlx::Connection::close(self).await;
+    }
 }
 
 #[cfg(test)]
@@ -328,7 +395,22 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn no_connection_needs_a_folder_for_temporary_files() {
+    async fn writer_with_weaker_durability_is_noticed() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = SqliteStore::open(&format!("{}/test.db", folder.path().display()))
+            .await
+            .unwrap();
+        let mut session = store.writing_session().await.unwrap();
+        SqliteStore::verify_durability(&mut session).await.unwrap();
+        for weaker in ["pragma synchronous = normal", "pragma synchronous = off"] {
+            execute!(session, weaker).unwrap();
+            let noticed = SqliteStore::verify_durability(&mut session).await;
+            assert!(noticed.is_err(), "{weaker}");
+        }
+    }
+
+    #[tokio::test]
+    async fn no_connection_needs_folder_for_temporary_files() {
         let folder = tempfile::tempdir().unwrap();
         let store = SqliteStore::open(&format!("{}/test.db", folder.path().display()))
             .await

@@ -4,7 +4,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
 use stripe_reconciler::store::{
-    ApiKey, Outcome, PackedBody, Scope, Source, Store, StoreErrorClass, StoreErrorKind,
+    ApiKey, Durability, Outcome, PackedBody, Scope, Source, Store, StoreErrorClass, StoreErrorKind,
 };
 
 use super::{TestStore, each_store, nth};
@@ -194,6 +194,15 @@ fn names_and_bodies_come_back_as_they_went() {
     assert_eq!(sources, ["webhook", "replay", "api"]);
     for body in [&b""[..], b"{}", &[0, 255, 0], &[7; 100_000]] {
         assert_eq!(PackedBody::pack(body).unpack().as_deref(), Some(body));
+    }
+}
+
+#[tokio::test]
+async fn new_database_is_durable() {
+    for engine in [Engine::Sqlite, Engine::Postgres] {
+        let database = Database::create(engine);
+        let store = Store::connect(&database.url).await.unwrap();
+        assert_eq!(store.durability(), Durability::SAFE);
     }
 }
 
