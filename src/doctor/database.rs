@@ -3,7 +3,7 @@
 use super::Check;
 use super::format::{bytes, failing, ok, sentence, unknown, warning};
 use crate::monitoring::monitor::HealthSnapshot;
-use crate::store::{Space, StoreError, StoreErrorKind};
+use crate::store::{Durability, Space, StoreError, StoreErrorKind};
 
 /// While the room that is left is more than this, no share of a disk is too little.
 const ROOMY: u64 = 10 << 30;
@@ -19,8 +19,14 @@ pub fn away(error: &StoreError) -> Check {
     )
 }
 
-/// `refused`: why it takes nothing. `has_keys`: somebody has begun to use it.
-pub fn reached(snapshot: &HealthSnapshot, refused: Option<&StoreError>, has_keys: bool) -> Check {
+/// Reports on a database that can be read. `refused` says why it rejects writes. `has_keys` means
+/// that somebody has begun to use it.
+pub fn reached(
+    snapshot: &HealthSnapshot,
+    refused: Option<&StoreError>,
+    has_keys: bool,
+    durability: Durability,
+) -> Check {
     let size = bytes(snapshot.space.database + snapshot.space.log.unwrap_or_default());
     match refused {
         Some(error) => failing(
@@ -32,6 +38,14 @@ pub fn reached(snapshot: &HealthSnapshot, refused: Option<&StoreError>, has_keys
             "database",
             "Reached, and migrated; but it holds no API key: nobody can read from it.".to_owned(),
             &format!("A new one: `keys create`. {NOT_THE_ONE}"),
+        ),
+        None if !durability.synchronous_commit => warning(
+            "database",
+            "Reached, and migrated. The server's synchronous_commit is off: `serve` overrides it \
+             for its own sessions until it is restarted."
+                .to_owned(),
+            "Set it on (alter system, alter database or alter role ... set synchronous_commit = on): \
+             `serve` does not start while it is off.",
         ),
         None => ok(
             "database",
@@ -100,8 +114,8 @@ pub(super) fn remedy(kind: StoreErrorKind) -> String {
              DATABASE_URL."
         }
         UnsafeCommit => {
-            "Set synchronous_commit to on for this database, so that no acknowledged delivery is \
-             lost."
+            "Set it to on, and reload the server's settings (select pg_reload_conf()): no \
+             acknowledged delivery may be lost."
         }
         Rejected => "Correct DATABASE_URL: server, database, user and password.",
     };

@@ -19,7 +19,7 @@ use super::reconcile::look_at_endpoints;
 use crate::clock::Clock;
 use crate::domain::stripe::signing_secrets::SecretName;
 use crate::monitoring::delivery_gap;
-use crate::store::{ActivityDelta, Store, StoreError, StoreErrorClass};
+use crate::store::{ActivityDelta, Durability, Store, StoreError, StoreErrorClass};
 use crate::stripe_api::{StripeApi, StripeApiError};
 
 /// What is looked at.
@@ -91,7 +91,12 @@ pub async fn examine(patient: &DoctorInput) -> Vec<Check> {
     };
     let snapshot = &seen.snapshot;
     vec![
-        database::reached(snapshot, seen.refused.as_ref(), seen.has_keys),
+        database::reached(
+            snapshot,
+            seen.refused.as_ref(),
+            seen.has_keys,
+            seen.durability,
+        ),
         database::disk(&snapshot.space),
         checks::clock(seen.database_ahead_ms, stripe_ahead_ms),
         checks::deliveries(snapshot, &seen.hours, seen.missed_ms, now_ms),
@@ -121,6 +126,7 @@ struct Seen {
     /// When Stripe made the first event that no webhook brought since.
     missed_ms: Option<i64>,
     has_keys: bool,
+    durability: Durability,
     database_ahead_ms: Option<i64>,
     /// The log was read to its end.
     is_read: bool,
@@ -174,6 +180,7 @@ async fn look(patient: &DoctorInput) -> Result<Seen, StoreError> {
         hours,
         missed_ms,
         has_keys,
+        durability: store.durability(),
         database_ahead_ms,
         is_read,
         refused,

@@ -104,6 +104,8 @@ pub struct Metrics {
 /// The database itself.
 pub struct Database {
     pub up: IntGauge,
+    /// By the name of the setting, `1` if it is off.
+    pub unsafe_setting: IntGaugeVec,
     pub size_bytes: Gauge,
     pub wal_bytes: Gauge,
     pub disk_free_bytes: Gauge,
@@ -211,6 +213,12 @@ impl Database {
             up: r.gauge(
                 "database_up",
                 "1: the database can be reached and is migrated",
+            ),
+            unsafe_setting: r.gauges(
+                "database_unsafe_setting",
+                "1: PostgreSQL's server has this setting off, and can lose commits in a crash",
+                "setting",
+                &["fsync", "full_page_writes", "synchronous_commit"],
             ),
             size_bytes: r.float("database_size_bytes", "Size of the database"),
             wal_bytes: r.float("database_wal_bytes", "SQLite: size of its write-ahead log"),

@@ -385,6 +385,10 @@ impl HealthMonitor {
         let pinged = self.store.ping_within(PING_TIMEOUT).await;
         let (was_up, reached) = (self.metrics.database.up.get() == 1, pinged.is_ok());
         self.metrics.database.up.set(i64::from(reached));
+        for (setting, is_off) in self.store.durability().is_off() {
+            let gauge = &self.metrics.database.unsafe_setting;
+            gauge.with_label_values(&[setting]).set(i64::from(is_off));
+        }
         match pinged {
             Err(error) if was_up => {
                 tracing::error!(%error, "the database cannot be used: `stripe-reconciler doctor` says what to do")
