@@ -1,6 +1,7 @@
 //! Accepts connections, and lets them drain. How many there may be and how long they may take is in `places`.
 
 mod admission;
+mod body_buffer;
 pub(in crate::http) mod connection;
 
 use std::convert::Infallible;
@@ -27,7 +28,9 @@ use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use super::BODY_LIMIT;
 use admission::{ConnectionLimiter, Permit};
+use body_buffer::BodyBuffer;
 use connection::{CloseRequest, ConnectionState};
 
 /// The largest head of a request, in bytes; also what a connection may keep in memory of what it reads and writes.
@@ -178,6 +181,7 @@ fn service(
         request.extensions_mut().insert(place.clone());
         let answer = router.call(request.map(|body| WatchedBody {
             body,
+            buffer: BodyBuffer::default(),
             place: place.clone(),
         }));
         async move {
@@ -194,9 +198,19 @@ fn service(
     })
 }
 
+/// A request body that arrives in one piece, whatever its chunks, and is counted while it does.
 struct WatchedBody {
     body: Incoming,
+    /// Chunks that have arrived.
+    buffer: BodyBuffer,
     place: Arc<ConnectionState>,
+}
+
+impl WatchedBody {
+    /// Returns everything that has arrived as one frame, or `None` if that is nothing.
+    fn take_frame(&mut self) -> Option<Result<Frame<Bytes>, hyper::Error>> {
+        (!self.buffer.is_empty()).then(|| Ok(Frame::data(self.buffer.take())))
+    }
 }
 
 impl Body for WatchedBody {
@@ -207,25 +221,48 @@ impl Body for WatchedBody {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
-        let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
-        if let Some(data) = frame
-            .as_ref()
-            .and_then(|frame| frame.as_ref().ok()?.data_ref())
-        {
-            self.place.holds(data.len());
+        loop {
+            let frame = ready!(Pin::new(&mut self.body).poll_frame(cx)?);
+            let Some(frame) = frame else {
+                self.place.works();
+                return Poll::Ready(self.take_frame());
+            };
+            // Trailers: no handler reads them.
+            let Ok(chunk) = frame.into_data() else {
+                continue;
+            };
+
+            let is_last = self.body.is_end_stream();
+            if is_last {
+                self.place.works();
+            }
+            if is_last && self.buffer.is_empty() {
+                // The usual delivery: one chunk, which need not be copied.
+                self.place.holds(chunk.len());
+                return Poll::Ready(Some(Ok(Frame::data(chunk))));
+            }
+            let expected = self.body.size_hint().lower();
+            let grown = self.buffer.push(&chunk, expected);
+            self.place.holds(grown);
+            // A body above the limit is handed over as it is: the handler refuses it by its size.
+            if is_last || self.buffer.len() > BODY_LIMIT {
+                return Poll::Ready(self.take_frame());
+            }
         }
-        if frame.is_none() || self.body.is_end_stream() {
-            self.place.works();
-        }
-        Poll::Ready(frame)
     }
 
     fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
+        self.buffer.is_empty() && self.body.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
+        let (rest, buffered) = (self.body.size_hint(), self.buffer.len() as u64);
+        let mut hint = SizeHint::new();
+        hint.set_lower(rest.lower() + buffered);
+        if let Some(upper) = rest.upper() {
+            hint.set_upper(upper + buffered);
+        }
+        hint
     }
 }
 
