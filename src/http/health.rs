@@ -1,4 +1,6 @@
-//! `/healthz`: alive. `/readyz`: the store can be reached and is migrated, and the server is not stopping. No key, no detail.
+//! `/healthz`: the process is alive. `/readyz`: the server can accept deliveries.
+//!
+//! Both need no key, so they give no detail.
 
 use std::time::Duration;
 
@@ -9,16 +11,31 @@ use serde_json::{Value, json};
 use super::AppState;
 use super::error::ApiError;
 
+/// Longest time for a read of the database.
 const PING_TIMEOUT: Duration = Duration::from_secs(1);
+/// Longest time until the writer has committed. Short of the three seconds that `healthcheck` waits
+/// for an answer.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// Answers `/healthz`.
 pub async fn alive() -> Json<Value> {
     Json(json!({"status": "ok"}))
 }
 
+/// Answers `/readyz`: 200 if the database is migrated and can be read, the queue has room, and the
+/// writer can commit. Those are the needs of a delivery.
 pub async fn ready(State(state): State<AppState>) -> Result<Json<Value>, ApiError> {
     if state.stopping.is_cancelled() {
         return Err(ApiError::Unavailable("shutting down".to_owned()));
     }
-    state.store.ping_within(PING_TIMEOUT).await?;
+
+    let read = async { Ok(state.store.ping_within(PING_TIMEOUT).await?) };
+    tokio::try_join!(read, probe_writer(&state))?;
     Ok(Json(json!({"status": "ready"})))
+}
+
+async fn probe_writer(state: &AppState) -> Result<(), ApiError> {
+    let probed = tokio::time::timeout(WRITE_TIMEOUT, state.inbox.probe()).await;
+    probed.map_err(|_| ApiError::Unavailable("event writer does not answer".to_owned()))??;
+    Ok(())
 }

@@ -25,7 +25,7 @@ const BATCH: usize = 256;
 /// The way in; cheap to clone.
 #[derive(Clone)]
 pub struct BatchWriter {
-    queue: mpsc::Sender<Waiting>,
+    queue: mpsc::Sender<Request>,
 }
 
 /// To be waited for when all [`BatchWriter`]es are gone.
@@ -42,9 +42,13 @@ pub enum AppendError {
     Store(#[from] StoreError),
 }
 
-struct Waiting {
-    event: NewEvent,
-    caller: Caller,
+enum Request {
+    Append {
+        event: NewEvent,
+        caller: Caller,
+    },
+    /// Asks whether the next batch is committed. Appends nothing.
+    Probe(oneshot::Sender<Result<(), AppendError>>),
 }
 
 struct Caller {
@@ -73,16 +77,29 @@ impl BatchWriter {
         } else {
             Span::none()
         };
-        self.queue
-            .try_send(Waiting {
-                event,
-                caller: Caller { answer, span },
-            })
-            .map_err(|error| match error {
-                mpsc::error::TrySendError::Full(_) => AppendError::Full,
-                mpsc::error::TrySendError::Closed(_) => AppendError::Closed,
-            })?;
+        self.send(Request::Append {
+            event,
+            caller: Caller { answer, span },
+        })?;
         answered.await.unwrap_or(Err(AppendError::Closed))
+    }
+
+    /// Goes the way of an event without appending one: returns when the writer has committed the
+    /// batch that it is in. Under load this costs nothing, because the batch is there anyway.
+    ///
+    /// # Errors
+    /// See [`AppendError`]: an event would have failed in the same way.
+    pub async fn probe(&self) -> Result<(), AppendError> {
+        let (answer, answered) = oneshot::channel();
+        self.send(Request::Probe(answer))?;
+        answered.await.unwrap_or(Err(AppendError::Closed))
+    }
+
+    fn send(&self, request: Request) -> Result<(), AppendError> {
+        self.queue.try_send(request).map_err(|error| match error {
+            mpsc::error::TrySendError::Full(_) => AppendError::Full,
+            mpsc::error::TrySendError::Closed(_) => AppendError::Closed,
+        })
     }
 
     /// How many wait, and how many may.
@@ -103,22 +120,29 @@ impl Writer {
     }
 }
 
-async fn write(store: Store, mut queue: mpsc::Receiver<Waiting>, metrics: Arc<Metrics>) {
+async fn write(store: Store, mut queue: mpsc::Receiver<Request>, metrics: Arc<Metrics>) {
     let mut batch = Vec::with_capacity(BATCH);
     while queue.recv_many(&mut batch, BATCH).await > 0 {
-        // Who was told meanwhile to come again will come again.
-        let waiting = batch
-            .drain(..)
-            .filter(|waiting| !waiting.caller.answer.is_closed());
-        let (events, callers): (Vec<NewEvent>, Vec<_>) = waiting
-            .map(|waiting| (waiting.event, waiting.caller))
-            .unzip();
-        if events.is_empty() {
+        let (mut events, mut callers, mut probes) = (Vec::new(), Vec::new(), Vec::new());
+        for request in batch.drain(..) {
+            match request {
+                // Skip callers that timed out: Stripe redelivers.
+                Request::Append { caller, .. } if caller.answer.is_closed() => {}
+                Request::Append { event, caller } => {
+                    events.push(event);
+                    callers.push(caller);
+                }
+                Request::Probe(answer) if answer.is_closed() => {}
+                Request::Probe(answer) => probes.push(answer),
+            }
+        }
+        if events.is_empty() && probes.is_empty() {
             continue;
         }
         let (started, span) = (Instant::now(), batch_span(&callers));
         let appended = store.append(&events).instrument(span.clone()).await;
         match &appended {
+            _ if events.is_empty() => {}
             Ok(_) => metrics.committed(events.len(), started.elapsed()),
             Err(_) => metrics.commit_failed(),
         }
@@ -129,6 +153,18 @@ async fn write(store: Store, mut queue: mpsc::Receiver<Waiting>, metrics: Arc<Me
                 "commit"
             )
         });
+        for probe in probes {
+            let answer = match &appended {
+                // The database works, and rejects one of the events.
+                Err(error) if error.class() == StoreErrorClass::Rejected && !events.is_empty() => {
+                    Ok(())
+                }
+                Err(error) => Err(error.clone().into()),
+                Ok(_) => Ok(()),
+            };
+            // A prober that went away needs no answer.
+            let _ = probe.send(answer);
+        }
         let answers = match appended {
             Ok(answers) => answers.into_iter().map(Ok).collect(),
             Err(error) if error.class() == StoreErrorClass::Rejected && events.len() > 1 => {

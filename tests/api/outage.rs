@@ -317,7 +317,7 @@ async fn a_database_that_is_read_only_takes_no_delivery_and_is_still_read_in_a_c
     // Those that were open when their sessions ended are gone first.
     let deadline = Instant::now() + NOTED;
     while !server.process.log().contains("in a read-only transaction")
-        || server.get("/readyz", "").await.status != 200
+        || server.get("/readyz", "").await.status != 503
     {
         probe.deliver().await;
         assert!(
@@ -339,7 +339,7 @@ async fn a_database_that_is_read_only_takes_no_delivery_and_is_still_read_in_a_c
             .get(&invoice_path("inv-0"), &server.acme_key)
             .await
             .with_status(200);
-        server.get("/readyz", "").await.with_status(200);
+        server.get("/readyz", "").await.with_status(503);
     }
     let log = server.process.log();
     assert_eq!(told(&log), before, "{log}");
