@@ -6,9 +6,14 @@ use bytes::Bytes;
 use tracing::{Instrument, field};
 
 use crate::domain::history::fact;
-use crate::domain::stripe::event::{self, Reading};
+use crate::domain::stripe::event::{self, Event, Link, Reading};
 use crate::ingest::batch_writer::{AppendError, BatchWriter};
 use crate::store::{self, Appended, NewEvent, PackedBody, Source};
+
+/// Most objects that an event is found by. Stripe lists at most 100 objects in a page, and an event
+/// holds one page of each list; the largest real events name some twenty. A history follows every
+/// link, so an event that names more would make each of its reads slower.
+const MAX_LINKS: usize = 1_000;
 
 /// Bytes known to be Stripe's: by their signature (webhook), by the operator's word (replay), or by TLS (API).
 #[derive(Clone, Debug)]
@@ -73,11 +78,7 @@ pub fn prepare(delivery: Delivery) -> NewEvent {
             } else {
                 store::Outcome::NoPaymentFact
             },
-            mentions: event
-                .telling
-                .as_ref()
-                .map(|t| t.mentions())
-                .unwrap_or_default(),
+            mentions: links(&event),
             telling: event.telling.as_ref().map(|t| {
                 serde_json::to_string(t).expect("strings, numbers and booleans always serialise")
             }),
@@ -93,6 +94,25 @@ pub fn prepare(delivery: Delivery) -> NewEvent {
             body,
         },
     }
+}
+
+/// Returns the objects that an event names, up to [`MAX_LINKS`]. Drops and logs the others.
+fn links(event: &Event) -> Vec<Link> {
+    let mut links = event
+        .telling
+        .as_ref()
+        .map(|telling| telling.mentions())
+        .unwrap_or_default();
+    if links.len() > MAX_LINKS {
+        tracing::warn!(
+            event.id = event.id,
+            links = links.len(),
+            dropped = links.len() - MAX_LINKS,
+            "event names too many objects, dropped the rest"
+        );
+        links.truncate(MAX_LINKS);
+    }
+    links
 }
 
 /// Returns when the delivery is durable on disk, or not at all.
