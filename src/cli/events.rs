@@ -191,8 +191,8 @@ fn row(event: &LoggedEvent) -> Vec<String> {
 async fn show(store: &Store, id: &str, json: bool) -> anyhow::Result<Exit> {
     let (mut found, mut after) = (Vec::new(), None);
     loop {
-        let page = events::renderings(store, id, after).await?;
-        found.extend(page.renderings.into_iter().map(events::show));
+        let page = events::renderings(store, id, after, events::show).await?;
+        found.extend(page.items);
         after = page.next;
         if after.is_none() {
             break;

@@ -11,9 +11,10 @@ use super::output;
 use super::{Access, Exit, GlobalArgs};
 use crate::clock::Clock;
 use crate::config::ConfigErrors;
+use crate::domain::history::Entry;
 use crate::domain::invoice::schema::validate_uid;
 use crate::jobs::import::{self, ImportCounts, ProgressSink, Refused};
-use crate::queries::invoices::{PageRequest, StateFilter, history, page, render};
+use crate::queries::invoices::{PageRequest, StateFilter, page, render, render_with};
 use crate::store::{Store, StoredInvoice};
 
 /// Import, show and list invoices
@@ -185,12 +186,18 @@ impl List {
         };
         let mut rows = Vec::new();
         loop {
-            let found = page(&store, &request).await?;
-            for invoice in &found.invoices {
+            let found = page(&store, &request, |invoice, history| {
                 if self.json {
-                    output::line(render(invoice)?)?;
+                    Ok(Line::Json(render_with(invoice, &history)?.to_string()))
                 } else {
-                    rows.push(row(invoice)?);
+                    Ok(Line::Row(row(invoice, &history)))
+                }
+            })
+            .await?;
+            for line in found.items {
+                match line {
+                    Line::Json(json) => output::line(json)?,
+                    Line::Row(row) => rows.push(row),
                 }
             }
             match found.next {
@@ -216,10 +223,15 @@ impl List {
     }
 }
 
-fn row(invoice: &StoredInvoice) -> anyhow::Result<Vec<String>> {
-    let history = history(invoice)?;
+/// A listed invoice.
+enum Line {
+    Json(String),
+    Row(Vec<String>),
+}
+
+fn row(invoice: &StoredInvoice, history: &[Entry]) -> Vec<String> {
     let last = history.last();
-    Ok(vec![
+    vec![
         invoice.tenant_uid.clone(),
         invoice.invoice_uid.clone(),
         output::or_dash(&invoice.stripe_invoice_id),
@@ -227,5 +239,5 @@ fn row(invoice: &StoredInvoice) -> anyhow::Result<Vec<String>> {
         output::time(last.map(|entry| entry.timestamp_ms)),
         last.and_then(|entry| entry.message.clone())
             .unwrap_or_default(),
-    ])
+    ]
 }

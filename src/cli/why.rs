@@ -132,7 +132,11 @@ fn print_entry(entry: &Proven) -> anyhow::Result<()> {
     let table = output::table(&[], entry.proofs.iter().map(row).collect());
     table
         .lines()
-        .try_for_each(|line| output::line(format!("  {line}")))
+        .try_for_each(|line| output::line(format!("  {line}")))?;
+    if entry.more_proofs > 0 {
+        output::line(format!("    and {} more", entry.more_proofs))?;
+    }
+    Ok(())
 }
 
 fn came_by(event: &LoggedEvent) -> String {

@@ -1,22 +1,19 @@
-//! `GET /v1/events` and `GET /v1/events/{id}`: what was received, for the operator.
+//! `GET /v1/events` and `GET /v1/events/{id}`: the received events, for the operator.
 
-use axum::Json;
 use axum::extract::rejection::{PathRejection, QueryRejection};
 use axum::extract::{Path, Query, State};
-use axum::http::{HeaderMap, HeaderName, header};
+use axum::http::{HeaderMap, header};
 use axum::response::{IntoResponse, Response};
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 
 use super::AppState;
 use super::auth::authenticate_operator;
 use super::error::ApiError;
 use super::invoices;
-use super::pagination;
-use crate::queries::events::{self, Cursor, Listed, OutcomeFilter, PageRequest, Shown};
+use super::pagination::{self, ItemWriter};
+use crate::queries::events::{self, Cursor, OutcomeFilter, PageRequest};
 
-const NOT_SHARED: [(HeaderName, &str); 1] = [(header::CACHE_CONTROL, "private, no-cache")];
-
-/// What a list may be asked for.
+/// The query parameters of the list.
 #[derive(Deserialize)]
 pub struct ListQuery {
     #[serde(rename = "type")]
@@ -27,16 +24,9 @@ pub struct ListQuery {
     cursor: Option<String>,
 }
 
-#[derive(Serialize)]
-#[serde(rename_all = "camelCase")]
-struct Items<Item> {
-    items: Vec<Item>,
-    /// Where the next page begins; left out on the last.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    next_cursor: Option<String>,
-}
-
-/// The latest received first. A page may be shorter than its limit; the last one has no `nextCursor`.
+/// Answers `GET /v1/events`: a page of events, the latest received first.
+///
+/// A page may be shorter than its limit; only the last page has no `nextCursor`.
 pub async fn list(
     State(state): State<AppState>,
     headers: HeaderMap,
@@ -45,17 +35,23 @@ pub async fn list(
     authenticate_operator(&state, &headers).await?;
     let Query(query) = query?;
     let page = events::page(&state.store, &query.into_request()?).await?;
-    let items: Vec<Listed> = page.events.iter().map(events::listed).collect();
-    let next_cursor = page.next.map(Cursor::to_text);
-    Ok((NOT_SHARED, Json(Items { items, next_cursor })).into_response())
+
+    let mut items = ItemWriter::new();
+    for event in &page.events {
+        items.write(&events::listed(event));
+    }
+    Ok(respond(items, page.next))
 }
 
+/// The query parameters of the renderings of an event.
 #[derive(Deserialize)]
 pub struct RenderingsQuery {
     cursor: Option<String>,
 }
 
-/// All renderings that were received, oldest receipt first, with their bodies.
+/// Answers `GET /v1/events/{id}`: all renderings of an event, oldest receipt first, with their bodies.
+///
+/// Each body is written into the response before the next one is read.
 pub async fn show(
     State(state): State<AppState>,
     headers: HeaderMap,
@@ -66,16 +62,28 @@ pub async fn show(
     let id = invoices::valid_id("id", path)?;
     let Query(query) = query?;
     let after = pagination::cursor(query.cursor.as_deref(), Cursor::parse)?;
-    let found = events::renderings(&state.store, &id, after).await?;
-    if found.renderings.is_empty() && after.is_none() {
+
+    let mut items = ItemWriter::new();
+    let found = events::renderings(&state.store, &id, after, |stored| {
+        items.write(&events::show(stored));
+    })
+    .await?;
+    if found.items.is_empty() && after.is_none() {
         return Err(ApiError::NotFound);
     }
-    let items: Vec<Shown> = found.renderings.into_iter().map(events::show).collect();
-    let next_cursor = found.next.map(Cursor::to_text);
-    Ok((NOT_SHARED, Json(Items { items, next_cursor })).into_response())
+    Ok(respond(items, found.next))
 }
 
-/// `/v1/events/`: an event whose id is empty.
+fn respond(items: ItemWriter, next: Option<Cursor>) -> Response {
+    let next_cursor = next.map(Cursor::to_text);
+    let headers = [
+        (header::CONTENT_TYPE, "application/json"),
+        (header::CACHE_CONTROL, "private, no-cache"),
+    ];
+    (headers, items.finish(next_cursor.as_deref())).into_response()
+}
+
+/// Answers `/v1/events/`: the id in the path is empty.
 pub async fn without_id(State(state): State<AppState>, headers: HeaderMap) -> ApiError {
     match authenticate_operator(&state, &headers).await {
         Ok(()) => ApiError::InvalidPath("id is empty".to_owned()),
@@ -85,13 +93,13 @@ pub async fn without_id(State(state): State<AppState>, headers: HeaderMap) -> Ap
 
 impl ListQuery {
     fn into_request(self) -> Result<PageRequest, ApiError> {
-        let unfit = |reason: String| ApiError::InvalidQuery(format!("outcome {reason}"));
+        let invalid = |reason: String| ApiError::InvalidQuery(format!("outcome {reason}"));
         Ok(PageRequest {
             event_type: pagination::sought("type", self.event_type)?,
             stripe_invoice_id: pagination::sought("invoice", self.invoice)?,
             outcome: match self.outcome.as_deref() {
                 None => OutcomeFilter::Any,
-                Some(text) => OutcomeFilter::parse(text).map_err(unfit)?,
+                Some(text) => OutcomeFilter::parse(text).map_err(invalid)?,
             },
             limit: pagination::limit(self.limit.as_deref())?,
             after: pagination::cursor(self.cursor.as_deref(), Cursor::parse)?,

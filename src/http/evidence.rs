@@ -1,4 +1,5 @@
-//! `GET /v1/tenants/{tenantUid}/invoices/{invoiceUid}/evidence`: why an invoice is in the state it is in.
+//! `GET /v1/tenants/{tenantUid}/invoices/{invoiceUid}/evidence`: the events that prove the state of an
+//! invoice.
 
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{Query, State};
@@ -12,12 +13,15 @@ use super::error::ApiError;
 use super::invoices::{TenantAndInvoice, valid};
 use crate::queries::evidence;
 
+/// The query parameters of the evidence.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct EvidenceQuery {
+    /// Events received later are ignored. `None` for the evidence as it is now.
     as_of: Option<String>,
 }
 
+/// Answers with the evidence for an invoice.
 pub async fn read(
     State(state): State<AppState>,
     headers: HeaderMap,
@@ -29,6 +33,7 @@ pub async fn read(
     if !scope.reads(&tenant_uid) {
         return Err(ApiError::NotFound);
     }
+
     let Query(query) = query?;
     let as_of = |text: String| evidence::as_of(&plus(&text), state.clock.now_ms());
     let as_of_ms = query
@@ -36,6 +41,7 @@ pub async fn read(
         .map(as_of)
         .transpose()
         .map_err(|reason| ApiError::InvalidQuery(format!("asOf {reason}")))?;
+
     let evidence = evidence::gather(&state.store, &tenant_uid, &invoice_uid, as_of_ms)
         .await?
         .ok_or(ApiError::NotFound)?;
@@ -46,7 +52,8 @@ pub async fn read(
     Ok((headers, evidence.to_json().to_string()).into_response())
 }
 
-/// A URL may hold the `+` of an offset as it stands; who decodes it as a form takes it for a blank, which no time has.
+/// Turns spaces back into `+`: form decoding turns the `+` of a UTC offset into a space, and no time
+/// contains a space.
 fn plus(text: &str) -> String {
     text.replace(' ', "+")
 }

@@ -1,4 +1,4 @@
-//! The invoices of a tenant: read (the Palette endpoint), store or replace, list.
+//! `/v1/tenants/{tenantUid}/invoices`: reads, stores and lists the invoices of a tenant.
 
 use axum::body::Bytes;
 use axum::extract::rejection::{BytesRejection, PathRejection, QueryRejection};
@@ -6,21 +6,21 @@ use axum::extract::{Path, Query, State};
 use axum::http::{HeaderMap, HeaderName, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
-use serde_json::{Value, json};
+use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use super::AppState;
 use super::auth::{authenticate, key_hashes, scope};
 use super::error::ApiError;
-use super::pagination;
-use crate::domain::invoice::schema;
-use crate::domain::invoice::schema::InvalidField;
-use crate::queries::invoices::{self as flow, Page, PageRequest, StateFilter};
+use super::pagination::{self, ItemWriter};
+use crate::domain::invoice::schema::{self, InvalidField};
+use crate::queries::invoices::{self as queries, PageRequest, StateFilter};
 use crate::store::{Put, Scope, StoredInvoice};
 
+/// The two ids in the path of an invoice, as axum extracts them.
 pub type TenantAndInvoice = Result<Path<(String, String)>, PathRejection>;
 
-/// `GET /v1/tenants/{tenantUid}/invoices/{invoiceUid}`
+/// Answers `GET /v1/tenants/{tenantUid}/invoices/{invoiceUid}`.
 pub async fn read(
     State(state): State<AppState>,
     headers: HeaderMap,
@@ -28,32 +28,31 @@ pub async fn read(
 ) -> Result<Response, ApiError> {
     let (tenant_uid, invoice_uid) = match valid(path) {
         Ok(ids) => ids,
-        // Who has no key does not learn what a path may be.
+        // A client without a key does not learn which paths are valid.
         Err(error) => return authenticate(&state, &headers).await.and(Err(error)),
     };
     let (invoice, keys) = state
         .store
         .invoice_and_keys(&tenant_uid, &invoice_uid, key_hashes(&headers))
         .await?;
+
     if !scope(&state, keys)?.reads(&tenant_uid) {
         return Err(ApiError::NotFound);
     }
     let invoice = invoice.ok_or(ApiError::NotFound)?;
+
     let tag = etag(&invoice);
     if matches(&headers, &header::IF_NONE_MATCH, Some(&tag)) == Some(true) {
-        return Ok((
-            StatusCode::NOT_MODIFIED,
-            [
-                (header::ETAG, tag),
-                (header::VARY, "accept-encoding".to_owned()),
-            ],
-        )
-            .into_response());
+        let headers = [
+            (header::ETAG, tag),
+            (header::VARY, "accept-encoding".to_owned()),
+        ];
+        return Ok((StatusCode::NOT_MODIFIED, headers).into_response());
     }
     answer(StatusCode::OK, &invoice, tag)
 }
 
-/// `PUT /v1/tenants/{tenantUid}/invoices/{invoiceUid}`
+/// Answers `PUT /v1/tenants/{tenantUid}/invoices/{invoiceUid}`.
 pub async fn put(
     State(state): State<AppState>,
     headers: HeaderMap,
@@ -67,25 +66,24 @@ pub async fn put(
         scope if scope.reads(&tenant_uid) => return Err(ApiError::Forbidden),
         _ => return Err(ApiError::NotFound),
     }
+
     let document = parse(&body?)?;
-    let new = flow::new_invoice(&tenant_uid, Some(&invoice_uid), document)
+    let new = queries::new_invoice(&tenant_uid, Some(&invoice_uid), document)
         .map_err(ApiError::InvalidInvoice)?;
     let precondition = |stored: Option<&StoredInvoice>| {
         let tag = stored.map(etag);
         matches(&headers, &header::IF_MATCH, tag.as_deref()) != Some(false)
             && matches(&headers, &header::IF_NONE_MATCH, tag.as_deref()) != Some(true)
     };
-    let status = match state
-        .store
-        .put_invoice(&new, state.clock.now_ms(), &precondition)
-        .await?
-    {
+    let now_ms = state.clock.now_ms();
+    let status = match state.store.put_invoice(&new, now_ms, &precondition).await? {
         Put::Created => StatusCode::CREATED,
         Put::Replaced => StatusCode::OK,
         Put::StripeInvoiceTaken => return Err(ApiError::StripeInvoiceTaken),
         Put::StripeInvoiceFixed => return Err(ApiError::StripeInvoiceFixed),
         Put::PreconditionFailed => return Err(ApiError::PreconditionFailed),
     };
+
     let invoice = state
         .store
         .invoice(&tenant_uid, &invoice_uid)
@@ -95,7 +93,7 @@ pub async fn put(
     answer(status, &invoice, tag)
 }
 
-/// What a list may be asked for.
+/// The query parameters of the list.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ListQuery {
@@ -105,7 +103,11 @@ pub struct ListQuery {
     cursor: Option<String>,
 }
 
-/// `GET /v1/tenants/{tenantUid}/invoices`: newest first. A page may be shorter than its limit; the last one has no `nextCursor`.
+/// Answers `GET /v1/tenants/{tenantUid}/invoices`: a page of invoices, newest first.
+///
+/// A page may be shorter than its limit; only the last page has no `nextCursor`. Each invoice is
+/// written into the response as soon as it is folded: 500 documents as trees of values would take
+/// twenty times the memory of their text.
 pub async fn list(
     State(state): State<AppState>,
     headers: HeaderMap,
@@ -119,26 +121,22 @@ pub async fn list(
     }
     let Query(query) = query?;
     let request = query.into_request(tenant_uid)?;
-    let Page { invoices, next } = flow::page(&state.store, &request).await?;
-    let items = invoices
-        .iter()
-        .map(flow::render)
-        .collect::<Result<Vec<Value>, _>>()?;
-    let mut body = json!({ "items": items });
-    if let Some(next) = next {
-        body["nextCursor"] = next.to_text().into();
-    }
-    Ok((
-        [
-            (header::CONTENT_TYPE, "application/json"),
-            (header::CACHE_CONTROL, "private, no-cache"),
-        ],
-        body.to_string(),
-    )
-        .into_response())
+
+    let mut items = ItemWriter::new();
+    let page = queries::page(&state.store, &request, |invoice, history| {
+        items.write(&queries::render_with(invoice, &history)?);
+        Ok(())
+    })
+    .await?;
+    let headers = [
+        (header::CONTENT_TYPE, "application/json"),
+        (header::CACHE_CONTROL, "private, no-cache"),
+    ];
+    let next_cursor = page.next.map(|next| next.to_text());
+    Ok((headers, items.finish(next_cursor.as_deref())).into_response())
 }
 
-/// `/v1/tenants/{tenantUid}/invoices/`: an invoice whose uid is empty.
+/// Answers `/v1/tenants/{tenantUid}/invoices/`: the uid in the path is empty.
 pub async fn without_uid(State(state): State<AppState>, headers: HeaderMap) -> ApiError {
     match authenticate(&state, &headers).await {
         Ok(_) => ApiError::InvalidPath("invoiceUid is empty".to_owned()),
@@ -154,7 +152,7 @@ impl ListQuery {
         };
         let stripe_invoice_id = pagination::sought("stripeInvoiceId", self.stripe_invoice_id)?;
         let limit = pagination::limit(self.limit.as_deref())?;
-        let after = pagination::cursor(self.cursor.as_deref(), flow::Cursor::parse)?;
+        let after = pagination::cursor(self.cursor.as_deref(), queries::Cursor::parse)?;
         Ok(PageRequest {
             tenant_uid: Some(tenant_uid),
             stripe_invoice_id,
@@ -165,10 +163,10 @@ impl ListQuery {
     }
 }
 
-/// The ids in a path.
+/// Returns the tenant and invoice in a path.
 ///
 /// # Errors
-/// `InvalidPath`: one of them can be none.
+/// `InvalidPath` if one of them is not a valid uid.
 pub fn valid(path: TenantAndInvoice) -> Result<(String, String), ApiError> {
     let Path((tenant_uid, invoice_uid)) = path.map_err(|_| not_utf8())?;
     valid_uid("tenantUid", &tenant_uid)?;
@@ -176,10 +174,10 @@ pub fn valid(path: TenantAndInvoice) -> Result<(String, String), ApiError> {
     Ok((tenant_uid, invoice_uid))
 }
 
-/// The only id in a path.
+/// Returns the only id in a path. `name` is its name in the message of the error.
 ///
 /// # Errors
-/// `InvalidPath`: it can be none.
+/// `InvalidPath` if it is not a valid id.
 pub fn valid_id(name: &str, path: Result<Path<String>, PathRejection>) -> Result<String, ApiError> {
     let Path(id) = path.map_err(|_| not_utf8())?;
     valid_uid(name, &id)?;
@@ -194,7 +192,7 @@ fn not_utf8() -> ApiError {
     ApiError::InvalidPath("the path is not UTF-8".to_owned())
 }
 
-/// serde_json's own message may quote the body; its position does not.
+/// Parses a body. The error holds only the position: serde_json's message may quote the body.
 fn parse(body: &[u8]) -> Result<Value, ApiError> {
     serde_json::from_slice(body).map_err(|error| {
         let reason = format!(
@@ -209,8 +207,9 @@ fn parse(body: &[u8]) -> Result<Value, ApiError> {
     })
 }
 
+/// Returns an invoice with its history as a response.
 fn answer(status: StatusCode, invoice: &StoredInvoice, tag: String) -> Result<Response, ApiError> {
-    let body = flow::render(invoice)?.to_string();
+    let body = queries::render(invoice)?.to_string();
     let headers = [
         (header::CONTENT_TYPE, "application/json".to_owned()),
         (header::ETAG, tag),
@@ -219,7 +218,8 @@ fn answer(status: StatusCode, invoice: &StoredInvoice, tag: String) -> Result<Re
     Ok((status, headers, body).into_response())
 }
 
-/// Names what would be answered, without folding or rendering it: document, tellings, and the program that words them.
+/// Returns the entity tag of an invoice: a hash of everything that its response depends on, which are
+/// the document, the observations and the version of this program. Nothing is folded for it.
 fn etag(invoice: &StoredInvoice) -> String {
     let mut keys: Vec<_> = invoice.observations.iter().map(|known| known.key).collect();
     keys.sort();
@@ -231,8 +231,8 @@ fn etag(invoice: &StoredInvoice) -> String {
     format!("\"{}\"", hex::encode(&hash.finalize()[..16]))
 }
 
-/// Whether a conditional header names the tag (None: nothing is stored); None when there is no such header. Compared weakly:
-/// compression makes our tags weak on the way.
+/// Returns whether a conditional header names the tag, or `None` without such a header. `tag` is
+/// `None` if nothing is stored. Tags are compared weakly, because compression weakens ours.
 fn matches(headers: &HeaderMap, name: &HeaderName, tag: Option<&str>) -> Option<bool> {
     let mut values = headers.get_all(name).iter().peekable();
     values.peek()?;

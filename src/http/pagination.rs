@@ -1,40 +1,104 @@
-//! What several calls take in their query: how much of a list, and where it goes on.
+//! What all lists share: their query parameters, and the form of a page.
+
+use serde::Serialize;
 
 use super::error::ApiError;
 use crate::domain::invoice::schema;
 
-/// Items in a page when the query does not say.
-const DEFAULT: usize = 50;
-/// Items in a page at most.
-const MOST: usize = 500;
+/// Items in a page if the query does not say.
+const DEFAULT_LIMIT: usize = 50;
+/// Most items in a page.
+const MAX_LIMIT: usize = 500;
 
+/// Returns the number of items that a query requests.
 pub fn limit(text: Option<&str>) -> Result<usize, ApiError> {
     match text.map(str::parse) {
-        None => Ok(DEFAULT),
-        Some(Ok(limit @ 1..=MOST)) => Ok(limit),
+        None => Ok(DEFAULT_LIMIT),
+        Some(Ok(limit @ 1..=MAX_LIMIT)) => Ok(limit),
         Some(_) => Err(ApiError::InvalidQuery(format!(
-            "limit must be a number from 1 to {MOST}"
+            "limit must be a number from 1 to {MAX_LIMIT}"
         ))),
     }
 }
 
-/// Where a list goes on, as `parse` reads what was given out.
+/// Returns the position at which a list continues, as `parse` reads it from the text of a cursor.
 pub fn cursor<C>(
     text: Option<&str>,
     parse: impl Fn(&str) -> Option<C>,
 ) -> Result<Option<C>, ApiError> {
-    let not_given_out =
-        || ApiError::InvalidQuery("cursor is not one that was given out here".to_owned());
-    text.map(|text| parse(text).ok_or_else(not_given_out))
-        .transpose()
+    let invalid = || ApiError::InvalidQuery("cursor is not one that was given out here".to_owned());
+    text.map(|text| parse(text).ok_or_else(invalid)).transpose()
 }
 
-/// An id or a type to look for.
+/// Returns an id or a type to search for, if it is valid.
 pub fn sought(name: &str, text: Option<String>) -> Result<Option<String>, ApiError> {
-    let unfit = |reason: String| ApiError::InvalidQuery(format!("{name} {reason}"));
+    let invalid = |reason: String| ApiError::InvalidQuery(format!("{name} {reason}"));
     text.as_deref()
         .map(schema::validate_uid)
         .transpose()
-        .map_err(unfit)?;
+        .map_err(invalid)?;
     Ok(text)
+}
+
+/// Writes a page as JSON, item by item: `{"items": [...], "nextCursor": "..."}`.
+///
+/// Only the text of the page is in memory, never all of its items.
+pub struct ItemWriter {
+    json: Vec<u8>,
+    is_empty: bool,
+}
+
+impl ItemWriter {
+    pub fn new() -> ItemWriter {
+        ItemWriter {
+            json: b"{\"items\":[".to_vec(),
+            is_empty: true,
+        }
+    }
+
+    pub fn write(&mut self, item: &impl Serialize) {
+        if !self.is_empty {
+            self.json.push(b',');
+        }
+        self.is_empty = false;
+        self.write_value(item);
+    }
+
+    /// Returns the page. The last page has no `next_cursor`.
+    pub fn finish(mut self, next_cursor: Option<&str>) -> Vec<u8> {
+        self.json.push(b']');
+        if let Some(cursor) = next_cursor {
+            self.json.extend_from_slice(b",\"nextCursor\":");
+            self.write_value(&cursor);
+        }
+        self.json.push(b'}');
+        self.json
+    }
+
+    fn write_value(&mut self, value: &impl Serialize) {
+        serde_json::to_writer(&mut self.json, value)
+            .expect("items have string keys, and a vector takes all that is written to it");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn page(items: &[Value], next_cursor: Option<&str>) -> String {
+        let mut writer = ItemWriter::new();
+        items.iter().for_each(|item| writer.write(item));
+        String::from_utf8(writer.finish(next_cursor)).unwrap()
+    }
+
+    #[test]
+    fn page_of_items_is_valid_json() {
+        assert_eq!(page(&[], None), r#"{"items":[]}"#);
+        assert_eq!(
+            page(&[json!({"a": 1}), json!("b")], Some("c\"d")),
+            r#"{"items":[{"a":1},"b"],"nextCursor":"c\"d"}"#
+        );
+    }
 }

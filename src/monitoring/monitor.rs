@@ -41,6 +41,8 @@ const READ_UNTIL: &str = "signs";
 const AHEAD_MS: i64 = 6 * 60_000;
 /// Rows read at a time, and in one step at most.
 const PAGE: u32 = 100;
+/// Bytes of observations that are read of the newest events.
+const NEWEST_BYTES: usize = 1024 * 1024;
 const STEP: usize = 10_000;
 /// How long after its receipt a delivery may reach the log: so long it is read again.
 const SETTLING_MS: i64 = 15_000;
@@ -199,8 +201,11 @@ pub async fn scan_page(store: &Store, now_ms: i64) -> Result<Step, StoreError> {
     };
     if is_more {
         // Whoever is far behind knows what came last all the same.
-        let newest = store.told_page(&EventFilter::default(), None, PAGE).await?;
+        let newest = store
+            .observed_page(&EventFilter::default(), None, PAGE, NEWEST_BYTES)
+            .await?;
         for (event, telling) in newest
+            .events
             .iter()
             .filter(|(event, _)| event.source == Source::Webhook)
         {

@@ -11,6 +11,8 @@ use crate::store::{EventFilter, LoggedEvent, Outcome, Store, StoreError, StoredB
 
 /// Events read at a time in a search for unmatched ones.
 const BATCH: u32 = 1_000;
+/// Bytes of observations after which such a read ends.
+const BATCH_BYTES: usize = 1024 * 1024;
 /// Most events that one page scans for unmatched ones.
 const MAX_SCANNED: usize = 50_000;
 /// Most renderings on one page. Stripe's own ids have a few; many test payloads may share an id.
@@ -99,33 +101,35 @@ pub async fn page(store: &Store, request: &PageRequest) -> Result<Page, StoreErr
             OutcomeFilter::Any | OutcomeFilter::Unmatched => None,
         },
     };
+    if request.outcome == OutcomeFilter::Unmatched {
+        return unmatched_page(store, request, &filter).await;
+    }
 
-    let read = if request.outcome == OutcomeFilter::Unmatched {
-        BATCH
-    } else {
-        request.limit as u32 + 1
-    };
+    let after = request.after.map(|Cursor(ms, key)| (ms, key));
+    let limit = request.limit;
+    let mut events = store.events_page(&filter, after, limit as u32 + 1).await?;
+    let has_more = events.len() > limit;
+    events.truncate(limit);
+    let next = events.last().map(Cursor::at).filter(|_| has_more);
+    Ok(Page { events, next })
+}
 
+async fn unmatched_page(
+    store: &Store,
+    request: &PageRequest,
+    filter: &EventFilter,
+) -> Result<Page, StoreError> {
     let mut found = Vec::new();
     let mut scanned = 0;
     let mut after = request.after;
     loop {
-        let batch = store
-            .told_page(
-                &filter,
-                after.map(|Cursor(received_ms, key)| (received_ms, key)),
-                read,
-            )
+        let position = after.map(|Cursor(ms, key)| (ms, key));
+        let step = store
+            .observed_page(filter, position, BATCH, BATCH_BYTES)
             .await?;
-
-        let is_last = batch.len() < read as usize;
-        scanned += batch.len();
-        let shown = match request.outcome {
-            OutcomeFilter::Unmatched => unmatched(store, &batch).await?,
-            _ => vec![true; batch.len()],
-        };
-
-        for ((event, _), is_shown) in batch.into_iter().zip(shown) {
+        scanned += step.events.len();
+        let is_unmatched = unmatched(store, &step.events).await?;
+        for ((event, _), is_unmatched) in step.events.into_iter().zip(is_unmatched) {
             if found.len() == request.limit {
                 return Ok(Page {
                     events: found,
@@ -133,15 +137,14 @@ pub async fn page(store: &Store, request: &PageRequest) -> Result<Page, StoreErr
                 });
             }
             after = Some(Cursor::at(&event));
-            if is_shown {
+            if is_unmatched {
                 found.push(event);
             }
         }
-
-        if is_last || scanned >= MAX_SCANNED {
+        if !step.has_more || scanned >= MAX_SCANNED {
             return Ok(Page {
                 events: found,
-                next: after.filter(|_| !is_last),
+                next: after.filter(|_| step.has_more),
             });
         }
     }
@@ -186,56 +189,47 @@ fn invoice_ids(telling: Option<&str>) -> Vec<String> {
         .collect()
 }
 
-/// A page of the renderings of one event.
-pub struct Renderings {
-    pub renderings: Vec<StoredBody>,
-    /// Start of the next page; `None` on the last.
+/// A page of items made of the renderings of an event.
+pub struct Renderings<Item> {
+    pub items: Vec<Item>,
+    /// The position at which the next page begins, or `None` after the last page.
     pub next: Option<Cursor>,
 }
 
-/// Returns the renderings of an event by its id, oldest receipt first, or the one with this key in hexadecimal digits: an
-/// unreadable event has no id. More than [`MAX_RENDERINGS`] or [`MAX_BYTES`] come in pages.
+/// Returns all renderings of an event by its id, oldest receipt first; or the one that has this key,
+/// in hexadecimal digits: unreadable events have no id. `item` makes an item of each.
 ///
-/// # Errors
-/// The database cannot be read.
-pub async fn renderings(
+/// A page ends after [`MAX_RENDERINGS`] or [`MAX_BYTES`].
+pub async fn renderings<Item>(
     store: &Store,
     id: &str,
     after: Option<Cursor>,
-) -> Result<Renderings, StoreError> {
+    mut item: impl FnMut(StoredBody) -> Item,
+) -> Result<Renderings<Item>, StoreError> {
     let after_row = after.map(|Cursor(received_ms, key)| (received_ms, key));
     let listed = store
         .events_by_id(id, after_row, MAX_RENDERINGS as u32 + 1)
         .await?;
     if listed.is_empty() && after.is_none() {
-        return Ok(Renderings {
-            renderings: by_key(store, id).await?.into_iter().collect(),
-            next: None,
-        });
+        let items = by_key(store, id).await?.map(item).into_iter().collect();
+        return Ok(Renderings { items, next: None });
     }
 
-    let (mut renderings, mut bytes, mut last) = (Vec::new(), 0, None);
+    let (mut items, mut bytes, mut last) = (Vec::new(), 0, None);
     for event in &listed {
-        if renderings.len() == MAX_RENDERINGS || bytes >= MAX_BYTES {
-            return Ok(Renderings {
-                renderings,
-                next: last,
-            });
+        if items.len() == MAX_RENDERINGS || bytes >= MAX_BYTES {
+            return Ok(Renderings { items, next: last });
         }
 
         last = Some(Cursor::at(event));
-        // Read one at a time: each may have a mebibyte. An event that `rebuild` has just replaced has a new key.
-        let stored = store.event_by_key(&event.key).await?;
-        bytes += stored
-            .as_ref()
-            .and_then(|stored| stored.body.as_ref())
-            .map_or(0, Vec::len);
-        renderings.extend(stored);
+        // One at a time: each body may have 1 MiB. An event that `rebuild` has just replaced is
+        // found under its new key by the next request.
+        if let Some(stored) = store.event_by_key(&event.key).await? {
+            bytes += stored.body.as_ref().map_or(0, Vec::len);
+            items.push(item(stored));
+        }
     }
-    Ok(Renderings {
-        renderings,
-        next: None,
-    })
+    Ok(Renderings { items, next: None })
 }
 
 async fn by_key(store: &Store, text: &str) -> Result<Option<StoredBody>, StoreError> {

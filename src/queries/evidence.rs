@@ -11,12 +11,19 @@ use serde_json::{Value, json};
 
 use super::invoices::{imported_states, parse_observations};
 use crate::domain::history::payment_links::PaymentLinks;
-use crate::domain::history::{StoredObservation, fold, lacks_reason};
+use crate::domain::history::{Entry, StoredObservation, fold, lacks_reason};
 use crate::domain::payment_state::PaymentState;
 use crate::domain::stripe::event::{EventKey, Observation};
 use crate::domain::stripe::object::Object;
 use crate::domain::time::{parse_time, timestamp};
 use crate::store::{Comparison, LoggedEvent, LookupState, Store, StoreError, StoredInvoice};
+
+/// Most proofs that one entry lists: the earliest. An invoice can have 100,000 of them.
+const MAX_PROOFS_OF_ENTRY: usize = 100;
+/// Most proofs listed in all: those of the latest entries.
+const MAX_PROOFS: usize = 2_000;
+/// Most unfetched objects listed.
+const MAX_MISSING: usize = 200;
 
 /// Times in Unix milliseconds.
 #[derive(Clone, Debug)]
@@ -63,8 +70,17 @@ pub struct Proven {
     pub message: Option<String>,
     /// It came with the stored invoice; no event proves it.
     pub is_imported: bool,
-    /// The earliest first.
+    /// The earliest first; not more than [`MAX_PROOFS_OF_ENTRY`].
     pub proofs: Vec<LoggedEvent>,
+    /// Proofs that are not listed.
+    pub more_proofs: usize,
+}
+
+impl Proven {
+    /// Number of proofs, listed or not.
+    pub fn proof_count(&self) -> usize {
+        self.proofs.len() + self.more_proofs
+    }
 }
 
 /// What Stripe's API has still to be asked for.
@@ -97,10 +113,13 @@ pub async fn gather(
     }
 }
 
-/// The same, of an invoice that was read.
+/// Returns the evidence for an invoice that was read with its observations.
+///
+/// Log rows are read only for the proofs and events that are listed; of all others, only the time of
+/// receipt is.
 pub async fn of(
     store: &Store,
-    invoice: StoredInvoice,
+    mut invoice: StoredInvoice,
     as_of_ms: Option<i64>,
 ) -> Result<Evidence, StoreError> {
     let comparison = store
@@ -108,20 +127,16 @@ pub async fn of(
         .await?
         .unwrap_or_default();
     let until_ms = as_of_ms.unwrap_or(i64::MAX);
-    let told = parse_observations(&invoice.observations)?;
-    let keys: Vec<EventKey> = told.iter().map(|known| known.key).collect();
-    let events: HashMap<EventKey, LoggedEvent> = store
-        .events_by_keys(&keys)
-        .await?
+    let rows = std::mem::take(&mut invoice.observations);
+    let all = parse_observations(&rows)?;
+    drop(rows);
+
+    let keys: Vec<EventKey> = all.iter().map(|observation| observation.key).collect();
+    let received: ReceiptTimes = store.received_times(&keys).await?.into_iter().collect();
+    let (known, later): (Vec<StoredObservation>, Vec<StoredObservation>) = all
         .into_iter()
-        .map(|event| (event.key, event))
-        .collect();
-    let is_known = |known: &&StoredObservation| {
-        events
-            .get(&known.key)
-            .is_some_and(|event| event.received_ms <= until_ms)
-    };
-    let known: Vec<StoredObservation> = told.iter().filter(is_known).cloned().collect();
+        .filter(|observation| received.contains_key(&observation.key))
+        .partition(|observation| received[&observation.key] <= until_ms);
 
     let imported = if invoice.stored_ms <= until_ms {
         imported_states(&invoice)?
@@ -129,52 +144,151 @@ pub async fn of(
         Vec::new()
     };
     let stripe_invoice_id = invoice.stripe_invoice_id.as_deref();
-    let entries = fold(stripe_invoice_id, &imported, &known)
-        .into_iter()
-        .map(|entry| Proven {
-            state: entry.state,
-            timestamp_ms: entry.timestamp_ms,
-            message: entry.message,
-            is_imported: entry.proofs.is_empty(),
-            proofs: entry
-                .proofs
-                .iter()
-                .filter_map(|key| events.get(key))
-                .cloned()
-                .collect(),
-        });
-    let entries = entries.collect();
+    let entries = fold(stripe_invoice_id, &imported, &known);
 
     let links = PaymentLinks::read(known.iter().map(|known| &known.telling));
     let is_own = |known: &&StoredObservation| {
         stripe_invoice_id.is_some() && links.invoice_of(&known.telling.object) == stripe_invoice_id
     };
     let own: Vec<&StoredObservation> = known.iter().filter(is_own).collect();
-    let received = own
-        .iter()
-        .filter(|known| !known.telling.fetched)
-        .filter_map(|known| events.get(&known.key));
-    let thin: Vec<EventKey> = own
-        .iter()
-        .filter(|known| known.telling.thin)
-        .map(|known| known.key)
-        .collect();
-    let asked = store.asked_about(&thin).await?;
-    let mut missing = unfetched(&own, &told, &events, &asked, until_ms);
+    let (thin, more_thin) = thin_without_snapshot(&own);
+
+    let listed = listed_proofs(&entries);
+    let mut keys: Vec<EventKey> = listed.iter().flatten().copied().collect();
+    keys.extend(thin.iter().map(|observation| observation.key));
+    let events = log_rows(store, keys).await?;
+    let lookups = lookups(store, &thin).await?;
+    let fetched = fetch_times(known.iter().chain(&later), &received);
+
+    let mut missing = unfetched(&thin, &fetched, &events, &lookups, until_ms);
+    missing.extend(more_thin);
     missing.extend(stripe_invoice_id.and_then(|id| unexplained(id, &known, &comparison)));
+    let last_event_ms = own
+        .iter()
+        .filter(|observation| !observation.telling.fetched)
+        .filter_map(|observation| received.get(&observation.key).copied())
+        .max();
     Ok(Evidence {
         as_of_ms,
         stored_ms: invoice.stored_ms,
         confirmed_ms: comparison.confirmed_ms.filter(|ms| *ms <= until_ms),
         differs_since_ms: comparison.differs_since_ms.filter(|ms| *ms <= until_ms),
-        last_event_ms: received.map(|event| event.received_ms).max(),
+        last_event_ms,
         missing,
         at_stripe: at_stripe(&own),
-        entries,
+        entries: proven(entries, listed, &events),
         tenant_uid: invoice.tenant_uid,
         invoice_uid: invoice.invoice_uid,
         stripe_invoice_id: invoice.stripe_invoice_id,
     })
+}
+
+/// Unix milliseconds of the receipt of each event.
+type ReceiptTimes = HashMap<EventKey, i64>;
+
+/// Returns the proofs to list of each entry, of the latest entries first.
+fn listed_proofs(entries: &[Entry]) -> Vec<Vec<EventKey>> {
+    let mut left = MAX_PROOFS;
+    let mut listed: Vec<Vec<EventKey>> = entries
+        .iter()
+        .rev()
+        .map(|entry| {
+            let count = entry.proofs.len().min(MAX_PROOFS_OF_ENTRY).min(left);
+            left -= count;
+            entry.proofs[..count].to_vec()
+        })
+        .collect();
+    listed.reverse();
+    listed
+}
+
+fn proven(
+    entries: Vec<Entry>,
+    listed: Vec<Vec<EventKey>>,
+    events: &HashMap<EventKey, LoggedEvent>,
+) -> Vec<Proven> {
+    entries
+        .into_iter()
+        .zip(listed)
+        .map(|(entry, listed)| Proven {
+            state: entry.state,
+            timestamp_ms: entry.timestamp_ms,
+            message: entry.message,
+            is_imported: entry.proofs.is_empty(),
+            more_proofs: entry.proofs.len() - listed.len(),
+            proofs: listed
+                .iter()
+                .filter_map(|key| events.get(key))
+                .cloned()
+                .collect(),
+        })
+        .collect()
+}
+
+async fn log_rows(
+    store: &Store,
+    mut keys: Vec<EventKey>,
+) -> Result<HashMap<EventKey, LoggedEvent>, StoreError> {
+    keys.sort_unstable();
+    keys.dedup();
+    let events = store.events_by_keys(&keys).await?;
+    Ok(events.into_iter().map(|event| (event.key, event)).collect())
+}
+
+async fn lookups(
+    store: &Store,
+    thin: &[&StoredObservation],
+) -> Result<HashMap<EventKey, LookupState>, StoreError> {
+    let keys: Vec<EventKey> = thin.iter().map(|observation| observation.key).collect();
+    let lookups = store.asked_about(&keys).await?;
+    Ok(lookups
+        .into_iter()
+        .map(|lookup| (lookup.key, lookup))
+        .collect())
+}
+
+/// Returns the thin events whose snapshot event is unknown, up to [`MAX_MISSING`]; and a line about
+/// the others, if there are more.
+fn thin_without_snapshot<'o>(
+    own: &[&'o StoredObservation],
+) -> (Vec<&'o StoredObservation>, Option<Missing>) {
+    let snapshots: HashSet<&str> = own
+        .iter()
+        .filter(|known| !known.telling.thin)
+        .map(|known| known.telling.id.as_str())
+        .collect();
+    let has_snapshot = |known: &StoredObservation| {
+        let id = known.telling.snapshot_event.as_deref();
+        id.is_some_and(|id| snapshots.contains(id))
+    };
+    let mut thin: Vec<&StoredObservation> = own
+        .iter()
+        .copied()
+        .filter(|known| known.telling.thin && !has_snapshot(known))
+        .collect();
+
+    let more = thin.len().saturating_sub(MAX_MISSING);
+    thin.truncate(MAX_MISSING);
+    let line = (more > 0).then(|| Missing {
+        event: None,
+        message: format!("{more} more announcements without details are not listed"),
+    });
+    (thin, line)
+}
+
+/// Returns when each object was fetched from Stripe's API.
+fn fetch_times<'o>(
+    observations: impl Iterator<Item = &'o StoredObservation>,
+    received: &ReceiptTimes,
+) -> HashMap<&'o str, Vec<i64>> {
+    let mut times: HashMap<&str, Vec<i64>> = HashMap::new();
+    for observation in observations.filter(|observation| observation.telling.fetched) {
+        if let Some(received_ms) = received.get(&observation.key) {
+            let id = observation.telling.id.as_str();
+            times.entry(id).or_default().push(*received_ms);
+        }
+    }
+    times
 }
 
 /// What the newest that says it says.
@@ -199,66 +313,43 @@ fn at_stripe(own: &[&StoredObservation]) -> AtStripe {
     }
 }
 
-/// Thin events whose object is not fetched yet. `told` is what is known now: what was fetched later was missing then.
+/// Returns the objects of thin events that are not fetched yet. An object that was fetched after
+/// `until_ms` was missing then.
 fn unfetched(
-    own: &[&StoredObservation],
-    told: &[StoredObservation],
+    thin: &[&StoredObservation],
+    fetched: &HashMap<&str, Vec<i64>>,
     events: &HashMap<EventKey, LoggedEvent>,
-    asked: &[LookupState],
+    lookups: &HashMap<EventKey, LookupState>,
     until_ms: i64,
 ) -> Vec<Missing> {
-    let snapshots: HashSet<&str> = own
-        .iter()
-        .filter(|known| !known.telling.thin)
-        .map(|known| known.telling.id.as_str())
-        .collect();
-    let has_twin = |known: &StoredObservation| {
-        known
-            .telling
-            .snapshot_event
-            .as_deref()
-            .is_some_and(|id| snapshots.contains(id))
-    };
     let mut missing = Vec::new();
-    for known in own
-        .iter()
-        .filter(|known| known.telling.thin && !has_twin(known))
-    {
-        let (Some(asked), Some(event)) = (
-            asked.iter().find(|asked| asked.key == known.key),
-            events.get(&known.key),
-        ) else {
+    for observation in thin {
+        let (Some(lookup), Some(event)) =
+            (lookups.get(&observation.key), events.get(&observation.key))
+        else {
             continue;
         };
-        let is_its_object = |other: &&StoredObservation| {
-            other.telling.fetched && event.object_id.as_deref() == Some(&other.telling.id)
-        };
-        let fetched_ms: Vec<i64> = told
-            .iter()
-            .filter(is_its_object)
-            .filter_map(|other| Some(events.get(&other.key)?.received_ms))
-            .collect();
-        let what = name_of(&known.telling.object);
+        let id = event.object_id.as_deref().unwrap_or_default();
+        let fetched_ms = fetched.get(id).map_or(&[][..], Vec::as_slice);
+        let what = name_of(&observation.telling.object);
         let announced = format!(
             "Stripe announced {} without its details",
-            known.telling.kind
+            observation.telling.kind
         );
-        let message = match asked.due_ms {
-            _ if fetched_ms
-                .iter()
-                .any(|ms| (event.received_ms..=until_ms).contains(ms))
-                && asked.due_ms.is_none() =>
-            {
-                continue;
-            }
+        let is_fetched = fetched_ms
+            .iter()
+            .any(|ms| (event.received_ms..=until_ms).contains(ms));
+
+        let message = match lookup.due_ms {
+            None if is_fetched => continue,
             Some(_) => format!("{announced}: {what} is still to be fetched from Stripe's API"),
             None if fetched_ms.iter().any(|ms| *ms > until_ms) => {
                 format!("{announced}: {what} was fetched from Stripe's API later")
             }
-            None if fetched_ms.is_empty() && asked.attempts > 0 => {
+            None if fetched_ms.is_empty() && lookup.attempts > 0 => {
                 format!(
                     "{announced}: Stripe's API was asked for {what} {} times and does not show it",
-                    asked.attempts
+                    lookup.attempts
                 )
             }
             None => continue,
@@ -338,12 +429,16 @@ impl Proven {
                 "secretLabel": event.secret_label,
             })
         };
-        json!({
+        let mut json = json!({
             "state": self.state.as_str(),
             "timestamp": timestamp(self.timestamp_ms),
             "paymentMsg": self.message,
             "imported": self.is_imported,
             "proofs": self.proofs.iter().map(proof).collect::<Vec<_>>(),
-        })
+        });
+        if self.more_proofs > 0 {
+            json["moreProofs"] = self.more_proofs.into();
+        }
+        json
     }
 }

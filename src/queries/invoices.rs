@@ -3,17 +3,32 @@
 use serde_json::Value;
 
 use crate::domain::history::{Entry, StoredObservation, fold};
-use crate::domain::invoice::document::{self};
-use crate::domain::invoice::schema;
-use crate::domain::invoice::schema::InvalidField;
+use crate::domain::invoice::document;
+use crate::domain::invoice::schema::{self, InvalidField};
 use crate::domain::payment_state::{ImportedState, PaymentState};
-use crate::store::{InvoiceCursor, NewInvoice, ObservationRow, Store, StoreError, StoredInvoice};
+use crate::store::{
+    InvoiceCursor, InvoicePage, NewInvoice, ObservationRow, Store, StoreError, StoredInvoice,
+};
 
-/// Invoices that one page looks through at most, while it seeks those in a state. A person who seeks a rare one clicks through
-/// what there is in such steps.
-const SCANNED: usize = 5_000;
-/// Invoices read at a time.
-const READ: u32 = 250;
+/// Most invoices that one page searches for those in a state. A visitor who looks for a rare state
+/// pages through the invoices in steps of this size.
+const MAX_SCANNED: usize = 5_000;
+/// Most bytes of documents and observations that one page reads.
+const MAX_SCANNED_BYTES: usize = 64 * 1024 * 1024;
+/// Bytes of documents after which a page ends. A document has at most 1 MiB, so a page has less than
+/// 5 MiB of them; it has at least one item.
+const PAGE_BYTES: usize = 4 * 1024 * 1024;
+/// Most invoices read in one statement.
+const STEP: usize = 250;
+/// Bytes of documents after which a step ends: what a request holds in memory beside its response.
+const STEP_BYTES: usize = 1024 * 1024;
+/// Invoices whose observations are read in the first statement of a page. Few, because nobody knows
+/// beforehand how many observations an invoice has.
+const FIRST_CHUNK: usize = 4;
+/// Most invoices whose observations are read in one statement.
+const MAX_CHUNK: usize = 128;
+/// Bytes of observations above which the next statement reads them of fewer invoices.
+const CHUNK_BYTES: usize = 256 * 1024;
 
 /// A valid document, ready to be stored. Its uid is the path's, where there is one, else the document's own.
 ///
@@ -115,13 +130,21 @@ pub fn imported_states(stored: &StoredInvoice) -> Result<Vec<ImportedState>, Sto
     serde_json::from_str(&stored.imported_states).map_err(|e| damaged(stored, e))
 }
 
-/// The document with its payment states.
+/// Returns the document with its payment states.
 ///
 /// # Errors
 /// As [`history`].
 pub fn render(stored: &StoredInvoice) -> Result<Value, StoreError> {
+    render_with(stored, &history(stored)?)
+}
+
+/// Returns the document with the states of a folded history.
+///
+/// # Errors
+/// [`StoreErrorKind::DamagedRow`](crate::store::StoreErrorKind) if the stored text is damaged.
+pub fn render_with(stored: &StoredInvoice, history: &[Entry]) -> Result<Value, StoreError> {
     let document: Value = serde_json::from_str(&stored.document).map_err(|e| damaged(stored, e))?;
-    Ok(document::render(&document, &history(stored)?))
+    Ok(document::render(&document, history))
 }
 
 fn damaged(stored: &StoredInvoice, error: serde_json::Error) -> StoreError {
@@ -165,46 +188,54 @@ impl StateFilter {
     }
 }
 
-/// What a search found.
-pub struct Found {
-    pub invoices: Vec<StoredInvoice>,
-    /// More are there; who looks for them types more.
+/// The result of a search.
+pub struct Found<Item> {
+    pub items: Vec<Item>,
+    /// Whether more invoices match. A longer search text finds them.
     pub has_more: bool,
 }
 
-/// The invoices that a person means: by Stripe's id, or by the uid or the beginning of it; of one tenant or of all.
-pub async fn find(
+/// Finds invoices by their Stripe id, or by their uid or its beginning; of one tenant or of all.
+/// `item` makes an item of each invoice and its history.
+pub async fn find<Item>(
     store: &Store,
     tenant_uid: Option<&str>,
     sought: &str,
     limit: usize,
-) -> Result<Found, StoreError> {
+    mut item: impl FnMut(&StoredInvoice, Vec<Entry>) -> Result<Item, StoreError>,
+) -> Result<Found<Item>, StoreError> {
+    let mut found = Found {
+        items: Vec::new(),
+        has_more: false,
+    };
     if schema::validate_uid(sought).is_err() {
-        return Ok(Found {
-            invoices: Vec::new(),
-            has_more: false,
-        });
+        return Ok(found);
     }
-    let mut invoices = store
-        .invoices_page(tenant_uid, Some(sought), None, 1)
+
+    let by_stripe_id = store
+        .documents_page(tenant_uid, Some(sought), None, 1, STEP_BYTES)
         .await?;
-    let by_uid = store
-        .invoices_by_uid(tenant_uid, sought, limit as u32 + 1)
+    let mut by_uid = store
+        .documents_by_uid(tenant_uid, sought, limit as u32 + 1, PAGE_BYTES)
         .await?;
-    let names = |invoice: &StoredInvoice| (invoice.tenant_uid.clone(), invoice.invoice_uid.clone());
-    let by_stripe = invoices.first().map(names);
-    invoices.extend(
-        by_uid
-            .into_iter()
-            .filter(|invoice| Some(names(invoice)) != by_stripe),
-    );
-    let has_more = invoices.len() > limit;
+    let first = by_stripe_id.invoices.first().map(Cursor::at);
+    by_uid
+        .invoices
+        .retain(|invoice| Some(Cursor::at(invoice)) != first);
+    let mut invoices = [by_stripe_id.invoices, by_uid.invoices].concat();
+    found.has_more = invoices.len() > limit || by_uid.has_more;
     invoices.truncate(limit);
-    Ok(Found { invoices, has_more })
+
+    let mut reader = HistoryReader::new(store, invoices);
+    while let Some((invoice, history)) = reader.next().await? {
+        found.items.push(item(&invoice, history)?);
+    }
+    Ok(found)
 }
 
+/// A request for a page of invoices. All conditions must hold.
 pub struct PageRequest {
-    /// None: all tenants.
+    /// `None` for all tenants.
     pub tenant_uid: Option<String>,
     pub stripe_invoice_id: Option<String>,
     pub state: StateFilter,
@@ -212,13 +243,15 @@ pub struct PageRequest {
     pub after: Option<Cursor>,
 }
 
-pub struct Page {
-    pub invoices: Vec<StoredInvoice>,
-    /// Where the next page begins; None: this was the last.
+/// A page of items made of invoices.
+pub struct Page<Item> {
+    pub items: Vec<Item>,
+    /// The position at which the next page begins, or `None` after the last page.
     pub next: Option<Cursor>,
 }
 
-/// Where a page ended, as text that says nothing to a client.
+/// A position in the list of invoices. Its text is opaque to clients.
+#[derive(PartialEq, Eq)]
 pub struct Cursor(InvoiceCursor);
 
 impl Cursor {
@@ -262,47 +295,115 @@ impl Cursor {
     }
 }
 
-/// A page of invoices, newest first. It may be shorter than its limit although more follow: states are folded, not stored, so
-/// what one request looks through is bounded.
-pub async fn page(store: &Store, request: &PageRequest) -> Result<Page, StoreError> {
-    let mut found = Vec::new();
-    let mut scanned = 0;
+/// Returns a page of invoices, newest first. `item` makes an item of each invoice and its history;
+/// the invoice itself is dropped at once, so a page holds one document at a time and its items.
+///
+/// A page may be shorter than its limit although more follow. It ends after [`PAGE_BYTES`] of
+/// documents, because documents can be large; and it searches a bounded number of invoices, because
+/// states are folded and not stored.
+pub async fn page<Item>(
+    store: &Store,
+    request: &PageRequest,
+    mut item: impl FnMut(&StoredInvoice, Vec<Entry>) -> Result<Item, StoreError>,
+) -> Result<Page<Item>, StoreError> {
+    let mut items = Vec::new();
+    let (mut bytes, mut scanned, mut scanned_bytes) = (0, 0, 0);
     let mut after = request.after.as_ref().map(|cursor| cursor.0.clone());
-    let read = if request.state == StateFilter::Any {
-        request.limit as u32 + 1
-    } else {
-        READ
-    };
     loop {
-        let batch = store
-            .invoices_page(
-                request.tenant_uid.as_deref(),
-                request.stripe_invoice_id.as_deref(),
-                after.as_ref(),
-                read,
-            )
-            .await?;
-        let is_last = batch.len() < read as usize;
-        scanned += batch.len();
-        for invoice in batch {
-            if found.len() == request.limit {
+        let step = next_step(store, request, after.as_ref(), items.len()).await?;
+        let mut reader = HistoryReader::new(store, step.invoices);
+        while let Some((invoice, history)) = reader.next().await? {
+            let is_full = items.len() == request.limit || bytes >= PAGE_BYTES;
+            if is_full || scanned == MAX_SCANNED || scanned_bytes >= MAX_SCANNED_BYTES {
                 let next = after.map(Cursor);
-                return Ok(Page {
-                    invoices: found,
-                    next,
-                });
+                return Ok(Page { items, next });
             }
+
             after = Some(Cursor::at(&invoice).0);
-            if request.state == StateFilter::Any || request.state.shows(&history(&invoice)?) {
-                found.push(invoice);
+            scanned += 1;
+            scanned_bytes += invoice.document.len() + observed_bytes(&invoice);
+            if request.state.shows(&history) {
+                bytes += invoice.document.len();
+                items.push(item(&invoice, history)?);
             }
         }
-        if is_last || scanned >= SCANNED {
-            let next = if is_last { None } else { after.map(Cursor) };
-            return Ok(Page {
-                invoices: found,
-                next,
-            });
+        if !step.has_more {
+            return Ok(Page { items, next: None });
         }
+    }
+}
+
+/// Reads the next invoices of a page: one more than it has room for, to know whether more follow.
+async fn next_step(
+    store: &Store,
+    request: &PageRequest,
+    after: Option<&InvoiceCursor>,
+    items: usize,
+) -> Result<InvoicePage, StoreError> {
+    let room = if request.state == StateFilter::Any {
+        request.limit - items + 1
+    } else {
+        STEP
+    };
+    store
+        .documents_page(
+            request.tenant_uid.as_deref(),
+            request.stripe_invoice_id.as_deref(),
+            after,
+            room.min(STEP) as u32,
+            STEP_BYTES,
+        )
+        .await
+}
+
+fn observed_bytes(invoice: &StoredInvoice) -> usize {
+    invoice.observations.iter().map(|row| row.json.len()).sum()
+}
+
+/// Folds the histories of invoices one by one, and reads the observations of a few invoices ahead.
+struct HistoryReader<'s> {
+    store: &'s Store,
+    /// Invoices whose observations are not read yet.
+    pending: std::vec::IntoIter<StoredInvoice>,
+    /// Invoices whose observations are read.
+    ready: std::vec::IntoIter<StoredInvoice>,
+    /// Invoices whose observations the next statement reads.
+    chunk: usize,
+}
+
+impl HistoryReader<'_> {
+    fn new(store: &Store, invoices: Vec<StoredInvoice>) -> HistoryReader<'_> {
+        HistoryReader {
+            store,
+            pending: invoices.into_iter(),
+            ready: Vec::new().into_iter(),
+            chunk: FIRST_CHUNK,
+        }
+    }
+
+    async fn next(&mut self) -> Result<Option<(StoredInvoice, Vec<Entry>)>, StoreError> {
+        if self.ready.len() == 0 {
+            self.read_chunk().await?;
+        }
+        let Some(invoice) = self.ready.next() else {
+            return Ok(None);
+        };
+        let history = history(&invoice)?;
+        Ok(Some((invoice, history)))
+    }
+
+    async fn read_chunk(&mut self) -> Result<(), StoreError> {
+        let mut chunk: Vec<_> = self.pending.by_ref().take(self.chunk).collect();
+        if !chunk.is_empty() {
+            self.store.add_observations(&mut chunk).await?;
+            let bytes: usize = chunk.iter().map(observed_bytes).sum();
+            self.chunk = if bytes > CHUNK_BYTES {
+                (self.chunk / 4).max(1)
+            } else {
+                (self.chunk * 2).min(MAX_CHUNK)
+            };
+        }
+        self.ready = chunk.into_iter();
+        Ok(())
     }
 }

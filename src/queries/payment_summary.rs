@@ -1,6 +1,6 @@
 //! Summary of an invoice's payment in plain sentences for finance: whether it is paid, and the grounds for saying so.
 
-use super::evidence::Evidence;
+use super::evidence::{Evidence, Proven};
 use crate::domain::payment_state::PaymentState;
 use crate::domain::time::readable;
 use crate::store::Source;
@@ -104,7 +104,7 @@ fn grounds(evidence: &Evidence) -> String {
                 .iter()
                 .all(|event| event.source != Source::Api && event.received_ms > confirmed_ms)
     };
-    let proved = match proofs.len() {
+    let proved = match last.map_or(0, Proven::proof_count) {
         1 => "Proved by one event from Stripe".to_owned(),
         n => format!("Proved by {n} events from Stripe"),
     };
@@ -153,7 +153,7 @@ fn waits(evidence: &Evidence) -> String {
 mod tests {
     use super::*;
     use crate::domain::stripe::event::EventKey;
-    use crate::queries::evidence::{Missing, Proven};
+    use crate::queries::evidence::Missing;
     use crate::store::{LoggedEvent, Outcome};
 
     const NINE: i64 = 1_769_850_000_000;
@@ -165,6 +165,7 @@ mod tests {
             message: None,
             is_imported: false,
             proofs: Vec::new(),
+            more_proofs: 0,
         };
         Evidence {
             tenant_uid: "acme".to_owned(),

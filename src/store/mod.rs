@@ -8,6 +8,7 @@
 mod copy;
 mod engine;
 mod error;
+mod event_rows;
 mod events;
 mod invoice_reads;
 mod invoices;
@@ -24,10 +25,11 @@ use sqlx::{Connection as _, SqlSafeStr};
 pub use copy::rows::{CopyPage, CopyTarget, Row, Value};
 pub use copy::tables::Table;
 pub use error::{StoreError, StoreErrorClass, StoreErrorKind};
-pub use events::{
+pub use event_rows::{
     Appended, EventFilter, LoggedEvent, NewEvent, Outcome, PackedBody, Source, StoredBody,
 };
-pub use invoices::{InvoiceCursor, NewInvoice, ObservationRow, Put, StoredInvoice};
+pub use events::ObservedPage;
+pub use invoices::{InvoiceCursor, InvoicePage, NewInvoice, ObservationRow, Put, StoredInvoice};
 pub use keys::{ApiKey, Scope};
 pub use monitoring::{ActivityDelta, COUNTED, Counted, Disk, LogRow, Space, UnmatchedInvoice};
 pub use reconcile::{

@@ -19,6 +19,7 @@ mod failover;
 mod hostile;
 mod invoices;
 mod leaks;
+mod limits;
 mod manual;
 mod metrics;
 mod openapi;

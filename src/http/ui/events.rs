@@ -177,8 +177,9 @@ pub async fn show(
     };
     validate_uid(&event_id).map_err(|_| ApiError::NotFound)?;
     let after = pagination::cursor(cursor.as_deref(), Cursor::parse)?;
-    let found = events::renderings(&state.store, &event_id, after).await?;
-    if found.renderings.is_empty() && after.is_none() {
+    let found =
+        events::renderings(&state.store, &event_id, after, |stored| rendering(&stored)).await?;
+    if found.items.is_empty() && after.is_none() {
         return Err(ApiError::NotFound);
     }
     let next = found.next.map(|cursor| {
@@ -190,10 +191,10 @@ pub async fn show(
     let content = html! {
         nav.back aria-label="Back" { a href="/ui/events" { "Events" } }
         h1 { "Event " (id(&event_id)) }
-        @if found.renderings.len() > 1 {
-            p.intro { "Received in " (found.renderings.len()) " renderings, oldest receipt first." }
+        @if found.items.len() > 1 {
+            p.intro { "Received in " (found.items.len()) " renderings, oldest receipt first." }
         }
-        @for stored in &found.renderings { (rendering(stored)) }
+        @for rendering in &found.items { (rendering) }
         (pager(after.map(|_| address("/ui/event", &[("id", &event_id)])), next))
     };
     Ok(layout::page(

@@ -156,12 +156,13 @@ fn proven(entry: &Proven, visitor: &Visitor) -> Markup {
             @if entry.is_imported {
                 p.proof-head { "Imported with the stored invoice; no event proves it." }
             } @else {
-                p.proof-head { @if entry.proofs.len() == 1 { "Proved by" } @else { "Proved by " (entry.proofs.len()) " events" } }
+                p.proof-head { @if entry.proof_count() == 1 { "Proved by" } @else { "Proved by " (entry.proof_count()) " events" } }
                 @for event in first { (layout::event(event, links)) }
                 @if !more.is_empty() {
                     details {
-                        summary { (more.len()) " more" }
+                        summary { (more.len() + entry.more_proofs) " more" }
                         @for event in more { (layout::event(event, links)) }
+                        @if entry.more_proofs > 0 { p.hint { "and " (entry.more_proofs) " more" } }
                     }
                 }
             }

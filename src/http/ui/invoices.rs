@@ -14,8 +14,8 @@ use crate::domain::payment_state::PaymentState;
 use crate::http::AppState;
 use crate::http::error::ApiError;
 use crate::http::pagination;
-use crate::queries::invoices::{self as flow, Cursor, Page, PageRequest, StateFilter};
-use crate::store::StoredInvoice;
+use crate::queries::invoices::{self as queries, Cursor, Page, PageRequest, StateFilter};
+use crate::store::{StoreError, StoredInvoice};
 
 /// Invoices on one page.
 const PAGE_SIZE: usize = 50;
@@ -50,12 +50,11 @@ pub async fn list(
         after: pagination::cursor(asked.cursor.as_deref(), Cursor::parse)?,
     };
     let is_first = request.after.is_none();
-    let Page { invoices, next } = flow::page(&state.store, &request).await?;
-    let rows = rows(&invoices)?;
+    let Page { items: rows, next } = queries::page(&state.store, &request, row).await?;
     // Below a full page, the link to the next page is enough.
     let looked_back_to_ms = next
         .as_ref()
-        .filter(|_| rows.len() < PAGE_SIZE)
+        .filter(|_| rows.len() < PAGE_SIZE && request.state != StateFilter::Any)
         .map(Cursor::stored_ms);
     let next =
         next.map(|cursor| address("/ui", &[("state", filter), ("cursor", &cursor.to_text())]));
@@ -76,13 +75,13 @@ pub async fn list(
 }
 
 async fn find(state: &AppState, visitor: &Visitor, sought: &str) -> Result<Response, ApiError> {
-    let found = flow::find(&state.store, visitor.tenant(), sought, PAGE_SIZE).await?;
-    if let [only] = &found.invoices[..]
+    let found = queries::find(&state.store, visitor.tenant(), sought, PAGE_SIZE, row).await?;
+    if let [only] = &found.items[..]
         && (only.invoice_uid == sought || only.stripe_invoice_id.as_deref() == Some(sought))
     {
         return Ok(Redirect::to(&invoice_address(only)).into_response());
     }
-    let rows = rows(&found.invoices)?;
+    let rows = found.items;
     let content = html! {
         h1 { "Invoices" }
         (search(sought))
@@ -100,22 +99,28 @@ async fn find(state: &AppState, visitor: &Visitor, sought: &str) -> Result<Respo
     Ok(layout::page("Search", CurrentPage::Invoices, Some(visitor), content).into_response())
 }
 
-/// Returns each invoice with the last entry of its history.
-fn rows(invoices: &[StoredInvoice]) -> Result<Vec<(&StoredInvoice, Option<Entry>)>, ApiError> {
-    invoices
-        .iter()
-        .map(|invoice| Ok((invoice, flow::history(invoice)?.pop())))
-        .collect()
+/// An invoice in the table: what remains of it when its document is dropped.
+struct Row {
+    tenant_uid: String,
+    invoice_uid: String,
+    stripe_invoice_id: Option<String>,
+    /// The last entry of its history.
+    last: Option<Entry>,
 }
 
-/// Returns the address of an invoice's page.
-pub fn invoice_address(invoice: &StoredInvoice) -> String {
+fn row(invoice: &StoredInvoice, mut history: Vec<Entry>) -> Result<Row, StoreError> {
+    Ok(Row {
+        tenant_uid: invoice.tenant_uid.clone(),
+        invoice_uid: invoice.invoice_uid.clone(),
+        stripe_invoice_id: invoice.stripe_invoice_id.clone(),
+        last: history.pop(),
+    })
+}
+
+fn invoice_address(row: &Row) -> String {
     address(
         "/ui/invoice",
-        &[
-            ("tenant", &invoice.tenant_uid),
-            ("uid", &invoice.invoice_uid),
-        ],
+        &[("tenant", &row.tenant_uid), ("uid", &row.invoice_uid)],
     )
 }
 
@@ -150,7 +155,7 @@ fn filters(chosen: &str) -> Markup {
     }
 }
 
-fn table(rows: &[(&StoredInvoice, Option<Entry>)], visitor: &Visitor) -> Markup {
+fn table(rows: &[Row], visitor: &Visitor) -> Markup {
     html! {
         table.cards {
             thead {
@@ -162,21 +167,21 @@ fn table(rows: &[(&StoredInvoice, Option<Entry>)], visitor: &Visitor) -> Markup 
                 }
             }
             tbody {
-                @for (invoice, last) in rows {
+                @for row in rows {
                     tr {
                         th scope="row" {
-                            a href=(invoice_address(invoice)) { (quoted(&invoice.invoice_uid)) }
-                            @if visitor.is_operator() { span.sub { "Tenant " (quoted(&invoice.tenant_uid)) } }
-                            @if let Some(stripe_id) = &invoice.stripe_invoice_id { span.sub { (id(stripe_id)) } }
+                            a href=(invoice_address(row)) { (quoted(&row.invoice_uid)) }
+                            @if visitor.is_operator() { span.sub { "Tenant " (quoted(&row.tenant_uid)) } }
+                            @if let Some(stripe_id) = &row.stripe_invoice_id { span.sub { (id(stripe_id)) } }
                         }
-                        td { (badge(last.as_ref().map(|entry| entry.state))) }
+                        td { (badge(row.last.as_ref().map(|entry| entry.state))) }
                         td.said {
-                            @match last.as_ref().map(|entry| entry.message.as_deref().unwrap_or_default()) {
+                            @match row.last.as_ref().map(|entry| entry.message.as_deref().unwrap_or_default()) {
                                 Some(message) => (quoted(message)),
                                 None => span.hint { "Nothing received from Stripe yet." },
                             }
                         }
-                        td.when { @if let Some(entry) = last { (time(entry.timestamp_ms)) } }
+                        td.when { @if let Some(entry) = &row.last { (time(entry.timestamp_ms)) } }
                     }
                 }
             }

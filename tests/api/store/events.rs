@@ -268,10 +268,14 @@ each_store! {
         let keys: BTreeSet<EventKey> = all(store).await.iter().map(|logged| logged.key).collect();
         assert_eq!(keys, BTreeSet::from([first.key, second.key]));
         assert_eq!(pages(store, &named("in_9"), 10).await.len(), 2);
-        let told = store.told_page(&named("in_9"), None, 10).await.unwrap();
+        let told = store.observed_page(&named("in_9"), None, 10, usize::MAX).await.unwrap().events;
         let told: BTreeSet<Option<String>> = told.into_iter().map(|(_, telling)| telling).collect();
         assert_eq!(told, BTreeSet::from([first.telling.clone(), second.telling.clone()]));
         assert_eq!(store.invoice("acme", "a").await.unwrap().unwrap().observations.len(), 2);
+        let cut = store.observed_page(&named("in_9"), None, 10, 1).await.unwrap();
+        assert!(cut.has_more && cut.events.len() == 1);
+        let times: BTreeSet<_> = store.received_times(&[first.key, second.key, key("evt_1", 77)]).await.unwrap().into_iter().collect();
+        assert_eq!(times, BTreeSet::from([(first.key, first.received_ms), (second.key, second.received_ms)]));
         let (one, both) = (NewEvent { mentions: vec![mention("in_9", true)], ..first.clone() }, vec![mention("in_9", true), mention("ch_9", false)]);
         assert_eq!(store.unmentioned(&[&one, &second]).await.unwrap(), []);
         assert_eq!(store.unmentioned(&[&NewEvent { mentions: both, ..first.clone() }, &second]).await.unwrap(), [first.key]);

@@ -1,6 +1,7 @@
 //! The stored invoices: who may hold which Stripe invoice, what a replacement keeps, and pages.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use serde_json::Value;
 use stripe_reconciler::domain::stripe::event::{EventKey, Reading, read};
@@ -9,7 +10,7 @@ use stripe_reconciler::store::{
     ApiKey, InvoiceCursor, NewEvent, NewInvoice, Put, Scope, Source, Store, StoredInvoice,
 };
 
-use super::{ODD, TestStore, each_store, invoice};
+use super::{ODD, TestStore, each_store, event, invoice, mention};
 
 /// Puts, whatever is there.
 async fn put(store: &Store, new: &NewInvoice, now_ms: i64) -> Put {
@@ -157,8 +158,8 @@ each_store! {
             put(store, &invoice(tenant, uid, Some(&format!("in_{tenant}_{uid}"))), 5).await;
         }
         let found = async |tenant: Option<&str>, start: &str, limit: u32| {
-            let page = store.invoices_by_uid(tenant, start, limit).await.unwrap();
-            page.into_iter().map(|found| format!("{} {}", found.tenant_uid, found.invoice_uid)).collect::<Vec<_>>()
+            let page = store.documents_by_uid(tenant, start, limit, usize::MAX).await.unwrap();
+            page.invoices.into_iter().map(|found| format!("{} {}", found.tenant_uid, found.invoice_uid)).collect::<Vec<_>>()
         };
         assert_eq!(found(None, "inv-2", 10).await, ["a inv-2", "b inv-2"]);
         assert_eq!(found(None, "inv", 3).await, ["a inv", "a inv-10", "a inv-2"]);
@@ -167,7 +168,10 @@ each_store! {
         assert_eq!(found(None, "%", 10).await, ["a %_"]);
         assert!(found(None, "nv", 10).await.is_empty() && found(Some("c"), "inv", 10).await.is_empty());
         store.append(&[telling("evt_1", "charge.failed", r#"{"id":"ch_1","object":"charge","invoice":"in_a_inv-10"}"#)]).await.unwrap();
-        assert_eq!(store.invoices_by_uid(None, "inv-10", 1).await.unwrap()[0].observations.len(), 1, "with what is told about it");
+        let mut page = store.documents_by_uid(None, "inv-10", 1, 1).await.unwrap();
+        assert!(page.has_more && page.invoices.len() == 1 && page.invoices[0].observations.is_empty());
+        store.add_observations(&mut page.invoices).await.unwrap();
+        assert_eq!(page.invoices[0].observations.len(), 1);
     }
 
     async fn an_invoice_comes_with_the_keys_of_who_asks(place: TestStore) {
@@ -235,6 +239,48 @@ each_store! {
             assert_eq!(uids(&found), [(100, "acme", "é")]);
         }
         assert!(store.invoices_page(Some("Other"), Some("in_acme_3"), None, 10).await.unwrap().is_empty());
+    }
+
+    async fn page_ends_after_bytes_of_documents(place: TestStore) {
+        let store = &place.store;
+        for (n, bytes) in [900_000, 10, 600_000, 500_000, 10].into_iter().enumerate() {
+            let document = format!(r#"{{"n":"{}"}}"#, "x".repeat(bytes));
+            put(store, &NewInvoice { document, ..invoice("acme", &format!("inv-{n}"), None) }, 100 - n as i64).await;
+        }
+        let (mut pages, mut after) = (Vec::new(), None);
+        loop {
+            let page = store.documents_page(Some("acme"), None, after.as_ref(), 10, 1_000_000).await.unwrap();
+            pages.push((page.invoices.iter().map(|found| found.invoice_uid.clone()).collect::<Vec<_>>(), page.has_more));
+            let Some(last) = page.invoices.last().filter(|_| page.has_more) else { break };
+            after = Some(InvoiceCursor { stored_ms: last.stored_ms, tenant_uid: last.tenant_uid.clone(), invoice_uid: last.invoice_uid.clone() });
+        }
+        let page = |uids: &[&str], has_more| (uids.iter().map(|uid| (*uid).to_owned()).collect::<Vec<_>>(), has_more);
+        assert_eq!(pages, [page(&["inv-0", "inv-1", "inv-2"], true), page(&["inv-3", "inv-4"], false)]);
+
+        let by_uid = store.documents_by_uid(None, "inv-", 10, 900_001).await.unwrap();
+        assert_eq!((by_uid.invoices.len(), by_uid.has_more), (1, true));
+        let one = store.documents_page(None, None, None, 10, 0).await.unwrap();
+        assert!(one.invoices.is_empty() && one.has_more == false, "{one:?}");
+    }
+
+    async fn reading_ten_thousand_links_is_linear(place: TestStore) {
+        let store = &place.store;
+        put(store, &invoice("acme", "a", Some("in_1")), 1).await;
+        let payments = (0..10_000).map(|n| mention(&format!("pi_{n:05}"), false));
+        let links = std::iter::once(mention("in_1", true)).chain(payments).collect();
+        let wide = NewEvent { telling: Some("{}".to_owned()), mentions: links, ..event("evt_1", 1, "in_1", 1) };
+        let payment = NewEvent { telling: Some("{}".to_owned()), mentions: vec![mention("pi_09999", false)], ..event("evt_2", 1, "in_1", 2) };
+        let keys = BTreeSet::from([wide.key, payment.key]);
+        store.append(&[wide, payment]).await.unwrap();
+        // From every payment to every payment there are 100,000,000 ways: half a minute.
+        let reading = async {
+            assert_eq!(sources(&stored(store, "a").await), keys);
+            let page = store.invoices_page(None, None, None, 10).await.unwrap();
+            assert_eq!(sources(&page[0]), keys);
+            let found = store.observations_for(&["pi_00000".to_owned(), "pi_00001".to_owned()]).await.unwrap();
+            assert_eq!(found.len(), 2);
+        };
+        tokio::time::timeout(Duration::from_secs(4), reading).await.expect("each link is followed once");
     }
 
     async fn of_many_who_store_one_invoice_at_once_one_creates_it(place: TestStore) {
