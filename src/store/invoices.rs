@@ -533,8 +533,13 @@ mod tests {
                 "tenant_uid=? AND invoice_uid>? AND invoice_uid<?",
             ),
         ] {
-            let explained = AssertSqlSafe(format!("explain query plan {sql}"));
-            let plan = rows!(session, fetch_all, (i64, i64, i64, String), explained).unwrap();
+            let plan = rows!(
+                session,
+                fetch_all,
+                (i64, i64, i64, String),
+                AssertSqlSafe(format!("explain query plan {sql}"))
+            )
+            .unwrap();
             let steps: Vec<&str> = plan.iter().map(|(.., step)| &**step).collect();
             assert!(
                 steps.iter().any(|step| step.contains(sought))
