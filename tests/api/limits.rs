@@ -4,9 +4,10 @@ use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
 use serde_json::{Value, json};
+use sqlx::{Connection, PgConnection};
 
 use testkit::each_database;
-use testkit::{TestServer, Wire, invoice_path};
+use testkit::{Engine, TestServer, Wire, invoice_path};
 
 const MIB: usize = 1024 * 1024;
 
@@ -109,4 +110,106 @@ each_database! {
         let grown = peak_memory(&server).saturating_sub(before);
         assert!(grown < 12 * MIB, "{} MiB", grown / MIB);
     }
+
+    async fn abandoned_read_ends_in_database(server: TestServer) {
+        server.store("inv-1", "in_1").await.with_status(201);
+        server.store("inv-2", "in_2").await.with_status(201);
+        let request = format!("GET {} HTTP/1.1\r\nHost: x\r\nApiKey: {}\r\n\r\n", invoice_path("inv-1"), server.acme_key);
+        match server.engine {
+            Engine::Sqlite => abandon_in_sqlite(&server, request.as_bytes()).await,
+            Engine::Postgres => abandon_in_postgres(&server, request.as_bytes()).await,
+        }
+        server.get(&invoice_path("inv-2"), &server.acme_key).await.with_status(200);
+    }
+}
+
+/// Time within which an abandoned statement ends. Less than every time limit of a statement.
+const ENDED: Duration = Duration::from_secs(3);
+
+async fn send_all(server: &TestServer, request: &[u8]) -> Vec<Wire> {
+    join_all((0..4).map(async |_| {
+        let mut wire = Wire::connect(server.process.authority()).await;
+        wire.write(request).await;
+        wire
+    }))
+    .await
+}
+
+/// Reads that wait for a lock.
+async fn abandon_in_postgres(server: &TestServer, request: &[u8]) {
+    const ACTIVE: &str = "select count(*) from pg_stat_activity
+        where datname = current_database() and application_name = 'stripe-reconciler' and state = 'active'";
+    let mut holder = PgConnection::connect(&server.database.url).await.unwrap();
+    let mut observer = PgConnection::connect(&server.database.url).await.unwrap();
+    let lock = "begin; lock table mentions in access exclusive mode";
+    sqlx::raw_sql(lock).execute(&mut holder).await.unwrap();
+    let mut active = async || {
+        sqlx::query_scalar::<_, i64>(ACTIVE)
+            .fetch_one(&mut observer)
+            .await
+            .unwrap()
+    };
+
+    let wires = send_all(server, request).await;
+    while active().await < 4 {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    drop(wires);
+    let abandoned = Instant::now();
+    while active().await > 0 {
+        assert!(
+            abandoned.elapsed() < ENDED,
+            "no backend works for a client that is gone"
+        );
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    sqlx::raw_sql("rollback")
+        .execute(&mut holder)
+        .await
+        .unwrap();
+}
+
+/// Reads that follow two million links: all four readers are busy for seconds.
+async fn abandon_in_sqlite(server: &TestServer, request: &[u8]) {
+    let fill = "
+        insert into events (key, received_ms, source, outcome, linked)
+        with recursive event (n) as (select 1 union all select n + 1 from event where n < 1000),
+                       object (n) as (select 1 union all select n + 1 from object where n < 2000)
+        select randomblob(32), 1, 'webhook', 'recorded', (select json_group_array('pi_' || n) from object) from event;
+        insert into mentions (object_id, event_key) select 'in_1', key from events";
+    server.database.execute(fill).await;
+    let wires = send_all(server, request).await;
+    while cpu_ms(server) < 1000 {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    drop(wires);
+
+    let abandoned = Instant::now();
+    loop {
+        let before = cpu_ms(server);
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        if cpu_ms(server) - before < 60 {
+            break;
+        }
+        assert!(
+            abandoned.elapsed() < ENDED,
+            "no reader works for a client that is gone"
+        );
+    }
+}
+
+/// Processor time that the server has used, in milliseconds.
+fn cpu_ms(server: &TestServer) -> u64 {
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", server.process.pid())).unwrap();
+    let fields: Vec<&str> = stat
+        .rsplit_once(')')
+        .unwrap()
+        .1
+        .split_whitespace()
+        .collect();
+    // The system counts in hundredths of a second.
+    [fields[11], fields[12]]
+        .iter()
+        .map(|ticks| ticks.parse::<u64>().unwrap() * 10)
+        .sum()
 }

@@ -2,6 +2,7 @@
 
 use sqlx::{Executor, SqliteConnection};
 
+use super::interruptible::InterruptibleConnection;
 use super::pool::Pooled;
 use super::postgres_connection::PostgresConnection;
 use crate::store::StoreError;
@@ -23,7 +24,7 @@ pub(in crate::store) enum EngineConnection {
 
 /// A pooled connection to SQLite, which knows whether its last statement ended.
 pub(in crate::store) struct SqliteSession {
-    pooled: Pooled<SqliteConnection>,
+    pooled: Pooled<InterruptibleConnection>,
     /// A statement runs on the connection's thread, even if its caller no longer waits for it.
     is_running: bool,
 }
@@ -95,7 +96,7 @@ macro_rules! execute {
 pub(in crate::store) use {execute, rows, rows_in_postgres};
 
 impl SqliteSession {
-    pub(in crate::store) fn new(pooled: Pooled<SqliteConnection>) -> SqliteSession {
+    pub(in crate::store) fn new(pooled: Pooled<InterruptibleConnection>) -> SqliteSession {
         SqliteSession {
             pooled,
             is_running: false,

@@ -2,6 +2,7 @@
 
 pub(super) mod circuit_breaker;
 pub(super) mod connection;
+mod interruptible;
 pub(super) mod pool;
 pub(super) mod postgres;
 pub(super) mod postgres_connection;

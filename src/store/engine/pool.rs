@@ -285,6 +285,12 @@ mod tests {
 
     use super::*;
 
+    impl Poolable for SqliteConnection {
+        async fn close(self) {
+            sqlx::Connection::close(self).await.unwrap();
+        }
+    }
+
     const LIMITS: Limits = Limits {
         max_connections: 1,
         acquire_timeout: Duration::from_secs(5),

@@ -13,17 +13,22 @@ use super::postgres_connection::{PostgresPools, Purpose};
 use super::postgres_server::{Durability, ServerReport, ServerTarget};
 use crate::store::{Appended, NewEvent, StoreError, StoreErrorClass, StoreErrorKind};
 
+/// Time after which the server ends a statement itself: a second after its client has given up, or
+/// has gone.
+const SERVER_TIMEOUT: &str = "6s";
 /// Settings of each session. A pooler accepts none of them.
 ///
 /// * `jit`: compiling a statement takes longer than any of ours runs.
 /// * `work_mem`: folding the history of an invoice gathers some ten rows. The server expects
 ///   millions and would make hash tables of this size; with the default of 4 MB that took a fifth
 ///   of a read.
+/// * `statement_timeout`: a statement ends although its client gave up without a word.
 /// * `tcp_keepalives_*`: the server's end sends a packet every 30 seconds without traffic, which
 ///   keeps the entry in a firewall alive, and ends a session after one minute without a client.
-const SESSION: [(&str, &str); 5] = [
+const SESSION: [(&str, &str); 6] = [
     ("jit", "off"),
     ("work_mem", "128kB"),
+    ("statement_timeout", SERVER_TIMEOUT),
     ("tcp_keepalives_idle", "30"),
     ("tcp_keepalives_interval", "10"),
     ("tcp_keepalives_count", "3"),
@@ -37,6 +42,7 @@ macro_rules! begin {
         concat!(
             $begin,
             "; set local jit = off;
+             set local statement_timeout = '6s';
              select set_config('synchronous_commit', 'on', true)
              where current_setting('synchronous_commit') = 'off';
              select current_setting('fsync') = 'on', current_setting('full_page_writes') = 'on'"
@@ -123,7 +129,12 @@ impl PostgresStore {
     /// Returns a connection outside the pool, for migrations: they may take long, and they change
     /// what other connections have prepared.
     pub async fn connect_dedicated(&self) -> Result<PgConnection, StoreError> {
-        Ok(self.pools.breaker().connect().await?.connection)
+        let mut connection = self.pools.breaker().connect().await?.connection;
+        if !self.is_pooled() {
+            let unlimited = sqlx::raw_sql("set statement_timeout = 0");
+            sqlx::Executor::execute(&mut connection, unlimited).await?;
+        }
+        Ok(connection)
     }
 
     /// Deallocates the statements that another client of the pooler has prepared on this

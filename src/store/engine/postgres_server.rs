@@ -13,9 +13,15 @@ use crate::store::StoreError;
 ///
 /// A session that sets the parameter itself no longer follows `alter system`, `alter role` and
 /// `alter database`. The value stays as found (it may be `remote_apply`), unless it is `off`.
+///
+/// `client_connection_check_interval` ends a statement within a second after its client closed the
+/// connection, which this program does when nobody waits for the statement any more. Servers before
+/// version 14 and on Windows lack it; there `statement_timeout` ends the statement.
 const INSPECT_AND_PIN: &str = "
     select set_config('synchronous_commit', case current_setting('synchronous_commit')
                       when 'off' then 'on' else current_setting('synchronous_commit') end, false);
+    select set_config(name, '1s', false) from pg_settings
+    where name = 'client_connection_check_interval' and version() !~* 'msvc|visual c|mingw';
     select pg_is_in_recovery(), current_setting('transaction_read_only') = 'on', pg_backend_pid(),
            inet_server_port(), current_setting('fsync') = 'on',
            current_setting('full_page_writes') = 'on',

@@ -9,12 +9,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
+use sqlx::ConnectOptions;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous};
-use sqlx::{ConnectOptions, SqliteConnection};
 use tokio::sync::mpsc;
 
 use super::connection::{Connection, EngineConnection, SqliteSession, execute, rows};
-use super::pool::{AcquireError, Limits, Pool, Poolable, Pooled};
+use super::interruptible::InterruptibleConnection;
+use super::pool::{AcquireError, Limits, Pool, Pooled};
 use crate::domain::stripe::event::EventKey;
 use crate::store::{Appended, Disk, NewEvent, Space, StoreError, StoreErrorKind};
 
@@ -45,8 +46,8 @@ pub(in crate::store) struct SqliteStore {
     file: PathBuf,
     /// Device and inode of the file that was opened. Its name may come to lead to another file.
     opened: Option<(u64, u64)>,
-    write: Arc<Pool<SqliteConnection>>,
-    read: Arc<Pool<SqliteConnection>>,
+    write: Arc<Pool<InterruptibleConnection>>,
+    read: Arc<Pool<InterruptibleConnection>>,
     /// Approximate bytes written since the last checkpoint.
     written: Arc<AtomicUsize>,
     checkpoint: mpsc::Sender<()>,
@@ -128,7 +129,7 @@ impl SqliteStore {
     }
 
     /// Returns the connection that writes.
-    pub async fn writer(&self) -> Result<Pooled<SqliteConnection>, StoreError> {
+    pub async fn writer(&self) -> Result<Pooled<InterruptibleConnection>, StoreError> {
         acquire(&self.write).await
     }
 
@@ -351,14 +352,17 @@ async fn run_checkpointer(
     pool.close().await;
 }
 
-async fn checkpoint(pool: &Arc<Pool<SqliteConnection>>) -> Result<(), StoreError> {
+async fn checkpoint(pool: &Arc<Pool<InterruptibleConnection>>) -> Result<(), StoreError> {
     let mut connection = acquire(pool).await?;
-    sqlx::query(CHECKPOINT).execute(&mut *connection).await?;
+    sqlx::query(CHECKPOINT).execute(&mut **connection).await?;
     connection.set_reusable();
     Ok(())
 }
 
-fn pool_of(max_connections: u32, options: SqliteConnectOptions) -> Arc<Pool<SqliteConnection>> {
+fn pool_of(
+    max_connections: u32,
+    options: SqliteConnectOptions,
+) -> Arc<Pool<InterruptibleConnection>> {
     let limits = Limits {
         max_connections,
         acquire_timeout: BUSY_TIMEOUT,
@@ -368,26 +372,18 @@ fn pool_of(max_connections: u32, options: SqliteConnectOptions) -> Arc<Pool<Sqli
     };
     Pool::new(limits, move || {
         let options = options.clone();
-        Box::pin(async move { Ok(options.connect().await?) })
+        Box::pin(async move { Ok(InterruptibleConnection::open(&options).await?) })
     })
 }
 
 async fn acquire(
-    pool: &Arc<Pool<SqliteConnection>>,
-) -> Result<Pooled<SqliteConnection>, StoreError> {
+    pool: &Arc<Pool<InterruptibleConnection>>,
+) -> Result<Pooled<InterruptibleConnection>, StoreError> {
     pool.acquire(|| None).await.map_err(|error| match error {
         AcquireError::TimedOut | AcquireError::OpenTimedOut => sqlx::Error::PoolTimedOut.into(),
         AcquireError::Closed => sqlx::Error::PoolClosed.into(),
         AcquireError::Open(error) => error,
     })
-}
-
-impl Poolable for SqliteConnection {
-    async fn close(self) {
-        // The file is closed either way. Only the last connection could fail in a checkpoint, and
-        // the WAL keeps what it could not copy.
-        let _ = sqlx::Connection::close(self).await;
-    }
 }
 
 #[cfg(test)]
