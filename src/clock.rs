@@ -3,6 +3,9 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 
+/// Milliseconds that the clocks of processes on the same database may differ.
+pub const MAX_SKEW_MS: i64 = 60_000;
+
 /// The system's time, or a time that a test sets.
 #[derive(Clone, Debug)]
 pub struct Clock(Option<Arc<AtomicI64>>);

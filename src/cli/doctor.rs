@@ -1,4 +1,4 @@
-//! `doctor`: what is wrong and what to do, in words.
+//! `doctor`: prints what is wrong and what to do.
 
 use clap::Args;
 use serde_json::json;
@@ -8,34 +8,35 @@ use super::reconcile::StripeFlags;
 use super::{Exit, GlobalArgs};
 use crate::clock::Clock;
 use crate::config::{Config, Flags, Purpose};
-use crate::doctor::{self, Check, CheckStatus, DoctorInput};
+use crate::doctor::{self, Check, CheckId, CheckStatus, DoctorInput};
 use crate::store::Store;
 use crate::stripe_api::{self, StripeApi};
 use crate::telemetry;
 
-/// Letters of a line that are for words.
+/// Columns for the text of a line.
 const WIDTH: usize = 90;
-/// Tries after the first: somebody waits, and wants to know what Stripe answers.
-const FEW: usize = 2;
+/// Retries of a call to Stripe: an operator waits, and wants to know what Stripe answers.
+const RETRIES: usize = 2;
 
-/// Say what is wrong and what to do; changes nothing that matters, and does not migrate
+/// Report what is wrong and what to do, without changing or migrating anything
 #[derive(Args)]
 #[command(after_help = "Examples:
   stripe-reconciler doctor                          with the same settings as `serve`
-  stripe-reconciler doctor --quiet || mail ...      from cron: prints only what is wrong
+  stripe-reconciler doctor --quiet || mail ...      from cron: prints problems only
   stripe-reconciler doctor --json | jq .state
 
-With STRIPE_API_KEY it asks Stripe about the webhook endpoint and the time; without, it says what the last pass of
-reconciliation saw. With STRIPE_WEBHOOK_SECRET it knows which signing secrets are configured.
-Exit codes: 0 nothing is wrong, 2 a setting is wrong, 3 something is wrong, 4 the database cannot be used.")]
+With STRIPE_API_KEY it asks Stripe about the webhook endpoint and the time; without, it reports
+what the last reconcile run found. With STRIPE_WEBHOOK_SECRET it knows the configured secrets.
+Exit codes: 0 nothing is wrong, 2 a setting is invalid, 3 something is wrong, 4 the database cannot
+be used.")]
 pub struct Doctor {
     /// Print JSON
     #[arg(long)]
     json: bool,
-    /// Print only what is wrong
+    /// Print problems only
     #[arg(long)]
     quiet: bool,
-    /// Signing secrets as `serve` has them [env: STRIPE_WEBHOOK_SECRET, better: a flag can be seen in the list of processes]
+    /// Signing secrets of `serve` [env: STRIPE_WEBHOOK_SECRET, preferred: flags show in process lists]
     #[arg(long, value_name = "SECRETS")]
     stripe_webhook_secret: Option<String>,
     #[command(flatten)]
@@ -50,33 +51,35 @@ impl Doctor {
         };
         let config = Config::load(&flags, Purpose::Diagnosis)?;
         telemetry::start(config.telemetry);
-        let patient = DoctorInput {
+        let input = DoctorInput {
             store: Store::connect_to_existing(&config.database_url).await,
             reconciles: config.stripe_api.is_some(),
             api: config.stripe_api.map(|settings| {
                 StripeApi::new(stripe_api::StripeSettings {
-                    retries: FEW,
+                    retries: RETRIES,
                     ..settings
                 })
             }),
             secrets: config.secrets.map(|secrets| secrets.names()),
             clock: Clock::system(),
         };
-        let checks = doctor::examine(&patient).await;
-        if let Ok(store) = &patient.store {
+
+        let checks = doctor::examine(&input).await;
+        if let Ok(store) = &input.store {
             store.close().await;
         }
+
         let state = doctor::overall(&checks);
         if self.json {
             output::line(serde_json::to_string_pretty(
-                &json!({"state": verdict(state), "checks": checks}),
+                &json!({"state": reported(state), "checks": checks}),
             )?)?;
         } else {
             self.print(&checks)?;
         }
         Ok(match state {
             CheckStatus::Ok | CheckStatus::Unknown => Exit::Done,
-            _ if is_database_away(&checks) => Exit::Unreachable,
+            _ if is_database_unusable(&checks) => Exit::Unreachable,
             CheckStatus::Warning | CheckStatus::Failing => Exit::Differs,
         })
     }
@@ -91,23 +94,22 @@ impl Doctor {
                 CheckStatus::Warning => output::bold("warning"),
                 CheckStatus::Failing => output::bold("FAILING"),
             };
-            // The codes that make it bold take no room.
+            // The escape codes for bold take no columns.
             let padding = " ".repeat(9 - visible(check.state));
-            let words = [Some(&check.finding), check.remedy.as_ref()]
+
+            let texts = [Some(&check.finding), check.remedy.as_ref()]
                 .into_iter()
                 .flatten();
-            for (at, text) in words
-                .flat_map(|words| output::wrap(words, WIDTH))
-                .enumerate()
-            {
+            for (at, text) in texts.flat_map(|text| output::wrap(text, WIDTH)).enumerate() {
                 let head = if at == 0 {
-                    format!("{word}{padding}{:<16}", check.name)
+                    format!("{word}{padding}{:<16}", check.id)
                 } else {
                     " ".repeat(25)
                 };
                 output::line(format!("{head}{text}"))?;
             }
         }
+
         match wrong {
             _ if self.quiet => Ok(()),
             0 => output::line("\nNothing is wrong."),
@@ -117,6 +119,7 @@ impl Doctor {
     }
 }
 
+/// Returns the columns of a printed status.
 fn visible(state: CheckStatus) -> usize {
     match state {
         CheckStatus::Ok => 2,
@@ -125,8 +128,8 @@ fn visible(state: CheckStatus) -> usize {
     }
 }
 
-/// What cannot be told is nothing wrong.
-fn verdict(state: CheckStatus) -> CheckStatus {
+/// Reports an unknown status as ok: missing information is not a problem.
+fn reported(state: CheckStatus) -> CheckStatus {
     if state == CheckStatus::Unknown {
         CheckStatus::Ok
     } else {
@@ -134,8 +137,8 @@ fn verdict(state: CheckStatus) -> CheckStatus {
     }
 }
 
-fn is_database_away(checks: &[Check]) -> bool {
+fn is_database_unusable(checks: &[Check]) -> bool {
     checks
         .iter()
-        .any(|check| check.name == "database" && check.state == CheckStatus::Failing)
+        .any(|check| check.id == CheckId::Database && check.state == CheckStatus::Failing)
 }

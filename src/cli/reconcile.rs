@@ -1,4 +1,4 @@
-//! `reconcile`: one pass against Stripe's API, and its report; or the reports of the last passes.
+//! `reconcile`: makes one run against Stripe's API and prints its report, or lists the last reports.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,6 +11,7 @@ use super::output;
 use super::{Access, Exit, GlobalArgs, open};
 use crate::clock::Clock;
 use crate::config::{Config, ConfigErrors, Flags, Purpose};
+use crate::domain::run_summary::RunSummary;
 use crate::ingest::batch_writer::BatchWriter;
 use crate::reconcile::{
     self, Differing, Extent, Healed, Lease, Plan, ReconcileContext, ReconcileError, Report,
@@ -19,23 +20,24 @@ use crate::reconcile::{
 use crate::store::{Run, Store};
 use crate::stripe_api::StripeApi;
 
-/// Items of a list that are printed for a person; `--json` has all.
-const SHOWN: usize = 50;
-/// Passes that `--list` shows.
-const LISTED: u32 = 20;
+/// Items of each list that are printed. `--json` has all.
+const MAX_ITEMS: usize = 50;
+/// Runs that `--list` shows.
+const MAX_RUNS: u32 = 20;
 
-/// Compare with Stripe's API: find what no webhook told, and print where the two sides agree and differ
+/// Compare stored invoices with Stripe, find missed events, and report differences
 #[derive(Args)]
 #[command(after_help = "Examples:
-  STRIPE_API_KEY=rk_live_... stripe-reconciler reconcile      one pass; exits with 3 if anything was healed or differs
-  stripe-reconciler reconcile --dry-run                       what a pass would find; changes nothing
-  stripe-reconciler reconcile --since 30d --json              all that Stripe still lists, whatever is known of it
-  stripe-reconciler reconcile --list                          the last passes, those of a running `serve` among them
+  STRIPE_API_KEY=rk_live_... stripe-reconciler reconcile   one run; exit code 3 if it healed or found differences
+  stripe-reconciler reconcile --dry-run                    what a run would find; changes nothing
+  stripe-reconciler reconcile --since 30d --json           everything that Stripe still lists
+  stripe-reconciler reconcile --list                       the last runs, including those of `serve`
 
-It waits while another pass is under way. Repeating is harmless: a second run right after finds nothing new.
-A restricted key needs to read events, invoices, invoice payments, PaymentIntents, charges and webhook endpoints.")]
+It waits while another run is in progress. Repeating is harmless: a second run finds nothing new.
+A restricted key must be able to read events, invoices, invoice payments, PaymentIntents, charges
+and webhook endpoints.")]
 pub struct Reconcile {
-    /// Read Stripe's events and invoices of this long, such as 30d or 12h [default: from where the last pass ended]
+    /// Look back this long, such as 30d or 12h [default: from where the last run ended]
     #[arg(long, value_name = "DURATION")]
     since: Option<String>,
     /// Change nothing
@@ -44,28 +46,29 @@ pub struct Reconcile {
     /// Print the report as JSON
     #[arg(long)]
     json: bool,
-    /// Only print the reports of the last passes
+    /// Print the reports of the last runs, without a new run
     #[arg(long, conflicts_with_all = ["since", "dry_run"])]
     list: bool,
     #[command(flatten)]
     stripe: StripeFlags,
 }
 
-/// How Stripe's API is reached.
+/// Flags for access to Stripe's API.
 #[derive(Args, Clone)]
 pub(super) struct StripeFlags {
-    /// Secret or restricted key of Stripe's API [env: STRIPE_API_KEY, better: a flag can be seen in the list of processes]
+    /// Stripe secret or restricted API key [env: STRIPE_API_KEY, preferred: flags show in process lists]
     #[arg(long, value_name = "KEY")]
     stripe_api_key: Option<String>,
-    /// Where Stripe's API is, for tests [env: STRIPE_API_BASE]
+    /// Base URL of Stripe's API, for tests [env: STRIPE_API_BASE]
     #[arg(long, value_name = "URL")]
     stripe_api_base: Option<String>,
-    /// Calls a second to each of its endpoints at most [env: STRIPE_API_RATE] [default: 25]
+    /// Maximum calls per second to each API endpoint [env: STRIPE_API_RATE] [default: 25]
     #[arg(long, value_name = "N")]
     stripe_api_rate: Option<String>,
 }
 
 impl StripeFlags {
+    /// Adds these flags to the flags of the command.
     pub fn fill(self, flags: Flags) -> Flags {
         let StripeFlags {
             stripe_api_key,
@@ -86,6 +89,7 @@ impl Reconcile {
         if self.list {
             return list(&settings.store(Access::Reads).await?, self.json).await;
         }
+
         let since_s = self.since.as_deref().map(parse_since).transpose()?;
         let mut config = Config::load(
             &self.stripe.clone().fill(settings.flags()),
@@ -97,11 +101,13 @@ impl Reconcile {
                 .take()
                 .context("checked with the configuration")?,
         );
+
         let (mode, access) = if self.dry_run {
             (WriteMode::DryRun, Access::Reads)
         } else {
             (WriteMode::Save, Access::Writes)
         };
+
         let store = open(config, access).await?;
         let report = reconcile(
             &store,
@@ -113,6 +119,7 @@ impl Reconcile {
             },
         )
         .await?;
+
         if self.json {
             output::line(serde_json::to_string_pretty(&report.to_json())?)?;
         } else {
@@ -128,7 +135,7 @@ impl Reconcile {
 
 async fn reconcile(store: &Store, api: StripeApi, plan: Plan) -> anyhow::Result<Report> {
     let (inbox, writer) = BatchWriter::start(store.clone(), Arc::default());
-    let tools = ReconcileContext {
+    let context = ReconcileContext {
         store: store.clone(),
         inbox,
         api,
@@ -136,61 +143,60 @@ async fn reconcile(store: &Store, api: StripeApi, plan: Plan) -> anyhow::Result<
         metrics: Arc::default(),
     };
     let bar = output::progress("calls to Stripe");
-    let counting = async {
+    let show_calls = async {
         loop {
-            bar.set_position(tools.api.calls());
+            bar.set_position(context.api.calls());
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
     };
     let ended = tokio::select! {
-        ended = under_lease(&tools, plan) => ended,
-        () = counting => unreachable!("it counts as long as the pass lasts"),
+        ended = run_under_lease(&context, plan) => ended,
+        () = show_calls => unreachable!("the loop never ends"),
     };
+
     bar.finish_and_clear();
-    drop(tools);
+    drop(context);
     writer.finish().await;
     store.close().await;
     Ok(ended?)
 }
 
-async fn under_lease(tools: &ReconcileContext, plan: Plan) -> Result<Report, ReconcileError> {
+async fn run_under_lease(context: &ReconcileContext, plan: Plan) -> Result<Report, ReconcileError> {
     if plan.mode == WriteMode::DryRun {
-        Lease::wait_until_free(&tools.store, &tools.clock).await?;
-        return reconcile::run(tools, plan).await;
+        Lease::wait_until_free(&context.store, &context.clock).await?;
+        return reconcile::run(context, plan).await;
     }
-    let lease = Lease::take(&tools.store, &tools.clock).await?;
-    let ended = tokio::select! {
-        ended = reconcile::run(tools, plan) => ended,
-        () = lease.lost() => Err(ReconcileError::LeaseLost),
-    };
-    lease.release().await;
-    ended
+
+    let lease = Lease::take(&context.store, &context.clock).await?;
+    lease.run(reconcile::run(context, plan)).await
 }
 
 fn parse_since(text: &str) -> Result<i64, ConfigErrors> {
-    let unfit = || {
+    let invalid = || {
         ConfigErrors(vec![format!(
-            "--since: `{text}` is no duration such as 30d, 12h or 90m"
+            "--since: invalid duration `{text}`: expected a number and a unit, such as 30d, 12h or 90m"
         )])
     };
+
     let (number, unit) = text
         .split_at_checked(text.len().saturating_sub(1))
-        .ok_or_else(unfit)?;
+        .ok_or_else(invalid)?;
     let unit_s = match unit {
         "d" => 24 * 3600,
         "h" => 3600,
         "m" => 60,
-        _ => return Err(unfit()),
+        _ => return Err(invalid()),
     };
+
     let number: i64 = number
         .parse()
         .ok()
         .filter(|n| (1..=100_000).contains(n))
-        .ok_or_else(unfit)?;
+        .ok_or_else(invalid)?;
     Ok(number * unit_s)
 }
 
-fn print(report: &Report) -> anyhow::Result<()> {
+fn print_counts(report: &Report) -> anyhow::Result<()> {
     let counts = [
         (report.agreeing.len(), "agree with Stripe"),
         (
@@ -201,23 +207,34 @@ fn print(report: &Report) -> anyhow::Result<()> {
                 "healed"
             },
         ),
-        (report.differing.len(), "differ from Stripe's"),
+        (report.differing.len(), "differ from Stripe"),
         (report.unknown_at_stripe.len(), "not found at Stripe"),
         (report.unknown_here.len(), "at Stripe, but not stored here"),
     ];
+
     for (count, what) in counts {
         output::line(format!("{count:>8} {what}"))?;
     }
+    Ok(())
+}
+
+/// Prints the report, with advice for each list.
+fn print(report: &Report) -> anyhow::Result<()> {
+    print_counts(report)?;
+
     let title = if report.plan.mode == WriteMode::DryRun {
         "Would be healed"
     } else {
         "Healed"
     };
-    let advice = "Nothing to do. Each invoice now shows what Stripe says; no webhook had told it.";
+    let advice =
+        "Nothing to do. Each invoice now shows what Stripe says. No webhook had delivered it.";
     section(title, advice, &report.healed, healed)?;
-    let advice = "Find out which side is wrong. Correct the stored invoice (PUT it again), or credit, void or replace it at Stripe.";
+    let advice = "Find out which side is wrong. Correct the stored invoice (PUT it again), or credit, void or \
+                  replace it at Stripe.";
     section("Differing", advice, &report.differing, differing)?;
-    let advice = "Stripe has no such invoice. Check status.stripeInvoiceId, and that the key is for the same account and mode.";
+    let advice = "Stripe has no such invoice. Check status.stripeInvoiceId, and that the key is for the same \
+                  account and mode.";
     section(
         "Not found at Stripe",
         advice,
@@ -229,29 +246,30 @@ fn print(report: &Report) -> anyhow::Result<()> {
             )]
         },
     )?;
-    let advice = "Store those that are yours (`invoices import`): what is known about their payment shows at once.";
+    let advice =
+        "Store those that are yours (`invoices import`): their history appears immediately.";
     section(
         "At Stripe, but not stored here",
         advice,
         &report.unknown_here,
         unknown_here,
     )?;
-    let advice = "Nothing to do. Stripe's own events say more than its API shows yet; they are looked at again.";
+    let advice = "Nothing to do. Stripe's API does not show yet what its events say. They are compared again.";
     section("Stripe's API lags", advice, &report.stripe_lags, |i| {
         vec![i.stripe_invoice_id.clone()]
     })?;
-    let advice = "Look at the webhook endpoint in Stripe's Dashboard when these are many.";
-    let events = "Events that no webhook brought";
+    let advice = "If there are many, check the webhook endpoint in Stripe's Dashboard.";
+    let events = "Events that no webhook delivered";
     section(events, advice, &report.api_only_events, |e| {
         vec![format!("{}  {}  {}", e.created, e.event_id, e.event_type)]
     })?;
-    section("Webhook endpoint", "", &report.endpoint_remarks, |remark| {
-        vec![remark.clone()]
+    section("Webhook endpoint", "", &report.endpoint_issues, |issue| {
+        vec![issue.to_string()]
     })?;
     output::line(if report.differs() {
         ""
     } else {
-        "\nEverything that is stored here agrees with Stripe."
+        "\nEverything stored here agrees with Stripe."
     })
 }
 
@@ -268,15 +286,16 @@ fn section<T>(
     if !advice.is_empty() {
         output::line(advice)?;
     }
-    for item in items.iter().take(SHOWN) {
+
+    for item in items.iter().take(MAX_ITEMS) {
         for line in lines(item) {
             output::line(format!("  {line}"))?;
         }
     }
-    if items.len() > SHOWN {
+    if items.len() > MAX_ITEMS {
         output::line(format!(
             "  and {} more: --json has all",
-            items.len() - SHOWN
+            items.len() - MAX_ITEMS
         ))?;
     }
     Ok(())
@@ -289,6 +308,7 @@ fn healed(healed: &Healed) -> Vec<String> {
         "invoice {} of {} ({}): {state}",
         invoice.invoice_uid, invoice.tenant_uid, invoice.stripe_invoice_id
     )];
+
     for (sign, changes) in [("-", &healed.removed), ("+", &healed.added)] {
         for change in changes {
             let message = change.payment_msg.as_deref().unwrap_or_default();
@@ -318,6 +338,7 @@ fn differing(differing: &Differing) -> Vec<String> {
         stripes,
         since,
     } = differing;
+
     let what = match *field {
         "livemode" => "mode",
         other => other,
@@ -336,6 +357,7 @@ fn unknown_here(unknown: &UnknownHere) -> Vec<String> {
         amount,
         created,
     } = unknown;
+
     let known = [number, status, amount]
         .into_iter()
         .flatten()
@@ -346,12 +368,13 @@ fn unknown_here(unknown: &UnknownHere) -> Vec<String> {
 }
 
 async fn list(store: &Store, json: bool) -> anyhow::Result<Exit> {
-    let runs = store.last_runs(LISTED, i64::MAX).await?;
+    let runs = store.last_runs(MAX_RUNS, i64::MAX).await?;
     if json {
         let runs: Vec<Value> = runs.iter().map(as_json).collect::<Result<_, _>>()?;
         output::line(serde_json::to_string_pretty(&json!({"runs": runs}))?)?;
         return Ok(Exit::Done);
     }
+
     let rows = runs.iter().map(row).collect::<anyhow::Result<Vec<_>>>()?;
     let head = [
         "STARTED",
@@ -376,24 +399,22 @@ fn as_json(run: &Run) -> serde_json::Result<Value> {
 }
 
 fn row(run: &Run) -> anyhow::Result<Vec<String>> {
-    let report: Value = serde_json::from_str(run.report.get())?;
-    let count = |name: &str| report["counts"][name].to_string();
+    let summary: RunSummary = serde_json::from_str(run.report.get())?;
     let seconds = (run.ended_ms - run.started_ms) as f64 / 1000.0;
+    let counts = summary.counts;
     let counts = [
-        "agreeing",
-        "healed",
-        "differing",
-        "unknownAtStripe",
-        "unknownHere",
-        "apiOnlyEvents",
-        "calls",
-    ]
-    .map(count);
-    Ok([
-        vec![output::time(Some(run.started_ms)), format!("{seconds:.1}")],
-        counts.to_vec(),
-    ]
-    .concat())
+        counts.agreeing,
+        counts.healed,
+        counts.differing,
+        counts.unknown_at_stripe,
+        counts.unknown_here,
+        counts.api_only_events,
+        counts.calls,
+    ];
+
+    let mut row = vec![output::time(Some(run.started_ms)), format!("{seconds:.1}")];
+    row.extend(counts.iter().map(i64::to_string));
+    Ok(row)
 }
 
 #[cfg(test)]
@@ -401,7 +422,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_duration_has_a_number_and_a_unit() {
+    fn duration_needs_number_and_unit() {
         assert_eq!(parse_since("30d").unwrap(), 30 * 24 * 3600);
         assert_eq!(parse_since("90m").unwrap(), 5400);
         for wrong in ["", "d", "30", "-1d", "0h", "1.5h", "30é"] {

@@ -1,62 +1,67 @@
-//! How the database and its disk are judged: what a failure means, and what cures just that one.
+//! Checks of the database and its disk, and the remedy for each kind of failure.
 
-use super::Check;
 use super::format::{bytes, failing, ok, sentence, unknown, warning};
-use crate::monitoring::monitor::HealthSnapshot;
+use super::{Check, CheckId};
+use crate::monitoring::snapshot::HealthSnapshot;
 use crate::store::{Durability, Space, StoreError, StoreErrorKind};
 
-/// While the room that is left is more than this, no share of a disk is too little.
-const ROOMY: u64 = 10 << 30;
-/// SQLite's log is some megabytes long.
-const LONG_LOG: u64 = 1 << 30;
+/// Free space above which no share of a disk is too little.
+const AMPLE_BYTES: u64 = 10 << 30;
+/// Size from which the WAL of SQLite is suspicious. Usually it has some megabytes.
+const LARGE_WAL_BYTES: u64 = 1 << 30;
 
-/// Nothing can be read from it.
-pub fn away(error: &StoreError) -> Check {
+/// Reports a database that cannot be read.
+pub fn unreadable(error: &StoreError) -> Check {
     failing(
-        "database",
+        CheckId::Database,
         sentence(&error.to_string()),
-        &remedy(error.kind()),
+        remedy(error.kind()),
     )
 }
 
-/// Reports on a database that can be read. `refused` says why it rejects writes. `has_keys` means
-/// that somebody has begun to use it.
-pub fn reached(
+/// Checks a database that can be read. `write_error` says why it rejects writes; `has_keys`: it is
+/// in use, since somebody created an API key.
+pub fn readable(
     snapshot: &HealthSnapshot,
-    refused: Option<&StoreError>,
+    write_error: Option<&StoreError>,
     has_keys: bool,
     durability: Durability,
 ) -> Check {
-    let size = bytes(snapshot.space.database + snapshot.space.log.unwrap_or_default());
-    match refused {
-        Some(error) => failing(
-            "database",
+    if let Some(error) = write_error {
+        return failing(
+            CheckId::Database,
             format!("Readable, but rejects writes: {}.", error.reason()),
-            &remedy(error.kind()),
-        ),
-        None if !has_keys => warning(
-            "database",
-            "Reached, and migrated; but it holds no API key: nobody can read from it.".to_owned(),
-            &format!("A new one: `keys create`. {NOT_THE_ONE}"),
-        ),
-        None if !durability.synchronous_commit => warning(
-            "database",
-            "Reached, and migrated. The server's synchronous_commit is off: `serve` overrides it \
-             for its own sessions until it is restarted."
-                .to_owned(),
+            remedy(error.kind()),
+        );
+    }
+    if !has_keys {
+        return warning(
+            CheckId::Database,
+            "Reached and migrated, but it holds no API key: nobody can read from it.",
+            format!("If it is new, run `keys create`. {NOT_THE_ONE}"),
+        );
+    }
+    if !durability.synchronous_commit {
+        return warning(
+            CheckId::Database,
+            "Reached and migrated. The server's synchronous_commit is off: `serve` overrides it for \
+             its own sessions until it is restarted.",
             "Set it on (alter system, alter database or alter role ... set synchronous_commit = on): \
              `serve` does not start while it is off.",
-        ),
-        None => ok(
-            "database",
-            format!("Reached, and migrated. It takes {size}."),
-        ),
+        );
     }
+
+    let size = bytes(snapshot.space.database + snapshot.space.wal.unwrap_or_default());
+    ok(
+        CheckId::Database,
+        format!("Reached and migrated. It uses {size}."),
+    )
 }
 
-/// `serve` makes an empty database where there is none, and migrates it.
-const NOT_THE_ONE: &str = "Where there was one before, this is not it: DATABASE_URL names another, its disk is not mounted, or its file was \
-                           lost or replaced. Stop `serve`, and put it back, or restore the backup (docs/backup.md).";
+/// `serve` creates and migrates an empty database if there is none.
+const NOT_THE_ONE: &str = "If there was one before, this is another: DATABASE_URL names the wrong one, its disk is not \
+     mounted, or its file was lost or replaced. Stop `serve` and put it back, or restore the backup \
+     (docs/backup.md).";
 
 const MEANWHILE: &str =
     "Until then deliveries are answered 503. Nothing is lost: Stripe redelivers for three days.";
@@ -122,14 +127,20 @@ pub(super) fn remedy(kind: StoreErrorKind) -> String {
     format!("{remedy} {MEANWHILE}")
 }
 
+/// Checks the free space of the database's disk, and the size of the WAL.
 pub fn disk(space: &Space) -> Check {
+    const REMEDY: &str = "Free space: enlarge the disk, or move other files away. To keep the database from growing, \
+         prune old payloads (`events prune --older-than 90d`) while some space is left: pruning \
+         needs some, too. On a full disk deliveries are answered 503, and Stripe retries for three \
+         days.";
     let Some(disk) = space.disk else {
         return unknown(
-            "disk",
-            "The database server's disk cannot be seen from here.".to_owned(),
+            CheckId::Disk,
+            "The disk of the database server is not visible from here.",
             "Watch it where the server runs.",
         );
     };
+
     let share = disk.free as f64 / disk.size.max(1) as f64;
     let left = format!(
         "{} of {} are free ({:.0} %)",
@@ -137,26 +148,24 @@ pub fn disk(space: &Space) -> Check {
         bytes(disk.size),
         share * 100.0
     );
-    let remedy = "Make room: enlarge the disk, or move away what else is on it. To keep the file from growing, forget old payloads \
-                (`events prune --older-than 90d`), while there is some room: that takes some, too. When it is full, deliveries are \
-                answered 503, and Stripe repeats them for three days.";
-    match share {
-        share if share < 0.03 && disk.free < ROOMY => {
-            failing("disk", format!("It is nearly full: {left}."), remedy)
-        }
-        share if share < 0.1 && disk.free < ROOMY => {
-            warning("disk", format!("It fills up: {left}."), remedy)
-        }
-        _ if space.log.is_some_and(|log| log > LONG_LOG) => warning(
-            "disk",
-            format!(
-                "SQLite's log has grown to {}: something reads an old state of it.",
-                bytes(space.log.unwrap_or_default())
-            ),
-            "Look for a process that holds the database open, such as a backup that hangs (`fuser` names it), and end it.",
-        ),
-        _ => ok("disk", format!("{left}.")),
+    if share < 0.03 && disk.free < AMPLE_BYTES {
+        return failing(CheckId::Disk, format!("Nearly full: {left}."), REMEDY);
     }
+    if share < 0.1 && disk.free < AMPLE_BYTES {
+        return warning(CheckId::Disk, format!("Filling up: {left}."), REMEDY);
+    }
+    if let Some(wal) = space.wal.filter(|wal| *wal > LARGE_WAL_BYTES) {
+        return warning(
+            CheckId::Disk,
+            format!(
+                "SQLite's WAL has grown to {}: a process keeps reading an old state.",
+                bytes(wal)
+            ),
+            "Look for a process that keeps the database open, such as a backup that hangs (`fuser` \
+             names it), and end it.",
+        );
+    }
+    ok(CheckId::Disk, format!("{left}."))
 }
 
 #[cfg(test)]
@@ -166,32 +175,32 @@ mod tests {
     use crate::store::Disk;
 
     #[test]
-    fn a_disk_is_full_by_its_share_unless_much_room_is_left() {
-        let judged = |free: u64, size: u64| {
+    fn disk_is_full_by_share_unless_much_space_is_left() {
+        let status = |free: u64, size: u64| {
             disk(&Space {
                 disk: Some(Disk { free, size }),
                 ..Space::default()
             })
             .state
         };
-        assert_eq!(judged(50 << 30, 100 << 30), CheckStatus::Ok);
-        assert_eq!(judged(9 << 30, 100 << 30), CheckStatus::Warning);
+        assert_eq!(status(50 << 30, 100 << 30), CheckStatus::Ok);
+        assert_eq!(status(9 << 30, 100 << 30), CheckStatus::Warning);
         assert_eq!(
-            judged(20 << 30, 1000 << 30),
+            status(20 << 30, 1000 << 30),
             CheckStatus::Ok,
-            "two in a hundred, and much room"
+            "2 % are free, but that is 20 GB"
         );
-        assert_eq!(judged(1 << 20, 3 << 30), CheckStatus::Failing);
-        assert_eq!(judged(0, 0), CheckStatus::Failing);
-        let long = Space {
-            log: Some(2 << 30),
+        assert_eq!(status(1 << 20, 3 << 30), CheckStatus::Failing);
+        assert_eq!(status(0, 0), CheckStatus::Failing);
+        let large_wal = Space {
+            wal: Some(2 << 30),
             disk: Some(Disk {
                 free: 50 << 30,
                 size: 100 << 30,
             }),
             ..Space::default()
         };
-        assert_eq!(disk(&long).state, CheckStatus::Warning);
+        assert_eq!(disk(&large_wal).state, CheckStatus::Warning);
     }
 
     #[test]

@@ -1,6 +1,6 @@
-//! How findings are worded: states, times, sizes and numbers.
+//! Wording of findings: statuses, times, sizes and numbers.
 
-use super::{Check, CheckStatus};
+use super::{Check, CheckId, CheckStatus};
 use crate::domain::time::timestamp;
 
 pub const SECOND_MS: i64 = 1_000;
@@ -8,48 +8,47 @@ pub const MINUTE_MS: i64 = 60 * SECOND_MS;
 pub const HOUR_MS: i64 = 60 * MINUTE_MS;
 pub const DAY_MS: i64 = 24 * HOUR_MS;
 
-/// `1 event`, `2 events`
-pub fn count(number: i64, what: &str) -> String {
-    format!("{number} {what}{}", if number == 1 { "" } else { "s" })
+/// Returns `1 event`, `2 events`.
+pub fn count(number: i64, noun: &str) -> String {
+    format!("{number} {noun}{}", if number == 1 { "" } else { "s" })
 }
 
-pub fn ok(name: &'static str, finding: String) -> Check {
+pub fn ok(id: CheckId, finding: impl Into<String>) -> Check {
     Check {
-        name,
+        id,
         state: CheckStatus::Ok,
-        finding,
+        finding: finding.into(),
         remedy: None,
     }
 }
 
-pub fn unknown(name: &'static str, finding: String, remedy: &str) -> Check {
+pub fn unknown(id: CheckId, finding: impl Into<String>, remedy: impl Into<String>) -> Check {
+    with_remedy(id, CheckStatus::Unknown, finding, remedy)
+}
+
+pub fn warning(id: CheckId, finding: impl Into<String>, remedy: impl Into<String>) -> Check {
+    with_remedy(id, CheckStatus::Warning, finding, remedy)
+}
+
+pub fn failing(id: CheckId, finding: impl Into<String>, remedy: impl Into<String>) -> Check {
+    with_remedy(id, CheckStatus::Failing, finding, remedy)
+}
+
+pub fn with_remedy(
+    id: CheckId,
+    state: CheckStatus,
+    finding: impl Into<String>,
+    remedy: impl Into<String>,
+) -> Check {
     Check {
-        name,
-        state: CheckStatus::Unknown,
-        finding,
-        remedy: Some(remedy.to_owned()),
+        id,
+        state,
+        finding: finding.into(),
+        remedy: Some(remedy.into()),
     }
 }
 
-pub fn warning(name: &'static str, finding: String, remedy: &str) -> Check {
-    Check {
-        name,
-        state: CheckStatus::Warning,
-        finding,
-        remedy: Some(remedy.to_owned()),
-    }
-}
-
-pub fn failing(name: &'static str, finding: String, remedy: &str) -> Check {
-    Check {
-        name,
-        state: CheckStatus::Failing,
-        finding,
-        remedy: Some(remedy.to_owned()),
-    }
-}
-
-/// With a capital letter in front and a full stop behind.
+/// Makes a sentence: a capital letter in front, a full stop at the end.
 pub fn sentence(text: &str) -> String {
     let mut letters = text.trim_end_matches('.').chars();
     let first: String = letters
@@ -59,6 +58,7 @@ pub fn sentence(text: &str) -> String {
     format!("{first}{}.", letters.as_str())
 }
 
+/// Returns `5 min ago (2026-01-31T10:00:00.000Z)`. A future time counts as now.
 pub fn ago(at_ms: i64, now_ms: i64) -> String {
     format!(
         "{} ago ({})",
@@ -67,6 +67,7 @@ pub fn ago(at_ms: i64, now_ms: i64) -> String {
     )
 }
 
+/// Returns a duration in its largest unit.
 pub fn duration(ms: i64) -> String {
     match ms {
         DAY_MS.. => format!("{:.1} days", ms as f64 / DAY_MS as f64),
@@ -76,6 +77,7 @@ pub fn duration(ms: i64) -> String {
     }
 }
 
+/// Returns a size in its largest decimal unit.
 pub fn bytes(bytes: u64) -> String {
     match bytes {
         0..1_000_000 => format!("{} KB", bytes / 1_000),

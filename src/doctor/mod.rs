@@ -1,116 +1,174 @@
-//! What is wrong, and what to do, in words: from what the database says, and from Stripe's API where there is a key. Printing is for
-//! whoever asks: the command `doctor`, or a page.
+//! Finds out what is wrong and what to do, from the database and, with a key, from Stripe's API.
 //!
-//! Nothing is put right here, and nothing is migrated. What is judged how stands in `checks`, `database` and `signing`.
+//! Changes nothing and does not migrate. The rules are in `checks`, `database`, `signing` and
+//! `stripe`. Printing is left to the caller: the command `doctor`, or a page.
 
 mod checks;
 mod database;
 mod format;
 mod signing;
+mod stripe;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
+use std::fmt;
 use std::time::Duration;
 
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
-use super::monitoring::missed_webhooks::first_missed;
-use super::monitoring::monitor::{self, DELIVERED, EXAMINED, HealthSnapshot};
-use super::reconcile::look_at_endpoints;
 use crate::clock::Clock;
+use crate::domain::run_summary::EndpointIssue;
 use crate::domain::stripe::signing_secrets::SecretName;
 use crate::monitoring::delivery_gap;
+use crate::monitoring::last_seen::{LastSeen, stored_times};
+use crate::monitoring::log_scanner::{save_step, scan_page};
+use crate::monitoring::missed_webhooks::first_missed;
+use crate::monitoring::snapshot::HealthSnapshot;
+use crate::reconcile::check_registered_endpoints;
 use crate::store::{ActivityDelta, Durability, Store, StoreError, StoreErrorClass};
 use crate::stripe_api::{StripeApi, StripeApiError};
 
-/// What is looked at.
+/// The subjects of an examination.
 pub struct DoctorInput {
-    /// Or why it could not be opened.
+    /// The store, or why it could not be opened.
     pub store: Result<Store, StoreError>,
-    /// None: only what the last passes said is known of Stripe.
+    /// Without it, only the findings of the last runs are known of Stripe.
     pub api: Option<StripeApi>,
-    /// There is a key for reconciliation here.
+    /// `true` if there is an API key for reconciliation here.
     pub reconciles: bool,
-    /// The configured signing secrets; None: they are not known.
+    /// The configured signing secrets; `None` if they are unknown.
     pub secrets: Option<Vec<SecretName>>,
     pub clock: Clock,
 }
 
+/// The result of a check, from best to worst.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum CheckStatus {
     Ok,
-    /// It cannot be told.
+    /// There is not enough information.
     Unknown,
-    /// Somebody should look at it, today.
+    /// An operator should act today.
     Warning,
-    /// Somebody should look at it now.
+    /// An operator should act now.
     Failing,
 }
 
-/// One thing that was looked at.
+/// One of the checks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CheckId {
+    Database,
+    Disk,
+    Clock,
+    Deliveries,
+    Signatures,
+    Secrets,
+    Unmatched,
+    Unreadable,
+    Endpoint,
+    Reconciliation,
+    Drift,
+}
+
+impl CheckId {
+    /// Returns the name, which scripts rely on.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            CheckId::Database => "database",
+            CheckId::Disk => "disk",
+            CheckId::Clock => "clock",
+            CheckId::Deliveries => "deliveries",
+            CheckId::Signatures => "signatures",
+            CheckId::Secrets => "secrets",
+            CheckId::Unmatched => "unmatched",
+            CheckId::Unreadable => "unreadable",
+            CheckId::Endpoint => "endpoint",
+            CheckId::Reconciliation => "reconciliation",
+            CheckId::Drift => "drift",
+        }
+    }
+}
+
+impl fmt::Display for CheckId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.as_str())
+    }
+}
+
+impl Serialize for CheckId {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.as_str())
+    }
+}
+
+/// The result of one check.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Check {
-    pub name: &'static str,
+    #[serde(rename = "name")]
+    pub id: CheckId,
     pub state: CheckStatus,
-    /// What was found, in words.
+    /// The finding, as sentences.
     pub finding: String,
-    /// What to do about it. `cure` is the name in the JSON output, which scripts rely on.
+    /// Instructions for the operator. The JSON output calls them `cure`, which scripts rely on.
     #[serde(rename = "cure")]
     pub remedy: Option<String>,
 }
 
-/// How long the database, and Stripe, may take.
+/// Time limit for the database, and for Stripe.
 const TIMEOUT: Duration = Duration::from_secs(10);
-/// Steps that are read on in the log at most.
-const STEPS: usize = 20;
+/// Steps of the log that are read at most.
+const MAX_STEPS: usize = 20;
 
-/// Looks at everything, and says of each thing how it is. The first is always `database`.
-pub async fn examine(patient: &DoctorInput) -> Vec<Check> {
-    let looked = tokio::time::timeout(TIMEOUT, look(patient)).await;
-    let seen = looked.unwrap_or_else(|_| Err(StoreError::unresponsive()));
-    let endpoints = match &patient.api {
-        Some(api) => Some(ask(api).await),
+/// Makes all checks. The first is always [`CheckId::Database`].
+///
+/// If the database cannot be read, only the checks that do without it are made.
+pub async fn examine(input: &DoctorInput) -> Vec<Check> {
+    let observed = tokio::time::timeout(TIMEOUT, observe(input))
+        .await
+        .unwrap_or_else(|_| Err(StoreError::unresponsive()));
+    let endpoint_issues = match &input.api {
+        Some(api) => Some(ask_stripe(api).await),
         None => None,
     };
-    let now_ms = patient.clock.now_ms();
-    let stripe_ahead_ms = patient
+
+    let now_ms = input.clock.now_ms();
+    let stripe_ahead_ms = input
         .api
         .as_ref()
         .and_then(StripeApi::answered_s)
         .map(|stripe_s| stripe_s * 1000 - now_ms);
-    let about_stripe = |passes| checks::endpoint(endpoints.as_ref(), passes, now_ms);
-    let seen = match seen {
-        Ok(seen) => seen,
+    let observed = match observed {
+        Ok(observed) => observed,
         Err(error) => {
             return vec![
-                database::away(&error),
+                database::unreadable(&error),
                 checks::clock(None, stripe_ahead_ms),
-                about_stripe(&[]),
+                stripe::endpoint(endpoint_issues.as_ref(), &[], now_ms),
             ];
         }
     };
-    let snapshot = &seen.snapshot;
+
+    let snapshot = &observed.snapshot;
     vec![
-        database::reached(
+        database::readable(
             snapshot,
-            seen.refused.as_ref(),
-            seen.has_keys,
-            seen.durability,
+            observed.write_error.as_ref(),
+            observed.has_keys,
+            observed.durability,
         ),
         database::disk(&snapshot.space),
-        checks::clock(seen.database_ahead_ms, stripe_ahead_ms),
-        checks::deliveries(snapshot, &seen.hours, seen.missed_ms, now_ms),
+        checks::clock(observed.database_ahead_ms, stripe_ahead_ms),
+        checks::deliveries(snapshot, &observed.hours, observed.missed_ms, now_ms),
         signing::signatures(snapshot, now_ms),
-        signing::secrets(snapshot, patient.secrets.as_deref(), now_ms),
-        checks::unmatched(snapshot, seen.is_read, now_ms),
+        signing::secrets(snapshot, input.secrets.as_deref(), now_ms),
+        checks::unmatched(snapshot, observed.is_scanned, now_ms),
         checks::unreadable(snapshot),
-        about_stripe(&snapshot.passes),
-        checks::reconciliation(snapshot, patient.reconciles, now_ms),
-        checks::drift(snapshot),
+        stripe::endpoint(endpoint_issues.as_ref(), &snapshot.runs, now_ms),
+        stripe::reconciliation(snapshot, input.reconciles, now_ms),
+        stripe::drift(snapshot),
     ]
 }
 
-/// The worst of these.
+/// Returns the worst status of these checks.
 pub fn overall(checks: &[Check]) -> CheckStatus {
     checks
         .iter()
@@ -119,80 +177,93 @@ pub fn overall(checks: &[Check]) -> CheckStatus {
         .unwrap_or(CheckStatus::Ok)
 }
 
-struct Seen {
+/// The state of the database.
+struct Observed {
     snapshot: HealthSnapshot,
-    /// In which webhooks came.
+    /// Hours since 1970 in which webhooks were received.
     hours: BTreeSet<i64>,
-    /// When Stripe made the first event that no webhook brought since.
+    /// When Stripe created the first event since whose webhook is overdue.
     missed_ms: Option<i64>,
     has_keys: bool,
     durability: Durability,
     database_ahead_ms: Option<i64>,
-    /// The log was read to its end.
-    is_read: bool,
-    /// Why the database takes nothing.
-    refused: Option<StoreError>,
+    /// `true` if the log was read to its end.
+    is_scanned: bool,
+    /// Why the database rejects writes.
+    write_error: Option<StoreError>,
 }
 
-async fn look(patient: &DoctorInput) -> Result<Seen, StoreError> {
-    let store = patient.store.as_ref().map_err(Clone::clone)?;
+async fn observe(input: &DoctorInput) -> Result<Observed, StoreError> {
+    let store = input.store.as_ref().map_err(Clone::clone)?;
     store.ping().await?;
-    let now_ms = patient.clock.now_ms();
+
+    let now_ms = input.clock.now_ms();
     let database_ahead_ms = store
         .time_ms()
         .await?
-        .map(|time_ms| time_ms - patient.clock.now_ms());
-    // A disk that is full can still be read.
-    let mut refused = store
-        .note_moments(&BTreeMap::from([(EXAMINED.to_owned(), now_ms)]), now_ms)
-        .await
-        .err();
-    if let Some(error) = refused.take_if(|error| error.class() == StoreErrorClass::Away) {
+        .map(|time_ms| time_ms - input.clock.now_ms());
+    // A database on a full disk rejects writes but can still be read.
+    let run = stored_times([(LastSeen::DoctorRun, now_ms)]);
+    let mut write_error = store.record_last_seen(&run, now_ms).await.err();
+    if let Some(error) = write_error.take_if(|error| error.class() == StoreErrorClass::Away) {
         return Err(error);
     }
-    let (mut read, mut is_read) = (ActivityDelta::default(), false);
-    for _ in 0..STEPS {
-        let step = monitor::scan_page(store, now_ms).await?;
-        if refused.is_none() {
-            refused = monitor::keep_step(store, &step, now_ms).await.err();
-        }
-        is_read = !step.is_more && refused.is_none();
-        read = step.news;
-        if !step.is_more || refused.is_some() {
-            break;
-        }
-    }
-    let mut snapshot = HealthSnapshot::read(store, now_ms).await?;
+    let (delta, is_scanned) = scan_log(store, now_ms, &mut write_error).await?;
+
+    let mut snapshot = HealthSnapshot::load(store, now_ms).await?;
+    let stored_last_ms = snapshot.last_seen(&LastSeen::Delivery);
     let mut hours = store
-        .delivery_hours(delivery_gap::first_hour(
-            snapshot.moment(DELIVERED, "").unwrap_or_default(),
-        ))
+        .delivery_hours(delivery_gap::first_hour(stored_last_ms.unwrap_or_default()))
         .await?;
-    snapshot.add(&read);
-    hours.extend(read.hours);
-    let missed_ms = match snapshot.moment(DELIVERED, "") {
+    snapshot.add(&delta);
+    hours.extend(delta.hours);
+    let missed_ms = match snapshot.last_seen(&LastSeen::Delivery) {
         Some(last_ms) => first_missed(store, last_ms, now_ms).await?,
         None => None,
     };
     let has_keys = !store.keys().await?.is_empty();
-    Ok(Seen {
+
+    Ok(Observed {
         snapshot,
         hours,
         missed_ms,
         has_keys,
         durability: store.durability(),
         database_ahead_ms,
-        is_read,
-        refused,
+        is_scanned,
+        write_error,
     })
 }
 
-async fn ask(api: &StripeApi) -> Result<Vec<String>, StripeApiError> {
-    let answered = tokio::time::timeout(TIMEOUT, look_at_endpoints(api)).await;
-    answered.unwrap_or_else(|_| {
-        Err(StripeApiError::Away(format!(
-            "no answer within {} s",
-            TIMEOUT.as_secs()
-        )))
-    })
+/// Scans the log, at most 20 steps, and saves each while the database accepts writes. Returns what
+/// the last step adds, and whether everything was read and saved.
+async fn scan_log(
+    store: &Store,
+    now_ms: i64,
+    write_error: &mut Option<StoreError>,
+) -> Result<(ActivityDelta, bool), StoreError> {
+    let (mut delta, mut is_scanned) = (ActivityDelta::default(), false);
+    for _ in 0..MAX_STEPS {
+        let step = scan_page(store, now_ms).await?;
+        if write_error.is_none() {
+            *write_error = save_step(store, &step, now_ms).await.err();
+        }
+        is_scanned = !step.is_more && write_error.is_none();
+        delta = step.delta;
+        if !step.is_more || write_error.is_some() {
+            break;
+        }
+    }
+    Ok((delta, is_scanned))
+}
+
+async fn ask_stripe(api: &StripeApi) -> Result<Vec<EndpointIssue>, StripeApiError> {
+    tokio::time::timeout(TIMEOUT, check_registered_endpoints(api))
+        .await
+        .unwrap_or_else(|_| {
+            Err(StripeApiError::Away(format!(
+                "no answer within {} s",
+                TIMEOUT.as_secs()
+            )))
+        })
 }

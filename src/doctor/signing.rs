@@ -1,170 +1,231 @@
-//! How signatures and signing secrets are judged: is what Stripe sends believed, and which secret can go?
+//! Checks of signatures and signing secrets: are Stripe's deliveries accepted, and which secret can be
+//! removed?
 
-use super::Check;
-use super::format::{DAY_MS, HOUR_MS, MINUTE_MS, ago, failing, ok, unknown, warning};
+use super::format::{DAY_MS, HOUR_MS, MINUTE_MS, ago, failing, ok, unknown, warning, with_remedy};
+use super::{Check, CheckId, CheckStatus};
+use crate::domain::stripe::signature::SignatureError;
 use crate::domain::stripe::signing_secrets::SecretName;
-use crate::monitoring::monitor::{DELIVERED, HealthSnapshot, REFUSED, SECRET};
+use crate::monitoring::last_seen::{LastSeen, Rejection};
 use crate::monitoring::signing_secrets::{configured_since, last_used};
+use crate::monitoring::snapshot::HealthSnapshot;
 
-/// How long nothing may be accepted beside what is refused; and how long others are accepted after it until it is over.
-const NOTHING_ACCEPTED_MS: i64 = 10 * MINUTE_MS;
-/// How long Stripe signs with the old secret, too, when one is rolled; and some time to notice.
-const ROLLED_MS: i64 = 25 * HOUR_MS;
+/// Time between an accepted and a rejected delivery from which they say different things: earlier
+/// accepted ones do not weaken a rejection, later ones end it.
+const UNRELATED_MS: i64 = 10 * MINUTE_MS;
+/// Time after a roll in which Stripe also signs with the old secret, plus an hour to notice.
+const ROLL_MS: i64 = 25 * HOUR_MS;
 const SECRET_UNUSED_MS: i64 = 30 * DAY_MS;
 
+/// Checks whether authentic deliveries are rejected because of their signature or its time.
 pub fn signatures(snapshot: &HealthSnapshot, now_ms: i64) -> Check {
-    let recently = |reason: &str| {
-        snapshot
-            .moment(REFUSED, reason)
-            .filter(|at_ms| now_ms - at_ms < DAY_MS)
-    };
-    let accepted_ms = snapshot.moment(DELIVERED, "");
+    let accepted_ms = snapshot.last_seen(&LastSeen::Delivery);
     let accepted = accepted_ms.map_or("none was ever accepted".to_owned(), |ms| {
-        format!("the last that was accepted came {}", ago(ms, now_ms))
+        format!("the last accepted one was received {}", ago(ms, now_ms))
     });
-    let alone = |at_ms: i64| {
-        accepted_ms.is_none_or(|accepted_ms| accepted_ms < at_ms - NOTHING_ACCEPTED_MS)
-    };
-    if let Some(at_ms) = recently("mismatch").filter(|at_ms| alone(*at_ms)) {
+    let none_accepted_before =
+        |at_ms: i64| accepted_ms.is_none_or(|accepted_ms| accepted_ms < at_ms - UNRELATED_MS);
+
+    let mismatch_ms = rejected_today(snapshot, SignatureError::Mismatch, now_ms);
+    if let Some(at_ms) = mismatch_ms.filter(|at_ms| none_accepted_before(*at_ms)) {
         return failing(
-            "signatures",
+            CheckId::Signatures,
             format!(
-                "Deliveries are refused because no configured secret signs them, the last {}; {accepted}.",
+                "Deliveries are rejected because no configured secret signs them, most recently \
+                 {}; {accepted}.",
                 ago(at_ms, now_ms)
             ),
-            "Compare STRIPE_WEBHOOK_SECRET with the endpoint's signing secret in Stripe's Dashboard: was it rolled? Configure old and \
-             new together (`live=whsec_...,old=whsec_...`) and restart. Test mode, live mode and Connect each have their own.",
+            "Compare STRIPE_WEBHOOK_SECRET with the endpoint's signing secret in Stripe's Dashboard: \
+             was it rolled? Configure old and new together (`live=whsec_...,old=whsec_...`) and \
+             restart. Test mode, live mode and Connect have one each.",
         );
     }
-    let off = [
-        ("future", "from the future: this machine's clock is behind"),
-        (
-            "stale",
-            "too old: this machine's clock is ahead, or somebody repeats them",
-        ),
-    ];
-    // A clock that was set wrong the other way leaves word of both.
-    let last_off = off
-        .iter()
-        .filter_map(|(reason, found)| recently(reason).map(|at_ms| (at_ms, found)))
-        .max();
-    let is_over = |at_ms: i64| {
-        accepted_ms.is_some_and(|accepted_ms| accepted_ms > at_ms + NOTHING_ACCEPTED_MS)
-    };
-    if let Some((at_ms, found)) =
-        last_off.filter(|(at_ms, _)| now_ms - at_ms < HOUR_MS && !is_over(*at_ms))
-    {
-        let found = format!(
-            "Authentic deliveries are refused as {found}. The last came {}; {accepted}.",
-            ago(at_ms, now_ms)
-        );
-        let remedy = "Set the clock, and let NTP keep it (`timedatectl`, `chronyc tracking`).";
-        return if alone(at_ms) {
-            failing("signatures", found, remedy)
+    if let Some((at_ms, problem)) = recent_clock_problem(snapshot, accepted_ms, now_ms) {
+        let status = if none_accepted_before(at_ms) {
+            CheckStatus::Failing
         } else {
-            warning("signatures", found, remedy)
+            CheckStatus::Warning
         };
-    }
-    ok(
-        "signatures",
-        match recently("mismatch") {
-            Some(at_ms) => format!(
-                "Stripe's are accepted. Somebody else's were refused, the last {}.",
+        return with_remedy(
+            CheckId::Signatures,
+            status,
+            format!(
+                "Authentic deliveries are rejected as {problem}. The last was received {}; \
+                 {accepted}.",
                 ago(at_ms, now_ms)
             ),
-            None => "No delivery was refused for its signature today.".to_owned(),
+            "Set the clock and keep it set by NTP (`timedatectl`, `chronyc tracking`).",
+        );
+    }
+
+    ok(
+        CheckId::Signatures,
+        match mismatch_ms {
+            Some(at_ms) => format!(
+                "Deliveries signed by Stripe are accepted. Others were rejected, most recently {}.",
+                ago(at_ms, now_ms)
+            ),
+            None => "No delivery was rejected for its signature today.".to_owned(),
         },
     )
 }
 
+/// Returns when a delivery was last rejected for this reason, within a day.
+fn rejected_today(snapshot: &HealthSnapshot, reason: SignatureError, now_ms: i64) -> Option<i64> {
+    snapshot
+        .last_seen(&LastSeen::Rejected(Rejection::Signature(reason)))
+        .filter(|at_ms| now_ms - at_ms < DAY_MS)
+}
+
+/// Returns the last rejection because of a wrong clock, within an hour, unless deliveries are
+/// accepted again since.
+fn recent_clock_problem(
+    snapshot: &HealthSnapshot,
+    accepted_ms: Option<i64>,
+    now_ms: i64,
+) -> Option<(i64, &'static str)> {
+    // A clock that was corrected too far leaves rejections of both kinds: the later one counts.
+    [
+        (
+            SignatureError::Future,
+            "from the future: this machine's clock is behind",
+        ),
+        (
+            SignatureError::Stale,
+            "too old: this machine's clock is ahead, or somebody replays them",
+        ),
+    ]
+    .into_iter()
+    .filter_map(|(reason, problem)| Some((rejected_today(snapshot, reason, now_ms)?, problem)))
+    .max()
+    .filter(|(at_ms, _)| {
+        let is_over = accepted_ms.is_some_and(|accepted_ms| accepted_ms > at_ms + UNRELATED_MS);
+        now_ms - at_ms < HOUR_MS && !is_over
+    })
+}
+
+/// Checks which signing secrets are used. `secrets` are the configured ones; `None` if unknown.
 pub fn secrets(snapshot: &HealthSnapshot, secrets: Option<&[SecretName]>, now_ms: i64) -> Check {
-    let when =
-        |used_ms: Option<i64>| used_ms.map_or("never".to_owned(), |at_ms| ago(at_ms, now_ms));
     let Some(secrets) = secrets else {
-        let labels = snapshot
-            .moments
-            .keys()
-            .filter_map(|name| name.strip_prefix(SECRET));
-        let known: Vec<String> = labels
-            .map(|label| format!("`{label}` ({})", when(snapshot.moment(SECRET, label))))
-            .collect();
-        let found = if known.is_empty() {
-            "None was used yet.".to_owned()
-        } else {
-            format!("Last used: {}.", known.join(", "))
-        };
-        return unknown(
-            "secrets",
-            found,
-            "Give STRIPE_WEBHOOK_SECRET as `serve` has it: which are old or never used is known then.",
-        );
+        return used_labels(snapshot, now_ms);
     };
-    let told = |secrets: &[&SecretName]| {
-        let each: Vec<String> = secrets
-            .iter()
-            .map(|secret| format!("`{}` ({})", secret.label, when(last_used(snapshot, secret))))
-            .collect();
-        each.join(", ")
-    };
-    let is_used = |secret: &SecretName, within_ms: i64| {
-        last_used(snapshot, secret).is_some_and(|at_ms| now_ms - at_ms < within_ms)
-    };
-    let others_are_used = |secret: &SecretName| {
-        secrets
-            .iter()
-            .any(|other| other != secret && is_used(other, SECRET_UNUSED_MS))
-    };
-    let is_settled = |secret: &SecretName| {
-        configured_since(snapshot, secret).is_none_or(|since_ms| now_ms - since_ms > ROLLED_MS)
+    let usage = SecretUsage {
+        snapshot,
+        secrets,
+        now_ms,
     };
     let (old, current): (Vec<&SecretName>, Vec<&SecretName>) =
         secrets.iter().partition(|secret| is_old(&secret.label));
-    let (still, done): (Vec<&SecretName>, Vec<&SecretName>) = old
+    let (still_used, retired): (Vec<&SecretName>, Vec<&SecretName>) = old
         .into_iter()
-        .partition(|secret| is_used(secret, ROLLED_MS));
-    let mut unused: Vec<&SecretName> = current
+        .partition(|secret| usage.is_used_within(secret, ROLL_MS));
+    let unused: Vec<&SecretName> = current
         .into_iter()
-        .filter(|secret| !is_used(secret, SECRET_UNUSED_MS) && others_are_used(secret))
+        .filter(|secret| {
+            !usage.is_used_within(secret, SECRET_UNUSED_MS) && usage.is_another_used(secret)
+        })
         .collect();
-    if !still.is_empty() {
-        let none_by = if unused.is_empty() {
+
+    if !still_used.is_empty() {
+        let unused = if unused.is_empty() {
             String::new()
         } else {
-            format!(" None is signed with {}.", told(&unused))
+            format!(" None is signed with {}.", usage.describe(&unused))
         };
         return warning(
-            "secrets",
+            CheckId::Secrets,
             format!(
-                "Old secrets still sign deliveries: {}.{none_by}",
-                told(&still)
+                "Old secrets still sign deliveries: {}.{unused}",
+                usage.describe(&still_used)
             ),
-            "Keep them until they do no more. A new one that signs nothing: compare it with the Dashboard, before the old one runs out \
-             there. If this lasts longer than a day, an endpoint was not rolled: find it in Stripe's Dashboard.",
+            "Keep them until they sign no more. If a new one signs nothing, compare it with the \
+             Dashboard before the old one expires there. If this lasts longer than a day, an \
+             endpoint was not rolled: find it in Stripe's Dashboard.",
         );
     }
-    unused.splice(
-        0..0,
-        done.into_iter()
-            .filter(|secret| others_are_used(secret) && is_settled(secret)),
-    );
-    if !unused.is_empty() {
+    let removable: Vec<&SecretName> = retired
+        .into_iter()
+        .filter(|secret| usage.is_another_used(secret) && usage.is_past_roll(secret))
+        .chain(unused)
+        .collect();
+    if !removable.is_empty() {
         return warning(
-            "secrets",
+            CheckId::Secrets,
             format!(
                 "Configured, but no delivery is signed with them: {}.",
-                told(&unused)
+                usage.describe(&removable)
             ),
-            "Remove the old ones from STRIPE_WEBHOOK_SECRET. A new one that was never used: compare it with the Dashboard, before the one \
-             in use runs out.",
+            "Remove the old ones from STRIPE_WEBHOOK_SECRET. If a new one was never used, compare \
+             it with the Dashboard before the one in use expires.",
         );
     }
+    let all: Vec<&SecretName> = secrets.iter().collect();
     ok(
-        "secrets",
-        format!("Last used: {}.", told(&secrets.iter().collect::<Vec<_>>())),
+        CheckId::Secrets,
+        format!("Last used: {}.", usage.describe(&all)),
     )
 }
 
-/// By its label: `old`, `old-2025`, `previous`.
+/// Reports the labels that signed deliveries, if the configured secrets are unknown.
+fn used_labels(snapshot: &HealthSnapshot, now_ms: i64) -> Check {
+    let known: Vec<String> = snapshot
+        .last_seen
+        .iter()
+        .filter_map(|(what, at_ms)| match what {
+            LastSeen::SecretUsed(label) => Some(format!("`{label}` ({})", ago(at_ms, now_ms))),
+            _ => None,
+        })
+        .collect();
+    let finding = if known.is_empty() {
+        "No secret was used yet.".to_owned()
+    } else {
+        format!("Last used: {}.", known.join(", "))
+    };
+
+    unknown(
+        CheckId::Secrets,
+        finding,
+        "Set STRIPE_WEBHOOK_SECRET as for `serve`, to see which secrets are old or were never used.",
+    )
+}
+
+/// When the configured secrets were used.
+struct SecretUsage<'a> {
+    snapshot: &'a HealthSnapshot,
+    secrets: &'a [SecretName],
+    now_ms: i64,
+}
+
+impl SecretUsage<'_> {
+    fn is_used_within(&self, secret: &SecretName, within_ms: i64) -> bool {
+        last_used(self.snapshot, secret).is_some_and(|at_ms| self.now_ms - at_ms < within_ms)
+    }
+
+    fn is_another_used(&self, secret: &SecretName) -> bool {
+        self.secrets
+            .iter()
+            .any(|other| other != secret && self.is_used_within(other, SECRET_UNUSED_MS))
+    }
+
+    /// Returns whether the secret has had its label for longer than a roll lasts.
+    fn is_past_roll(&self, secret: &SecretName) -> bool {
+        configured_since(self.snapshot, secret)
+            .is_none_or(|since_ms| self.now_ms - since_ms > ROLL_MS)
+    }
+
+    fn describe(&self, secrets: &[&SecretName]) -> String {
+        let each: Vec<String> = secrets
+            .iter()
+            .map(|secret| {
+                let used = last_used(self.snapshot, secret)
+                    .map_or("never".to_owned(), |at_ms| ago(at_ms, self.now_ms));
+                format!("`{}` ({used})", secret.label)
+            })
+            .collect();
+        each.join(", ")
+    }
+}
+
+/// Returns whether a label marks an old secret: `old`, `old-2025`, `previous`.
 fn is_old(label: &str) -> bool {
     let rest = label
         .strip_prefix("old")
@@ -177,7 +238,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_secret_is_old_by_its_label() {
+    fn label_marks_secret_as_old() {
         assert!(
             ["old", "old-2025", "old_1", "old2", "previous"]
                 .iter()

@@ -6,5 +6,6 @@ pub mod invoice;
 pub mod money;
 pub mod payment_state;
 pub mod redact;
+pub mod run_summary;
 pub mod stripe;
 pub mod time;

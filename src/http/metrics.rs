@@ -88,7 +88,7 @@ async fn text(state: &AppState) -> Response {
         .metrics
         .spans_dropped
         .set(telemetry::dropped_spans() as i64);
-    state.monitor.look().await;
+    state.monitor.refresh().await;
     (
         [
             (header::CONTENT_TYPE, TEXT),

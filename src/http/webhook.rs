@@ -105,7 +105,7 @@ async fn take(
         );
     }
     if outcome == Outcome::Duplicate {
-        state.monitor.note_repeated(&body, received_ms, label);
+        state.monitor.record_repeated(&body, received_ms, label);
     }
     Ok((outcome, started.elapsed()))
 }

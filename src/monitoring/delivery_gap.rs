@@ -1,62 +1,65 @@
-//! Is it unusual that no webhook comes? Judged by the hours in which webhooks came before, so that neither a night nor a small
-//! merchant raises an alarm.
+//! Decides whether a time without webhooks is unusual.
+//!
+//! It compares with the hours in which webhooks were received before, so that neither a night nor a
+//! small merchant raises an alarm.
 
 use std::collections::BTreeSet;
 
+use crate::domain::run_summary::SilenceEvidence;
+
 const HOUR_MS: i64 = 3_600_000;
-const WEEK: i64 = 7 * 24;
-/// Weeks that are looked back.
+const WEEK_HOURS: i64 = 7 * 24;
+/// Weeks to look back.
 const WEEKS: i64 = 3;
-/// Hours without a webhook, each of which had one in every week before: this many are no chance.
-const MISSED: i64 = 2;
-/// With less behind us, hours with webhooks say nothing about what is usual.
-const ENOUGH: usize = 20;
-/// As long as there are not enough weeks behind us, a silence counts from here on.
-const SHORTEST: i64 = 3;
+/// Number of silent hours that were busy in each of the last three weeks. This many cannot be
+/// coincidence.
+const MIN_BUSY_HOURS: i64 = 2;
+/// With fewer busy hours on record, they do not show what is usual.
+const MIN_RECORDED_HOURS: usize = 20;
+/// Shortest gap, in hours, that counts while there are fewer than three weeks on record.
+const MIN_GAP_HOURS: i64 = 3;
 
-/// Why a silence is unusual.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Unusual {
-    /// So many of its hours had webhooks at the same time of each of the last three weeks.
-    Missed(i64),
-    /// It is more than twice as long as the longest silence before it, in hours.
-    Longest(i64),
-}
-
-/// The earliest hour that matters when the last webhook came at this time.
+/// Returns the earliest hour that matters if the last webhook was received at this time.
 pub fn first_hour(last_ms: i64) -> i64 {
-    last_ms.div_euclid(HOUR_MS) - (WEEKS + 1) * WEEK
+    last_ms.div_euclid(HOUR_MS) - (WEEKS + 1) * WEEK_HOURS
 }
 
-/// `hours`: those since 1970 in which webhooks came. None: the silence since `last_ms` is nothing unusual.
-pub fn judge(hours: &BTreeSet<i64>, last_ms: i64, now_ms: i64) -> Option<Unusual> {
+/// Returns why the time since `last_ms` without webhooks is unusual, or `None` if it is not.
+///
+/// `hours` holds the hours since 1970 in which webhooks were received.
+pub fn judge(hours: &BTreeSet<i64>, last_ms: i64, now_ms: i64) -> Option<SilenceEvidence> {
     let (last, now) = (last_ms.div_euclid(HOUR_MS), now_ms.div_euclid(HOUR_MS));
-    // The hours that are over and had none.
+    // Only hours that are over count.
     let silent = last + 1..now;
-    if silent.is_empty() || hours.len() < ENOUGH {
+    if silent.is_empty() || hours.len() < MIN_RECORDED_HOURS {
         return None;
     }
+
     let first = *hours.first()?;
-    if first <= silent.start - WEEKS * WEEK {
-        let is_usual = |hour: &i64| (1..=WEEKS).all(|week| hours.contains(&(hour - week * WEEK)));
-        let missed = silent.filter(is_usual).count() as i64;
-        return (missed >= MISSED).then_some(Unusual::Missed(missed));
+    if first <= silent.start - WEEKS * WEEK_HOURS {
+        let busy_hours = silent
+            .filter(|hour| (1..=WEEKS).all(|week| hours.contains(&(hour - week * WEEK_HOURS))))
+            .count() as i64;
+        return (busy_hours >= MIN_BUSY_HOURS)
+            .then_some(SilenceEvidence::BusyHours { hours: busy_hours });
     }
-    let known: Vec<i64> = hours.iter().copied().collect();
-    let longest = known
+
+    let recorded: Vec<i64> = hours.iter().copied().collect();
+    let longest = recorded
         .windows(2)
         .map(|pair| pair[1] - pair[0] - 1)
         .max()
         .unwrap_or_default();
     let length = silent.end - silent.start;
-    (length >= SHORTEST && length > 2 * longest).then_some(Unusual::Longest(longest))
+    (length >= MIN_GAP_HOURS && length > 2 * longest)
+        .then_some(SilenceEvidence::LongestGap { hours: longest })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// Some Monday at midnight, in hours.
+    /// A Monday at midnight, in hours since 1970.
     const MONDAY: i64 = 20_000 * 24;
 
     fn hours(days: i64, is_busy: impl Fn(i64, i64) -> bool) -> BTreeSet<i64> {
@@ -64,21 +67,27 @@ mod tests {
         busy.map(|hour| MONDAY + hour - days * 24).collect()
     }
 
-    fn judged(hours: &BTreeSet<i64>, now: i64) -> Option<Unusual> {
+    fn judged(hours: &BTreeSet<i64>, now: i64) -> Option<SilenceEvidence> {
         judge(hours, (hours.last().unwrap() * HOUR_MS) + 1, now * HOUR_MS)
     }
 
     #[test]
-    fn a_night_or_a_weekend_is_no_silence_and_a_missed_morning_is() {
+    fn missed_morning_is_unusual_but_nights_and_weekends_are_not() {
         let office = hours(28, |day, hour| day % 7 < 5 && (8..18).contains(&hour));
         assert_eq!(judged(&office, MONDAY + 8), None);
         assert_eq!(judged(&office, MONDAY + 9), None);
-        assert_eq!(judged(&office, MONDAY + 10), Some(Unusual::Missed(2)));
-        assert_eq!(judged(&office, MONDAY + 24), Some(Unusual::Missed(10)));
+        assert_eq!(
+            judged(&office, MONDAY + 10),
+            Some(SilenceEvidence::BusyHours { hours: 2 })
+        );
+        assert_eq!(
+            judged(&office, MONDAY + 24),
+            Some(SilenceEvidence::BusyHours { hours: 10 })
+        );
     }
 
     #[test]
-    fn who_gets_a_few_webhooks_a_week_is_left_alone() {
+    fn few_webhooks_a_week_are_never_unusual() {
         let few = hours(28, |day, hour| (day * 7 + 3) % 24 == hour);
         assert_eq!(judged(&few, MONDAY + 12), None);
         let day = hours(10, |_, _| false);
@@ -89,10 +98,13 @@ mod tests {
     }
 
     #[test]
-    fn before_three_weeks_have_gone_by_the_longest_silence_counts() {
+    fn longest_gap_counts_in_first_three_weeks() {
         let young = hours(5, |_, hour| hour % 2 == 0);
         assert_eq!(judged(&young, MONDAY), None);
         assert_eq!(judged(&young, MONDAY + 1), None);
-        assert_eq!(judged(&young, MONDAY + 2), Some(Unusual::Longest(1)));
+        assert_eq!(
+            judged(&young, MONDAY + 2),
+            Some(SilenceEvidence::LongestGap { hours: 1 })
+        );
     }
 }

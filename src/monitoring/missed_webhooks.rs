@@ -1,64 +1,79 @@
-//! Webhooks that should have come and did not: what Stripe's API told of since the last one came.
+//! Webhooks that are overdue: events that Stripe's API showed since the last webhook was received.
 //!
-//! The log is asked, not the reports of the passes: it also knows what those found that failed half way, for as long as nothing comes.
+//! Reads the log, not the reports of the runs. The log also has what runs found that failed half way,
+//! for as long as no webhook is received.
 
 use crate::domain::history::fact::PAYMENT_EVENT_TYPES;
-use crate::domain::stripe::event::Observation;
 use crate::store::{Source, Store, StoreError};
 
-/// While webhooks come, each that is late is on its way.
-const SHORTEST_SILENCE_MS: i64 = 3600 * 1000;
-/// How long a webhook may take longer than Stripe's list.
-const ON_ITS_WAY_MS: i64 = 10 * 60 * 1000;
-/// Lines of the log read at a time, and how often. Mostly the first decide: what was fetched or replayed meanwhile is passed over.
-const LINES: u32 = 1_000;
-const PAGES: usize = 10;
+/// Shortest gap that counts. While webhooks are received, a late one may still be on the way.
+const MIN_GAP_MS: i64 = 3600 * 1000;
+/// Longest delay of a webhook behind Stripe's list.
+const MAX_DELAY_MS: i64 = 10 * 60 * 1000;
+/// Log rows per page, and pages. The first rows usually decide; more are needed if much was fetched
+/// or replayed since the last webhook.
+const PAGE_ROWS: u32 = 1_000;
+const MAX_PAGES: usize = 10;
 
-/// Whether an endpoint that sends all that it should sends events of this type: of others, Stripe's API alone may tell.
+/// Returns whether a complete webhook endpoint sends events of this type. Other types may only be
+/// known from Stripe's API.
 pub fn should_be_sent(event_type: &str) -> bool {
     PAYMENT_EVENT_TYPES.contains(&event_type.strip_prefix("v1.").unwrap_or(event_type))
 }
 
-/// Whether a webhook should have brought by now what Stripe made then. Unix milliseconds; `last_ms`: when the last webhook came.
+/// Returns whether a webhook for an event created at `created_ms` is overdue. `last_ms` is the
+/// receipt of the last webhook. Times in Unix milliseconds.
 pub fn is_due(created_ms: i64, last_ms: i64, now_ms: i64) -> bool {
-    now_ms - last_ms > SHORTEST_SILENCE_MS
-        && (last_ms + 1..now_ms - ON_ITS_WAY_MS).contains(&created_ms)
+    now_ms - last_ms > MIN_GAP_MS && (last_ms + 1..now_ms - MAX_DELAY_MS).contains(&created_ms)
 }
 
-/// When Stripe made the first event that is missed, Unix milliseconds.
+/// Returns when Stripe created the first event whose webhook is overdue, in Unix milliseconds.
 ///
 /// # Errors
-/// The database cannot be reached.
+/// Returns an error if the database cannot be read.
 pub async fn first_missed(
     store: &Store,
     last_ms: i64,
     now_ms: i64,
 ) -> Result<Option<i64>, StoreError> {
-    if now_ms - last_ms <= SHORTEST_SILENCE_MS {
+    if now_ms - last_ms <= MIN_GAP_MS {
         return Ok(None);
     }
-    let mut last = None;
-    for _ in 0..PAGES {
-        let page = store.log_lines(last_ms, last, now_ms, LINES).await?;
-        let observations = page
-            .iter()
-            .filter(|line| line.source == Source::Api)
-            .filter_map(|line| line.telling.as_deref());
-        let events = observations
-            .filter_map(|text| serde_json::from_str::<Observation>(text).ok())
-            .filter(|event| !event.fetched);
-        let mut created_ms = events
-            .filter(|event| should_be_sent(&event.kind))
-            .map(|event| event.created.saturating_mul(1000));
-        if let Some(first_ms) = created_ms.find(|created_ms| is_due(*created_ms, last_ms, now_ms)) {
-            return Ok(Some(first_ms));
+
+    let (mut last, mut damaged) = (None, 0_usize);
+    let mut missed_ms = None;
+    for _ in 0..MAX_PAGES {
+        let page = store.log_rows(last_ms, last, now_ms, PAGE_ROWS).await?;
+        for row in page.iter().filter(|row| row.source == Source::Api) {
+            let Some(parsed) = row.parse_observation() else {
+                continue;
+            };
+            let Ok(stored) = parsed else {
+                damaged += 1;
+                continue;
+            };
+            let event = stored.telling;
+            let created_ms = event.created.saturating_mul(1000);
+            if !event.fetched && should_be_sent(&event.kind) && is_due(created_ms, last_ms, now_ms)
+            {
+                missed_ms = Some(created_ms);
+                break;
+            }
         }
-        last = page.last().map(|line| (line.received_ms, line.key));
-        if page.len() < LINES as usize {
+
+        last = page.last().map(|row| (row.received_ms, row.key));
+        if missed_ms.is_some() || page.len() < PAGE_ROWS as usize {
             break;
         }
     }
-    Ok(None)
+
+    if damaged > 0 {
+        tracing::warn!(
+            count = damaged,
+            "skipped damaged observations, run `rebuild`"
+        );
+    }
+    Ok(missed_ms)
 }
 
 #[cfg(test)]
@@ -66,7 +81,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_webhook_is_due_ten_minutes_after_its_event_in_a_silence_of_an_hour() {
+    fn webhook_is_overdue_ten_minutes_after_its_event_in_an_hours_gap() {
         const MINUTE_MS: i64 = 60_000;
         let now_ms = 1_000 * MINUTE_MS;
         let due = |created_ago: i64, last_ago: i64| {
@@ -74,11 +89,11 @@ mod tests {
         };
         let (hour, ten) = (60 * MINUTE_MS, 10 * MINUTE_MS);
         assert!(due(ten + 1, hour + 1));
-        assert!(!due(ten, hour + 1), "it may be on its way");
-        assert!(!due(ten + 1, hour), "the silence is short");
+        assert!(!due(ten, hour + 1), "the webhook may still arrive");
+        assert!(!due(ten + 1, hour), "the gap is too short");
         assert!(
             due(hour, hour + 1) && !due(hour + 1, hour + 1),
-            "what was made before is told by then"
+            "an event from before the last webhook is not missed"
         );
     }
 }

@@ -1,7 +1,12 @@
-//! Health of the service as `/metrics`, alerts and `doctor` see it, read from the event log behind the deliveries.
+//! Health of the service as `/metrics`, alerts and `doctor` see it.
+//!
+//! A scanner reads it from the event log, behind the deliveries. No delivery waits for it.
 
 pub mod delivery_gap;
+pub mod last_seen;
+pub mod log_scanner;
 pub mod missed_webhooks;
 pub mod monitor;
 mod rejections;
 pub mod signing_secrets;
+pub mod snapshot;

@@ -1,41 +1,62 @@
-//! When deliveries were last refused, by the reason, until that is noted beside the log: a database that takes nothing takes no note
-//! of it either, and then a refusal of an hour ago is not one of now.
-
-use std::collections::{BTreeMap, HashMap};
+//! Holds the last rejection time per reason until it can be written.
+//!
+//! Without it, rejections during an outage would be stamped with the time the database came back.
 
 use crate::metrics::{Metrics, Rejection};
 
-#[derive(Default)]
-pub struct Rejections(HashMap<&'static str, Seen>);
+/// Rejections of this process, by reason.
+pub struct Rejections([Seen; Rejection::ALL.len()]);
 
 #[derive(Clone, Copy, Default)]
 struct Seen {
     count: u64,
+    /// Unix milliseconds when `count` last grew.
     at_ms: i64,
-    /// Up to here it is noted.
-    noted: u64,
+    /// The count up to which the time is saved.
+    saved: u64,
+}
+
+/// Rejections for one reason that are not saved yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PendingRejection {
+    pub reason: Rejection,
+    pub count: u64,
+    /// Unix milliseconds when the last one was seen.
+    pub at_ms: i64,
+}
+
+impl Default for Rejections {
+    fn default() -> Rejections {
+        Rejections([Seen::default(); Rejection::ALL.len()])
+    }
 }
 
 impl Rejections {
-    /// Those that are to be noted: the reasons, how many there were, and when the last was seen.
-    pub fn look(&mut self, metrics: &Metrics, now_ms: i64) -> BTreeMap<&'static str, (u64, i64)> {
-        let mut new = BTreeMap::new();
-        for why in Rejection::ALL {
-            let (reason, count) = (why.as_str(), metrics.count_rejected(why));
-            let seen = self.0.entry(reason).or_default();
+    /// Reads the counters and returns the reasons that have rejections to save.
+    pub fn pending(&mut self, metrics: &Metrics, now_ms: i64) -> Vec<PendingRejection> {
+        let mut pending = Vec::new();
+        for (reason, seen) in Rejection::ALL.into_iter().zip(&mut self.0) {
+            let count = metrics.count_rejected(reason);
             if count > seen.count {
                 (seen.count, seen.at_ms) = (count, now_ms);
             }
-            if count > seen.noted {
-                new.insert(reason, (count, seen.at_ms));
+            if count > seen.saved {
+                pending.push(PendingRejection {
+                    reason,
+                    count,
+                    at_ms: seen.at_ms,
+                });
             }
         }
-        new
+        pending
     }
 
-    pub fn noted(&mut self, new: &BTreeMap<&'static str, (u64, i64)>) {
-        for (reason, (count, _)) in new {
-            self.0.entry(reason).or_default().noted = *count;
+    /// Marks these rejections as saved.
+    pub fn mark_saved(&mut self, saved: &[PendingRejection]) {
+        for (reason, seen) in Rejection::ALL.into_iter().zip(&mut self.0) {
+            if let Some(saved) = saved.iter().find(|saved| saved.reason == reason) {
+                seen.saved = saved.count;
+            }
         }
     }
 }
@@ -45,23 +66,34 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_refusal_is_of_the_time_when_it_was_seen_however_late_it_is_noted() {
-        let (metrics, mut refusals) = (Metrics::default(), Rejections::default());
-        assert!(refusals.look(&metrics, 1).is_empty());
+    fn rejection_keeps_its_original_time() {
+        let (metrics, mut rejections) = (Metrics::default(), Rejections::default());
+        assert!(rejections.pending(&metrics, 1).is_empty());
+
         metrics.rejected(Rejection::Unavailable);
-        let new = BTreeMap::from([("unavailable", (1, 2))]);
-        assert_eq!(refusals.look(&metrics, 2), new);
+        let first = [PendingRejection {
+            reason: Rejection::Unavailable,
+            count: 1,
+            at_ms: 2,
+        }];
+        assert_eq!(rejections.pending(&metrics, 2), first);
         assert_eq!(
-            refusals.look(&metrics, 3_600_000),
-            new,
-            "it could not be noted"
+            rejections.pending(&metrics, 3_600_000),
+            first,
+            "an hour later it is still not saved"
         );
-        refusals.noted(&new);
-        assert!(refusals.look(&metrics, 3_600_001).is_empty());
+
+        rejections.mark_saved(&first);
+        assert!(rejections.pending(&metrics, 3_600_001).is_empty());
+
         metrics.rejected(Rejection::Unavailable);
         assert_eq!(
-            refusals.look(&metrics, 3_600_002),
-            BTreeMap::from([("unavailable", (2, 3_600_002))])
+            rejections.pending(&metrics, 3_600_002),
+            [PendingRejection {
+                reason: Rejection::Unavailable,
+                count: 2,
+                at_ms: 3_600_002,
+            }]
         );
     }
 }

@@ -1,70 +1,74 @@
 //! When each configured signing secret was last used, so that an old one can be removed safely.
 //!
-//! The log keeps the label of the secret that signed a delivery, and a rotation hands a label on: what was `live` yesterday is
-//! `old` today. So it is noted since when a label names which secret, and what came before does not count.
+//! The log stores the label of the secret that signed a delivery, and a rotation reuses labels: what
+//! was `live` yesterday is `old` today. So the time when a label started to name a secret is stored
+//! too, and earlier uses of the label do not count.
 
 use std::collections::BTreeMap;
 
-use super::monitor::{HealthSnapshot, SECRET};
+use super::last_seen::{LastSeen, LastSeenTimes, stored_times};
+use super::snapshot::HealthSnapshot;
 use crate::domain::stripe::signing_secrets::SecretName;
 use crate::store::{Store, StoreError};
 
-/// Begins the names of moments: a label and a mark follow.
-const CONFIGURED: &str = "configured ";
-
-/// When a webhook was last signed with this secret, Unix milliseconds.
+/// Returns when this secret last signed a webhook, in Unix milliseconds.
 pub fn last_used(snapshot: &HealthSnapshot, secret: &SecretName) -> Option<i64> {
-    let used_ms = snapshot.moment(SECRET, &secret.label)?;
-    let is_first = named(&snapshot.moments, &secret.label).all(|(mark, _)| mark == secret.mark);
-    let is_its_own =
-        is_first || configured_since(snapshot, secret).is_some_and(|since_ms| since_ms <= used_ms);
-    is_its_own.then_some(used_ms)
+    let used_ms = snapshot.last_seen(&LastSeen::SecretUsed(secret.label.clone()))?;
+    let is_only_secret =
+        secrets_of_label(&snapshot.last_seen, &secret.label).all(|(mark, _)| mark == secret.mark);
+    let was_used_since_configured =
+        configured_since(snapshot, secret).is_some_and(|since_ms| since_ms <= used_ms);
+
+    (is_only_secret || was_used_since_configured).then_some(used_ms)
 }
 
-/// Since when `serve` has it by this label; None: that is not known.
+/// Returns since when `serve` has this secret under its label, or `None` if that is not known.
 pub fn configured_since(snapshot: &HealthSnapshot, secret: &SecretName) -> Option<i64> {
-    named(&snapshot.moments, &secret.label)
+    secrets_of_label(&snapshot.last_seen, &secret.label)
         .find(|(mark, _)| *mark == secret.mark)
         .map(|(_, since_ms)| since_ms)
 }
 
-/// Notes which secrets the labels name from now on, where they named others, or none.
+/// Records which secrets the labels name from now on, where they named others or none before.
 ///
 /// # Errors
-/// The database cannot be reached, or takes nothing.
-pub async fn note_configured(
+/// Returns an error if the database cannot be read or written.
+pub async fn record_configured(
     store: &Store,
     secrets: &[SecretName],
     now_ms: i64,
 ) -> Result<(), StoreError> {
-    let moments = store.moments().await?;
+    let last_seen = LastSeenTimes::from_stored(store.last_seen().await?);
     let is_new = |secret: &&SecretName| {
-        let latest = named(&moments, &secret.label).max_by_key(|(_, since_ms)| *since_ms);
+        let latest = secrets_of_label(&last_seen, &secret.label).max_by_key(|(_, since)| *since);
         latest.is_none_or(|(mark, _)| mark != secret.mark)
     };
-    let name = |secret: &SecretName| {
-        (
-            format!("{CONFIGURED}{} {}", secret.label, secret.mark),
-            now_ms,
-        )
-    };
-    let new: BTreeMap<String, i64> = secrets.iter().filter(is_new).map(name).collect();
+    let new: BTreeMap<String, i64> = stored_times(secrets.iter().filter(is_new).map(|secret| {
+        let what = LastSeen::SecretConfigured {
+            label: secret.label.clone(),
+            mark: secret.mark.clone(),
+        };
+        (what, now_ms)
+    }));
+
     if new.is_empty() {
         Ok(())
     } else {
-        store.note_moments(&new, now_ms).await
+        store.record_last_seen(&new, now_ms).await
     }
 }
 
-/// The marks of the secrets that a label has named, and since when it did.
-fn named<'m>(
-    moments: &'m BTreeMap<String, i64>,
-    label: &str,
-) -> impl Iterator<Item = (&'m str, i64)> + use<'m> {
-    let start = format!("{CONFIGURED}{label} ");
-    moments
-        .range(start.clone()..)
-        .map_while(move |(name, at_ms)| Some((name.strip_prefix(&start)?, *at_ms)))
+/// Returns the marks of the secrets that a label has named, each with the time since when.
+fn secrets_of_label(
+    last_seen: &LastSeenTimes,
+    wanted: &str,
+) -> impl Iterator<Item = (String, i64)> {
+    last_seen
+        .iter()
+        .filter_map(move |(what, at_ms)| match what {
+            LastSeen::SecretConfigured { label, mark } if label == wanted => Some((mark, at_ms)),
+            _ => None,
+        })
 }
 
 #[cfg(test)]
@@ -78,26 +82,26 @@ mod tests {
         }
     }
 
-    fn seen(moments: &[(&str, i64)]) -> HealthSnapshot {
-        let moments = moments
+    fn snapshot(times: &[(&str, i64)]) -> HealthSnapshot {
+        let times = times
             .iter()
-            .map(|(name, at_ms)| ((*name).to_owned(), *at_ms))
+            .map(|(key, at_ms)| ((*key).to_owned(), *at_ms))
             .collect();
         HealthSnapshot {
-            moments,
+            last_seen: LastSeenTimes::from_stored(times),
             ..HealthSnapshot::default()
         }
     }
 
     #[test]
-    fn what_a_label_did_before_it_named_this_secret_does_not_count() {
-        let before = seen(&[("secret live", 50), ("configured live aa", 100)]);
+    fn use_of_label_counts_only_for_its_present_secret() {
+        let before = snapshot(&[("secret live", 50), ("configured live aa", 100)]);
         assert_eq!(
             last_used(&before, &secret("live", "aa")),
             Some(50),
-            "it named no other"
+            "the label never named another secret"
         );
-        let rolled = seen(&[
+        let rolled = snapshot(&[
             ("secret live", 150),
             ("configured live aa", 100),
             ("configured live bb", 200),
@@ -106,9 +110,9 @@ mod tests {
         assert_eq!(
             last_used(&rolled, &secret("live", "cc")),
             None,
-            "no serve ever had it"
+            "no server ever had this secret"
         );
-        let used = seen(&[
+        let used = snapshot(&[
             ("secret live", 250),
             ("configured live aa", 100),
             ("configured live bb", 200),

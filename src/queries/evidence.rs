@@ -240,7 +240,7 @@ async fn lookups(
     thin: &[&StoredObservation],
 ) -> Result<HashMap<EventKey, LookupState>, StoreError> {
     let keys: Vec<EventKey> = thin.iter().map(|observation| observation.key).collect();
-    let lookups = store.asked_about(&keys).await?;
+    let lookups = store.lookup_states(&keys).await?;
     Ok(lookups
         .into_iter()
         .map(|lookup| (lookup.key, lookup))

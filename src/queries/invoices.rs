@@ -109,17 +109,13 @@ pub fn known(stored: &StoredInvoice) -> Result<Vec<StoredObservation>, StoreErro
 /// # Errors
 /// [`StoreErrorKind::DamagedRow`](crate::store::StoreErrorKind) if the stored text is damaged.
 pub fn parse_observations(stored: &[ObservationRow]) -> Result<Vec<StoredObservation>, StoreError> {
-    let read = |told: &ObservationRow| match serde_json::from_str(&told.json) {
-        Ok(telling) => Ok(StoredObservation {
-            key: told.key,
-            telling,
-        }),
-        Err(e) => Err(StoreError::damaged(format!(
-            "what event {} tells cannot be read, run `rebuild`: {e}",
-            hex::encode(told.key.0)
-        ))),
-    };
-    stored.iter().map(read).collect()
+    stored
+        .iter()
+        .map(|row| {
+            StoredObservation::parse(row.key, &row.json)
+                .map_err(|damaged| StoreError::damaged(damaged.to_string()))
+        })
+        .collect()
 }
 
 /// The states that came with a stored invoice.

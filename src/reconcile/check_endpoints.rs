@@ -1,4 +1,5 @@
-//! How deliveries come: is the webhook endpoint on, does it send all that we read, and has it been silent for longer than usual?
+//! Checks how Stripe delivers webhooks: is the endpoint enabled, does it send all event types that
+//! we read, and has it been silent for unusually long?
 
 use std::collections::BTreeSet;
 
@@ -6,32 +7,37 @@ use serde_json::Value;
 
 use super::{ApiOnlyEvent, ReconcileError, RunContext, WriteMode};
 use crate::domain::history::fact::PAYMENT_EVENT_TYPES;
-use crate::domain::time::{parse_time, timestamp};
-use crate::monitoring::delivery_gap::{self, Unusual};
-use crate::monitoring::missed_webhooks;
-use crate::monitoring::monitor;
+use crate::domain::run_summary::{EndpointIssue, SilenceEvidence};
+use crate::domain::time::parse_time;
+use crate::monitoring::delivery_gap;
+use crate::monitoring::last_seen::{LastSeen, LastSeenTimes};
+use crate::monitoring::log_scanner;
+use crate::monitoring::missed_webhooks::{first_missed, is_due, should_be_sent};
 use crate::stripe_api::{Scope, StripeApi, StripeApiError};
 
-/// What our own endpoint's URL ends with, wherever it is.
+/// Path of our webhook endpoint, whatever the host.
 const PATH: &str = "/webhooks/stripe";
-/// How the remark begins where the key lacks the right.
-pub const NOT_LOOKED_AT: &str = "The webhook endpoints could not be looked at";
 
-pub async fn run(pass: &mut RunContext<'_>) -> Result<(), ReconcileError> {
-    let mut remarks = look_at_endpoints(&pass.tools.api).await?;
-    remarks.extend(silence(pass).await?);
-    for remark in &remarks {
-        tracing::warn!(remark, "endpoint watch");
+/// Checks the registered endpoints and the time since the last webhook.
+pub async fn check_endpoints(run: &mut RunContext<'_>) -> Result<(), ReconcileError> {
+    let mut issues = check_registered_endpoints(&run.context.api).await?;
+    issues.extend(check_silence(run).await?);
+
+    for issue in &issues {
+        tracing::warn!(%issue, "webhook endpoint has an issue");
     }
-    pass.report.endpoint_remarks = remarks;
+    run.report.endpoint_issues = issues;
     Ok(())
 }
 
-/// What is wrong with the registered webhook endpoints, in words.
+/// Returns the issues of the registered webhook endpoints.
 ///
 /// # Errors
-/// Stripe cannot be reached, or does not accept the key.
-pub async fn look_at_endpoints(api: &StripeApi) -> Result<Vec<String>, StripeApiError> {
+/// Returns an error if Stripe cannot be reached or does not accept the key. A key that may not read
+/// endpoints is an issue, not an error.
+pub async fn check_registered_endpoints(
+    api: &StripeApi,
+) -> Result<Vec<EndpointIssue>, StripeApiError> {
     match api.list("/v1/webhook_endpoints", &[], &Scope::Own).await {
         Ok(page) => {
             let endpoints: Vec<Value> = page
@@ -39,144 +45,125 @@ pub async fn look_at_endpoints(api: &StripeApi) -> Result<Vec<String>, StripeApi
                 .iter()
                 .filter_map(|raw| serde_json::from_str(raw.get()).ok())
                 .collect();
-            Ok(about(&endpoints))
+            Ok(issues_of(&endpoints))
         }
         Err(StripeApiError::Refused { reason, .. }) => {
-            let reason = reason.trim_end_matches('.');
-            let remedy = "Let the key read webhook endpoints (Developers, API keys)";
-            Ok(vec![format!("{NOT_LOOKED_AT}: {reason}. {remedy}.")])
+            Ok(vec![EndpointIssue::MissingPermission { reason }])
         }
         Err(error) => Err(error),
     }
 }
 
-/// Ours, by their path; where none has it, all: a proxy may rewrite paths.
-fn about(endpoints: &[Value]) -> Vec<String> {
-    let is_ours = |e: &&Value| {
-        e["url"]
-            .as_str()
-            .is_some_and(|url| url.trim_end_matches('/').ends_with(PATH))
-    };
-    let ours: Vec<&Value> = endpoints.iter().filter(is_ours).collect();
-    let looked_at: Vec<&Value> = if ours.is_empty() {
+/// Returns the issues of our endpoints, recognised by their path. If none has it, all are checked: a
+/// proxy may rewrite paths.
+fn issues_of(endpoints: &[Value]) -> Vec<EndpointIssue> {
+    let ours: Vec<&Value> = endpoints
+        .iter()
+        .filter(|endpoint| {
+            endpoint["url"]
+                .as_str()
+                .is_some_and(|url| url.trim_end_matches('/').ends_with(PATH))
+        })
+        .collect();
+    let none_is_ours = ours.is_empty();
+    let checked: Vec<&Value> = if none_is_ours {
         endpoints.iter().collect()
     } else {
         ours
     };
-    if looked_at.is_empty() {
-        return vec![
-            "Stripe has no webhook endpoint in this account. Add one for this service in Stripe's Dashboard (unless an event \
-             destination delivers thin events)."
-                .to_owned(),
-        ];
+    if checked.is_empty() {
+        return vec![EndpointIssue::NoEndpoint];
     }
-    let remarks: Vec<Vec<String>> = looked_at
-        .iter()
-        .map(|endpoint| remarks_about(endpoint))
-        .collect();
-    let nobody_is_ours = !looked_at.iter().any(is_ours);
-    if nobody_is_ours && remarks.iter().any(Vec::is_empty) {
-        // One of them delivers all that we read, and may be ours behind a proxy.
+
+    let issues: Vec<Option<EndpointIssue>> =
+        checked.iter().map(|endpoint| issue_of(endpoint)).collect();
+    if none_is_ours && issues.iter().any(Option::is_none) {
+        // One of them sends everything that we read. It may be ours behind a proxy.
         return Vec::new();
     }
-    remarks.into_iter().flatten().collect()
+    issues.into_iter().flatten().collect()
 }
 
-fn remarks_about(endpoint: &Value) -> Vec<String> {
-    let name = format!(
-        "Webhook endpoint {} ({})",
-        endpoint["id"].as_str().unwrap_or("?"),
-        address(endpoint)
-    );
+fn issue_of(endpoint: &Value) -> Option<EndpointIssue> {
+    let endpoint_id = endpoint["id"].as_str().unwrap_or("?").to_owned();
+    let url = address(endpoint).to_owned();
     if endpoint["status"] == "disabled" {
-        return vec![format!(
-            "{name} is disabled: Stripe delivers nothing to it. Enable it in Stripe's Dashboard."
-        )];
+        return Some(EndpointIssue::Disabled { endpoint_id, url });
     }
+
     let enabled: Vec<&str> = endpoint["enabled_events"]
         .as_array()
         .into_iter()
         .flatten()
         .filter_map(Value::as_str)
         .collect();
-    let is_sent = |kind: &&str| {
-        enabled
-            .iter()
-            .any(|e| *e == "*" || e == kind || is_group_of(e, kind))
-    };
-    let missing: Vec<&str> = PAYMENT_EVENT_TYPES
+    let types: Vec<String> = PAYMENT_EVENT_TYPES
         .into_iter()
-        .filter(|kind| !is_sent(kind))
+        .filter(|wanted| !enabled.iter().any(|pattern| matches_type(pattern, wanted)))
+        .map(str::to_owned)
         .collect();
-    if missing.is_empty() {
-        return Vec::new();
+    (!types.is_empty()).then_some(EndpointIssue::MissingTypes {
+        endpoint_id,
+        url,
+        types,
+    })
+}
+
+/// Returns whether `pattern`, such as `invoice.*`, includes this event type.
+fn matches_type(pattern: &str, event_type: &str) -> bool {
+    match pattern.strip_suffix('*') {
+        Some(prefix) => event_type.starts_with(prefix),
+        None => pattern == event_type,
     }
-    vec![format!(
-        "{name} does not send {}. Add these event types to it.",
-        missing.join(", ")
-    )]
 }
 
-/// `invoice.*`
-fn is_group_of(group: &str, kind: &str) -> bool {
-    group
-        .strip_suffix('*')
-        .is_some_and(|prefix| kind.starts_with(prefix))
-}
-
-/// Without the query, which may hold what is nobody's business.
+/// Returns the URL without its query, which may hold secrets.
 fn address(endpoint: &Value) -> &str {
     let url = endpoint["url"].as_str().unwrap_or("no address");
     url.split(['?', '#']).next().unwrap_or_default()
 }
 
-async fn silence(pass: &RunContext<'_>) -> Result<Option<String>, ReconcileError> {
-    let (store, now_ms) = (&pass.tools.store, pass.started_ms);
-    if pass.plan.mode == WriteMode::Save {
-        monitor::scan(store, now_ms).await?;
+/// Returns an issue if no webhook was received for unusually long.
+async fn check_silence(run: &RunContext<'_>) -> Result<Option<EndpointIssue>, ReconcileError> {
+    let (store, now_ms) = (&run.context.store, run.started_ms);
+    if run.plan.mode == WriteMode::Save {
+        log_scanner::scan(store, now_ms).await?;
     }
-    let Some(last_ms) = store.moments().await?.get(monitor::DELIVERED).copied() else {
+    let last_seen = LastSeenTimes::from_stored(store.last_seen().await?);
+    let Some(last_ms) = last_seen.get(&LastSeen::Delivery) else {
         return Ok(None);
     };
     let hours = store
         .delivery_hours(delivery_gap::first_hour(last_ms))
         .await?;
-    // What a dry run found is not in the log.
-    let is_due = |event: &ApiOnlyEvent| {
-        parse_time(&event.created).is_ok_and(|ms| missed_webhooks::is_due(ms, last_ms, now_ms))
+
+    // The log does not have what a dry run found.
+    let is_overdue = |event: &ApiOnlyEvent| {
+        should_be_sent(&event.event_type)
+            && parse_time(&event.created).is_ok_and(|ms| is_due(ms, last_ms, now_ms))
     };
-    let was_found = pass
-        .keeper
-        .api_only
-        .iter()
-        .any(|event| missed_webhooks::should_be_sent(&event.event_type) && is_due(event));
-    let is_missed = was_found
-        || missed_webhooks::first_missed(store, last_ms, now_ms)
-            .await?
-            .is_some();
+    let is_missed = run.recorder.api_only.iter().any(is_overdue)
+        || first_missed(store, last_ms, now_ms).await?.is_some();
     Ok(judge_silence(&hours, last_ms, now_ms, is_missed))
 }
 
-/// `is_missed`: Stripe's list has events meanwhile that a webhook should have brought.
+/// `is_missed`: Stripe's list has events since that a webhook should have delivered.
 fn judge_silence(
     hours: &BTreeSet<i64>,
     last_ms: i64,
     now_ms: i64,
     is_missed: bool,
-) -> Option<String> {
-    let why = match delivery_gap::judge(hours, last_ms, now_ms) {
-        _ if is_missed => "while Stripe's list has new events".to_owned(),
-        Some(Unusual::Missed(hours)) => {
-            format!("{hours} hours of it had webhooks in each of the last three weeks")
-        }
-        Some(Unusual::Longest(hours)) => format!("the longest silence before was {hours} hours"),
-        None => return None,
+) -> Option<EndpointIssue> {
+    let evidence = if is_missed {
+        SilenceEvidence::EventsAtStripe
+    } else {
+        delivery_gap::judge(hours, last_ms, now_ms)?
     };
-    let hours = (now_ms - last_ms) as f64 / 3_600_000.0;
-    Some(format!(
-        "No webhook came since {} ({hours:.1} hours), {why}. Look at the endpoint's deliveries in Stripe's Dashboard.",
-        timestamp(last_ms)
-    ))
+    Some(EndpointIssue::Silent {
+        last_delivery_ms: last_ms,
+        duration_ms: now_ms - last_ms,
+        evidence,
+    })
 }
 
 #[cfg(test)]
@@ -190,71 +177,74 @@ mod tests {
     }
 
     #[test]
-    fn an_endpoint_that_sends_all_that_we_read_is_not_worth_a_remark() {
+    fn complete_endpoint_has_no_issue() {
+        let all = endpoint("https://x.example/webhooks/stripe", "enabled", json!(["*"]));
+        assert_eq!(issues_of(std::slice::from_ref(&all)), []);
         assert_eq!(
-            about(&[endpoint(
-                "https://x.example/webhooks/stripe",
-                "enabled",
-                json!(["*"])
-            )]),
-            Vec::<String>::new()
-        );
-        assert_eq!(
-            about(&[endpoint(
+            issues_of(&[endpoint(
                 "https://x.example/hook",
                 "enabled",
                 json!(PAYMENT_EVENT_TYPES)
             )]),
-            Vec::<String>::new()
+            []
         );
         let other = endpoint("https://other.example/hook", "disabled", json!(["*"]));
-        let ours = endpoint("https://x.example/webhooks/stripe", "enabled", json!(["*"]));
-        assert_eq!(about(&[other, ours]), Vec::<String>::new());
+        assert_eq!(issues_of(&[other, all]), []);
     }
 
     #[test]
-    fn a_disabled_or_incomplete_endpoint_and_none_at_all_are_said() {
-        let disabled = about(&[endpoint(
+    fn disabled_incomplete_and_missing_endpoints_are_issues() {
+        let disabled = issues_of(&[endpoint(
             "https://x.example/webhooks/stripe?token=s3cret",
             "disabled",
             json!(["*"]),
         )]);
-        assert!(
-            disabled[0].contains("is disabled") && !disabled[0].contains("s3cret"),
-            "{disabled:?}"
+        assert_eq!(
+            disabled,
+            [EndpointIssue::Disabled {
+                endpoint_id: "we_1".to_owned(),
+                url: "https://x.example/webhooks/stripe".to_owned(),
+            }],
+            "the query is not shown"
         );
-        let few = about(&[endpoint(
+
+        let few = issues_of(&[endpoint(
             "https://x.example/webhooks/stripe",
             "enabled",
-            json!(["invoice.paid"]),
+            json!(["invoice.paid", "charge.*"]),
         )]);
+        let [EndpointIssue::MissingTypes { types, .. }] = &few[..] else {
+            panic!("{few:?}");
+        };
+        assert!(types.iter().any(|missing| missing == "invoice.voided"));
         assert!(
-            few[0].contains("invoice.voided") && !few[0].contains("invoice.paid,"),
-            "{few:?}"
+            !types
+                .iter()
+                .any(|missing| missing == "invoice.paid" || missing.starts_with("charge."))
         );
-        assert!(about(&[])[0].contains("no webhook endpoint"));
+
+        assert_eq!(issues_of(&[]), [EndpointIssue::NoEndpoint]);
     }
 
     #[test]
-    fn a_silence_is_said_when_it_is_unusual_or_stripe_told_otherwise() {
+    fn silence_is_an_issue_if_unusual_or_stripe_has_events() {
         let (hour_ms, now) = (3_600_000, 500_000);
         let hourly: BTreeSet<i64> = (now - 48..now - 5).collect();
-        let judged = |now: i64, is_missed| {
-            judge_silence(
-                &hourly,
-                *hourly.last().unwrap() * hour_ms,
-                now * hour_ms,
-                is_missed,
-            )
+        let evidence = |now: i64, is_missed| {
+            let last_ms = *hourly.last().unwrap() * hour_ms;
+            match judge_silence(&hourly, last_ms, now * hour_ms, is_missed)? {
+                EndpointIssue::Silent { evidence, .. } => Some(evidence),
+                other => panic!("{other:?}"),
+            }
         };
-        assert!(
-            judged(now, false)
-                .is_some_and(|remark| remark.contains("longest silence before was 0 hours"))
+        assert_eq!(
+            evidence(now, false),
+            Some(SilenceEvidence::LongestGap { hours: 0 })
         );
-        assert_eq!(judged(now - 4, false), None);
-        assert!(
-            judged(now - 4, true)
-                .is_some_and(|remark| remark.contains("Stripe's list has new events"))
+        assert_eq!(evidence(now - 4, false), None);
+        assert_eq!(
+            evidence(now - 4, true),
+            Some(SilenceEvidence::EventsAtStripe)
         );
     }
 }

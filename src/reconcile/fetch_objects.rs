@@ -1,5 +1,7 @@
-//! What thin events point to: the object is fetched, in the context that the event names, from the durable list of what remains
-//! to be fetched. An event whose snapshot twin is known needs nothing.
+//! Fetches the objects that thin events point to, in the context that the event names.
+//!
+//! The list of what remains to be fetched is durable. An event whose snapshot twin is known needs
+//! nothing.
 
 use std::collections::BTreeMap;
 
@@ -9,164 +11,176 @@ use serde_json::Value;
 use serde_json::value::RawValue;
 
 use super::link_payments;
-use super::{ReconcileError, RunContext, WriteMode};
-use crate::domain::stripe::event::{EventKey, Observation};
+use super::recorder::as_stored;
+use super::{ReconcileError, RunContext, WriteMode, parse_or_skip};
 use crate::domain::stripe::object::Object;
-use crate::store::{LookupKind, PendingLookup};
+use crate::store::{LookupKind, LookupState, PendingLookup};
 use crate::stripe_api::{Scope, StripeApi, StripeApiError};
 
-/// Events that are looked at at a time.
+/// Events per batch.
 const BATCH: u32 = 200;
-/// Batches that one pass looks at: the rest waits for the next.
-const BATCHES: usize = 500;
-const AT_ONCE: usize = 8;
-/// How often an object is asked for that Stripe says is not there.
-const ATTEMPTS: i64 = 8;
-const FIRST_WAIT_MS: i64 = 60_000;
+/// Batches per run; the rest waits for the next run.
+const MAX_BATCHES: usize = 500;
+const MAX_CONCURRENT_CALLS: usize = 8;
+/// Requests for an object that Stripe does not show.
+const MAX_ATTEMPTS: i64 = 8;
+const FIRST_RETRY_MS: i64 = 60_000;
 
-/// True: there was something to fetch.
-pub async fn run(pass: &mut RunContext<'_>) -> Result<bool, ReconcileError> {
+/// Fetches all objects that are due. Returns `true` if there were any.
+pub async fn fetch_objects(run: &mut RunContext<'_>) -> Result<bool, ReconcileError> {
     let mut found = false;
-    for _ in 0..BATCHES {
-        let batch = pass
-            .tools
+    for _ in 0..MAX_BATCHES {
+        let now_ms = run.context.clock.now_ms();
+        let batch = run
+            .context
             .store
-            .to_ask(LookupKind::Object, pass.tools.clock.now_ms(), BATCH)
+            .due_lookups(LookupKind::Object, now_ms, BATCH)
             .await?;
         if batch.is_empty() {
             break;
         }
+
         found = true;
-        fetch_all(pass, &batch).await?;
-        if pass.plan.mode == WriteMode::DryRun {
-            // Nothing is crossed off, so the next batch would be the same.
+        fetch_batch(run, &batch).await?;
+        if run.plan.mode == WriteMode::DryRun {
+            // A dry run marks nothing as done, so the next batch would be the same.
             break;
         }
     }
     Ok(found)
 }
 
-/// An object to fetch.
+/// Path and scope of an object.
 type Target = (String, Scope);
-/// The events that point to it, and how often it was asked for.
-type PointedBy = Vec<(EventKey, i64)>;
-type Fetched = (
-    Target,
-    PointedBy,
-    Result<Option<Box<RawValue>>, StripeApiError>,
-);
-
-async fn fetch(api: StripeApi, target: Target, events: PointedBy) -> Fetched {
-    let answer = api.get(&target.0, &[], &target.1).await;
-    (target, events, answer)
+/// The answer for a target, with the events that point to it.
+struct Fetched {
+    target: Target,
+    events: Vec<LookupState>,
+    answer: Result<Option<Box<RawValue>>, StripeApiError>,
 }
 
-async fn fetch_all(
-    pass: &mut RunContext<'_>,
+async fn fetch(api: StripeApi, target: Target, events: Vec<LookupState>) -> Fetched {
+    let answer = api.get(&target.0, &[], &target.1).await;
+    Fetched {
+        target,
+        events,
+        answer,
+    }
+}
+
+async fn fetch_batch(
+    run: &mut RunContext<'_>,
     batch: &[PendingLookup],
 ) -> Result<(), ReconcileError> {
-    let mut wanted: BTreeMap<Target, PointedBy> = BTreeMap::new();
-    let mut done = Vec::new();
+    let mut wanted: BTreeMap<Target, Vec<LookupState>> = BTreeMap::new();
+    let mut marks = Vec::new();
     for event in batch {
-        match target(pass, event).await? {
-            Some(target) => wanted
-                .entry(target)
-                .or_default()
-                .push((event.key, event.attempts)),
-            None => done.push((event.key, None, event.attempts)),
+        let state = LookupState {
+            key: event.key,
+            due_ms: None,
+            attempts: event.attempts,
+        };
+        match target_of(run, event).await? {
+            Some(target) => wanted.entry(target).or_default().push(state),
+            None => marks.push(state),
         }
     }
+
     let calls: Vec<_> = wanted
         .into_iter()
-        .map(|(target, events)| fetch(pass.tools.api.clone(), target, events))
+        .map(|(target, events)| fetch(run.context.api.clone(), target, events))
         .collect();
     let answers: Vec<_> = stream::iter(calls)
-        .buffer_unordered(AT_ONCE)
+        .buffer_unordered(MAX_CONCURRENT_CALLS)
         .collect()
         .await;
-    let mut away = None;
+
+    let mut failure = None;
     let mut objects = Vec::new();
-    for ((path, scope), events, answer) in answers {
-        match answer {
+    for fetched in answers {
+        let (path, scope) = fetched.target;
+        match fetched.answer {
             Ok(Some(object)) => {
                 objects.push((object, scope));
-                done.extend(
-                    events
-                        .into_iter()
-                        .map(|(key, attempts)| (key, None, attempts)),
-                );
+                marks.extend(fetched.events);
             }
             Ok(None) | Err(StripeApiError::Refused { .. }) => {
-                let now_ms = pass.tools.clock.now_ms();
                 tracing::warn!(
                     path,
-                    "a thin event points to an object that Stripe does not show"
+                    "thin event points to an object that Stripe does not show"
                 );
-                done.extend(
-                    events
+                let now_ms = run.context.clock.now_ms();
+                marks.extend(
+                    fetched
+                        .events
                         .into_iter()
-                        .map(|(key, attempts)| again(key, attempts, now_ms)),
+                        .map(|state| retry_later(state, now_ms)),
                 );
             }
-            Err(error) => away = Some(error),
+            Err(error) => failure = Some(error),
         }
     }
-    keep(pass, objects).await?;
-    if pass.plan.mode == WriteMode::Save {
-        pass.tools.store.mark_lookup(&done).await?;
+
+    // What was fetched is recorded even if another call failed.
+    record_objects(run, objects).await?;
+    if run.plan.mode == WriteMode::Save {
+        run.context.store.mark_lookup(&marks).await?;
     }
-    away.map_or(Ok(()), |error| Err(error.into()))
+    failure.map_or(Ok(()), |error| Err(error.into()))
 }
 
-/// Twice the wait each time, and never again after some.
-fn again(key: EventKey, attempts: i64, now_ms: i64) -> (EventKey, Option<i64>, i64) {
-    let attempts = attempts + 1;
-    let due_ms = (attempts < ATTEMPTS).then(|| now_ms + (FIRST_WAIT_MS << attempts.min(12)));
-    (key, due_ms, attempts)
+/// Doubles the delay with each attempt, and gives up after some.
+fn retry_later(state: LookupState, now_ms: i64) -> LookupState {
+    let attempts = state.attempts + 1;
+    LookupState {
+        due_ms: (attempts < MAX_ATTEMPTS).then(|| now_ms + (FIRST_RETRY_MS << attempts.min(12))),
+        attempts,
+        ..state
+    }
 }
 
-/// Where the object is that a thin event points to; None: there is nothing to fetch for it.
-async fn target(
-    pass: &RunContext<'_>,
+/// Returns where the object is that a thin event points to, or `None` if there is nothing to fetch.
+async fn target_of(
+    run: &RunContext<'_>,
     event: &PendingLookup,
 ) -> Result<Option<Target>, ReconcileError> {
-    let telling = event
-        .telling
-        .as_deref()
-        .and_then(|text| serde_json::from_str::<Observation>(text).ok());
-    let Some(telling) = telling.filter(|telling| telling.thin) else {
+    let observation = parse_or_skip(event);
+    let Some(observation) = observation.filter(|observation| observation.thin) else {
         return Ok(None);
     };
-    if let Some(twin) = telling.snapshot_event.as_deref()
-        && !pass.tools.store.known_ids(&[twin]).await?.is_empty()
+    if let Some(twin) = observation.snapshot_event.as_deref()
+        && !run.context.store.known_ids(&[twin]).await?.is_empty()
     {
         return Ok(None);
     }
+
     let body: Value = event
         .body
         .as_deref()
         .and_then(|body| serde_json::from_slice(body).ok())
         .unwrap_or_default();
-    let scope = match body["context"].as_str().filter(|context| is_plain(context)) {
-        Some(context) => Scope::Context(context.to_owned()),
-        None => Scope::Own,
-    };
-    let named = body
+    let context = body["context"]
+        .as_str()
+        .filter(|text| has_plain_letters(text));
+    let scope = context.map_or(Scope::Own, |context| Scope::Context(context.to_owned()));
+    let path = body
         .pointer("/related_object/url")
         .and_then(Value::as_str)
-        .filter(|path| is_path(path));
-    Ok(named
+        .filter(|path| is_api_path(path))
         .map(str::to_owned)
-        .or_else(|| path_of(&telling.object))
-        .map(|path| (path, scope)))
+        .or_else(|| path_of(&observation.object));
+    Ok(path.map(|path| (path, scope)))
 }
 
-/// The event says where, but not what else we ask: a path of Stripe's API and nothing more.
-fn is_path(path: &str) -> bool {
-    (path.starts_with("/v1/") || path.starts_with("/v2/")) && !path.contains("..") && is_plain(path)
+/// Returns whether this is a plain path of Stripe's API. The event names the path, but must not
+/// decide anything else about the request.
+fn is_api_path(path: &str) -> bool {
+    (path.starts_with("/v1/") || path.starts_with("/v2/"))
+        && !path.contains("..")
+        && has_plain_letters(path)
 }
 
-fn is_plain(text: &str) -> bool {
+fn has_plain_letters(text: &str) -> bool {
     text.bytes()
         .all(|b| b.is_ascii_alphanumeric() || b"_-./".contains(&b))
 }
@@ -181,53 +195,40 @@ fn path_of(object: &Object) -> Option<String> {
         Object::CreditNote(o) => ("credit_notes", &o.id),
         Object::Dispute(o) => ("disputes", &o.id),
     };
-    is_plain(id).then(|| format!("/v1/{list}/{id}"))
+    has_plain_letters(id).then(|| format!("/v1/{list}/{id}"))
 }
 
-async fn keep(
-    pass: &mut RunContext<'_>,
+/// Records objects, and asks for the invoices of those that are payments.
+async fn record_objects(
+    run: &mut RunContext<'_>,
     objects: Vec<(Box<RawValue>, Scope)>,
 ) -> Result<(), ReconcileError> {
     let mut events = Vec::with_capacity(objects.len());
-    let mut payments = Vec::new();
+    let mut observed = Vec::new();
     for (object, scope) in objects {
         let Ok(object) = serde_json::from_str::<Value>(object.get()) else {
             continue;
         };
-        let event = pass.keeper.read_object(&object, account_of(&scope));
-        let telling = event
-            .telling
-            .as_deref()
-            .and_then(|text| serde_json::from_str::<Observation>(text).ok());
-        payments.extend(telling.map(|telling| (telling.object, scope)));
+        let event = run.recorder.prepare_object(&object, scope.account());
+        observed.extend(as_stored(&event)?.map(|stored| (stored.telling.object, scope)));
         events.push(event);
     }
-    pass.keeper.keep(events).await?;
-    for (object, scope) in payments {
-        link_payments::link(pass, &object, &scope).await?;
+
+    run.recorder.record(events).await?;
+    for (object, scope) in observed {
+        link_payments::link_payment(run, &object, &scope).await?;
     }
     Ok(())
-}
-
-/// The connected account that a scope names: `acct_1` alone, or at the end of a path of contexts.
-pub(super) fn account_of(scope: &Scope) -> Option<&str> {
-    match scope {
-        Scope::Own => None,
-        Scope::Account(account) => Some(account),
-        Scope::Context(context) => context
-            .rsplit('/')
-            .next()
-            .filter(|last| last.starts_with("acct_")),
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::domain::stripe::event::EventKey;
 
     #[test]
-    fn only_a_path_of_stripes_api_is_asked_for() {
-        assert!(is_path("/v1/invoices/in_1"));
+    fn only_plain_api_paths_are_requested() {
+        assert!(is_api_path("/v1/invoices/in_1"));
         for wrong in [
             "https://evil.example/v1/x",
             "/v3/x",
@@ -236,28 +237,22 @@ mod tests {
             "//evil/v1/",
             "/v1/a b",
         ] {
-            assert!(!is_path(wrong), "{wrong}");
+            assert!(!is_api_path(wrong), "{wrong}");
         }
     }
 
     #[test]
-    fn a_context_names_its_account() {
+    fn retry_delay_doubles_and_ends() {
+        let state = |due_ms, attempts| LookupState {
+            key: EventKey([0; EventKey::LENGTH]),
+            due_ms,
+            attempts,
+        };
+        assert_eq!(retry_later(state(None, 0), 0), state(Some(120_000), 1));
+        assert_eq!(retry_later(state(None, 1), 0), state(Some(240_000), 2));
         assert_eq!(
-            account_of(&Scope::Context("acct_1".to_owned())),
-            Some("acct_1")
+            retry_later(state(None, MAX_ATTEMPTS - 1), 0),
+            state(None, MAX_ATTEMPTS)
         );
-        assert_eq!(
-            account_of(&Scope::Context("org_1/acct_2".to_owned())),
-            Some("acct_2")
-        );
-        assert_eq!(account_of(&Scope::Context("org_1".to_owned())), None);
-    }
-
-    #[test]
-    fn waits_grow_and_end() {
-        let key = EventKey([0; EventKey::LENGTH]);
-        assert_eq!(again(key, 0, 0), (key, Some(120_000), 1));
-        assert_eq!(again(key, 1, 0), (key, Some(240_000), 2));
-        assert_eq!(again(key, ATTEMPTS - 1, 0), (key, None, ATTEMPTS));
     }
 }

@@ -1,22 +1,24 @@
-//! One process reconciles at a time, whichever database it is on: a lease that is renewed while its holder lives, and ends soon
-//! after it died.
+//! The lease under which one process reconciles at a time, whichever database it uses.
+//!
+//! The holder renews it while it lives. It expires soon after the holder died.
 
 use std::time::Duration;
 
 use tokio_util::sync::{CancellationToken, DropGuard};
 use uuid::Uuid;
 
-use crate::clock::Clock;
-use crate::store::{CLOCKS_DIFFER_MS, Store, StoreError};
+use super::ReconcileError;
+use crate::clock::{Clock, MAX_SKEW_MS};
+use crate::store::{Store, StoreError};
 
 const NAME: &str = "reconcile";
-/// How long a holder that died is believed to live.
-const LASTS: Duration = Duration::from_secs(12);
-const RENEWED: Duration = Duration::from_secs(3);
-/// How often somebody who waits looks again.
-const LOOK: Duration = Duration::from_millis(250);
+/// Duration of a lease after its last renewal: others wait this long for a holder that died.
+const DURATION: Duration = Duration::from_secs(12);
+const RENEWAL_INTERVAL: Duration = Duration::from_secs(3);
+/// Time between two attempts of a waiting process.
+const POLL_INTERVAL: Duration = Duration::from_millis(250);
 
-/// Held until it is released, or dropped: then it ends by itself.
+/// A lease that is held until it is released. If it is dropped instead, it expires.
 pub struct Lease {
     store: Store,
     holder: String,
@@ -25,15 +27,16 @@ pub struct Lease {
 }
 
 impl Lease {
-    /// None: another process is at it.
+    /// Takes the lease. Returns `None` if another process holds it.
     ///
     /// # Errors
-    /// The database cannot be reached.
+    /// Returns an error if the database cannot be written.
     pub async fn try_take(store: &Store, clock: &Clock) -> Result<Option<Lease>, StoreError> {
         let holder = Uuid::now_v7().to_string();
         if !take(store, clock, &holder).await? {
             return Ok(None);
         }
+
         let (lost, stop) = (CancellationToken::new(), CancellationToken::new());
         tokio::spawn(renew(
             store.clone(),
@@ -50,48 +53,64 @@ impl Lease {
         }))
     }
 
-    /// Waits while another process is at it.
+    /// Takes the lease, and waits while another process holds it.
     ///
     /// # Errors
-    /// The database cannot be reached.
+    /// Returns an error if the database cannot be written.
     pub async fn take(store: &Store, clock: &Clock) -> Result<Lease, StoreError> {
         loop {
             if let Some(lease) = Lease::try_take(store, clock).await? {
                 return Ok(lease);
             }
-            tokio::time::sleep(LOOK).await;
+            tokio::time::sleep(POLL_INTERVAL).await;
         }
     }
 
-    /// Waits until nobody is at it, without taking it: what changes nothing needs no more.
+    /// Waits until the lease is free without taking it. Enough for a dry run, which writes nothing.
     ///
     /// # Errors
-    /// The database cannot be reached.
+    /// Returns an error if the database cannot be read.
     pub async fn wait_until_free(store: &Store, clock: &Clock) -> Result<(), StoreError> {
-        let is_held = |expires_ms: i64| {
+        loop {
+            let lease = store.lease(NAME).await?;
             let now_ms = clock.now_ms();
-            now_ms < expires_ms
-                && expires_ms <= now_ms + LASTS.as_millis() as i64 + CLOCKS_DIFFER_MS
-        };
-        while store
-            .lease(NAME)
-            .await?
-            .is_some_and(|(_, expires_ms)| is_held(expires_ms))
-        {
-            tokio::time::sleep(LOOK).await;
+            // A lease that expires implausibly late was taken under a skewed clock.
+            let latest_ms = now_ms + DURATION.as_millis() as i64 + MAX_SKEW_MS;
+            let is_held =
+                lease.is_some_and(|(_, expires_ms)| now_ms < expires_ms && expires_ms <= latest_ms);
+            if !is_held {
+                return Ok(());
+            }
+            tokio::time::sleep(POLL_INTERVAL).await;
         }
-        Ok(())
     }
 
-    /// Returns when another process may have taken it.
+    /// Runs `work` under the lease and releases it, whether the work succeeds or fails.
+    ///
+    /// # Errors
+    /// Returns the error of `work`, or [`ReconcileError::LeaseLost`] if another process may have
+    /// taken the lease meanwhile: then `work` is dropped.
+    pub async fn run<T>(
+        self,
+        work: impl Future<Output = Result<T, ReconcileError>>,
+    ) -> Result<T, ReconcileError> {
+        let ended = tokio::select! {
+            ended = work => ended,
+            () = self.lost() => Err(ReconcileError::LeaseLost),
+        };
+        self.release().await;
+        ended
+    }
+
+    /// Returns when another process may have taken the lease.
     pub async fn lost(&self) {
         self.lost.cancelled().await;
     }
 
-    /// Gives it back, so that nobody has to wait for its end.
+    /// Releases the lease, so that nobody has to wait until it expires.
     pub async fn release(self) {
         if let Err(error) = self.store.release_lease(NAME, &self.holder).await {
-            tracing::warn!(%error, "the lease could not be given back: it ends by itself");
+            tracing::warn!(%error, "failed to release lease; it will expire");
         }
     }
 }
@@ -99,11 +118,12 @@ impl Lease {
 async fn take(store: &Store, clock: &Clock, holder: &str) -> Result<bool, StoreError> {
     let now_ms = clock.now_ms();
     store
-        .take_lease(NAME, holder, now_ms, now_ms + LASTS.as_millis() as i64)
+        .take_lease(NAME, holder, now_ms, now_ms + DURATION.as_millis() as i64)
         .await
 }
 
-/// Another has it, or it could not be renewed until it ended: the holder must stop then.
+/// Renews the lease until `stop`. Cancels `lost` if another process has it, or if it could not be
+/// renewed before it expired: then the holder must stop.
 async fn renew(
     store: Store,
     clock: Clock,
@@ -111,18 +131,19 @@ async fn renew(
     lost: CancellationToken,
     stop: CancellationToken,
 ) {
-    let mut ends_ms = clock.now_ms() + LASTS.as_millis() as i64;
+    let mut expires_ms = clock.now_ms() + DURATION.as_millis() as i64;
     loop {
         tokio::select! {
             () = stop.cancelled() => return,
-            () = tokio::time::sleep(RENEWED) => {}
+            () = tokio::time::sleep(RENEWAL_INTERVAL) => {}
         }
+
         let asked_ms = clock.now_ms();
         match take(&store, &clock, &holder).await {
-            Ok(true) => ends_ms = asked_ms + LASTS.as_millis() as i64,
+            Ok(true) => expires_ms = asked_ms + DURATION.as_millis() as i64,
             Ok(false) => return lost.cancel(),
-            Err(_) if clock.now_ms() >= ends_ms => return lost.cancel(),
-            Err(error) => tracing::debug!(%error, "the lease could not be renewed yet"),
+            Err(_) if clock.now_ms() >= expires_ms => return lost.cancel(),
+            Err(error) => tracing::debug!(%error, "failed to renew lease, will retry"),
         }
     }
 }

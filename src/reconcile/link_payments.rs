@@ -1,70 +1,84 @@
-//! Which invoice a payment belongs to, where its events do not say; and why an attempt failed, where no event told.
+//! Finds the invoice of a payment if its events do not name it, and the reason of a failed attempt if
+//! no event has it.
 //!
-//! Since API version 2025-03-31 neither PaymentIntents nor charges name their invoice: `/v1/invoice_payments` joins them.
+//! Since API version 2025-03-31 neither PaymentIntents nor charges name their invoice:
+//! `/v1/invoice_payments` joins them.
 
 use serde_json::Value;
 use serde_json::value::RawValue;
 
-use super::fetch_objects::account_of;
-use super::{ReconcileError, RunContext, WriteMode};
+use super::recorder::as_stored;
+use super::{ReconcileError, RunContext, WriteMode, parse_or_skip};
 use crate::domain::history::payment_links::PaymentLinks;
-use crate::domain::stripe::event::{EventKey, Observation};
 use crate::domain::stripe::object::Object;
 use crate::queries::invoices::parse_observations;
-use crate::store::{LookupKind, NewEvent, PendingLookup};
+use crate::store::{LookupKind, LookupState, NewEvent, PendingLookup};
 use crate::stripe_api::{Query, Scope, StripeApiError, StripePage};
 
-/// Events that are looked at at a time, of each kind.
+/// Events per batch, of each event family.
 const BATCH: u32 = 200;
-/// Batches that one pass looks at: the rest waits for the next.
-const BATCHES: usize = 500;
-/// How long Stripe may take until an InvoicePayment shows.
-const YOUNG_S: i64 = 600;
-const AGAIN_MS: i64 = 15 * 60_000;
+/// Batches per run; the rest waits for the next run.
+const MAX_BATCHES: usize = 500;
+/// Longest delay until Stripe shows an InvoicePayment.
+const MAX_DELAY_S: i64 = 600;
+const RETRY_MS: i64 = 15 * 60_000;
 
-pub async fn run(pass: &mut RunContext<'_>) -> Result<(), ReconcileError> {
-    for _ in 0..BATCHES {
-        let batch = pass
-            .tools
+/// Asks Stripe for the invoices of all payments that are due.
+pub async fn link_payments(run: &mut RunContext<'_>) -> Result<(), ReconcileError> {
+    for _ in 0..MAX_BATCHES {
+        let now_ms = run.context.clock.now_ms();
+        let batch = run
+            .context
             .store
-            .to_ask(LookupKind::Invoice, pass.tools.clock.now_ms(), BATCH)
+            .due_lookups(LookupKind::Invoice, now_ms, BATCH)
             .await?;
-        let mut done = Vec::with_capacity(batch.len());
+        let mut marks = Vec::with_capacity(batch.len());
         for event in &batch {
-            done.push(look_at(pass, event).await?);
+            marks.push(look_up(run, event).await?);
         }
-        if pass.plan.mode == WriteMode::DryRun || batch.is_empty() {
-            // A dry run crosses nothing off, so the next batch would be the same.
+
+        if run.plan.mode == WriteMode::DryRun || batch.is_empty() {
+            // A dry run marks nothing as done, so the next batch would be the same.
             break;
         }
-        pass.tools.store.mark_lookup(&done).await?;
+        run.context.store.mark_lookup(&marks).await?;
     }
     Ok(())
 }
 
-async fn look_at(
-    pass: &mut RunContext<'_>,
+/// Asks for the invoice of one event, and returns when to ask again.
+async fn look_up(
+    run: &mut RunContext<'_>,
     event: &PendingLookup,
-) -> Result<(EventKey, Option<i64>, i64), ReconcileError> {
-    let done = (event.key, None, event.attempts);
-    let telling = event
-        .telling
-        .as_deref()
-        .and_then(|text| serde_json::from_str::<Observation>(text).ok());
-    let Some(telling) = telling.filter(|_| !says_whose(event)) else {
+) -> Result<LookupState, ReconcileError> {
+    let done = LookupState {
+        key: event.key,
+        due_ms: None,
+        attempts: event.attempts,
+    };
+    let Some(observation) = parse_or_skip(event).filter(|_| !has_invoice_field(event)) else {
         return Ok(done);
     };
-    let scope = telling.account.clone().map_or(Scope::Own, Scope::Account);
-    let is_linked = link(pass, &telling.object, &scope).await?;
-    let is_young = pass.tools.clock.now_s() - telling.created < YOUNG_S;
+
+    let scope = observation
+        .account
+        .clone()
+        .map_or(Scope::Own, Scope::Account);
+    let is_linked = link_payment(run, &observation.object, &scope).await?;
+    let is_young = run.context.clock.now_s() - observation.created < MAX_DELAY_S;
     if !is_linked && is_young && event.attempts == 0 {
-        return Ok((event.key, Some(pass.tools.clock.now_ms() + AGAIN_MS), 1));
+        return Ok(LookupState {
+            due_ms: Some(run.context.clock.now_ms() + RETRY_MS),
+            attempts: 1,
+            ..done
+        });
     }
     Ok(done)
 }
 
-/// Until basil a payment has a field for its invoice: when that is null, the payment is for none.
-fn says_whose(event: &PendingLookup) -> bool {
+/// Returns whether the object has a field for its invoice, as before API version `basil`. If that
+/// field is null, the payment belongs to no invoice.
+fn has_invoice_field(event: &PendingLookup) -> bool {
     let body: Option<Value> = event
         .body
         .as_deref()
@@ -73,55 +87,55 @@ fn says_whose(event: &PendingLookup) -> bool {
     object.is_some_and(|object| object.get("invoice").is_some())
 }
 
-/// Asks Stripe whose payment this is, unless it is known. True: it is known now.
-pub(super) async fn link(
-    pass: &mut RunContext<'_>,
+/// Asks Stripe for the invoice of a payment, unless it is known. Returns `true` if it is known now.
+pub(super) async fn link_payment(
+    run: &mut RunContext<'_>,
     object: &Object,
     scope: &Scope,
 ) -> Result<bool, ReconcileError> {
-    let Some((id, named_intent)) = part(object) else {
+    let Some((id, named_intent)) = payment_part(object) else {
         return Ok(true);
     };
-    let known = parse_observations(&pass.tools.store.observations_for(&[id.to_owned()]).await?)?;
-    let links = PaymentLinks::read(known.iter().map(|k| &k.telling));
+    let rows = run.context.store.observations_for(&[id.to_owned()]).await?;
+    let observations = parse_observations(&rows)?;
+    let links = PaymentLinks::read(observations.iter().map(|stored| &stored.telling));
     if links.invoice_of(object).is_some() {
         return Ok(true);
     }
+
     let charge = charge_of(object);
-    let intent = named_intent
+    let known_intent = named_intent
         .or_else(|| charge.and_then(|charge| links.intent_of(charge)))
         .map(str::to_owned);
-    let (intent, mut found) = match (intent, charge) {
+    let (intent, mut found) = match (known_intent, charge) {
         (Some(intent), _) => (Some(intent), Vec::new()),
-        (None, Some(charge)) => intent_of_charge(pass, charge, scope).await?,
+        (None, Some(charge)) => intent_of_charge(run, charge, scope).await?,
         (None, None) => (None, Vec::new()),
     };
-    let asked = match (&intent, charge) {
+    let (kind, id) = match (&intent, charge) {
         (Some(intent), _) => ("payment_intent", intent.as_str()),
         (None, Some(charge)) => ("charge", charge),
         (None, None) => return Ok(false),
     };
-    if !pass.asked.insert(asked.1.to_owned()) {
+    if !run.looked_up.insert(id.to_owned()) {
         return Ok(false);
     }
-    let query = [
-        ("payment[type]", asked.0),
-        (&*format!("payment[{}]", asked.0), asked.1),
-    ];
-    let payments = list(pass, &query, scope).await?;
+
+    let query = [("payment[type]", kind), (&*format!("payment[{kind}]"), id)];
+    let payments = list_invoice_payments(run, &query, scope).await?;
     let is_linked = !payments.data.is_empty();
     found.extend(
         payments
             .data
             .iter()
-            .flat_map(|payment| read(pass, payment, scope)),
+            .flat_map(|payment| prepare_payment(run, payment, scope)),
     );
-    pass.keeper.keep(found).await?;
+    run.recorder.record(found).await?;
     Ok(is_linked)
 }
 
-/// The id of a part of a payment, and the PaymentIntent that it is or names.
-fn part(object: &Object) -> Option<(&str, Option<&str>)> {
+/// Returns the id of a part of a payment, and the PaymentIntent that it is or names.
+fn payment_part(object: &Object) -> Option<(&str, Option<&str>)> {
     match object {
         Object::PaymentIntent(o) => Some((&o.id, Some(&o.id))),
         Object::Charge(o) => Some((&o.id, o.payment_intent.as_deref())),
@@ -136,39 +150,39 @@ fn charge_of(object: &Object) -> Option<&str> {
         Object::Charge(o) => Some(&o.id),
         Object::Refund(o) => o.charge.as_deref(),
         Object::Dispute(o) => o.charge.as_deref(),
-        _ => None,
+        Object::Invoice(_)
+        | Object::InvoicePayment(_)
+        | Object::PaymentIntent(_)
+        | Object::CreditNote(_) => None,
     }
 }
 
-/// A refund may name only its charge, and the charge its PaymentIntent.
+/// Requests a charge for its PaymentIntent: a refund may name only its charge.
 async fn intent_of_charge(
-    pass: &mut RunContext<'_>,
+    run: &mut RunContext<'_>,
     charge: &str,
     scope: &Scope,
 ) -> Result<(Option<String>, Vec<NewEvent>), ReconcileError> {
     let path = format!("/v1/charges/{charge}");
-    if !pass.asked.insert(path.clone()) {
+    if !run.looked_up.insert(path.clone()) {
         return Ok((None, Vec::new()));
     }
-    let found = pass.tools.api.get(&path, &[], scope).await?;
+    let found = run.context.api.get(&path, &[], scope).await?;
     let Some(found) = found.and_then(|raw| serde_json::from_str::<Value>(raw.get()).ok()) else {
         return Ok((None, Vec::new()));
     };
-    let event = pass.keeper.read_object(&found, account_of(scope));
-    let telling = event
-        .telling
-        .as_deref()
-        .and_then(|text| serde_json::from_str::<Observation>(text).ok());
-    let intent = match telling.map(|telling| telling.object) {
+
+    let event = run.recorder.prepare_object(&found, scope.account());
+    let intent = match as_stored(&event)?.map(|stored| stored.telling.object) {
         Some(Object::Charge(charge)) => charge.payment_intent,
         _ => None,
     };
     Ok((intent, vec![event]))
 }
 
-/// Asks why the latest attempt to collect an invoice failed.
-pub(super) async fn reason(
-    pass: &mut RunContext<'_>,
+/// Requests the payments of an invoice, to learn why the last attempt to collect it failed.
+pub(super) async fn fetch_reason(
+    run: &mut RunContext<'_>,
     stripe_invoice_id: &str,
     scope: &Scope,
 ) -> Result<(), ReconcileError> {
@@ -176,33 +190,29 @@ pub(super) async fn reason(
         ("invoice", stripe_invoice_id),
         ("expand[]", "data.payment.payment_intent"),
     ];
-    let payments = list(pass, &query, scope).await?;
+    let payments = list_invoice_payments(run, &query, scope).await?;
     let found = payments
         .data
         .iter()
-        .flat_map(|payment| read(pass, payment, scope))
+        .flat_map(|payment| prepare_payment(run, payment, scope))
         .collect();
-    pass.keeper.keep(found).await
+    run.recorder.record(found).await
 }
 
-/// An account whose API has no InvoicePayments has none.
-async fn list(
-    pass: &RunContext<'_>,
+/// Lists InvoicePayments. The list is empty if the API version of the account has none.
+async fn list_invoice_payments(
+    run: &RunContext<'_>,
     query: Query<'_>,
     scope: &Scope,
 ) -> Result<StripePage, ReconcileError> {
-    match pass
-        .tools
+    let listed = run
+        .context
         .api
         .list("/v1/invoice_payments", query, scope)
-        .await
-    {
+        .await;
+    match listed {
         Err(StripeApiError::Refused { status, reason, .. }) => {
-            tracing::warn!(
-                status,
-                reason,
-                "Stripe does not show which invoice payments belong to"
-            );
+            tracing::warn!(status, reason, "Stripe denied the list of invoice payments");
             Ok(StripePage {
                 data: Vec::new(),
                 has_more: false,
@@ -212,21 +222,21 @@ async fn list(
     }
 }
 
-/// An InvoicePayment, and the PaymentIntent that stands expanded in it, each as an object of its own: so the one does not
-/// count as changed when the other does.
-fn read(pass: &RunContext<'_>, payment: &RawValue, scope: &Scope) -> Vec<NewEvent> {
+/// Prepares an InvoicePayment, and the PaymentIntent that is expanded in it, as two objects: so
+/// neither counts as changed when only the other does.
+fn prepare_payment(run: &RunContext<'_>, payment: &RawValue, scope: &Scope) -> Vec<NewEvent> {
     let Ok(mut payment) = serde_json::from_str::<Value>(payment.get()) else {
         return Vec::new();
     };
-    let account = account_of(scope);
+    let account = scope.account();
     let mut found = Vec::new();
-    if let Some(intent) = payment
+    let intent = payment
         .pointer_mut("/payment/payment_intent")
-        .filter(|intent| intent.is_object())
-    {
-        found.push(pass.keeper.read_object(intent, account));
+        .filter(|intent| intent.is_object());
+    if let Some(intent) = intent {
+        found.push(run.recorder.prepare_object(intent, account));
         *intent = intent["id"].clone();
     }
-    found.push(pass.keeper.read_object(&payment, account));
+    found.push(run.recorder.prepare_object(&payment, account));
     found
 }

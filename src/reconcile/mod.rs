@@ -1,13 +1,15 @@
-//! A pass against Stripe's API: find what no webhook told, and show where we agree with Stripe.
+//! Runs against Stripe's API: find what no webhook delivered, and compare stored invoices.
 //!
-//! The steps in their order: `catch_up` reads Stripe's list of events, `fetching` what thin events point to, `linking` asks which
-//! invoice a payment belongs to, `checking` compares invoice by invoice, `endpoints` looks at how deliveries come. All that
-//! they find goes through `keeping`, which knows whether anything is new, and whose history changes. Everything is repeatable:
-//! a pass that was killed is made again, and what is durable already costs nothing.
+//! A run has these steps: `sync_events` reads Stripe's list of events, `fetch_objects` the objects of
+//! thin events, `link_payments` asks which invoice a payment belongs to, `compare_invoices` compares
+//! invoice by invoice, `check_endpoints` checks how webhooks are delivered. Everything that they find
+//! goes through `recorder`, which knows whether it is new and whose history changes. All steps are
+//! repeatable: a killed run is made again, and what is durable costs nothing the second time.
 
 mod check_endpoints;
 mod compare_invoices;
 mod fetch_objects;
+mod judge_invoice;
 mod lease;
 mod link_payments;
 mod recorder;
@@ -22,18 +24,20 @@ use serde_json::value::RawValue;
 use tracing::Instrument;
 
 use crate::clock::Clock;
+use crate::domain::run_summary::RunErrorCause;
+use crate::domain::stripe::event::Observation;
 use crate::ingest::batch_writer::{AppendError, BatchWriter};
 use crate::metrics::Metrics;
-use crate::store::{Run, Store, StoreError};
+use crate::store::{PendingLookup, ProgressKey, Run, Store, StoreError};
 use crate::stripe_api::{Scope, StripeApi, StripeApiError};
 
-pub use check_endpoints::{NOT_LOOKED_AT, look_at_endpoints};
+pub use check_endpoints::check_registered_endpoints;
 pub use lease::Lease;
 use recorder::Recorder;
 pub use report::{ApiOnlyEvent, Differing, Healed, Report, UnknownHere};
 pub use worker::work;
 
-/// What a pass works with; cheap to clone.
+/// The services that a run uses. Cheap to clone.
 #[derive(Clone)]
 pub struct ReconcileContext {
     pub store: Store,
@@ -43,30 +47,33 @@ pub struct ReconcileContext {
     pub metrics: Arc<Metrics>,
 }
 
-/// What a pass looks at.
+/// The invoices that a run compares.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Extent {
     /// Every stored invoice.
     All,
-    /// Those whose time has come, and a sample of the settled ones.
+    /// Invoices that are due, and a sample of the settled ones.
     Due,
 }
 
+/// The choice between saving and only reporting.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WriteMode {
     Save,
     DryRun,
 }
 
+/// The scope of a run.
 #[derive(Clone, Copy, Debug)]
 pub struct Plan {
     pub extent: Extent,
     pub mode: WriteMode,
-    /// Look at Stripe's events and invoices of this long, in seconds, whatever is known of them. None: from where the last pass
+    /// Seconds to look back in Stripe's lists, whatever is known. `None`: from where the last run
     /// ended.
     pub since_s: Option<i64>,
 }
 
+/// Why a run failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ReconcileError {
     #[error(transparent)]
@@ -75,205 +82,193 @@ pub enum ReconcileError {
     Store(#[from] StoreError),
     #[error(transparent)]
     BatchWriter(#[from] AppendError),
-    #[error("another process took over: this one was away for too long")]
+    #[error("reconcile lease lost: another process took it over")]
     LeaseLost,
 }
 
 impl ReconcileError {
-    /// What is to be looked at, in a word.
-    fn cause(&self) -> &'static str {
+    /// Returns the cause, as far as an operator acts differently on it.
+    fn cause(&self) -> RunErrorCause {
         match self {
-            ReconcileError::Stripe(StripeApiError::Unauthorized(_)) => "key",
-            ReconcileError::Stripe(StripeApiError::Refused { .. }) => "refused",
-            ReconcileError::Stripe(StripeApiError::Away(_)) => "away",
-            ReconcileError::Stripe(StripeApiError::Busy(_)) => "busy",
-            ReconcileError::Store(_) | ReconcileError::BatchWriter(_) => "database",
-            ReconcileError::LeaseLost => "lease",
+            ReconcileError::Stripe(StripeApiError::Unauthorized(_)) => RunErrorCause::Key,
+            ReconcileError::Stripe(StripeApiError::Refused { .. }) => RunErrorCause::Denied,
+            ReconcileError::Stripe(StripeApiError::Away(_)) => RunErrorCause::Unreachable,
+            ReconcileError::Stripe(StripeApiError::Busy(_)) => RunErrorCause::RateLimited,
+            ReconcileError::Store(_) | ReconcileError::BatchWriter(_) => RunErrorCause::Database,
+            ReconcileError::LeaseLost => RunErrorCause::LeaseLost,
         }
     }
 }
 
-/// How far back Stripe's list of events reaches.
-const EVENTS_KEPT_S: i64 = 30 * 24 * 3600;
+/// Age of the oldest events in Stripe's list.
+const EVENT_RETENTION_S: i64 = 30 * 24 * 3600;
+/// Longest delay between receipt and commit that the search for accounts allows for.
+const MAX_COMMIT_DELAY_MS: i64 = 600_000;
+/// Connected accounts that a run reads at most.
+const MAX_ACCOUNTS: u32 = 1_000;
 
-/// A pass under way.
+/// A run in progress.
 struct RunContext<'t> {
-    tools: &'t ReconcileContext,
+    context: &'t ReconcileContext,
     plan: Plan,
-    keeper: Recorder<'t>,
+    recorder: Recorder<'t>,
     report: Report,
     started_ms: i64,
     /// Connected accounts that are known.
     accounts: Vec<String>,
-    /// PaymentIntents and charges that were asked about in this pass.
-    asked: HashSet<String>,
+    /// PaymentIntents and charges that were looked up in this run.
+    looked_up: HashSet<String>,
 }
 
-/// Makes one pass, under a lease that the caller holds.
+/// Makes one run. The caller holds the [`Lease`], unless it is a dry run.
 ///
 /// # Errors
-/// Stripe or the database cannot be reached; what was found before is kept, and the next pass goes on.
-pub async fn run(tools: &ReconcileContext, plan: Plan) -> Result<Report, ReconcileError> {
-    let report = Report::new(tools.clock.now_ms(), plan);
-    let span = tracing::info_span!("pass", pass.id = report.id);
-    all_steps(tools, report).instrument(span).await
+/// Returns an error if Stripe or the database is unavailable. What was found before is stored, and
+/// the next run continues.
+pub async fn run(context: &ReconcileContext, plan: Plan) -> Result<Report, ReconcileError> {
+    let report = Report::new(context.clock.now_ms(), plan);
+    let span = tracing::info_span!("run", run.id = report.id);
+    run_steps(context, report).instrument(span).await
 }
 
-async fn all_steps(tools: &ReconcileContext, report: Report) -> Result<Report, ReconcileError> {
-    let (plan, started_ms, calls_before) = (report.plan, report.started_ms, tools.api.calls());
-    let (keeper, accounts) = (
-        Recorder::new(tools, plan.mode),
-        known_accounts(&tools.store).await?,
-    );
-    let mut pass = RunContext {
-        tools,
-        plan,
-        keeper,
-        report,
-        started_ms,
-        accounts,
-        asked: HashSet::new(),
-    };
-    pass.find_accounts().await?;
-    sync_events::run(&mut pass).await?;
-    fetch_objects::run(&mut pass).await?;
-    link_payments::run(&mut pass).await?;
-    compare_invoices::run(&mut pass).await?;
-    check_endpoints::run(&mut pass).await?;
-    let mut report = pass.close().await?;
-    report.calls = tools.api.calls() - calls_before;
-    report.ended_ms = tools.clock.now_ms();
-    if plan.mode == WriteMode::Save {
-        keep(&tools.store, &report).await?;
+async fn run_steps(context: &ReconcileContext, report: Report) -> Result<Report, ReconcileError> {
+    let calls_before = context.api.calls();
+    let mut run = RunContext::new(context, report);
+    run.accounts = context.store.known_accounts(MAX_ACCOUNTS).await?;
+
+    run.find_accounts().await?;
+    sync_events::sync_events(&mut run).await?;
+    fetch_objects::fetch_objects(&mut run).await?;
+    link_payments::link_payments(&mut run).await?;
+    compare_invoices::compare_invoices(&mut run).await?;
+    check_endpoints::check_endpoints(&mut run).await?;
+
+    let mut report = run.into_report().await?;
+    report.calls = context.api.calls() - calls_before;
+    report.ended_ms = context.clock.now_ms();
+    if report.plan.mode == WriteMode::Save {
+        save_run(&context.store, &report).await?;
     }
     Ok(report)
 }
 
-/// Only what thin events point to, soon after they arrived. True: there was something.
-async fn run_fetching(tools: &ReconcileContext) -> Result<bool, ReconcileError> {
+/// Fetches the objects of thin events, soon after the events were received. Returns `true` if there
+/// were any.
+async fn run_fetching(context: &ReconcileContext) -> Result<bool, ReconcileError> {
     let plan = Plan {
         extent: Extent::Due,
         mode: WriteMode::Save,
         since_s: None,
     };
-    let started_ms = tools.clock.now_ms();
-    let (keeper, report) = (
-        Recorder::new(tools, plan.mode),
-        Report::new(started_ms, plan),
-    );
-    let mut pass = RunContext {
-        tools,
-        plan,
-        keeper,
-        report,
-        started_ms,
-        accounts: Vec::new(),
-        asked: HashSet::new(),
-    };
-    fetch_objects::run(&mut pass).await
+    let report = Report::new(context.clock.now_ms(), plan);
+    fetch_objects::fetch_objects(&mut RunContext::new(context, report)).await
 }
 
-impl RunContext<'_> {
-    /// The account of the key, and the connected ones that events named.
+impl<'t> RunContext<'t> {
+    fn new(context: &'t ReconcileContext, report: Report) -> RunContext<'t> {
+        RunContext {
+            context,
+            plan: report.plan,
+            recorder: Recorder::new(context, report.plan.mode),
+            started_ms: report.started_ms,
+            report,
+            accounts: Vec::new(),
+            looked_up: HashSet::new(),
+        }
+    }
+
+    /// Returns the account of the key, and the connected accounts that events named.
     fn scopes(&self) -> Vec<Scope> {
         let connected = self.accounts.iter().cloned().map(Scope::Account);
         std::iter::once(Scope::Own).chain(connected).collect()
     }
 
-    /// The connected accounts that events named since the last pass.
+    /// Adds the connected accounts that events named since the last run.
     async fn find_accounts(&mut self) -> Result<(), ReconcileError> {
-        let seen_ms = believed(
-            self.progress(ACCOUNTS_SEEN).await?,
+        let searched_ms = saved_unless_future(
+            self.progress(&ProgressKey::AccountSearch).await?,
             self.started_ms,
-            LATE_MS,
+            MAX_COMMIT_DELAY_MS,
         )
         .unwrap_or_default();
-        for account in self.tools.store.accounts_since(seen_ms - LATE_MS).await? {
-            self.note_account(&account).await?;
+        let since_ms = searched_ms - MAX_COMMIT_DELAY_MS;
+        for account in self.context.store.accounts_since(since_ms).await? {
+            self.add_account(&account).await?;
         }
-        self.set_progress(ACCOUNTS_SEEN, self.started_ms).await?;
+        self.set_progress(&ProgressKey::AccountSearch, self.started_ms)
+            .await?;
         Ok(())
     }
 
-    async fn note_account(&mut self, account: &str) -> Result<(), StoreError> {
-        if self.accounts.iter().any(|known| known == account) || self.accounts.len() >= MAX_ACCOUNTS
-        {
+    /// Adds a connected account, unless it is known or there are too many.
+    async fn add_account(&mut self, account: &str) -> Result<(), StoreError> {
+        let is_known = self.accounts.iter().any(|known| known == account);
+        if is_known || self.accounts.len() >= MAX_ACCOUNTS as usize {
             return Ok(());
         }
+
         self.accounts.push(account.to_owned());
-        self.set_progress(&format!("{ACCOUNT}{account}"), self.started_ms)
-            .await
+        let key = ProgressKey::Account(account.to_owned());
+        self.set_progress(&key, self.started_ms).await
     }
 
-    /// The time in seconds that has come by our clock and by Stripe's: what a list did not show when ours was ahead can still happen.
+    /// Returns the Unix second that has passed by our clock and by Stripe's. If ours is ahead, events
+    /// can still happen in seconds that a list did not show.
     fn safe_upper_bound_s(&self) -> i64 {
-        let now_s = self.tools.clock.now_s();
-        self.tools
+        let now_s = self.context.clock.now_s();
+        self.context
             .api
             .answered_s()
-            .map_or(now_s, |at_stripe| now_s.min(at_stripe))
+            .map_or(now_s, |at_stripe_s| now_s.min(at_stripe_s))
     }
 
-    async fn set_progress(&self, name: &str, value: i64) -> Result<(), StoreError> {
+    /// Saves progress, unless this is a dry run.
+    async fn set_progress(&self, key: &ProgressKey, value: i64) -> Result<(), StoreError> {
         match self.plan.mode {
-            WriteMode::Save => self.tools.store.set_progress(name, value).await,
+            WriteMode::Save => self.context.store.set_progress(key, value).await,
             WriteMode::DryRun => Ok(()),
         }
     }
 
-    async fn progress(&self, name: &str) -> Result<Option<i64>, StoreError> {
-        let found = self.tools.store.progress(name).await?;
-        Ok(found
-            .into_iter()
-            .find(|(found, _)| found == name)
-            .map(|(_, value)| value))
+    async fn progress(&self, key: &ProgressKey) -> Result<Option<i64>, StoreError> {
+        self.context.store.progress(key).await
     }
 
-    async fn close(mut self) -> Result<Report, ReconcileError> {
-        self.report.healed = self.keeper.healed().await?;
-        self.report.api_only_events = std::mem::take(&mut self.keeper.api_only);
-        self.report.put_in_order();
+    /// Completes the report.
+    async fn into_report(mut self) -> Result<Report, ReconcileError> {
+        self.report.healed = self.recorder.healed().await?;
+        self.report.api_only_events = std::mem::take(&mut self.recorder.api_only);
+        self.report.sort();
         Ok(self.report)
     }
 }
 
-/// How far the work had come, unless that is a time that has not come yet, by more than is looked at again anyway: the clock was
-/// ahead when it was noted, and what happened since may not have been seen.
-fn believed(noted: Option<i64>, now: i64, overlap: i64) -> Option<i64> {
-    noted.filter(|noted| *noted <= now.saturating_add(overlap))
+/// Returns the saved progress, or `None` if it lies further in the future than the overlap: a skewed
+/// clock saved it, and what happened since may not have been read.
+fn saved_unless_future(saved: Option<i64>, now: i64, overlap: i64) -> Option<i64> {
+    saved.filter(|saved| *saved <= now.saturating_add(overlap))
 }
 
-/// Names of progress that begin so name connected accounts.
-const ACCOUNT: &str = "account ";
-const ACCOUNTS_SEEN: &str = "accounts seen";
-/// How long after its receipt an event may reach the log.
-const LATE_MS: i64 = 600_000;
-/// Connected accounts that a pass goes through at most.
-const MAX_ACCOUNTS: usize = 1_000;
-
-async fn known_accounts(store: &Store) -> Result<Vec<String>, StoreError> {
-    let found = store.progress(ACCOUNT).await?;
-    Ok(found
-        .iter()
-        .filter_map(|(name, _)| name.strip_prefix(ACCOUNT))
-        .map(str::to_owned)
-        .take(MAX_ACCOUNTS)
-        .collect())
+/// Parses the observation of an event. Skips a damaged one with a warning: `rebuild` repairs it.
+fn parse_or_skip(event: &PendingLookup) -> Option<Observation> {
+    match event.parse_observation()? {
+        Ok(stored) => Some(stored.telling),
+        Err(error) => {
+            tracing::warn!(%error, "skipped a damaged observation");
+            None
+        }
+    }
 }
 
-async fn keep(store: &Store, report: &Report) -> Result<(), StoreError> {
+async fn save_run(store: &Store, report: &Report) -> Result<(), StoreError> {
     let text = report.shortened().to_json().to_string();
-    let report_json = RawValue::from_string(text)
-        .map_err(|e| StoreError::damaged(format!("a report is no JSON: {e}")))?;
-    let id = report.id.clone();
-    store
-        .keep_run(&Run {
-            id,
-            started_ms: report.started_ms,
-            ended_ms: report.ended_ms,
-            report: report_json,
-        })
-        .await
+    let run = Run {
+        id: report.id.clone(),
+        started_ms: report.started_ms,
+        ended_ms: report.ended_ms,
+        report: RawValue::from_string(text).expect("a JSON value serialises to valid JSON"),
+    };
+    store.save_run(&run).await
 }
 
 #[cfg(test)]
@@ -281,14 +276,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_a_clock_that_was_ahead_noted_is_not_believed() {
-        assert_eq!(believed(Some(100), 1000, 60), Some(100));
+    fn progress_from_skewed_clock_is_ignored() {
+        assert_eq!(saved_unless_future(Some(100), 1000, 60), Some(100));
         assert_eq!(
-            believed(Some(1060), 1000, 60),
+            saved_unless_future(Some(1060), 1000, 60),
             Some(1060),
-            "it is looked at again anyway"
+            "the overlap is read again anyway"
         );
-        assert_eq!(believed(Some(1061), 1000, 60), None);
-        assert_eq!(believed(None, 1000, 60), None);
+        assert_eq!(saved_unless_future(Some(1061), 1000, 60), None);
+        assert_eq!(saved_unless_future(None, 1000, 60), None);
     }
 }

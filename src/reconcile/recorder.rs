@@ -1,6 +1,7 @@
-//! Where all that a pass finds goes in: is it new, whose history does it change, and was it only Stripe's API that told it?
+//! Takes in everything that a run finds: is it new, whose history does it change, and did only
+//! Stripe's API have it?
 //!
-//! A dry run goes the same way, but holds what it found beside the store instead of appending it.
+//! A dry run goes the same way, but stages what it found in memory instead of appending it.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -12,118 +13,142 @@ use super::report::{ApiOnlyEvent, Change, Healed, Invoice, Proof};
 use super::{ReconcileContext, ReconcileError, WriteMode};
 use crate::domain::history::{Entry, StoredObservation, fold};
 use crate::domain::invoice::comparison::same_entries;
-use crate::domain::payment_state::ImportedState;
-use crate::domain::stripe::event::{EventKey, Observation, envelope};
+use crate::domain::stripe::event::{EventKey, FETCHED, Observation, envelope};
 use crate::domain::time::timestamp;
 use crate::ingest::batch_writer::{AppendError, BatchWriter};
-use crate::ingest::{Delivery, keep, prepare};
+use crate::ingest::{self, Delivery};
 use crate::monitoring::missed_webhooks::should_be_sent;
 use crate::queries::invoices::{history, imported_states, known, parse_observations};
 use crate::store::{NewEvent, Outcome, Source, StoreError, StoredInvoice};
 
-/// Objects whose invoices are looked up at a time.
-const SEEDS: usize = 500;
-/// How often a dry run goes back and forth between what is stored and what it found.
-const HOPS: usize = 10;
+/// Objects whose invoices are looked up in one query.
+const OBJECTS_PER_QUERY: usize = 500;
+/// Limit on the steps between stored and staged observations that collect a history.
+const MAX_HOPS: usize = 10;
 
+/// Records what a run finds.
 pub(super) struct Recorder<'t> {
-    tools: &'t ReconcileContext,
+    context: &'t ReconcileContext,
     mode: WriteMode,
-    /// The histories that may change, as they were: by tenant and uid.
+    /// The histories that may change, as they were before, by tenant and uid.
     before: BTreeMap<(String, String), Before>,
-    /// What a dry run found, and which of it mentions an object.
-    beside: HashMap<EventKey, NewEvent>,
-    mentioned: HashMap<String, Vec<EventKey>>,
-    /// Events that only Stripe's API told.
+    /// Events that a dry run found, by key.
+    staged: HashMap<EventKey, NewEvent>,
+    /// The staged events that mention an object, by its id.
+    staged_by_object: HashMap<String, Vec<EventKey>>,
+    /// Events that no webhook delivered.
     pub(super) api_only: Vec<ApiOnlyEvent>,
 }
 
+/// A history before the run.
 struct Before {
     stripe_invoice_id: String,
     history: Vec<Entry>,
 }
 
 impl<'t> Recorder<'t> {
-    pub fn new(tools: &'t ReconcileContext, mode: WriteMode) -> Recorder<'t> {
+    pub fn new(context: &'t ReconcileContext, mode: WriteMode) -> Recorder<'t> {
         Recorder {
-            tools,
+            context,
             mode,
             before: BTreeMap::new(),
-            beside: HashMap::new(),
-            mentioned: HashMap::new(),
+            staged: HashMap::new(),
+            staged_by_object: HashMap::new(),
             api_only: Vec::new(),
         }
     }
 
-    /// Something that Stripe's API returned, ready to be kept.
-    pub fn read(&self, body: Bytes) -> NewEvent {
-        prepare(Delivery {
+    /// Prepares an event that Stripe's API returned.
+    pub fn prepare_body(&self, body: Bytes) -> NewEvent {
+        ingest::prepare(Delivery {
             body,
             source: Source::Api,
             secret_label: None,
-            received_ms: self.tools.clock.now_ms(),
+            received_ms: self.context.clock.now_ms(),
         })
     }
 
-    /// An object that Stripe's API returned, ready to be kept.
-    pub fn read_object(&self, object: &Value, account: Option<&str>) -> NewEvent {
-        self.read(
-            envelope(object, self.tools.clock.now_s(), account)
-                .to_string()
-                .into(),
-        )
+    /// Prepares an object that Stripe's API returned.
+    pub fn prepare_object(&self, object: &Value, account: Option<&str>) -> NewEvent {
+        let event = envelope(object, self.context.clock.now_s(), account);
+        self.prepare_body(event.to_string().into())
     }
 
-    /// Keeps what is new of it: returns when that is durable.
-    pub async fn keep(&mut self, mut events: Vec<NewEvent>) -> Result<(), ReconcileError> {
-        let mut seen: HashSet<EventKey> = HashSet::new();
-        let beside = &self.beside;
-        let is_new = |event: &NewEvent| {
-            event.outcome != Outcome::Unreadable && !beside.contains_key(&event.key)
-        };
-        events.retain(|event| is_new(event) && seen.insert(event.key));
-        let keys: Vec<EventKey> = events.iter().map(|event| event.key).collect();
-        let known: HashSet<EventKey> = self
-            .tools
-            .store
-            .known_keys(&keys)
-            .await?
-            .into_iter()
-            .collect();
-        events.retain(|event| !known.contains(&event.key));
+    /// Records the events that are new. Returns when they are durable.
+    pub async fn record(&mut self, events: Vec<NewEvent>) -> Result<(), ReconcileError> {
+        let events = self.without_known(events).await?;
         if events.is_empty() {
             return Ok(());
         }
-        self.remember(&events).await?;
-        let missed = self.note_api_only(&events).await?;
+
+        self.remember_histories(&events).await?;
+        let missed = self.collect_api_only(&events).await?;
         match self.mode {
             WriteMode::DryRun => events.into_iter().for_each(|event| self.stage(event)),
             WriteMode::Save => {
-                // Together, so that they share a commit.
+                // Concurrently, so that they share a commit.
                 let appending: Vec<_> = events
                     .into_iter()
-                    .map(|event| append(self.tools.inbox.clone(), event))
+                    .map(|event| append(self.context.inbox.clone(), event))
                     .collect();
                 try_join_all(appending).await?;
-                // At once: a pass that fails later found them all the same.
-                self.tools.metrics.reconcile.api_only_events.inc_by(missed);
+                // Not at the end of the run: a run that fails later still found them.
+                let metrics = &self.context.metrics.reconcile;
+                metrics.api_only_events.inc_by(missed);
             }
         }
         Ok(())
     }
 
+    /// Drops events that are unreadable, repeated, staged or stored.
+    async fn without_known(&self, mut events: Vec<NewEvent>) -> Result<Vec<NewEvent>, StoreError> {
+        let mut seen: HashSet<EventKey> = HashSet::new();
+        events.retain(|event| {
+            event.outcome != Outcome::Unreadable
+                && !self.staged.contains_key(&event.key)
+                && seen.insert(event.key)
+        });
+
+        let keys: Vec<EventKey> = events.iter().map(|event| event.key).collect();
+        let stored = self.context.store.known_keys(&keys).await?;
+        let stored: HashSet<EventKey> = stored.into_iter().collect();
+        events.retain(|event| !stored.contains(&event.key));
+        Ok(events)
+    }
+
     fn stage(&mut self, event: NewEvent) {
         for mention in &event.mentions {
-            self.mentioned
+            self.staged_by_object
                 .entry(mention.object_id.clone())
                 .or_default()
                 .push(event.key);
         }
-        self.beside.insert(event.key, event);
+        self.staged.insert(event.key, event);
     }
 
-    /// The histories that these events may change, as they are before.
-    async fn remember(&mut self, events: &[NewEvent]) -> Result<(), ReconcileError> {
+    /// Remembers the histories that these events may change, as they are before.
+    async fn remember_histories(&mut self, events: &[NewEvent]) -> Result<(), ReconcileError> {
+        let store = &self.context.store;
+        let invoices = self.invoices_of(events).await?;
+        let invoices: Vec<&str> = invoices.iter().map(String::as_str).collect();
+        for candidate in store.check_candidates(&invoices).await? {
+            let id = (candidate.tenant_uid, candidate.invoice_uid);
+            if self.before.contains_key(&id) {
+                continue;
+            }
+            if let Some(stored) = store.invoice(&id.0, &id.1).await? {
+                let before = Before {
+                    stripe_invoice_id: stored.stripe_invoice_id.clone().unwrap_or_default(),
+                    history: history(&stored)?,
+                };
+                self.before.insert(id, before);
+            }
+        }
+        Ok(())
+    }
+
+    /// Returns the Stripe invoices that these events belong to, directly or through other objects.
+    async fn invoices_of(&self, events: &[NewEvent]) -> Result<HashSet<String>, ReconcileError> {
         let mut objects: HashSet<String> = HashSet::new();
         let mut invoices: HashSet<String> = HashSet::new();
         for mention in events.iter().flat_map(|event| &event.mentions) {
@@ -134,142 +159,120 @@ impl<'t> Recorder<'t> {
             };
             named.insert(mention.object_id.clone());
         }
+
         let objects: Vec<String> = objects.into_iter().collect();
-        for some in objects.chunks(SEEDS) {
-            for known in parse_observations(&self.tools.store.observations_for(some).await?)? {
-                let mentions = known
-                    .telling
-                    .mentions()
-                    .into_iter()
-                    .filter(|mention| mention.is_invoice);
-                invoices.extend(mentions.map(|mention| mention.object_id));
-            }
-        }
-        let invoices: Vec<&str> = invoices.iter().map(String::as_str).collect();
-        for stored in self.tools.store.to_check(&invoices).await? {
-            let place = (stored.tenant_uid, stored.invoice_uid);
-            if self.before.contains_key(&place) {
-                continue;
-            }
-            if let Some(stored) = self.tools.store.invoice(&place.0, &place.1).await? {
-                let stripe_invoice_id = stored.stripe_invoice_id.clone().unwrap_or_default();
-                self.before.insert(
-                    place,
-                    Before {
-                        stripe_invoice_id,
-                        history: history(&stored)?,
-                    },
+        for chunk in objects.chunks(OBJECTS_PER_QUERY) {
+            let rows = self.context.store.observations_for(chunk).await?;
+            for stored in parse_observations(&rows)? {
+                let mentions = stored.telling.mentions();
+                invoices.extend(
+                    mentions
+                        .into_iter()
+                        .filter(|mention| mention.is_invoice)
+                        .map(|mention| mention.object_id),
                 );
             }
         }
-        Ok(())
+        Ok(invoices)
     }
 
-    /// How many of them a webhook should have brought.
-    async fn note_api_only(&mut self, events: &[NewEvent]) -> Result<u64, StoreError> {
-        let is_event = |event: &&NewEvent| event.created_s.is_some() && !is_fetched(event);
-        let ids: Vec<&str> = events
+    /// Collects the events that no webhook delivered. Returns how many a webhook should have.
+    async fn collect_api_only(&mut self, events: &[NewEvent]) -> Result<u64, StoreError> {
+        let from_list: Vec<&NewEvent> = events
             .iter()
-            .filter(is_event)
+            .filter(|event| event.created_s.is_some() && !is_fetched_object(event))
+            .collect();
+        let ids: Vec<&str> = from_list
+            .iter()
             .filter_map(|event| event.id.as_deref())
             .collect();
-        let known: HashSet<String> = self
-            .tools
-            .store
-            .known_ids(&ids)
-            .await?
-            .into_iter()
-            .collect();
+        let stored = self.context.store.known_ids(&ids).await?;
+        let stored: HashSet<String> = stored.into_iter().collect();
+
         let mut missed = 0;
-        for event in events.iter().filter(is_event) {
-            let Some(id) = event.id.clone().filter(|id| !known.contains(id)) else {
+        for event in from_list {
+            let Some(id) = event.id.clone().filter(|id| !stored.contains(id)) else {
                 continue;
             };
-            let invoice = event
-                .mentions
-                .iter()
-                .find(|mention| mention.is_invoice)
-                .map(|mention| mention.object_id.clone());
-            missed += u64::from(event.event_type.as_deref().is_some_and(should_be_sent));
+            let event_type = event.event_type.clone().unwrap_or_default();
+            missed += u64::from(should_be_sent(&event_type));
             self.api_only.push(ApiOnlyEvent {
                 event_id: id,
-                event_type: event.event_type.clone().unwrap_or_default(),
+                event_type,
                 created: timestamp(event.created_s.unwrap_or_default() * 1000),
-                stripe_invoice_id: invoice,
+                stripe_invoice_id: event
+                    .mentions
+                    .iter()
+                    .find(|mention| mention.is_invoice)
+                    .map(|mention| mention.object_id.clone()),
             });
         }
         Ok(missed)
     }
 
-    /// All that is known about a stored invoice, with what a dry run found.
-    pub async fn known_about(
+    /// Returns everything that is known about a stored invoice, including what a dry run found.
+    pub async fn observations_of(
         &self,
         stored: &StoredInvoice,
     ) -> Result<Vec<StoredObservation>, ReconcileError> {
-        let mut known = known(stored)?;
-        let Some(id) = stored
+        let mut observations = known(stored)?;
+        let id = stored
             .stripe_invoice_id
             .clone()
-            .filter(|_| !self.beside.is_empty())
-        else {
-            return Ok(known);
+            .filter(|_| !self.staged.is_empty());
+        let Some(id) = id else {
+            return Ok(observations);
         };
+
         let mut reached: HashSet<String> = HashSet::from([id]);
         let mut taken: HashSet<EventKey> = HashSet::new();
-        for _ in 0..HOPS {
-            let objects = known
-                .iter()
-                .flat_map(|k| k.telling.mentions())
-                .filter(|mention| !mention.is_invoice);
-            reached.extend(objects.map(|mention| mention.object_id));
+        for _ in 0..MAX_HOPS {
+            reached.extend(objects_of(&observations));
             let keys = reached
                 .iter()
-                .filter_map(|id| self.mentioned.get(id))
+                .filter_map(|id| self.staged_by_object.get(id))
                 .flatten()
                 .filter(|key| taken.insert(**key));
-            let found: Vec<StoredObservation> = keys
-                .filter_map(|key| self.beside.get(key))
-                .filter_map(as_known)
-                .collect();
+            let mut found = Vec::new();
+            for event in keys.filter_map(|key| self.staged.get(key)) {
+                found.extend(as_stored(event)?);
+            }
             if found.is_empty() {
                 break;
             }
-            let objects = found
-                .iter()
-                .flat_map(|k| k.telling.mentions())
-                .filter(|mention| !mention.is_invoice);
-            let seeds: Vec<String> = objects
-                .map(|mention| mention.object_id)
+
+            let new_objects: Vec<String> = objects_of(&found)
                 .filter(|id| !reached.contains(id))
                 .collect();
-            known.extend(found);
-            for telling in parse_observations(&self.tools.store.observations_for(&seeds).await?)? {
-                if !known.iter().any(|k| k.key == telling.key) {
-                    known.push(telling);
+            observations.extend(found);
+            let rows = self.context.store.observations_for(&new_objects).await?;
+            for observation in parse_observations(&rows)? {
+                if !observations
+                    .iter()
+                    .any(|known| known.key == observation.key)
+                {
+                    observations.push(observation);
                 }
             }
         }
-        Ok(known)
+        Ok(observations)
     }
 
-    /// The histories that this pass changed, and by what.
+    /// Returns the histories that this run changed, with the changes.
     pub async fn healed(&self) -> Result<Vec<Healed>, ReconcileError> {
         let mut healed = Vec::new();
         for ((tenant_uid, invoice_uid), before) in &self.before {
-            let Some(stored) = self.tools.store.invoice(tenant_uid, invoice_uid).await? else {
+            let stored = self.context.store.invoice(tenant_uid, invoice_uid).await?;
+            let Some(stored) = stored else {
                 continue;
             };
-            let known = self.known_about(&stored).await?;
-            let imported: Vec<ImportedState> = imported_states(&stored)?;
-            let after = fold(Some(&before.stripe_invoice_id), &imported, &known);
+            let observations = self.observations_of(&stored).await?;
+            let imported = imported_states(&stored)?;
+            let after = fold(Some(&before.stripe_invoice_id), &imported, &observations);
             if same_entries(&before.history, &after) {
                 continue;
             }
-            let is_same = |a: &Entry, b: &Entry| {
-                (a.state, a.timestamp_ms, &a.message) == (b.state, b.timestamp_ms, &b.message)
-            };
-            let is_new = |entry: &&Entry| !before.history.iter().any(|was| is_same(was, entry));
-            let is_gone = |entry: &&Entry| !after.iter().any(|now| is_same(now, entry));
+
             healed.push(Healed {
                 invoice: Invoice {
                     stripe_invoice_id: before.stripe_invoice_id.clone(),
@@ -277,17 +280,8 @@ impl<'t> Recorder<'t> {
                     invoice_uid: invoice_uid.clone(),
                 },
                 state: after.last().map(|entry| entry.state),
-                added: after
-                    .iter()
-                    .filter(is_new)
-                    .map(|entry| change(entry, &known))
-                    .collect(),
-                removed: before
-                    .history
-                    .iter()
-                    .filter(is_gone)
-                    .map(|entry| change(entry, &known))
-                    .collect(),
+                added: changes(&after, &before.history, &observations),
+                removed: changes(&before.history, &after, &observations),
             });
         }
         Ok(healed)
@@ -295,28 +289,46 @@ impl<'t> Recorder<'t> {
 }
 
 async fn append(inbox: BatchWriter, event: NewEvent) -> Result<(), AppendError> {
-    keep(&inbox, event).await.map(drop)
+    ingest::keep(&inbox, event).await.map(drop)
 }
 
-fn is_fetched(event: &NewEvent) -> bool {
-    event.event_type.as_deref() == Some(crate::domain::stripe::event::FETCHED)
+fn is_fetched_object(event: &NewEvent) -> bool {
+    event.event_type.as_deref() == Some(FETCHED)
 }
 
-pub(super) fn as_known(event: &NewEvent) -> Option<StoredObservation> {
-    let telling: Observation = serde_json::from_str(event.telling.as_deref()?).ok()?;
-    Some(StoredObservation {
-        key: event.key,
-        telling,
-    })
+/// Returns the observation of a new event, as it will be stored; `None` if it has none.
+pub(super) fn as_stored(event: &NewEvent) -> Result<Option<StoredObservation>, StoreError> {
+    event
+        .telling
+        .as_deref()
+        .map(|json| StoredObservation::parse(event.key, json))
+        .transpose()
+        .map_err(|damaged| StoreError::damaged(damaged.to_string()))
 }
 
-fn change(entry: &Entry, known: &[StoredObservation]) -> Change {
+/// Returns the ids of the objects that these observations mention, other than invoices.
+fn objects_of(observations: &[StoredObservation]) -> impl Iterator<Item = String> {
+    observations
+        .iter()
+        .flat_map(|stored| stored.telling.mentions())
+        .filter(|mention| !mention.is_invoice)
+        .map(|mention| mention.object_id)
+}
+
+/// Returns the entries that are not in `others`, with their proofs.
+fn changes(entries: &[Entry], others: &[Entry], observations: &[StoredObservation]) -> Vec<Change> {
+    let shown = |entry: &Entry| (entry.state, entry.timestamp_ms, entry.message.clone());
+    entries
+        .iter()
+        .filter(|entry| !others.iter().any(|other| shown(other) == shown(entry)))
+        .map(|entry| change(entry, observations))
+        .collect()
+}
+
+fn change(entry: &Entry, observations: &[StoredObservation]) -> Change {
     let proof = |key: &EventKey| {
-        known
-            .iter()
-            .find(|k| k.key == *key)
-            .map(|k| &k.telling)
-            .map(describe)
+        let stored = observations.iter().find(|stored| stored.key == *key)?;
+        Some(proof_of(&stored.telling))
     };
     Change {
         state: entry.state,
@@ -326,14 +338,14 @@ fn change(entry: &Entry, known: &[StoredObservation]) -> Change {
     }
 }
 
-fn describe(telling: &Observation) -> Proof {
-    let what = if telling.fetched {
+fn proof_of(observation: &Observation) -> Proof {
+    let what = if observation.fetched {
         "what Stripe's API says now"
     } else {
-        telling.kind.as_str()
+        observation.kind.as_str()
     };
     Proof {
-        id: telling.id.clone(),
+        id: observation.id.clone(),
         what: what.to_owned(),
     }
 }

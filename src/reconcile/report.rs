@@ -1,4 +1,7 @@
-//! What a pass found: for a person, the command line writes it out; for a script, this is its JSON.
+//! The report of a run. The command line prints it; scripts read it as JSON.
+
+use std::cmp::Ordering;
+use std::collections::HashSet;
 
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -6,10 +9,11 @@ use uuid::Uuid;
 
 use super::{Plan, WriteMode};
 use crate::domain::payment_state::PaymentState;
+use crate::domain::run_summary::{EndpointIssue, RunCounts};
 use crate::domain::time::timestamp;
 
-/// Items of each list that are kept with a pass; all of them are counted.
-const KEPT: usize = 100;
+/// Items of each list that are stored with a run. All of them are counted.
+const STORED_ITEMS: usize = 100;
 
 /// A stored invoice.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -20,20 +24,20 @@ pub struct Invoice {
     pub invoice_uid: String,
 }
 
-/// A history that this pass changed.
+/// A history that this run changed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Healed {
     #[serde(flatten)]
     pub invoice: Invoice,
-    /// The state that it is in now.
+    /// The present state of the invoice.
     pub state: Option<PaymentState>,
     pub added: Vec<Change>,
-    /// What stood there before, and is said better now.
+    /// Entries that better ones replace.
     pub removed: Vec<Change>,
 }
 
-/// An entry of a history, and what proves it.
+/// An entry of a history, with its proofs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Change {
@@ -43,16 +47,17 @@ pub struct Change {
     pub proofs: Vec<Proof>,
 }
 
+/// An event or object that proves an entry.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Proof {
-    /// The event's id, or the object's.
+    /// Id of the event or object.
     pub id: String,
-    /// The event's type, or that it is what Stripe's API says.
+    /// Type of the event, or that Stripe's API says so.
     pub what: String,
 }
 
-/// Something that a stored invoice and Stripe's say differently.
+/// A field with different values in a stored invoice and at Stripe.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Differing {
@@ -62,11 +67,11 @@ pub struct Differing {
     pub field: &'static str,
     pub ours: String,
     pub stripes: String,
-    /// When it was first seen.
+    /// When the difference was first seen.
     pub since: String,
 }
 
-/// An invoice of Stripe's that nobody stored.
+/// An invoice at Stripe that is not stored.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct UnknownHere {
@@ -77,7 +82,7 @@ pub struct UnknownHere {
     pub created: String,
 }
 
-/// An event that no webhook brought.
+/// An event that no webhook delivered.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ApiOnlyEvent {
@@ -88,25 +93,27 @@ pub struct ApiOnlyEvent {
     pub stripe_invoice_id: Option<String>,
 }
 
+/// The findings of a run. Times in Unix milliseconds.
 #[derive(Clone, Debug)]
 pub struct Report {
     pub id: String,
-    /// Unix milliseconds; so is `ended_ms`.
     pub started_ms: i64,
     pub ended_ms: i64,
     pub plan: Plan,
-    /// Calls to Stripe.
+    /// Calls to Stripe's API.
     pub calls: u64,
     pub agreeing: Vec<Invoice>,
     pub healed: Vec<Healed>,
     pub differing: Vec<Differing>,
     pub unknown_at_stripe: Vec<Invoice>,
     pub unknown_here: Vec<UnknownHere>,
-    /// Stripe's events say more than its API yet: nothing is wrong, and they are looked at again.
+    /// Invoices for which Stripe's API lags behind its events: nothing is wrong, and they are compared
+    /// again.
     pub stripe_lags: Vec<Invoice>,
     pub api_only_events: Vec<ApiOnlyEvent>,
-    pub endpoint_remarks: Vec<String>,
-    counts: Option<Value>,
+    pub endpoint_issues: Vec<EndpointIssue>,
+    /// Set when the lists were shortened.
+    counts: Option<RunCounts>,
 }
 
 impl Report {
@@ -124,38 +131,33 @@ impl Report {
             unknown_here: Vec::new(),
             stripe_lags: Vec::new(),
             api_only_events: Vec::new(),
-            endpoint_remarks: Vec::new(),
+            endpoint_issues: Vec::new(),
             counts: None,
         }
     }
 
-    /// Something was healed, or is not the same on both sides. Invoices of Stripe's that nobody stored are told, but an account
-    /// may have many that are none of our business.
+    /// Returns whether the run changed or found a difference. Invoices at Stripe that are not stored do
+    /// not count: an account may have many that do not belong here.
     pub fn differs(&self) -> bool {
         !(self.healed.is_empty() && self.differing.is_empty() && self.unknown_at_stripe.is_empty())
     }
 
-    /// Each invoice that was healed counts as that, not as agreeing; lists by id.
-    pub(super) fn put_in_order(&mut self) {
-        let healed: std::collections::HashSet<&str> = self
+    /// Sorts the lists by id. An invoice that was healed no longer counts as agreeing.
+    pub(super) fn sort(&mut self) {
+        let healed: HashSet<&str> = self
             .healed
             .iter()
             .map(|healed| healed.invoice.stripe_invoice_id.as_str())
             .collect();
         self.agreeing
             .retain(|invoice| !healed.contains(invoice.stripe_invoice_id.as_str()));
-        self.agreeing
-            .sort_by(|a, b| a.stripe_invoice_id.cmp(&b.stripe_invoice_id));
-        self.healed.sort_by(|a, b| {
-            a.invoice
-                .stripe_invoice_id
-                .cmp(&b.invoice.stripe_invoice_id)
-        });
+        self.agreeing.sort_by(by_stripe_invoice);
+        self.healed
+            .sort_by(|a, b| by_stripe_invoice(&a.invoice, &b.invoice));
         self.differing.sort_by(|a, b| {
-            (&a.invoice.stripe_invoice_id, a.field).cmp(&(&b.invoice.stripe_invoice_id, b.field))
+            by_stripe_invoice(&a.invoice, &b.invoice).then_with(|| a.field.cmp(b.field))
         });
-        self.unknown_at_stripe
-            .sort_by(|a, b| a.stripe_invoice_id.cmp(&b.stripe_invoice_id));
+        self.unknown_at_stripe.sort_by(by_stripe_invoice);
         self.unknown_here
             .sort_by(|a, b| a.stripe_invoice_id.cmp(&b.stripe_invoice_id));
         self.unknown_here
@@ -164,6 +166,7 @@ impl Report {
             .sort_by(|a, b| (&a.created, &a.event_id).cmp(&(&b.created, &b.event_id)));
     }
 
+    /// Returns the report as JSON. `endpointRemarks` has the sentences of `endpointIssues`.
     pub fn to_json(&self) -> Value {
         json!({
             "startedAt": timestamp(self.started_ms),
@@ -177,38 +180,43 @@ impl Report {
             "unknownHere": self.unknown_here,
             "stripeLags": self.stripe_lags,
             "apiOnlyEvents": self.api_only_events,
-            "endpointRemarks": self.endpoint_remarks,
+            "endpointIssues": self.endpoint_issues,
+            "endpointRemarks": self.endpoint_issues.iter().map(ToString::to_string).collect::<Vec<_>>(),
         })
     }
 
-    fn counts(&self) -> Value {
-        let counted = || {
-            json!({
-                "agreeing": self.agreeing.len(),
-                "healed": self.healed.len(),
-                "differing": self.differing.len(),
-                "unknownAtStripe": self.unknown_at_stripe.len(),
-                "unknownHere": self.unknown_here.len(),
-                "stripeLags": self.stripe_lags.len(),
-                "apiOnlyEvents": self.api_only_events.len(),
-                "endpointRemarks": self.endpoint_remarks.len(),
-                "calls": self.calls,
-            })
-        };
-        self.counts.clone().unwrap_or_else(counted)
+    /// Returns how many items each list has, or had before it was shortened.
+    pub fn counts(&self) -> RunCounts {
+        self.counts.unwrap_or_else(|| RunCounts {
+            agreeing: self.agreeing.len() as i64,
+            healed: self.healed.len() as i64,
+            differing: self.differing.len() as i64,
+            unknown_at_stripe: self.unknown_at_stripe.len() as i64,
+            unknown_here: self.unknown_here.len() as i64,
+            stripe_lags: self.stripe_lags.len() as i64,
+            api_only_events: self.api_only_events.len() as i64,
+            endpoint_remarks: self.endpoint_issues.len() as i64,
+            calls: self.calls as i64,
+        })
     }
 
-    /// Fit to be kept: what agrees is only counted, and of everything else the first items stand for all.
+    /// Returns the report as it is stored: agreeing invoices are only counted, and each other list has
+    /// its first 100 items.
     pub(super) fn shortened(&self) -> Report {
         let mut short = self.clone();
         short.counts = Some(self.counts());
+
         short.agreeing.clear();
-        short.healed.truncate(KEPT);
-        short.differing.truncate(KEPT);
-        short.unknown_at_stripe.truncate(KEPT);
-        short.unknown_here.truncate(KEPT);
-        short.stripe_lags.truncate(KEPT);
-        short.api_only_events.truncate(KEPT);
+        short.healed.truncate(STORED_ITEMS);
+        short.differing.truncate(STORED_ITEMS);
+        short.unknown_at_stripe.truncate(STORED_ITEMS);
+        short.unknown_here.truncate(STORED_ITEMS);
+        short.stripe_lags.truncate(STORED_ITEMS);
+        short.api_only_events.truncate(STORED_ITEMS);
         short
     }
+}
+
+fn by_stripe_invoice(a: &Invoice, b: &Invoice) -> Ordering {
+    a.stripe_invoice_id.cmp(&b.stripe_invoice_id)
 }

@@ -1,193 +1,196 @@
-//! Stripe's list of events, from where the last pass ended, with an overlap: what was made in the same second, or came into the
-//! list late, is not lost, and what is known costs nothing.
+//! Reads Stripe's list of events from where the last run ended, with an overlap.
 //!
-//! The list comes newest first, so it is read in windows of time, the oldest window first. When a window is durable, so is
-//! everything older, and the next pass begins there. All types are asked for in one list: two lists of twenty types each would
-//! cost more calls wherever at least half of the events are about payments.
+//! The overlap finds events of the same second and events that were listed late. Known events cost
+//! nothing. The list comes newest first, so it is read in windows of time, the oldest window first.
+//! When a window is durable, so is everything older, and the next run begins there. One list has all
+//! types: two lists of twenty types each would cost more calls if at least half of the events are
+//! about payments.
 //!
-//! A pass on request looks further back than its overlap, as far as some calls reach: for what came into the list very late.
+//! A run on request looks further back than the overlap, up to 500 pages, for events that were
+//! listed very late.
 
 use bytes::Bytes;
 use serde_json::Value;
 use serde_json::value::RawValue;
 
-use super::{EVENTS_KEPT_S, Extent, ReconcileError, RunContext, believed};
+use super::{EVENT_RETENTION_S, Extent, ReconcileError, RunContext, saved_unless_future};
+use crate::store::ProgressKey;
 use crate::stripe_api::Scope;
 
-/// How much of what is known is read again.
+/// Overlap in which known events are read again.
 const OVERLAP_S: i64 = 3600;
 const FIRST_WINDOW_S: i64 = 24 * 3600;
-/// Pages that a window should have: as many are read again at most, when a pass is killed.
-const PAGES: i64 = 20;
-/// Pages that a pass on request reads of what was read before.
-const PAGES_BACK: usize = 500;
-/// Pages that a window may have: more than Stripe can make events in a second.
-const MAX_PAGES: usize = 10_000;
+/// Pages that a window should have. A killed run reads at most as many again.
+const WINDOW_PAGES: i64 = 20;
+/// Pages of known events that a run on request reads again.
+const MAX_PAGES_BACK: usize = 500;
+/// Pages that a window may have: more than Stripe can create events in a second.
+const MAX_WINDOW_PAGES: usize = 10_000;
 
-pub async fn run(pass: &mut RunContext<'_>) -> Result<(), ReconcileError> {
-    for scope in pass.scopes() {
-        of_account(pass, &scope).await?;
+/// Reads the events of all accounts.
+pub async fn sync_events(run: &mut RunContext<'_>) -> Result<(), ReconcileError> {
+    for scope in run.scopes() {
+        sync_account(run, &scope).await?;
     }
     Ok(())
 }
 
-async fn of_account(pass: &mut RunContext<'_>, scope: &Scope) -> Result<(), ReconcileError> {
-    let name = match scope {
-        Scope::Account(account) => format!("events of {account}"),
-        _ => "events".to_owned(),
+async fn sync_account(run: &mut RunContext<'_>, scope: &Scope) -> Result<(), ReconcileError> {
+    let key = match scope {
+        Scope::Account(account) => ProgressKey::AccountEvents(account.clone()),
+        Scope::Own | Scope::Context(_) => ProgressKey::Events,
     };
-    let until = pass.tools.clock.now_s() + 1;
-    let known = believed(pass.progress(&name).await?, until, OVERLAP_S);
-    let wanted = match (pass.plan.since_s, known) {
-        (Some(since_s), _) => until - since_s,
-        (None, Some(known)) => known - OVERLAP_S,
-        (None, None) => until - EVENTS_KEPT_S,
+    let until_s = run.context.clock.now_s() + 1;
+    let known_s = saved_unless_future(run.progress(&key).await?, until_s, OVERLAP_S);
+    let wanted_s = match (run.plan.since_s, known_s) {
+        (Some(since_s), _) => until_s - since_s,
+        (None, Some(known_s)) => known_s - OVERLAP_S,
+        (None, None) => until_s - EVENT_RETENTION_S,
     };
-    let mut from = wanted.max(until - EVENTS_KEPT_S);
-    let start = from;
-    let mut span = FIRST_WINDOW_S;
-    while from < until {
-        let to = until.min(from.saturating_add(span));
-        match window(pass, scope, from, to).await? {
+    let start_s = wanted_s.max(until_s - EVENT_RETENTION_S);
+
+    let mut from_s = start_s;
+    let mut span_s = FIRST_WINDOW_S;
+    while from_s < until_s {
+        let to_s = until_s.min(from_s.saturating_add(span_s));
+        match read_window(run, scope, from_s, to_s).await? {
             Window::Read { pages } => {
-                let done = to.min(pass.safe_upper_bound_s());
-                if known.is_none_or(|known| known < done) {
-                    pass.set_progress(&name, done).await?;
+                let done_s = to_s.min(run.safe_upper_bound_s());
+                if known_s.is_none_or(|known_s| known_s < done_s) {
+                    run.set_progress(&key, done_s).await?;
                 }
-                from = to;
-                span = if pages <= PAGES / 4 {
-                    span.saturating_mul(2)
-                } else {
-                    span
-                };
+                from_s = to_s;
+                if pages <= WINDOW_PAGES / 4 {
+                    span_s = span_s.saturating_mul(2);
+                }
             }
-            Window::TooLarge { better_span } => span = better_span,
+            Window::TooLarge { better_span_s } => span_s = better_span_s,
         }
     }
-    if pass.plan.extent == Extent::All && pass.plan.since_s.is_none() {
-        pages(pass, scope, until - EVENTS_KEPT_S, start, PAGES_BACK).await?;
+
+    if run.plan.extent == Extent::All && run.plan.since_s.is_none() {
+        let range = (until_s - EVENT_RETENTION_S, start_s);
+        read_pages(run, scope, range, None, MAX_PAGES_BACK).await?;
     }
     Ok(())
 }
 
+/// The result of reading a window.
 enum Window {
     Read {
         pages: i64,
     },
-    /// It holds many more pages than it should.
+    /// The window has many more pages than it should.
     TooLarge {
-        better_span: i64,
+        better_span_s: i64,
     },
 }
 
-/// Reads the events from `from` until before `to`, in seconds; or only the newest of them, when they are many more than a
-/// window should have.
-async fn window(
-    pass: &mut RunContext<'_>,
+/// Reads the events from `from_s` until before `to_s`, or only the newest page if the window has many
+/// more pages than it should.
+async fn read_window(
+    run: &mut RunContext<'_>,
     scope: &Scope,
-    from: i64,
-    to: i64,
+    from_s: i64,
+    to_s: i64,
 ) -> Result<Window, ReconcileError> {
-    let read = pages(pass, scope, from, to, 1).await?;
-    let Some(oldest) = read.goes_on_after else {
+    let range = (from_s, to_s);
+    let first = read_pages(run, scope, range, None, 1).await?;
+    let Some(oldest) = first.continues_after else {
         return Ok(Window::Read { pages: 1 });
     };
-    let (covered, span) = ((to - oldest.created).max(1), to - from);
-    if span / covered > 2 * PAGES && span > 60 {
+
+    let (covered_s, span_s) = ((to_s - oldest.created_s).max(1), to_s - from_s);
+    if span_s / covered_s > 2 * WINDOW_PAGES && span_s > 60 {
         return Ok(Window::TooLarge {
-            better_span: (covered * PAGES).clamp(1, span / 2),
+            better_span_s: (covered_s * WINDOW_PAGES).clamp(1, span_s / 2),
         });
     }
-    let rest = pages_after(pass, scope, from, to, Some(oldest.id), MAX_PAGES).await?;
+    let rest = read_pages(run, scope, range, Some(oldest.id), MAX_WINDOW_PAGES).await?;
     Ok(Window::Read {
         pages: 1 + rest.pages,
     })
 }
 
+/// Pages that were read.
 struct Pages {
     pages: i64,
-    /// The last event that was read, when more follow.
-    goes_on_after: Option<About>,
+    /// The last event that was read, if more follow.
+    continues_after: Option<ListedEvent>,
 }
 
-async fn pages(
-    pass: &mut RunContext<'_>,
+/// Reads up to `max_pages` of a range of seconds, after an event of the page before.
+async fn read_pages(
+    run: &mut RunContext<'_>,
     scope: &Scope,
-    from: i64,
-    to: i64,
-    most: usize,
-) -> Result<Pages, ReconcileError> {
-    pages_after(pass, scope, from, to, None, most).await
-}
-
-async fn pages_after(
-    pass: &mut RunContext<'_>,
-    scope: &Scope,
-    from: i64,
-    to: i64,
+    (from_s, to_s): (i64, i64),
     mut after: Option<String>,
-    most: usize,
+    max_pages: usize,
 ) -> Result<Pages, ReconcileError> {
-    let (gte, lt) = (from.to_string(), to.to_string());
-    let mut oldest = None;
+    let (gte, lt) = (from_s.to_string(), to_s.to_string());
+    let mut continues_after = None;
     let mut pages = 0;
-    while from < to && (pages as usize) < most {
+    while from_s < to_s && (pages as usize) < max_pages {
         let mut query = vec![("created[gte]", &*gte), ("created[lt]", &*lt)];
         if let Some(id) = &after {
             query.push(("starting_after", id));
         }
-        let page = pass.tools.api.list("/v1/events", &query, scope).await?;
+        let page = run.context.api.list("/v1/events", &query, scope).await?;
         pages += 1;
-        keep(pass, &page.data, scope).await?;
-        oldest = page
+        record_events(run, &page.data, scope).await?;
+
+        continues_after = page
             .data
             .last()
             .filter(|_| page.has_more)
-            .map(|event| about(event));
-        let Some(oldest) = &oldest else { break };
+            .map(|event| listed_event(event));
+        let Some(oldest) = &continues_after else {
+            break;
+        };
         after = Some(oldest.id.clone());
     }
     Ok(Pages {
         pages,
-        goes_on_after: oldest,
+        continues_after,
     })
 }
 
-struct About {
+/// The place of an event in Stripe's list.
+struct ListedEvent {
     id: String,
-    created: i64,
+    created_s: i64,
 }
 
-fn about(event: &RawValue) -> About {
+fn listed_event(event: &RawValue) -> ListedEvent {
     let event: Value = serde_json::from_str(event.get()).unwrap_or_default();
-    About {
+    ListedEvent {
         id: event["id"].as_str().unwrap_or_default().to_owned(),
-        created: event["created"].as_i64().unwrap_or_default(),
+        created_s: event["created"].as_i64().unwrap_or_default(),
     }
 }
 
-/// Keeps the events whose object is of a kind that says anything about a payment.
-async fn keep(
-    pass: &mut RunContext<'_>,
+/// Records the events whose object can say something about a payment.
+async fn record_events(
+    run: &mut RunContext<'_>,
     page: &[Box<RawValue>],
     scope: &Scope,
 ) -> Result<(), ReconcileError> {
-    let mut events = Vec::with_capacity(page.len());
-    for event in page {
-        let event = pass.keeper.read(with_account(event, scope));
-        if event.telling.is_some() {
-            events.push(event);
-        }
-    }
-    pass.keeper.keep(events).await
+    let events = page
+        .iter()
+        .map(|event| run.recorder.prepare_body(with_account(event, scope)))
+        .filter(|event| event.telling.is_some())
+        .collect();
+    run.recorder.record(events).await
 }
 
-/// Asked for on behalf of a connected account, an event does not say whose it is; the webhook's does.
+/// Adds the account to an event. A list that is read on behalf of a connected account leaves it out;
+/// a webhook has it.
 fn with_account(event: &RawValue, scope: &Scope) -> Bytes {
     let unchanged = || Bytes::copy_from_slice(event.get().as_bytes());
     let Scope::Account(account) = scope else {
         return unchanged();
     };
+
     match serde_json::from_str::<Value>(event.get()) {
         Ok(Value::Object(mut fields)) if !fields.contains_key("account") => {
             fields.insert("account".to_owned(), account.as_str().into());

@@ -1,7 +1,8 @@
-//! Reconciliation beside a running server: a pass at start, every few minutes, and as soon as Stripe and the database are back;
-//! what thin events point to is fetched soon after they arrived. Webhooks never wait for any of it.
+//! Reconciles next to a running server. Webhooks never wait for it.
+//!
+//! A run starts with the server, every five minutes, and as soon as Stripe and the database are back.
+//! Objects of thin events are fetched soon after the events were received.
 
-use std::collections::BTreeMap;
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -10,159 +11,143 @@ use tokio_util::sync::CancellationToken;
 use super::{
     Extent, Lease, Plan, ReconcileContext, ReconcileError, Report, WriteMode, run, run_fetching,
 };
-use crate::monitoring::monitor::{RECONCILING_FAILED, RECONCILING_FAILED_BY};
+use crate::domain::run_summary::RunErrorCause;
+use crate::monitoring::last_seen::{LastSeen, stored_times};
 use crate::store::LookupKind;
 
-/// Between two passes.
-const INTERVAL: Duration = Duration::from_secs(300);
-/// After one that failed, at first.
-const FIRST_WAIT: Duration = Duration::from_secs(5);
-/// How often the list of what is to be fetched is looked at.
-const LOOK: Duration = Duration::from_secs(1);
+/// Time between two runs.
+const RUN_INTERVAL: Duration = Duration::from_secs(300);
+/// Delay after the first failed run; doubles up to [`RUN_INTERVAL`].
+const FIRST_RETRY: Duration = Duration::from_secs(5);
+/// Time between two checks for objects to fetch.
+const POLL_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Works until it is told to stop.
-pub async fn work(tools: ReconcileContext, stopping: CancellationToken) {
+/// Reconciles until `stopping` is cancelled.
+pub async fn work(context: ReconcileContext, stopping: CancellationToken) {
     tokio::select! {
         () = stopping.cancelled() => {}
-        () = go_on(tools) => {}
+        () = work_forever(context) => {}
     }
 }
 
-async fn go_on(tools: ReconcileContext) {
-    let mut next_pass = Instant::now();
-    let mut wait = FIRST_WAIT;
+async fn work_forever(context: ReconcileContext) {
+    let mut next_run = Instant::now();
+    let mut retry = FIRST_RETRY;
     loop {
-        let worked = if Instant::now() >= next_pass {
-            pass(&tools).await
+        let worked = if Instant::now() >= next_run {
+            reconcile(&context).await
         } else {
-            fetch(&tools).await
+            fetch_due(&context).await
         };
-        let counted = &tools.metrics.reconcile.api_calls;
-        counted.inc_by(tools.api.calls().saturating_sub(counted.get()));
+        let calls = &context.metrics.reconcile.api_calls;
+        calls.inc_by(context.api.calls().saturating_sub(calls.get()));
+
         match worked {
-            Ok(WorkDone::RunContext) => (next_pass, wait) = (Instant::now() + INTERVAL, FIRST_WAIT),
-            // Another replica is at it; it may also die.
-            Ok(WorkDone::ElseWhere) => next_pass = next_pass.max(Instant::now() + FIRST_WAIT),
+            Ok(WorkDone::Run) => (next_run, retry) = (Instant::now() + RUN_INTERVAL, FIRST_RETRY),
+            // Another replica holds the lease. Check again soon: it may die.
+            Ok(WorkDone::Elsewhere) => next_run = next_run.max(Instant::now() + FIRST_RETRY),
             Ok(WorkDone::Fetching) => {}
             Err(error) => {
-                tracing::warn!(%error, retry_s = wait.as_secs(), "reconciling with Stripe failed");
-                note_failure(&tools, error.cause()).await;
-                tokio::time::sleep(wait).await;
-                (next_pass, wait) = (Instant::now(), (wait * 2).min(INTERVAL));
+                tracing::warn!(
+                    %error,
+                    retry_s = retry.as_secs(),
+                    "reconciling with Stripe failed"
+                );
+                record_failure(&context, error.cause()).await;
+                tokio::time::sleep(retry).await;
+                (next_run, retry) = (Instant::now(), (retry * 2).min(RUN_INTERVAL));
             }
         }
-        tokio::time::sleep(LOOK).await;
+        tokio::time::sleep(POLL_INTERVAL).await;
     }
 }
 
 enum WorkDone {
-    RunContext,
+    Run,
     Fetching,
-    ElseWhere,
+    Elsewhere,
 }
 
-async fn pass(tools: &ReconcileContext) -> Result<WorkDone, ReconcileError> {
-    let Some(lease) = Lease::try_take(&tools.store, &tools.clock).await? else {
-        return Ok(WorkDone::ElseWhere);
+async fn reconcile(context: &ReconcileContext) -> Result<WorkDone, ReconcileError> {
+    let Some(lease) = Lease::try_take(&context.store, &context.clock).await? else {
+        return Ok(WorkDone::Elsewhere);
     };
     let plan = Plan {
         extent: Extent::Due,
         mode: WriteMode::Save,
         since_s: None,
     };
-    let ended = tokio::select! {
-        ended = run(tools, plan) => ended,
-        () = lease.lost() => Err(ReconcileError::LeaseLost),
-    };
-    lease.release().await;
-    ended
-        .map(|report| tell(tools, &report))
-        .map(|()| WorkDone::RunContext)
+    let report = lease.run(run(context, plan)).await?;
+    count(context, &report);
+    log(&report);
+    Ok(WorkDone::Run)
 }
 
-async fn fetch(tools: &ReconcileContext) -> Result<WorkDone, ReconcileError> {
-    if tools
+async fn fetch_due(context: &ReconcileContext) -> Result<WorkDone, ReconcileError> {
+    let due = context
         .store
-        .to_ask(LookupKind::Object, tools.clock.now_ms(), 1)
-        .await?
-        .is_empty()
-    {
+        .due_lookups(LookupKind::Object, context.clock.now_ms(), 1)
+        .await?;
+    if due.is_empty() {
         return Ok(WorkDone::Fetching);
     }
-    let Some(lease) = Lease::try_take(&tools.store, &tools.clock).await? else {
-        return Ok(WorkDone::ElseWhere);
+    let Some(lease) = Lease::try_take(&context.store, &context.clock).await? else {
+        return Ok(WorkDone::Elsewhere);
     };
-    let ended = tokio::select! {
-        ended = run_fetching(tools) => ended,
-        () = lease.lost() => Err(ReconcileError::LeaseLost),
-    };
-    lease.release().await;
-    ended.map(|_| WorkDone::Fetching)
+    lease.run(run_fetching(context)).await?;
+    Ok(WorkDone::Fetching)
 }
 
-/// For `doctor`, which may be asked elsewhere.
-async fn note_failure(tools: &ReconcileContext, cause: &str) {
-    tools
-        .metrics
-        .reconcile
-        .runs
-        .with_label_values(&["failed"])
-        .inc();
-    let now_ms = tools.clock.now_ms();
-    let moments = BTreeMap::from([
-        (RECONCILING_FAILED.to_owned(), now_ms),
-        (format!("{RECONCILING_FAILED_BY}{cause}"), now_ms),
+/// Records a failed run, for `doctor`, which may run elsewhere.
+async fn record_failure(context: &ReconcileContext, cause: RunErrorCause) {
+    let runs = &context.metrics.reconcile.runs;
+    runs.with_label_values(&["failed"]).inc();
+
+    let now_ms = context.clock.now_ms();
+    let times = stored_times([
+        (LastSeen::RunFailed, now_ms),
+        (LastSeen::RunFailedBy(cause), now_ms),
     ]);
-    if let Err(error) = tools.store.note_moments(&moments, now_ms).await {
-        tracing::debug!(%error, "it could not be noted that reconciling failed");
+    if let Err(error) = context.store.record_last_seen(&times, now_ms).await {
+        tracing::debug!(%error, "failed to record a failed run");
     }
 }
 
-fn tell(tools: &ReconcileContext, report: &Report) {
-    let counted = &tools.metrics.reconcile;
-    counted
-        .runs
-        .with_label_values(&[if report.differs() {
-            "differs"
-        } else {
-            "agrees"
-        }])
-        .inc();
-    counted.healed.inc_by(report.healed.len() as u64);
-    log(report);
+fn count(context: &ReconcileContext, report: &Report) {
+    let metrics = &context.metrics.reconcile;
+    let result = if report.differs() {
+        "differs"
+    } else {
+        "agrees"
+    };
+    metrics.runs.with_label_values(&[result]).inc();
+    metrics.healed.inc_by(report.healed.len() as u64);
 }
 
 fn log(report: &Report) {
     let duration_ms = report.ended_ms - report.started_ms;
-    let (healed, differing) = (report.healed.len(), report.differing.len());
-    let (unknown_at_stripe, unknown_here) =
-        (report.unknown_at_stripe.len(), report.unknown_here.len());
-    let (agreeing, api_only, calls) = (
-        report.agreeing.len(),
-        report.api_only_events.len(),
-        report.calls,
-    );
+    let counts = report.counts();
     if report.differs() {
         tracing::warn!(
-            pass.id = report.id,
+            run.id = report.id,
             duration_ms,
-            calls,
-            agreeing,
-            healed,
-            differing,
-            unknown_at_stripe,
-            unknown_here,
-            api_only,
-            "reconciled with Stripe: something was healed or differs, see `reconcile --list`"
+            calls = counts.calls,
+            agreeing = counts.agreeing,
+            healed = counts.healed,
+            differing = counts.differing,
+            unknown_at_stripe = counts.unknown_at_stripe,
+            unknown_here = counts.unknown_here,
+            api_only = counts.api_only_events,
+            "reconciled with Stripe, found differences, see `reconcile --list`"
         );
     } else {
         tracing::info!(
-            pass.id = report.id,
+            run.id = report.id,
             duration_ms,
-            calls,
-            agreeing,
-            unknown_here,
-            api_only,
+            calls = counts.calls,
+            agreeing = counts.agreeing,
+            unknown_here = counts.unknown_here,
+            api_only = counts.api_only_events,
             "reconciled with Stripe"
         );
     }

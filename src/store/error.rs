@@ -62,7 +62,7 @@ pub enum StoreErrorKind {
     Rejected,
 }
 
-/// What a caller can do about a failure.
+/// The options that a caller has after a failure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StoreErrorClass {
     /// No other call will fare better now: the circuit breaker opens.
@@ -219,7 +219,7 @@ fn kind_of(error: &dyn DatabaseError) -> StoreErrorKind {
     if error.try_downcast_ref::<PgDatabaseError>().is_some() {
         return kind_of_sqlstate(&code);
     }
-    // SQLite reports a missing table as a generic SQLITE_ERROR (1): only the text tells.
+    // SQLite reports a missing table as a generic SQLITE_ERROR (1), so the text has to decide.
     if error.message().contains("no such table") {
         return StoreErrorKind::NotMigrated;
     }

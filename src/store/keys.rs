@@ -1,19 +1,19 @@
-//! API keys: only the hash of each is kept.
+//! API keys. Only the hash of a key is stored.
 
 use super::engine::connection::{execute, rows};
 use super::{Store, StoreError};
 
-/// What a key opens.
+/// The access that a key grants.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Scope {
-    /// Reads one tenant's invoices.
+    /// Read access to one tenant's invoices.
     Tenant(String),
-    /// Reads and writes everything.
+    /// Read and write access to everything.
     Operator,
 }
 
 impl Scope {
-    /// Whether this key may read that tenant's invoices.
+    /// Returns whether this key may read the invoices of that tenant.
     pub fn reads(&self, tenant_uid: &str) -> bool {
         match self {
             Scope::Operator => true,
@@ -22,7 +22,7 @@ impl Scope {
     }
 }
 
-/// A key, without the key. Times in Unix milliseconds.
+/// An API key without its secret. Times in Unix milliseconds.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ApiKey {
     pub id: String,
@@ -35,16 +35,22 @@ pub struct ApiKey {
 /// Id, tenant, created, expires, revoked.
 pub(super) type KeyRow = (String, Option<String>, i64, Option<i64>, Option<i64>);
 
-const INSERT: &str =
-    "insert into api_keys (id, secret_sha256, tenant_uid, created_ms, expires_ms, revoked_ms)
-                      values ($1, $2, $3, $4, $5, $6)";
-const BY_HASH: &str = "select id, tenant_uid, created_ms, expires_ms, revoked_ms from api_keys where secret_sha256 = $1";
+const INSERT: &str = "
+    insert into api_keys (id, secret_sha256, tenant_uid, created_ms, expires_ms, revoked_ms)
+    values ($1, $2, $3, $4, $5, $6)";
+const BY_HASH: &str = "
+    select id, tenant_uid, created_ms, expires_ms, revoked_ms from api_keys
+    where secret_sha256 = $1";
 const BY_ID: &str = "
-    select id, tenant_uid, created_ms, expires_ms, revoked_ms, secret_sha256 from api_keys where id = $1";
-const ALL: &str = "select id, tenant_uid, created_ms, expires_ms, revoked_ms from api_keys order by created_ms desc, id";
+    select id, tenant_uid, created_ms, expires_ms, revoked_ms, secret_sha256 from api_keys
+    where id = $1";
+const ALL: &str = "
+    select id, tenant_uid, created_ms, expires_ms, revoked_ms from api_keys
+    order by created_ms desc, id";
 const REVOKE: &str = "update api_keys set revoked_ms = $2 where id = $1 and revoked_ms is null";
 
 impl Store {
+    /// Stores a new key under the hash of its secret.
     pub async fn insert_key(
         &self,
         key: &ApiKey,
@@ -61,6 +67,7 @@ impl Store {
             Scope::Tenant(tenant_uid) => Some(tenant_uid),
             Scope::Operator => None,
         };
+
         let mut session = self.writing().await?;
         execute!(
             session,
@@ -75,7 +82,7 @@ impl Store {
         session.commit().await
     }
 
-    /// The key with this hash, expired and revoked ones too.
+    /// Returns the key with this hash, even if it is expired or revoked.
     pub async fn key_by_hash(
         &self,
         secret_sha256: &[u8; 32],
@@ -83,10 +90,11 @@ impl Store {
         let mut session = self.session().await?;
         let row = rows!(session, fetch_optional, KeyRow, BY_HASH, &secret_sha256[..])?;
         session.done().await?;
+
         Ok(row.map(api_key))
     }
 
-    /// The key with this id, expired and revoked ones too, and the hash that is kept of it.
+    /// Returns the key with this id and its stored hash, even if it is expired or revoked.
     pub async fn key_by_id(&self, id: &str) -> Result<Option<(ApiKey, Vec<u8>)>, StoreError> {
         type Row = (
             String,
@@ -99,22 +107,25 @@ impl Store {
         let mut session = self.session().await?;
         let row = rows!(session, fetch_optional, Row, BY_ID, id)?;
         session.done().await?;
+
         Ok(row.map(|(a, b, c, d, e, secret_sha256)| (api_key((a, b, c, d, e)), secret_sha256)))
     }
 
-    /// All keys, the newest first.
+    /// Returns all keys, the newest first.
     pub async fn keys(&self) -> Result<Vec<ApiKey>, StoreError> {
         let mut session = self.session().await?;
         let rows = rows!(session, fetch_all, KeyRow, ALL)?;
         session.done().await?;
+
         Ok(rows.into_iter().map(api_key).collect())
     }
 
-    /// Revokes a key at once. False: there is no such key, or it is revoked already.
+    /// Revokes a key immediately. Returns `false` for an unknown or already revoked key.
     pub async fn revoke_key(&self, id: &str, now_ms: i64) -> Result<bool, StoreError> {
         let mut session = self.writing().await?;
         let revoked = execute!(session, REVOKE, id, now_ms)?;
         session.commit().await?;
+
         Ok(revoked == 1)
     }
 }

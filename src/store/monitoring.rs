@@ -1,7 +1,8 @@
-//! What the person on call is told: when things last happened, which hours are busy, which invoices events wait for, and counts of
-//! what is rare. Kept beside the deliveries, from what the log says, and never by them: it costs them nothing.
+//! Totals for operators: when things last happened, which hours are busy, which invoices events wait
+//! for, and counts of rare things.
 //!
-//! Every statement is bounded by an index and a limit, however long the log is.
+//! A scanner derives them from the log, behind the deliveries, which pay nothing for it. An index
+//! and a limit bound every statement, however long the log is.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -9,72 +10,83 @@ use serde_json::json;
 
 use super::engine::connection::{execute, rows};
 use super::events::{LAST, PackedBody, Source, event_key};
-use super::reconcile::CLOCKS_DIFFER_MS;
-use super::{Engine, Store, StoreError};
+use super::{COUNT_LIMIT, Engine, Store, StoreError};
+use crate::clock::MAX_SKEW_MS;
+use crate::domain::history::{DamagedObservation, StoredObservation};
 use crate::domain::stripe::event::EventKey;
 
-/// What is counted is counted as far as this; there may be more.
-pub const COUNTED: u32 = 10_000;
-
-/// A row of the log, with what the signs are read from.
+/// A row of the event log, with the columns that the scanner reads.
 #[derive(Clone, Debug)]
 pub struct LogRow {
     pub key: EventKey,
     pub received_ms: i64,
     pub source: Source,
     pub secret_label: Option<String>,
-    pub telling: Option<String>,
-    /// Only where nothing is told, and it was not pruned.
+    /// The stored observation, as JSON.
+    pub observation: Option<String>,
+    /// Present only if there is no observation and the body was not pruned.
     pub body: Option<PackedBody>,
 }
 
-/// What a part of the log adds to the signs. Times in Unix milliseconds.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct ActivityDelta {
-    /// When things last happened, by their names.
-    pub moments: BTreeMap<String, i64>,
-    /// Hours since 1970 in which webhooks came.
-    pub hours: BTreeSet<i64>,
-    /// The Stripe invoices that events name, and when the first of them came.
-    pub named: BTreeMap<String, i64>,
+impl LogRow {
+    /// Parses the observation; `None` if the row has none.
+    pub fn parse_observation(&self) -> Option<Result<StoredObservation, DamagedObservation>> {
+        let json = self.observation.as_deref()?;
+        Some(StoredObservation::parse(self.key, json))
+    }
 }
 
-/// A Stripe invoice that events name and that nobody stored.
+/// The activity in a part of the log. Times in Unix milliseconds.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ActivityDelta {
+    /// When things last happened, by stored key.
+    pub last_seen: BTreeMap<String, i64>,
+    /// Hours since 1970 in which webhooks were received.
+    pub hours: BTreeSet<i64>,
+    /// Stripe invoices that events name, with the receipt of the first such event.
+    pub named_invoices: BTreeMap<String, i64>,
+}
+
+/// A Stripe invoice that events name and that is not stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UnmatchedInvoice {
     pub stripe_invoice_id: String,
-    /// When the first of its events came, Unix milliseconds.
+    /// Unix milliseconds when its first event was received.
     pub received_ms: i64,
     pub events: i64,
 }
 
-/// How many there are, up to [`COUNTED`], and since when, Unix milliseconds.
+/// A count up to [`COUNT_LIMIT`], and the earliest time, in Unix milliseconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counted {
     pub count: i64,
     pub since_ms: Option<i64>,
 }
 
-/// Room that the database takes and has, in bytes.
+/// Space that the database uses and has, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Space {
     pub database: u64,
-    /// SQLite: its log (WAL).
-    pub log: Option<u64>,
-    /// The file system that it is on, where we can see it.
+    /// Size of SQLite's WAL; `None` on PostgreSQL.
+    pub wal: Option<u64>,
+    /// The file system of the database; `None` if it is on another machine.
     pub disk: Option<Disk>,
 }
 
+/// Space of a file system, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Disk {
     pub free: u64,
     pub size: u64,
 }
 
-const LOG_LINES: &str = "
-    select key, received_ms, source, secret_label, telling, case when telling is null and outcome <> 'unreadable' then body end
-    from events where (received_ms, key) > ($1, $2) and received_ms <= $3 order by received_ms, key limit $4";
-type LogLineRow = (
+const LOG_ROWS: &str = "
+    select key, received_ms, source, secret_label, telling,
+           case when telling is null and outcome <> 'unreadable' then body end
+    from events where (received_ms, key) > ($1, $2) and received_ms <= $3
+    order by received_ms, key limit $4";
+/// Key, received, source, secret label, observation, body.
+type LogRowColumns = (
     Vec<u8>,
     i64,
     String,
@@ -83,18 +95,19 @@ type LogLineRow = (
     Option<Vec<u8>>,
 );
 
-const MOMENTS: &str = "select name, at_ms from moments order by name limit 10000";
-const NOTE_MOMENT: &str = "
+const LAST_SEEN: &str = "select name, at_ms from moments order by name limit 10000";
+/// A stored time later than `$3` was written under a skewed clock and is replaced.
+const RECORD_LAST_SEEN: &str = "
     insert into moments (name, at_ms) values ($1, $2)
     on conflict (name) do update set at_ms = excluded.at_ms
     where moments.at_ms < excluded.at_ms or moments.at_ms > $3";
 const HOURS: &str = "select hour from delivery_hours where hour >= $1 order by hour limit 10000";
-const NOTE_HOUR: &str = "insert into delivery_hours (hour) values ($1) on conflict do nothing";
-const FORGET_HOURS: &str = "delete from delivery_hours where hour < $1";
+const RECORD_HOUR: &str = "insert into delivery_hours (hour) values ($1) on conflict do nothing";
+const DELETE_HOURS: &str = "delete from delivery_hours where hour < $1";
 
-/// Whether an invoice is stored is looked up one by one: of `not exists`, PostgreSQL may make a join that reads all invoices.
-/// `$1`: pairs of a Stripe invoice's id and a time, as JSON.
-macro_rules! note_awaited {
+/// Looks invoices up one by one: for `not exists`, PostgreSQL may choose a join that reads all of
+/// them. `$1`: pairs of a Stripe invoice id and a time, as JSON.
+macro_rules! record_unmatched {
     ($id:literal, $at:literal, $pairs:literal) => {
         concat!(
             "insert into awaited (stripe_invoice_id, received_ms) select ",
@@ -109,32 +122,38 @@ macro_rules! note_awaited {
         )
     };
 }
-const NOTE_AWAITED_IN_SQLITE: &str = note_awaited!("value->>0", "value->>1", "json_each($1)");
-const NOTE_AWAITED_IN_POSTGRES: &str = note_awaited!(
+const RECORD_UNMATCHED_IN_SQLITE: &str =
+    record_unmatched!("value->>0", "value->>1", "json_each($1)");
+const RECORD_UNMATCHED_IN_POSTGRES: &str = record_unmatched!(
     r#"(pair.value->>0) collate "C""#,
     "(pair.value->>1)::bigint",
     "jsonb_array_elements($1::jsonb)"
 );
-const FORGET_AWAITED: &str = "delete from awaited where received_ms < $1";
-/// Who stored the invoice at the same moment may have been overlooked when it was noted.
-const AWAITED: &str = "
-    select stripe_invoice_id, received_ms, (select count(*) from mentions where object_id = stripe_invoice_id) as events
+const DELETE_UNMATCHED: &str = "delete from awaited where received_ms < $1";
+/// Checks again whether the invoice is stored: it may have been stored concurrently with the insert.
+const UNMATCHED: &str = "
+    select stripe_invoice_id, received_ms,
+           (select count(*) from mentions where object_id = stripe_invoice_id) as events
     from awaited
-    where (select 1 from invoices where invoices.stripe_invoice_id = awaited.stripe_invoice_id) is null
+    where (select 1 from invoices
+           where invoices.stripe_invoice_id = awaited.stripe_invoice_id) is null
     order by received_ms, stripe_invoice_id limit $1";
 
 const UNREADABLE: &str = "
     select count(*), min(received_ms) from (
-        select received_ms from events where outcome = 'unreadable' and received_ms >= $2 order by received_ms limit $1
+        select received_ms from events where outcome = 'unreadable' and received_ms >= $2
+        order by received_ms limit $1
     ) as counted";
 const DIFFERING: &str = "
-    select count(*), min(differs_since_ms)
-    from (select differs_since_ms from invoices where differs_since_ms is not null order by differs_since_ms limit $1) as counted";
+    select count(*), min(differs_since_ms) from (
+        select differs_since_ms from invoices where differs_since_ms is not null
+        order by differs_since_ms limit $1
+    ) as counted";
 
 impl Store {
-    /// A page of the log with what signs are read from, oldest receipt first: what was received later than `after_ms`, or comes
-    /// after a row of the page before; and not later than now.
-    pub async fn log_lines(
+    /// Returns a page of the log, oldest receipt first: rows received later than `after_ms`, or
+    /// after the last row of the page before, and not later than now.
+    pub async fn log_rows(
         &self,
         after_ms: i64,
         after: Option<(i64, EventKey)>,
@@ -142,103 +161,117 @@ impl Store {
         limit: u32,
     ) -> Result<Vec<LogRow>, StoreError> {
         let (received_ms, key) = after.unwrap_or((after_ms, LAST.1));
-        let latest_ms = now_ms + CLOCKS_DIFFER_MS;
+        let latest_ms = now_ms + MAX_SKEW_MS;
         let mut session = self.session().await?;
         let found = rows!(
             session,
             fetch_all,
-            LogLineRow,
-            LOG_LINES,
+            LogRowColumns,
+            LOG_ROWS,
             received_ms,
             &key.0[..],
             latest_ms,
             i64::from(limit)
         )?;
         session.done().await?;
-        found.into_iter().map(log_line).collect()
+
+        found.into_iter().map(log_row).collect()
     }
 
-    /// Keeps what a part of the log adds. Forgets hours before `first_hour`, and what was named before `named_from_ms`.
-    pub async fn keep_news(
+    /// Saves what a part of the log adds. Deletes hours before `first_hour`, and unmatched invoices
+    /// whose first event was received before `unmatched_from_ms`.
+    pub async fn save_activity(
         &self,
-        news: &ActivityDelta,
+        delta: &ActivityDelta,
         now_ms: i64,
         first_hour: i64,
-        named_from_ms: i64,
+        unmatched_from_ms: i64,
     ) -> Result<(), StoreError> {
-        let pairs: Vec<_> = news
-            .named
+        let pairs: Vec<_> = delta
+            .named_invoices
             .iter()
             .map(|(id, at_ms)| json!([id, at_ms]))
             .collect();
-        let note_awaited = match &self.0 {
-            Engine::Sqlite(_) => NOTE_AWAITED_IN_SQLITE,
-            Engine::Postgres(_) => NOTE_AWAITED_IN_POSTGRES,
+        let record_unmatched = match &self.0 {
+            Engine::Sqlite(_) => RECORD_UNMATCHED_IN_SQLITE,
+            Engine::Postgres(_) => RECORD_UNMATCHED_IN_POSTGRES,
         };
+
         let mut session = self.writing().await?;
-        // In one order, so that processes that keep news at the same time do not wait for each other in a circle.
-        for (name, at_ms) in &news.moments {
-            execute!(session, NOTE_MOMENT, name, at_ms, now_ms + CLOCKS_DIFFER_MS)?;
+        // Always in the same order, so that processes that save at the same time cannot deadlock.
+        for (name, at_ms) in &delta.last_seen {
+            execute!(session, RECORD_LAST_SEEN, name, at_ms, now_ms + MAX_SKEW_MS)?;
         }
-        for hour in &news.hours {
-            execute!(session, NOTE_HOUR, hour)?;
+        for hour in &delta.hours {
+            execute!(session, RECORD_HOUR, hour)?;
         }
-        execute!(session, note_awaited, json!(pairs).to_string())?;
-        execute!(session, FORGET_HOURS, first_hour)?;
-        execute!(session, FORGET_AWAITED, named_from_ms)?;
+        execute!(session, record_unmatched, json!(pairs).to_string())?;
+        execute!(session, DELETE_HOURS, first_hour)?;
+        execute!(session, DELETE_UNMATCHED, unmatched_from_ms)?;
         session.commit().await
     }
 
-    /// Notes when things last happened, by their names. What is known to have happened later stays, unless that is later than now:
-    /// a clock was ahead.
-    pub async fn note_moments(
+    /// Records when things last happened, by stored key.
+    ///
+    /// A later stored time stays, unless it lies in the future: then a skewed clock wrote it.
+    pub async fn record_last_seen(
         &self,
-        moments: &BTreeMap<String, i64>,
+        times: &BTreeMap<String, i64>,
         now_ms: i64,
     ) -> Result<(), StoreError> {
         let mut session = self.writing().await?;
-        for (name, at_ms) in moments {
-            execute!(session, NOTE_MOMENT, name, at_ms, now_ms + CLOCKS_DIFFER_MS)?;
+        for (name, at_ms) in times {
+            execute!(session, RECORD_LAST_SEEN, name, at_ms, now_ms + MAX_SKEW_MS)?;
         }
         session.commit().await
     }
 
-    /// When things last happened, by their names.
-    pub async fn moments(&self) -> Result<BTreeMap<String, i64>, StoreError> {
+    /// Returns when things last happened, by stored key.
+    pub async fn last_seen(&self) -> Result<BTreeMap<String, i64>, StoreError> {
         let mut session = self.session().await?;
-        let found = rows!(session, fetch_all, (String, i64), MOMENTS)?;
+        let found = rows!(session, fetch_all, (String, i64), LAST_SEEN)?;
         session.done().await?;
+
         Ok(found.into_iter().collect())
     }
 
-    /// The hours since 1970, from this one on, in which webhooks came.
+    /// Returns the hours since 1970, from this one on, in which webhooks were received.
     pub async fn delivery_hours(&self, from: i64) -> Result<BTreeSet<i64>, StoreError> {
         let mut session = self.session().await?;
         let found = rows!(session, fetch_all, (i64,), HOURS, from)?;
         session.done().await?;
+
         Ok(found.into_iter().map(|(hour,)| hour).collect())
     }
 
-    /// The Stripe invoices that events name and that nobody stored, whose first event came longest ago first.
-    pub async fn awaited(&self, limit: u32) -> Result<Vec<UnmatchedInvoice>, StoreError> {
+    /// Returns Stripe invoices that events name and that are not stored, the longest waiting first.
+    pub async fn unmatched_invoices(
+        &self,
+        limit: u32,
+    ) -> Result<Vec<UnmatchedInvoice>, StoreError> {
         let mut session = self.session().await?;
         let found = rows!(
             session,
             fetch_all,
             (String, i64, i64),
-            AWAITED,
+            UNMATCHED,
             i64::from(limit)
         )?;
         session.done().await?;
-        let awaited = |(stripe_invoice_id, received_ms, events)| UnmatchedInvoice {
-            stripe_invoice_id,
-            received_ms,
-            events,
-        };
-        Ok(found.into_iter().map(awaited).collect())
+
+        Ok(found
+            .into_iter()
+            .map(
+                |(stripe_invoice_id, received_ms, events)| UnmatchedInvoice {
+                    stripe_invoice_id,
+                    received_ms,
+                    events,
+                },
+            )
+            .collect())
     }
 
-    /// Events that came since and could not be read.
+    /// Counts the unreadable events that were received since then.
     pub async fn count_unreadable(&self, from_ms: i64) -> Result<Counted, StoreError> {
         let mut session = self.session().await?;
         let (count, since_ms) = rows!(
@@ -246,14 +279,15 @@ impl Store {
             fetch_one,
             (i64, Option<i64>),
             UNREADABLE,
-            i64::from(COUNTED),
+            i64::from(COUNT_LIMIT),
             from_ms
         )?;
         session.done().await?;
+
         Ok(Counted { count, since_ms })
     }
 
-    /// Invoices that differ from Stripe's.
+    /// Counts the invoices that differ from Stripe's.
     pub async fn count_differing(&self) -> Result<Counted, StoreError> {
         let mut session = self.session().await?;
         let (count, since_ms) = rows!(
@@ -261,13 +295,14 @@ impl Store {
             fetch_one,
             (i64, Option<i64>),
             DIFFERING,
-            i64::from(COUNTED)
+            i64::from(COUNT_LIMIT)
         )?;
         session.done().await?;
+
         Ok(Counted { count, since_ms })
     }
 
-    /// The room that the database takes, and that is left for it.
+    /// Returns the space that the database uses and has left.
     pub async fn space(&self) -> Result<Space, StoreError> {
         match &self.0 {
             Engine::Sqlite(store) => store.space(),
@@ -280,38 +315,41 @@ impl Store {
                     "select pg_database_size(current_database())"
                 )?;
                 session.done().await?;
+
                 Ok(Space {
                     database: u64::try_from(bytes).unwrap_or_default(),
-                    log: None,
+                    wal: None,
                     disk: None,
                 })
             }
         }
     }
 
-    /// What time it is where the database is, in Unix milliseconds; None: where we are.
+    /// Returns the clock of the database server, in Unix milliseconds, or `None` on SQLite, which
+    /// has ours.
     pub async fn time_ms(&self) -> Result<Option<i64>, StoreError> {
         if matches!(self.0, Engine::Sqlite(_)) {
             return Ok(None);
         }
+
         let mut session = self.session().await?;
         let now = "select cast(extract(epoch from clock_timestamp()) * 1000 as bigint)";
         let (now_ms,) = rows!(session, fetch_one, (i64,), now)?;
         session.done().await?;
+
         Ok(Some(now_ms))
     }
 }
 
-fn log_line(
-    (key, received_ms, source, secret_label, telling, body): LogLineRow,
+fn log_row(
+    (key, received_ms, source, secret_label, observation, body): LogRowColumns,
 ) -> Result<LogRow, StoreError> {
-    let (key, source) = (event_key(key)?, Source::parse(&source)?);
     Ok(LogRow {
-        key,
+        key: event_key(key)?,
         received_ms,
-        source,
+        source: Source::parse(&source)?,
         secret_label,
-        telling,
+        observation,
         body: body.map(PackedBody::packed),
     })
 }

@@ -68,6 +68,20 @@ pub enum Scope {
     Context(String),
 }
 
+impl Scope {
+    /// Returns the connected account: `acct_1` alone, or at the end of a path of contexts.
+    pub fn account(&self) -> Option<&str> {
+        match self {
+            Scope::Own => None,
+            Scope::Account(account) => Some(account),
+            Scope::Context(context) => context
+                .rsplit('/')
+                .next()
+                .filter(|last| last.starts_with("acct_")),
+        }
+    }
+}
+
 /// One page of a list, in Stripe's order.
 #[derive(Debug)]
 pub struct StripePage {
@@ -488,6 +502,18 @@ mod tests {
         assert_eq!(endpoint("/v1/events"), "/v1/events");
         assert_eq!(endpoint("/v1/invoices/in_1"), "/v1/invoices");
         assert_eq!(endpoint("/v1/invoices/in_1/lines"), "/v1/invoices");
+    }
+
+    #[test]
+    fn context_names_its_account() {
+        let account = |context: &str| {
+            let scope = Scope::Context(context.to_owned());
+            scope.account().map(str::to_owned)
+        };
+        assert_eq!(account("acct_1").as_deref(), Some("acct_1"));
+        assert_eq!(account("org_1/acct_2").as_deref(), Some("acct_2"));
+        assert_eq!(account("org_1"), None);
+        assert_eq!(Scope::Own.account(), None);
     }
 
     #[test]

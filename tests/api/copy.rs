@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use stripe_reconciler::store::{CheckResult, Store};
+use stripe_reconciler::store::{CheckResult, ProgressKey, Store};
 
 use testkit::{
     CommandOutput, Database, Engine, Files, Load, Server, TestServer, binary, invoice_path, run,
@@ -119,9 +119,12 @@ async fn live(server: &TestServer) {
         differs_since_ms: None,
         agrees: true,
     };
-    store.note_checked(&[checked]).await.unwrap();
+    store.save_check_results(&[checked]).await.unwrap();
     store
-        .set_progress("events acct_1", 1_769_850_000)
+        .set_progress(
+            &ProgressKey::AccountEvents("acct_1".to_owned()),
+            1_769_850_000,
+        )
         .await
         .unwrap();
     store.close().await;

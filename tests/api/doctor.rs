@@ -44,7 +44,7 @@ impl DoctorOutput {
             assert_eq!(
                 check["cure"].is_null(),
                 check["state"] == "ok",
-                "what is not ok has a cure: {check}"
+                "every check that is not ok has a remedy: {check}"
             );
         }
         DoctorOutput {
@@ -172,7 +172,7 @@ each_database! {
         server.store("a", "in_1").await.with_status(201);
         server.deliver(&of_invoice("evt_1", "in_1")).await.with_status(200);
         let said = doctor(&server, &secrets("live=whsec_world_live"));
-        said.assert_wrong(&[]).assert_says("deliveries", &["The last webhook came 0 s ago"]);
+        said.assert_wrong(&[]).assert_says("deliveries", &["The last webhook was received 0 s ago"]);
         let for_a_person = server.run(&["doctor"]).with_code(0).stdout;
         assert!(for_a_person.contains("Nothing is wrong.") && for_a_person.contains("ok       database"), "{for_a_person}");
         assert_eq!(server.run(&["doctor", "--quiet"]).with_code(0).stdout, "");
@@ -207,7 +207,7 @@ each_database! {
                 let held = server.database.hold().await;
                 let said = doctor(&server, &[]);
                 said.assert_wrong(&[("database", "failing")]).assert_says("database", &["rejects writes", "locked", "503"]);
-                said.assert_says("deliveries", &["10 min ago"]).assert_says("unmatched", &["is read not at all yet"]);
+                said.assert_says("deliveries", &["10 min ago"]).assert_says("unmatched", &["has not been read yet"]);
                 assert_eq!(said.code, 4);
                 held.release().await;
             }
@@ -302,7 +302,7 @@ each_database! {
         said.assert_wrong(&[("signatures", "failing")]);
         said.assert_says("signatures", &["no configured secret", "1.0 hours ago", "STRIPE_WEBHOOK_SECRET", "rolled"]);
         server.deliver(&of_invoice("evt_right", "in_1")).await.with_status(200);
-        doctor(&server, &[]).assert_wrong(&[]).assert_says("signatures", &["Somebody else's were refused"]);
+        doctor(&server, &[]).assert_wrong(&[]).assert_says("signatures", &["Others were rejected"]);
         server.deliver_signed(&signature(SECRET, now_s() + 1000, body.as_bytes()), body.as_bytes()).await.with_status(400);
         doctor_until(&server, "signatures", "warning").await.assert_wrong(&[("signatures", "warning")]).assert_says("signatures", &["clock is behind", "NTP"]);
         // Set wrong the other way: what is said is of the last.

@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 use stripe_reconciler::clock::Clock;
 use stripe_reconciler::domain::time::timestamp;
-use stripe_reconciler::store::Store;
+use stripe_reconciler::store::{LookupState, Store};
 
 use testkit::each_database;
 use testkit::stripe::{self, DAY, ENDIVE, HOUR, LIVE_KEY, Life, Stripe, Terms, now_s};
@@ -254,7 +254,7 @@ each_database! {
         assert!(messages(&evidence(&server, "a").await)[0].contains("still to be fetched"));
         let store = Store::connect(&server.database.url).await.unwrap();
         let key = store.events_by_id("evt_test_3", None, 1).await.unwrap()[0].key;
-        store.mark_lookup(&[(key, None, 8)]).await.unwrap();
+        store.mark_lookup(&[LookupState { key, due_ms: None, attempts: 8 }]).await.unwrap();
         store.close().await;
         let given_up = "Stripe announced invoice.overdue without its details: Stripe's API was asked for the invoice 8 times and does not show it";
         assert_eq!(messages(&evidence(&server, "a").await), [given_up]);

@@ -107,9 +107,9 @@ each_database! {
         let (collector, stripe) = (Collector::start(), Stripe::start());
         let environment = [&[("DATABASE_URL", server.database.url.as_str()), ("OTEL_EXPORTER_OTLP_ENDPOINT", &collector.base)][..], &stripe.settings()].concat();
         testkit::run(&environment, &["reconcile"], b"").with_code(0);
-        let pass = collector.spans().into_iter().find(|span| span.name == "pass").expect("a command sends its spans too");
+        let pass = collector.spans().into_iter().find(|span| span.name == "run").expect("a command sends its spans too");
         let runs = server.run(&["reconcile", "--list", "--json"]).with_code(0).json();
-        assert_eq!(runs["runs"][0]["id"], attribute(&pass, "pass.id"));
+        assert_eq!(runs["runs"][0]["id"], attribute(&pass, "run.id"));
         let calls: Vec<_> = collector.spans().into_iter().filter(|span| span.name == "ask Stripe").collect();
         assert!(calls.iter().any(|span| attribute(span, "url.path") == "/v1/events" && span.trace_id == pass.trace_id), "{calls:?}");
     }

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use stripe_reconciler::domain::stripe::event::{EventKey, FETCHED, Observation, Reading, read};
 use stripe_reconciler::ingest::{Delivery, prepare};
 use stripe_reconciler::store::{
-    LoggedEvent, LookupKind, NewEvent, Store, StoredBody, Table, Value,
+    LoggedEvent, LookupKind, NewEvent, ProgressKey, Store, StoredBody, Table, Value,
 };
 
 use testkit::stripe::{Event, Stripe};
@@ -34,14 +34,18 @@ pub struct Durable {
 impl Durable {
     /// What promises something is read before what was promised: meanwhile, the program may go on.
     pub async fn read(store: &Store) -> Durable {
-        let progress = store.progress("events").await.unwrap();
-        let account = |name: &str| name.strip_prefix("events of ").map(str::to_owned);
-        let progress = progress
-            .into_iter()
-            .map(|(name, until)| (account(&name), until))
-            .collect();
+        let mut progress = Vec::new();
+        if let Some(until) = store.progress(&ProgressKey::Events).await.unwrap() {
+            progress.push((None, until));
+        }
+        for account in store.known_accounts(u32::MAX).await.unwrap() {
+            let key = ProgressKey::AccountEvents(account.clone());
+            if let Some(until) = store.progress(&key).await.unwrap() {
+                progress.push((Some(account), until));
+            }
+        }
         let waiting = store
-            .to_ask(LookupKind::Object, i64::MAX, WAITING)
+            .due_lookups(LookupKind::Object, i64::MAX, WAITING)
             .await
             .unwrap();
         let waiting = waiting.into_iter().map(|event| event.key).collect();

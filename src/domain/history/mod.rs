@@ -28,6 +28,31 @@ pub struct StoredObservation {
     pub telling: Observation,
 }
 
+/// A stored observation that cannot be read. `rebuild` repairs it from the stored bytes.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the observation of event {} cannot be read, run `rebuild`: {reason}", hex::encode(key.0))]
+pub struct DamagedObservation {
+    pub key: EventKey,
+    pub reason: String,
+}
+
+impl StoredObservation {
+    /// Parses a stored observation. This is the only parser.
+    ///
+    /// # Errors
+    /// Returns [`DamagedObservation`] if the text is not an observation. A read of one invoice
+    /// fails with it; a scan skips the row, counts it and logs one warning.
+    pub fn parse(key: EventKey, json: &str) -> Result<StoredObservation, DamagedObservation> {
+        match serde_json::from_str(json) {
+            Ok(telling) => Ok(StoredObservation { key, telling }),
+            Err(error) => Err(DamagedObservation {
+                key,
+                reason: error.to_string(),
+            }),
+        }
+    }
+}
+
 /// One entry of `status.states`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {

@@ -24,7 +24,7 @@ pub async fn unmatched(
     Given(state): Given<AppState>,
     _: Operator,
 ) -> Result<Html<String>, ApiError> {
-    let unmatched = state.store.awaited(MAX_UNMATCHED + 1).await?;
+    let unmatched = state.store.unmatched_invoices(MAX_UNMATCHED + 1).await?;
     let now_ms = state.clock.now_ms();
     let content = html! {
         h1 { "Unmatched events" }
@@ -100,7 +100,7 @@ fn check_item(check: &Check) -> Markup {
     };
     html! {
         li.(tone) {
-            h2 { (check.name) span.badge.(tone) { (layout::icon(icon)) (word) } }
+            h2 { (check.id.as_str()) span.badge.(tone) { (layout::icon(icon)) (word) } }
             p { (marked(&check.finding)) }
             @if let Some(remedy) = &check.remedy { p.remedy { strong { "What to do: " } (marked(remedy)) } }
         }

@@ -294,7 +294,7 @@ mod tests {
     use std::collections::{BTreeMap, BTreeSet};
 
     use super::*;
-    use crate::store::MIGRATIONS;
+    use crate::store::migrations::MIGRATIONS;
 
     /// Returns the columns and the primary key of each table that the migrations create.
     fn created(engine: usize) -> BTreeMap<String, (BTreeSet<String>, Vec<String>)> {

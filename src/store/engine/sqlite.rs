@@ -272,7 +272,7 @@ impl SqliteStore {
         Ok(Space {
             database: std::fs::metadata(&self.file).map_err(unseen)?.len(),
             // A missing WAL means that nothing was written yet.
-            log: Some(std::fs::metadata(log).map_or(0, |log| log.len())),
+            wal: Some(std::fs::metadata(log).map_or(0, |log| log.len())),
             disk: Some(Disk { free, size }),
         })
     }

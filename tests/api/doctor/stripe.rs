@@ -16,12 +16,12 @@ each_database! {
         server.store("a", life.id()).await;
         testkit::run(&environment, &["reconcile"], b"");
         let missed = |said: &DoctorOutput| {
-            said.assert_says("deliveries", &["1.0 days ago", "events since, the first 23.0 hours ago", "Dashboard"]);
+            said.assert_says("deliveries", &["1.0 days ago", "created events since, the first 23.0 hours ago", "Dashboard"]);
             assert_eq!(said.check("deliveries")["state"], "failing");
         };
         missed(&doctor(&server, &settings));
         testkit::run(&environment, &["reconcile"], b"").with_code(0);
-        doctor(&server, &[]).assert_says("endpoint", &["No webhook came since", "Stripe's list has new events", "The last pass saw that"]);
+        doctor(&server, &[]).assert_says("endpoint", &["No webhook was received since", "Stripe's list has new events", "The last run found this"]);
         // As if the pass that found them had failed half way.
         server.database.execute("delete from runs").await;
         missed(&doctor(&server, &settings));
@@ -39,13 +39,13 @@ each_database! {
         doctor(&server, &[]).assert_says("endpoint", &["is disabled"]);
         move_passes(&server, -DAY_MS).await;
         server.database.execute(&format!("insert into moments values ('refused stale', {})", Clock::system().now_ms() + DAY_MS)).await;
-        doctor(&server, &[]).assert_wrong(&[]).assert_says("endpoint", &["It was not looked at"]);
+        doctor(&server, &[]).assert_wrong(&[]).assert_says("endpoint", &["It was not checked yet"]);
         server.database.execute(&format!("insert into moments values ('reconciling failed', {})", Clock::system().now_ms())).await;
         let said = doctor(&server, &[]);
-        said.assert_wrong(&[("reconciliation", "failing")]).assert_says("reconciliation", &["The last pass failed", "none succeeded yet"]);
+        said.assert_wrong(&[("reconciliation", "failing")]).assert_says("reconciliation", &["The last run failed", "none has succeeded yet"]);
         let why = "insert into moments select 'reconciling failed by busy', at_ms from moments where name = 'reconciling failed'";
         server.database.execute(why).await;
-        doctor(&server, &[]).assert_says("reconciliation", &["The last pass failed: Stripe took no more calls (429)", "let them ask less"]);
+        doctor(&server, &[]).assert_says("reconciliation", &["The last run failed: Stripe took no more calls (429)", "let them make fewer"]);
     }
 
     async fn what_an_endpoint_need_not_send_is_not_missed(server: TestServer) {
@@ -76,7 +76,7 @@ each_database! {
             assert_eq!((statuses.len(), statuses[0], statuses[2]), (3, first, 200), "patience pays: {statuses:?}");
         }
         let (said, statuses) = asked(Troubles { rate_limited: 1.0, lasting: true, ..Troubles::default() });
-        said.assert_wrong(&[("endpoint", "warning"), ("reconciliation", "warning")]).assert_says("endpoint", &["Stripe takes no more calls now", "429 Too Many Requests", "let them ask less"]);
+        said.assert_wrong(&[("endpoint", "warning"), ("reconciliation", "warning")]).assert_says("endpoint", &["Stripe takes no more calls now", "429 Too Many Requests", "let them make fewer"]);
         assert_eq!((said.code, statuses), (3, vec![429; 3]));
         let (said, statuses) = asked(Troubles { failing: 1.0, lasting: true, ..Troubles::default() });
         said.assert_wrong(&[("endpoint", "warning"), ("reconciliation", "warning")]).assert_says("endpoint", &["500 Internal Server Error", "status.stripe.com"]);
@@ -91,7 +91,7 @@ each_database! {
         stripe.register(Endpoint { status: "disabled", ..Endpoint::enabled(&ours) });
         let said = doctor(&server, &settings);
         said.assert_wrong(&[("endpoint", "failing"), ("reconciliation", "warning")]);
-        said.assert_says("endpoint", &["is disabled", "Dashboard"]).assert_says("reconciliation", &["No pass was made yet"]);
+        said.assert_says("endpoint", &["is disabled", "Dashboard"]).assert_says("reconciliation", &["No run has ended yet"]);
         let environment = [&[("DATABASE_URL", server.database.url.as_str())], &settings[..]].concat();
         testkit::run(&environment, &["reconcile"], b"").with_code(0);
         let said = doctor(&server, &[]);
@@ -124,11 +124,11 @@ each_database! {
         let settings = stripe.settings();
         let environment = [&[("DATABASE_URL", server.database.url.as_str())], &settings[..]].concat();
         testkit::run(&environment, &["reconcile"], b"").with_code(3);
-        doctor(&server, &settings).assert_wrong(&[("drift", "warning")]).assert_says("drift", &["Not as Stripe has it: 1 invoice,", "reconcile", "Find out which side is wrong"]);
+        doctor(&server, &settings).assert_wrong(&[("drift", "warning")]).assert_says("drift", &["Different from Stripe's: 1 invoice,", "reconcile", "Find out which side is wrong"]);
         let url = server.database.url.clone();
         server.process = Server::start_with(&[("DATABASE_URL", &url), ("STRIPE_WEBHOOK_SECRET", SECRET), ("STRIPE_API_BASE", &stripe.base), ("STRIPE_API_KEY", "sk_live_of_somebody_else")]);
         until(&server, "a pass fails", |scrape| scrape.value("reconcile_runs_total{result=\"failed\"}") >= 1.0).await;
-        doctor(&server, &settings).assert_says("reconciliation", &["The last pass failed: Stripe does not accept STRIPE_API_KEY", "the last that succeeded ended", "restricted key"]);
+        doctor(&server, &settings).assert_says("reconciliation", &["The last run failed: Stripe does not accept STRIPE_API_KEY", "the last that succeeded ended", "restricted key"]);
     }
 }
 

@@ -2,12 +2,12 @@
 
 use stripe_reconciler::jobs::copy::{CopyError, Copying, Mismatch};
 use stripe_reconciler::store::{
-    ActivityDelta, Appended, CheckResult, CopyTarget, NewEvent, PackedBody, Row, Scope, Store,
-    Table, Value,
+    ActivityDelta, Appended, CheckResult, CopyTarget, NewEvent, PackedBody, ProgressKey, Row,
+    Scope, Store, Table, Value,
 };
 
 use super::opening::api_key;
-use super::reconcile::run_of;
+use super::reconcile::{run_of, state};
 use super::{NewInvoice, ODD, TestStore, each_store, event, invoice, key, nth};
 use testkit::{Engine, PostgresServer};
 
@@ -109,9 +109,15 @@ async fn fill(store: &Store) {
         .await
         .unwrap();
     store.revoke_key("key_1", 11).await.unwrap();
-    store.set_progress("events acct_1", i64::MIN).await.unwrap();
     store
-        .mark_lookup(&[(key("evt_1", 1), None, 3), (key("evt_2", 2), Some(77), 1)])
+        .set_progress(&ProgressKey::AccountEvents("acct_1".to_owned()), i64::MIN)
+        .await
+        .unwrap();
+    store
+        .mark_lookup(&[
+            state(key("evt_1", 1), None, 3),
+            state(key("evt_2", 2), Some(77), 1),
+        ])
         .await
         .unwrap();
     let checked = |id: &str, check_due_ms| CheckResult {
@@ -122,17 +128,17 @@ async fn fill(store: &Store) {
         agrees: check_due_ms.is_none(),
     };
     store
-        .note_checked(&[checked("in_1", None), checked("in_2", Some(9))])
+        .save_check_results(&[checked("in_1", None), checked("in_2", Some(9))])
         .await
         .unwrap();
-    store.keep_run(&run_of(7)).await.unwrap();
-    let moments = [(ODD[2].to_owned(), i64::MIN), ("delivered".to_owned(), 7)].into();
+    store.save_run(&run_of(7)).await.unwrap();
+    let last_seen = [(ODD[2].to_owned(), i64::MIN), ("delivered".to_owned(), 7)].into();
     let news = ActivityDelta {
-        moments,
+        last_seen,
         hours: [490_000].into(),
-        named: [("in_awaited".to_owned(), 8)].into(),
+        named_invoices: [("in_awaited".to_owned(), 8)].into(),
     };
-    store.keep_news(&news, 9, 0, 0).await.unwrap();
+    store.save_activity(&news, 9, 0, 0).await.unwrap();
     store.take_lease("pass", "holder", 0, 100).await.unwrap();
 }
 
@@ -207,7 +213,7 @@ each_store! {
         let replaced = NewInvoice { document: r#"{"a":1}"#.to_owned(), ..invoice("acme", "inv-8", None) };
         source.put_invoice(&replaced, 6, &|_| true).await.unwrap();
         source.revoke_key("key_2", 12).await.unwrap();
-        source.set_progress("events acct_1", 5).await.unwrap();
+        source.set_progress(&ProgressKey::AccountEvents("acct_1".to_owned()), 5).await.unwrap();
         let (forgotten, _) = source.forget_bodies(1_010, None, 100).await.unwrap();
         let reread = NewEvent { telling: Some("{}".to_owned()), ..event("evt_20", 99, "in_other", 8) };
         source.replace_readings(&[(nth(20).key, reread)]).await.unwrap();

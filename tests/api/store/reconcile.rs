@@ -1,17 +1,19 @@
-//! What reconciliation keeps: progress, leases, reports, what is to be asked, and what is to be compared.
+//! State of reconciliation: progress, leases, reports, pending lookups, and comparisons.
 
 use std::collections::BTreeSet;
 
 use serde_json::value::RawValue;
+use stripe_reconciler::clock::Clock;
 use stripe_reconciler::domain::stripe::event::EventKey;
+use stripe_reconciler::reconcile::{Lease, ReconcileError};
 use stripe_reconciler::store::{
-    CheckCandidate, CheckResult, Comparison, LookupKind, NewEvent, Outcome, PendingLookup, Run,
-    Store,
+    CheckCandidate, CheckResult, Comparison, LookupKind, LookupState, NewEvent, Outcome,
+    PendingLookup, ProgressKey, Run, Store,
 };
 
 use super::{ODD, TestStore, each_store, event, invoice, key, mention, nth};
 
-/// An event of this type.
+/// Returns an event of this type.
 fn of_type(id: &str, event_type: &str) -> NewEvent {
     NewEvent {
         event_type: Some(event_type.to_owned()),
@@ -20,21 +22,29 @@ fn of_type(id: &str, event_type: &str) -> NewEvent {
     }
 }
 
-/// What is to be asked about now, by key: what it tells and how often it was tried.
-async fn asked(store: &Store, asked: LookupKind, now_ms: i64) -> BTreeSet<(EventKey, i64)> {
-    let found: Vec<PendingLookup> = store.to_ask(asked, now_ms, 100).await.unwrap();
+/// Returns the keys of the events whose lookup is due, with the number of attempts.
+async fn due(store: &Store, kind: LookupKind, now_ms: i64) -> BTreeSet<(EventKey, i64)> {
+    let found: Vec<PendingLookup> = store.due_lookups(kind, now_ms, 100).await.unwrap();
     let all: BTreeSet<(EventKey, i64)> = found
         .iter()
-        .map(|to_ask| (to_ask.key, to_ask.attempts))
+        .map(|lookup| (lookup.key, lookup.attempts))
         .collect();
-    assert_eq!(all.len(), found.len(), "none is there twice");
+    assert_eq!(all.len(), found.len(), "each event is due once");
     all
+}
+
+pub(super) fn state(key: EventKey, due_ms: Option<i64>, attempts: i64) -> LookupState {
+    LookupState {
+        key,
+        due_ms,
+        attempts,
+    }
 }
 
 fn ids(found: &[CheckCandidate]) -> Vec<&str> {
     found
         .iter()
-        .map(|to_check| &*to_check.stripe_invoice_id)
+        .map(|candidate| &*candidate.stripe_invoice_id)
         .collect()
 }
 
@@ -59,20 +69,35 @@ pub(super) fn run_of(n: i64) -> Run {
 }
 
 each_store! {
-    async fn progress_is_found_by_how_its_name_begins(place: TestStore) {
+    async fn progress_is_found_by_its_key_and_accounts_are_listed(place: TestStore) {
         let store = &place.store;
-        assert!(store.progress("").await.unwrap().is_empty());
-        for (name, value) in [("events/acct_2", 2), ("events/acct_1", 1), ("events", 3), ("eventt", 4), ("a", i64::MIN), ("events/acct_1", 9)] {
-            store.set_progress(name, value).await.unwrap();
+        let account = |id: &str| ProgressKey::Account(id.to_owned());
+        let account_events = |id: &str| ProgressKey::AccountEvents(id.to_owned());
+        assert_eq!(store.progress(&ProgressKey::Events).await.unwrap(), None);
+        assert!(store.known_accounts(9).await.unwrap().is_empty());
+        for (key, value) in [
+            (account_events("acct_2"), 2),
+            (account_events("acct_1"), 1),
+            (ProgressKey::Events, 3),
+            (ProgressKey::LogScan, i64::MIN),
+            (ProgressKey::AccountSearch, 4),
+            (account("acct_2"), 5),
+            (account("acct_1"), 6),
+            (account("acct_\u{e9}'%"), 7),
+            (account_events("acct_1"), 9),
+        ] {
+            store.set_progress(&key, value).await.unwrap();
         }
-        let of = |text: &str, value| (text.to_owned(), value);
-        assert_eq!(store.progress("events/").await.unwrap(), [of("events/acct_1", 9), of("events/acct_2", 2)]);
-        assert_eq!(store.progress("events").await.unwrap().len(), 3);
-        assert_eq!(store.progress("a").await.unwrap(), [of("a", i64::MIN)]);
-        assert!(store.progress("%").await.unwrap().is_empty());
+        assert_eq!(store.progress(&account_events("acct_1")).await.unwrap(), Some(9), "the last value counts");
+        assert_eq!(store.progress(&account_events("acct_2")).await.unwrap(), Some(2));
+        assert_eq!(store.progress(&ProgressKey::Events).await.unwrap(), Some(3));
+        assert_eq!(store.progress(&ProgressKey::LogScan).await.unwrap(), Some(i64::MIN));
+        assert_eq!(store.progress(&account_events("acct_")).await.unwrap(), None, "no prefix");
+        assert_eq!(store.known_accounts(9).await.unwrap(), ["acct_1", "acct_2", "acct_\u{e9}'%"], "accounts only, in order");
+        assert_eq!(store.known_accounts(1).await.unwrap(), ["acct_1"]);
     }
 
-    async fn a_lease_is_held_by_one_until_it_expires_or_is_released(place: TestStore) {
+    async fn lease_has_one_holder_until_it_expires_or_is_released(place: TestStore) {
         let store = &place.store;
         assert_eq!(store.lease("pass").await.unwrap(), None);
         let taking: Vec<_> = (0..12).map(|n| {
@@ -86,74 +111,87 @@ each_store! {
         assert_eq!(taken, 1);
         let (holder, expires_ms) = store.lease("pass").await.unwrap().unwrap();
         assert_eq!(expires_ms, 200);
-        assert!(store.take_lease("other", ODD[2], 100, 200).await.unwrap(), "of another name");
-        assert!(store.take_lease("pass", &holder, 150, 300).await.unwrap(), "who holds it keeps it");
+        assert!(store.take_lease("other", ODD[2], 100, 200).await.unwrap(), "a lease of another name");
+        assert!(store.take_lease("pass", &holder, 150, 300).await.unwrap(), "its holder renews it");
         assert!(!store.take_lease("pass", "late", 299, 400).await.unwrap());
         assert!(store.take_lease("pass", "late", 300, 400).await.unwrap(), "it has expired");
         assert!(!store.take_lease("pass", &holder, 301, 500).await.unwrap());
         store.release_lease("pass", &holder).await.unwrap();
-        assert_eq!(store.lease("pass").await.unwrap(), Some(("late".to_owned(), 400)), "nobody releases another's");
+        assert_eq!(store.lease("pass").await.unwrap(), Some(("late".to_owned(), 400)), "only the holder releases it");
         store.release_lease("pass", "late").await.unwrap();
         assert_eq!(store.lease("pass").await.unwrap(), None);
         assert_eq!(store.lease("other").await.unwrap(), Some((ODD[2].to_owned(), 200)));
-        // Taken by a clock that was an hour ahead, it would block everybody for an hour.
+        // A lease taken by a clock that is an hour ahead would block everybody for an hour.
         assert!(!store.take_lease("other", "late", 0, 100).await.unwrap());
         assert!(store.take_lease("ahead", "dead", 3_600_000, 3_612_000).await.unwrap());
         assert!(!store.take_lease("ahead", "late", 3_545_000, 3_557_000).await.unwrap(), "clocks differ a little");
         assert!(store.take_lease("ahead", "late", 0, 12_000).await.unwrap());
     }
 
-    async fn the_reports_of_the_last_passes_are_kept(place: TestStore) {
+    async fn lease_is_released_whether_its_work_succeeds_or_fails(place: TestStore) {
+        let (store, clock) = (&place.store, Clock::system());
+        let lease = Lease::take(store, &clock).await.unwrap();
+        assert!(Lease::try_take(store, &clock).await.unwrap().is_none(), "it has one holder");
+        assert_eq!(lease.run(async { Ok(7) }).await.unwrap(), 7);
+        assert_eq!(store.lease("reconcile").await.unwrap(), None);
+
+        let lease = Lease::try_take(store, &clock).await.unwrap().unwrap();
+        let failed: Result<(), ReconcileError> = lease.run(async { Err(ReconcileError::LeaseLost) }).await;
+        assert!(failed.is_err());
+        assert_eq!(store.lease("reconcile").await.unwrap(), None);
+    }
+
+    async fn reports_of_last_runs_are_stored(place: TestStore) {
         let store = &place.store;
         assert!(store.last_runs(10, i64::MAX).await.unwrap().is_empty());
         for n in 0..205 {
-            store.keep_run(&run_of(n)).await.unwrap();
+            store.save_run(&run_of(n)).await.unwrap();
         }
         let last = store.last_runs(3, i64::MAX).await.unwrap();
         let shown = |run: &Run| (run.id.clone(), run.started_ms, run.ended_ms, run.report.get().to_owned());
         assert_eq!(last.iter().map(shown).collect::<Vec<_>>(), [204, 202, 203].map(|n| shown(&run_of(n))), "by start, then by id");
         let all = store.last_runs(1000, i64::MAX).await.unwrap();
-        assert_eq!(all.len(), 200, "the oldest are forgotten");
+        assert_eq!(all.len(), 200, "the oldest are deleted");
         assert!(all.iter().all(|run| run.started_ms >= 2));
-        assert_eq!(store.last_runs(1, last[1].started_ms - 1).await.unwrap()[0].started_ms, last[1].started_ms - 1, "none that began later");
-        assert!(store.keep_run(&run_of(204)).await.is_err(), "a pass ends once");
+        assert_eq!(store.last_runs(1, last[1].started_ms - 1).await.unwrap()[0].started_ms, last[1].started_ms - 1, "no run that began later");
+        assert!(store.save_run(&run_of(204)).await.is_err(), "a run ends once");
     }
 
-    async fn what_is_to_be_asked_is_asked_until_it_is_noted(place: TestStore) {
+    async fn lookup_is_due_until_it_is_marked(place: TestStore) {
         let store = &place.store;
         let silent = NewEvent { outcome: Outcome::NoPaymentFact, ..of_type("evt_8", "charge.updated") };
         let batch = [of_type("evt_1", "v1.invoice.paid"), of_type("evt_2", "charge.failed"), of_type("evt_3", "payment_intent.processing"),
             of_type("evt_4", "refund.created"), of_type("evt_5", "invoice.paid"), of_type("evt_6", "chargeback"), of_type("evt_7", "v1"), silent];
         store.append(&batch).await.unwrap();
         let of = |ids: &[&str], attempts| ids.iter().map(|id| (key(id, 0), attempts)).collect::<BTreeSet<_>>();
-        assert_eq!(asked(store, LookupKind::Object, 10).await, of(&["evt_1"], 0));
-        assert_eq!(asked(store, LookupKind::Invoice, 10).await, of(&["evt_2", "evt_3", "evt_4"], 0));
-        let found = store.to_ask(LookupKind::Object, 10, 100).await.unwrap();
-        assert_eq!((found[0].telling.as_ref(), found[0].body.as_ref()), (batch[0].telling.as_ref(), batch[0].body.unpack().as_ref()));
+        assert_eq!(due(store, LookupKind::Object, 10).await, of(&["evt_1"], 0));
+        assert_eq!(due(store, LookupKind::Invoice, 10).await, of(&["evt_2", "evt_3", "evt_4"], 0));
+        let found = store.due_lookups(LookupKind::Object, 10, 100).await.unwrap();
+        assert_eq!((found[0].observation.as_ref(), found[0].body.as_ref()), (batch[0].telling.as_ref(), batch[0].body.unpack().as_ref()));
 
-        store.mark_lookup(&[(key("evt_1", 0), Some(50), 3), (key("evt_2", 0), None, 1), (key("evt_9", 0), Some(1), 1)]).await.unwrap();
+        store.mark_lookup(&[state(key("evt_1", 0), Some(50), 3), state(key("evt_2", 0), None, 1), state(key("evt_9", 0), Some(1), 1)]).await.unwrap();
         store.mark_lookup(&[]).await.unwrap();
-        let about = store.asked_about(&[key("evt_1", 0), key("evt_9", 0), key("evt_2", 0), key("evt_3", 0)]).await.unwrap();
+        let about = store.lookup_states(&[key("evt_1", 0), key("evt_9", 0), key("evt_2", 0), key("evt_3", 0)]).await.unwrap();
         let about: BTreeSet<_> = about.into_iter().map(|about| (about.key, about.due_ms, about.attempts)).collect();
         assert_eq!(about, BTreeSet::from([(key("evt_1", 0), Some(50), 3), (key("evt_2", 0), None, 1), (key("evt_3", 0), Some(0), 0)]));
-        assert!(store.asked_about(&[]).await.unwrap().is_empty());
-        assert!(asked(store, LookupKind::Object, 49).await.is_empty(), "its time has not come");
-        assert_eq!(asked(store, LookupKind::Object, 50).await, of(&["evt_1"], 3));
-        assert_eq!(asked(store, LookupKind::Invoice, 1000).await, of(&["evt_3", "evt_4"], 0));
+        assert!(store.lookup_states(&[]).await.unwrap().is_empty());
+        assert!(due(store, LookupKind::Object, 49).await.is_empty(), "not due yet");
+        assert_eq!(due(store, LookupKind::Object, 50).await, of(&["evt_1"], 3));
+        assert_eq!(due(store, LookupKind::Invoice, 1000).await, of(&["evt_3", "evt_4"], 0));
         store.forget_bodies(1000, None, 100).await.unwrap();
-        assert!(store.to_ask(LookupKind::Object, 50, 100).await.unwrap()[0].body.is_none(), "pruned");
+        assert!(store.due_lookups(LookupKind::Object, 50, 100).await.unwrap()[0].body.is_none(), "pruned");
 
         let more: Vec<NewEvent> = (10..20).map(|n| of_type(&format!("evt_{n}"), "charge.failed")).collect();
         store.append(&more).await.unwrap();
-        let due: Vec<(EventKey, Option<i64>, i64)> = more.iter().enumerate().map(|(n, e)| (e.key, Some(100 - n as i64), 0)).collect();
-        store.mark_lookup(&due).await.unwrap();
-        store.mark_lookup(&[(key("evt_3", 0), None, 0), (key("evt_4", 0), None, 0)]).await.unwrap();
-        let found = store.to_ask(LookupKind::Invoice, 1000, 4).await.unwrap();
+        let marks: Vec<LookupState> = more.iter().enumerate().map(|(n, e)| state(e.key, Some(100 - n as i64), 0)).collect();
+        store.mark_lookup(&marks).await.unwrap();
+        store.mark_lookup(&[state(key("evt_3", 0), None, 0), state(key("evt_4", 0), None, 0)]).await.unwrap();
+        let found = store.due_lookups(LookupKind::Invoice, 1000, 4).await.unwrap();
         let longest_due: Vec<EventKey> = more.iter().rev().take(4).map(|event| event.key).collect();
-        assert_eq!(found.iter().map(|to_ask| to_ask.key).collect::<Vec<_>>(), longest_due);
+        assert_eq!(found.iter().map(|lookup| lookup.key).collect::<Vec<_>>(), longest_due);
     }
 
-    async fn what_is_known_is_told_from_what_is_not(place: TestStore) {
+    async fn known_events_are_found_by_key_and_id(place: TestStore) {
         let store = &place.store;
         store.append(&[nth(1), nth(2), event("evt_1", 9, "in_1", 1), event("evt_\u{e9}'", 0, "in_1", 1)]).await.unwrap();
         let known = store.known_keys(&[nth(1).key, key("evt_1", 8), key("evt_1", 9), nth(3).key]).await.unwrap();
@@ -163,31 +201,31 @@ each_store! {
         assert!(store.known_ids(&[]).await.unwrap().is_empty() && store.known_keys(&[]).await.unwrap().is_empty());
     }
 
-    async fn an_invoice_is_compared_when_its_time_has_come(place: TestStore) {
+    async fn invoice_is_compared_when_it_is_due(place: TestStore) {
         let store = &place.store;
         for (n, id) in ["in_b", "in_A", "in_\u{e9}", "in_a"].into_iter().enumerate() {
             store.put_invoice(&invoice("acme", &format!("{n}"), Some(id)), 10 + n as i64, &|_| true).await.unwrap();
         }
         store.put_invoice(&invoice("acme", "none", None), 10, &|_| true).await.unwrap();
         let by_bytes = ["in_A", "in_a", "in_b", "in_\u{e9}"];
-        assert_eq!(ids(&store.all_to_check("", 10).await.unwrap()), by_bytes);
-        assert_eq!(ids(&store.all_to_check("in_A", 2).await.unwrap()), ["in_a", "in_b"]);
-        assert!(store.all_to_check("in_\u{e9}", 2).await.unwrap().is_empty());
+        assert_eq!(ids(&store.check_candidates_after("", 10).await.unwrap()), by_bytes);
+        assert_eq!(ids(&store.check_candidates_after("in_A", 2).await.unwrap()), ["in_a", "in_b"]);
+        assert!(store.check_candidates_after("in_\u{e9}", 2).await.unwrap().is_empty());
         let of = CheckCandidate { tenant_uid: "acme".to_owned(), invoice_uid: "1".to_owned(), stripe_invoice_id: "in_A".to_owned(), differs_since_ms: None };
-        assert_eq!(store.to_check(&["in_unknown", "in_A"]).await.unwrap(), std::slice::from_ref(&of));
-        assert!(store.to_check(&[]).await.unwrap().is_empty());
+        assert_eq!(store.check_candidates(&["in_unknown", "in_A"]).await.unwrap(), std::slice::from_ref(&of));
+        assert!(store.check_candidates(&[]).await.unwrap().is_empty());
 
-        assert_eq!(store.due_to_check(0, 100, 10).await.unwrap().len(), 4, "what was never compared is due");
-        assert_eq!(ids(&store.due_to_check(0, 10, 10).await.unwrap()), ["in_b"], "none that was stored later");
+        assert_eq!(store.due_check_candidates(0, 100, 10).await.unwrap().len(), 4, "an invoice that was never compared is due");
+        assert_eq!(ids(&store.due_check_candidates(0, 10, 10).await.unwrap()), ["in_b"], "no invoice that was stored later");
         let differs = CheckResult { differs_since_ms: Some(70), agrees: false, ..checked("in_A", 80, Some(300)) };
-        store.note_checked(&[differs, checked("in_a", 60, Some(200)), checked("in_b", 50, None), checked("in_\u{e9}", 40, None), checked("in_?", 1, None)]).await.unwrap();
-        assert!(store.due_to_check(199, 100, 10).await.unwrap().is_empty());
-        let due = store.due_to_check(300, 100, 10).await.unwrap();
+        store.save_check_results(&[differs, checked("in_a", 60, Some(200)), checked("in_b", 50, None), checked("in_\u{e9}", 40, None), checked("in_?", 1, None)]).await.unwrap();
+        assert!(store.due_check_candidates(199, 100, 10).await.unwrap().is_empty());
+        let due = store.due_check_candidates(300, 100, 10).await.unwrap();
         assert_eq!((ids(&due), due[1].differs_since_ms), (vec!["in_a", "in_A"], Some(70)), "the longest due first");
-        assert_eq!(ids(&store.due_to_check(300, 100, 1).await.unwrap()), ["in_a"]);
-        assert_eq!(ids(&store.sample_to_check(100, 10).await.unwrap()), ["in_\u{e9}", "in_b"], "what is settled, the longest ago first");
-        assert_eq!(ids(&store.sample_to_check(49, 10).await.unwrap()), ["in_\u{e9}"]);
-        assert_eq!(store.to_check(&["in_A"]).await.unwrap(), [CheckCandidate { differs_since_ms: Some(70), ..of }]);
+        assert_eq!(ids(&store.due_check_candidates(300, 100, 1).await.unwrap()), ["in_a"]);
+        assert_eq!(ids(&store.sampled_check_candidates(100, 10).await.unwrap()), ["in_\u{e9}", "in_b"], "settled invoices, the longest ago first");
+        assert_eq!(ids(&store.sampled_check_candidates(49, 10).await.unwrap()), ["in_\u{e9}"]);
+        assert_eq!(store.check_candidates(&["in_A"]).await.unwrap(), [CheckCandidate { differs_since_ms: Some(70), ..of }]);
         let stands = |check_due_ms, confirmed_ms, differs_since_ms| Some(Comparison { check_due_ms, confirmed_ms, differs_since_ms });
         assert_eq!(store.comparison("acme", "1").await.unwrap(), stands(Some(300), None, Some(70)));
         assert_eq!(store.comparison("acme", "3").await.unwrap(), stands(Some(200), Some(60), None));
@@ -196,7 +234,7 @@ each_store! {
         assert_eq!(store.comparison("beta", "1").await.unwrap(), None);
     }
 
-    async fn accounts_and_what_belongs_with_an_object_are_gathered_from_the_log(place: TestStore) {
+    async fn accounts_and_related_observations_come_from_the_log(place: TestStore) {
         let store = &place.store;
         let with = |n: usize, account: Option<&str>, mentions: &[(&str, bool)]| NewEvent {
             telling: Some(match account {
@@ -221,9 +259,9 @@ each_store! {
         let cases = [(vec!["re_1"], vec![1, 2, 3]), (vec!["in_1"], vec![1, 2, 3]), (vec!["ch_2", "in_2"], vec![4]), (vec!["re_1", "in_1", "ch_2"], vec![1, 2, 3, 4]), (vec!["in_9"], vec![]), (vec![], vec![])];
         for (ids, expected) in cases {
             let of: Vec<String> = ids.iter().map(|id| (*id).to_owned()).collect();
-            let told = store.observations_for(&of).await.unwrap();
-            let keys: BTreeSet<EventKey> = told.iter().map(|telling| telling.key).collect();
-            assert_eq!(keys.len(), told.len(), "{ids:?}: each once");
+            let found = store.observations_for(&of).await.unwrap();
+            let keys: BTreeSet<EventKey> = found.iter().map(|row| row.key).collect();
+            assert_eq!(keys.len(), found.len(), "{ids:?}: each once");
             assert_eq!(keys, expected.iter().map(|n| nth(*n).key).collect(), "{ids:?}");
         }
     }
