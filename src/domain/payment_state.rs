@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 /// Whether money moves. `docs/payment-states.md` says which facts lead to which state.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum PaymentState {
     Paid,
     PaymentPending,

@@ -286,6 +286,39 @@ fn arrive(steps: &[Step], end: End, deliveries: &[Delivery]) -> Vec<Value> {
     arriving.into_iter().map(|(_, event)| event).collect()
 }
 
+/// The payments of another life, in another account or mode, that refer to the same invoice.
+///
+/// Stripe itself never names the invoice in them. With `shares_ids` they even claim the ids of
+/// the invoice's own payments, which no authentic event does.
+fn foreign(
+    steps: &[Step],
+    end: End,
+    (livemode, account): (bool, Option<&str>),
+    shares_ids: bool,
+) -> Vec<Value> {
+    let payments = events(steps, end, Shape::New).into_iter().filter(|event| {
+        let object = &event["data"]["object"];
+        object["object"] != "invoice" && object["invoice"].is_null()
+    });
+    payments
+        .enumerate()
+        .map(|(index, event)| {
+            let mut text = event.to_string();
+            if !shares_ids {
+                for prefix in ["pi_", "ch_", "re_", "dp_"] {
+                    text = text.replace(&format!("\"{prefix}"), &format!("\"{prefix}evil"));
+                }
+            }
+            let event: Value = serde_json::from_str(&text).expect("it was JSON before");
+            let id = format!("evt_evil_{index}");
+            with(
+                event,
+                json!({"id": id, "livemode": livemode, "account": account}),
+            )
+        })
+        .collect()
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(400))]
 
@@ -294,6 +327,24 @@ proptest! {
         let plain = told(&events(&steps, end, Shape::New));
         prop_assert_eq!(&told(&events(&steps, end, Shape::Old)), &plain);
         prop_assert_eq!(&told(&arrive(&steps, end, &deliveries)), &plain);
+    }
+
+    /// Rule 3.6.4.
+    #[test]
+    fn events_of_another_account_or_mode_change_nothing(
+        (steps, end) in lives(),
+        (foreign_steps, foreign_end) in lives(),
+        origin in prop::sample::select(vec![(true, Some("acct_evil")), (false, None), (false, Some("acct_evil"))]),
+        shares_ids in any::<bool>(),
+        deliveries in deliveries(),
+    ) {
+        let own = events(&steps, end, Shape::New);
+        let foreign = foreign(&foreign_steps, foreign_end, origin, shares_ids);
+        let mut all = arrive(&steps, end, &deliveries);
+        for (index, event) in foreign.into_iter().enumerate() {
+            all.insert(deliveries[index % deliveries.len()].place as usize % (all.len() + 1), event);
+        }
+        prop_assert_eq!(told(&all), told(&own));
     }
 
     #[test]

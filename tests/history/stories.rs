@@ -160,20 +160,20 @@ fn a_returned_debit_that_is_submitted_again_is_three_entries() {
             "evt_1",
             "payment_intent.processing",
             100,
-            intent(New, "processing"),
+            intent(Old, "processing"),
         ),
         event(
             "evt_2",
             "charge.pending",
             101,
-            charge(New, "ch_1", "pending"),
+            charge(Old, "ch_1", "pending"),
         ),
         event(
             "evt_3",
             "payment_intent.payment_failed",
             300,
             with(
-                intent(New, "requires_payment_method"),
+                intent(Old, "requires_payment_method"),
                 json!({"last_payment_error": error}),
             ),
         ),
@@ -181,7 +181,7 @@ fn a_returned_debit_that_is_submitted_again_is_three_entries() {
             "evt_4",
             "payment_intent.processing",
             400,
-            intent(New, "processing"),
+            intent(Old, "processing"),
         ),
     ];
     assert_eq!(
@@ -407,23 +407,22 @@ fn a_refund_and_a_dispute_two_hops_away_stand_after_paid_and_keep_the_state() {
 }
 
 #[test]
-fn a_payment_that_names_its_invoice_is_believed_before_an_order_reference() {
-    let referring = with(intent(New, "processing"), json!({"latest_charge": "ch_1"}));
+fn payment_naming_its_invoice_beats_an_order_reference() {
+    let created = event("evt_0", "invoice.created", 80, invoice(New, "draft"));
+    let referring = event(
+        "evt_1",
+        "payment_intent.processing",
+        100,
+        with(intent(New, "processing"), json!({"latest_charge": "ch_1"})),
+    );
     let other = json!({"id": "ch_1", "object": "charge", "invoice": "in_2Q", "amount": 5000});
+    let other = event("evt_2", "charge.succeeded", 90, other);
+
     assert_eq!(
-        states(&[event(
-            "evt_1",
-            "payment_intent.processing",
-            100,
-            referring.clone()
-        )]),
+        states(&[created.clone(), referring.clone()]),
         ["PaymentInProgress 100"]
     );
-    let both = [
-        event("evt_1", "payment_intent.processing", 100, referring),
-        event("evt_2", "charge.succeeded", 90, other),
-    ];
-    assert!(history(&both).is_empty());
+    assert!(history(&[created, referring, other]).is_empty());
 }
 
 #[test]
@@ -549,7 +548,7 @@ fn test_mode_and_the_connected_account_stand_in_every_message() {
 fn no_address_link_secret_or_card_number_reaches_a_message() {
     let error = json!({"message": "Card 4242 4242 4242 4242 of jane@example.com: see https://pay.example.com/x pi_1_secret_2 4242424242424242 now"});
     let failed = with(
-        intent(New, "requires_payment_method"),
+        intent(Old, "requires_payment_method"),
         json!({"last_payment_error": error}),
     );
     assert_eq!(
@@ -754,5 +753,146 @@ fn a_thin_part_payment_is_linked_by_the_payments_that_the_invoice_lists() {
     assert_eq!(
         states(&events),
         ["PaymentPending 100", "PaymentInProgress 200"]
+    );
+}
+
+/// Declined tries of a card testing attack through the hosted page, one every two seconds.
+fn declined_tries(count: i64) -> Vec<serde_json::Value> {
+    let tries = (0..count).map(|number| {
+        let failed = with(
+            charge(Old, &format!("ch_{number:06}"), "failed"),
+            json!({"failure_code": "card_declined"}),
+        );
+        let second = 1_770_000_000 + 2 * number;
+        event(&format!("evt_{number:06}"), "charge.failed", second, failed)
+    });
+    tries.collect()
+}
+
+#[test]
+fn hundred_attempts_are_told_one_by_one() {
+    let history = history(&declined_tries(100));
+    assert_eq!(history.len(), 100);
+    assert!(history.iter().all(|entry| entry.proofs.len() == 1));
+}
+
+#[test]
+fn further_attempts_share_one_entry() {
+    let events = declined_tries(6_000);
+    let entries = history(&events);
+    let times: Vec<i64> = entries.iter().map(|entry| entry.timestamp_ms).collect();
+    let proofs: usize = entries.iter().map(|entry| entry.proofs.len()).sum();
+
+    assert_eq!(entries.len(), 101);
+    assert_eq!(
+        entries[50].message.as_deref(),
+        Some(
+            "Payment for invoice in_1Q failed too often to list: the first 50 and the last 50 \
+             attempts have entries of their own, and 5,900 more attempts failed between \
+             2026-02-02 02:41 UTC and 2026-02-02 05:58 UTC."
+        )
+    );
+    assert!(times.is_sorted());
+    assert_eq!(times[100], 1_000 * (1_770_000_000 + 2 * 5_999));
+    assert_eq!(proofs, 6_000, "each event still proves an entry");
+
+    let reversed: Vec<_> = events.into_iter().rev().collect();
+    assert_eq!(history(&reversed), entries);
+}
+
+#[test]
+fn too_many_attempts_hide_no_other_entry() {
+    let mut events = declined_tries(1_000);
+    let overdue = event(
+        "evt_x1",
+        "invoice.overdue",
+        1_770_001_000,
+        invoice(Old, "open"),
+    );
+    let submitted = event(
+        "evt_x2",
+        "payment_intent.processing",
+        1_770_001_001,
+        intent(Old, "processing"),
+    );
+    let paid = event(
+        "evt_x3",
+        "invoice.paid",
+        1_770_009_000,
+        invoice(Old, "paid"),
+    );
+    events.extend([overdue, submitted]);
+    let entries = history(&events);
+    let states_of = |state: PaymentState| entries.iter().filter(|e| e.state == state).count();
+    assert_eq!(states_of(PaymentState::PaymentFailed), 101);
+    assert_eq!(states_of(PaymentState::PaymentPending), 2);
+    assert_eq!(states_of(PaymentState::PaymentInProgress), 1);
+    assert_eq!(
+        entries.last().map(|e| e.state),
+        Some(PaymentState::PaymentFailed)
+    );
+
+    events.push(paid);
+    assert_eq!(
+        history(&events).last().map(|e| e.state),
+        Some(PaymentState::Paid)
+    );
+}
+
+#[test]
+fn exported_history_of_many_attempts_can_be_imported() {
+    let known = known(&declined_tries(300));
+    let exported = fold(Some(INVOICE), &[], &known);
+    let imported: Vec<ImportedState> = exported
+        .iter()
+        .map(|entry| ImportedState {
+            state: entry.state,
+            timestamp_ms: entry.timestamp_ms,
+            message: entry.message.clone(),
+        })
+        .collect();
+    let again = fold(Some(INVOICE), &imported, &known);
+    assert_eq!(again.len(), exported.len());
+}
+
+#[test]
+fn tries_pair_with_the_nearest_attempts() {
+    // 5 s, 20 s and 60 s apart; the last try is 61 s from its attempt.
+    let failed = |id: &str, count: i64, second: i64| {
+        let open = with(invoice(Old, "open"), json!({"attempt_count": count}));
+        event(id, "invoice.payment_failed", second, open)
+    };
+    let declined = |id: &str, charge_id: &str, second: i64| {
+        event(
+            id,
+            "charge.failed",
+            second,
+            charge(Old, charge_id, "failed"),
+        )
+    };
+    let events = [
+        failed("evt_1", 1, 1_000),
+        failed("evt_2", 2, 1_030),
+        failed("evt_3", 3, 2_000),
+        failed("evt_4", 4, 3_000),
+        declined("evt_5", "ch_1", 1_025),
+        declined("evt_6", "ch_2", 1_050),
+        declined("evt_7", "ch_3", 2_060),
+        declined("evt_8", "ch_4", 2_939),
+    ];
+    let failures = || {
+        states(&events)
+            .into_iter()
+            .filter(|state| state.starts_with("PaymentFailed"))
+    };
+    assert_eq!(
+        failures().collect::<Vec<_>>(),
+        [
+            "PaymentFailed 1000",
+            "PaymentFailed 1025",
+            "PaymentFailed 2000",
+            "PaymentFailed 2939",
+            "PaymentFailed 3000",
+        ]
     );
 }

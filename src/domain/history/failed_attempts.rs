@@ -1,372 +1,403 @@
-//! Failed attempts: what `invoice.payment_failed` counts, joined with the tries that charges and PaymentIntents tell of.
+//! Failed attempts: what `invoice.payment_failed` counts, joined with the tries behind it.
 //!
-//! An invoice's event knows the attempt's number but not the reason; a charge or PaymentIntent knows the reason but not the
-//! number. Here they are brought together, so that one failure is one entry.
+//! An invoice's event knows the attempt's number but not the reason; a charge or PaymentIntent knows
+//! the reason but not the number. This file brings them together, so that one failure is one entry.
+//!
+//! Every step is a lookup or one walk over sorted times, because card testing through a hosted
+//! page makes thousands of tries on one invoice.
 
-use super::{StoredObservation, in_order};
-use crate::domain::stripe::event::Observation;
-use crate::domain::stripe::object::{Invoice, Object, PaymentIntent};
+use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 
-/// A thin event names no charge; it is one more telling of a try this near.
-const SAME_TRY_S: i64 = 2;
-/// A try and an attempt that name no common charge are one failure when they are this near.
+use super::disjoint_sets::DisjointSets;
+use super::entry::{chronological, in_order};
+use super::failed_tries::{FailedTry, failed_tries};
+use crate::domain::stripe::event::{EventKey, StoredObservation};
+use crate::domain::stripe::object::{Object, PaymentIntent};
+
+/// Largest distance in seconds between an attempt and a try that name no common charge.
 const SAME_FAILURE_S: i64 = 60;
 
-/// One failed payment, as the charge or the PaymentIntent tells it.
-pub struct FailedTry<'a> {
-    pub charge: Option<&'a str>,
-    /// The PaymentIntent of a try that names no charge.
-    pub intent: Option<&'a str>,
-    pub sources: Vec<&'a StoredObservation>,
-    /// The earliest `created`, in Unix seconds.
-    pub time: i64,
-}
+/// Number of the earliest, and of the latest, failed attempts that have an entry of their own.
+///
+/// The attempts between them share one entry. Stripe retries an invoice eight times at most; only
+/// card testing or a broken client makes more than a hundred attempts on one invoice, and nobody
+/// reads these one by one. Without a limit each of them costs every reader a message. The earliest
+/// tell how it began, and the latest hold the current state and the reason that counts now.
+pub const TOLD_AT_EACH_END: usize = 50;
 
-/// One failed attempt to collect an invoice: one entry of its history.
+/// One failed attempt to collect an invoice.
 #[derive(Default)]
 pub struct FailedAttempt<'a> {
     /// Stripe's `attempt_count`; it counts scheduled attempts only.
     pub number: Option<i64>,
-    /// The `invoice.payment_failed` events.
+    /// The `invoice.payment_failed` events, earliest first.
     pub sources: Vec<&'a StoredObservation>,
-    pub charges: Vec<&'a str>,
+    /// Charges that these events name.
+    pub charges: BTreeSet<&'a str>,
     pub tries: Vec<FailedTry<'a>>,
 }
 
 impl<'a> FailedAttempt<'a> {
-    /// The earliest `created` of all that tells of it.
+    /// Returns the earliest `created` of its events and tries.
     pub fn time(&self) -> i64 {
-        self.sources
-            .iter()
-            .map(|k| k.telling.created)
-            .chain(self.tries.iter().map(|t| t.time))
-            .min()
-            .unwrap_or_default()
+        let events = self.sources.first().map(|stored| stored.telling.created);
+        let tries = self.tries.iter().map(|failed| failed.time);
+        events.into_iter().chain(tries).min().unwrap_or_default()
     }
 
-    /// The lowest charge, else the lowest PaymentIntent, else empty: decides the order within a second.
+    /// Returns the lowest charge, else the lowest PaymentIntent, else an empty id.
     pub fn object_id(&self) -> &'a str {
-        let charges = self
-            .charges
-            .iter()
-            .copied()
-            .chain(self.tries.iter().filter_map(|t| t.charge));
-        charges
+        let intents = self.tries.iter().filter_map(|failed| failed.intent);
+        self.all_charges()
             .min()
-            .or_else(|| self.tries.iter().filter_map(|t| t.intent).min())
+            .or_else(|| intents.min())
             .unwrap_or_default()
     }
 
-    fn told_at(&self) -> i64 {
+    /// Returns the charges that its events or its tries name.
+    pub fn all_charges(&self) -> impl Iterator<Item = &'a str> {
+        let tried = self.tries.iter().filter_map(|failed| failed.charge);
+        self.charges.iter().copied().chain(tried)
+    }
+
+    /// Returns its events and the sources of its tries.
+    pub fn all_sources(&self) -> impl Iterator<Item = &'a StoredObservation> {
+        let tries = self.tries.iter().flat_map(|failed| &failed.sources);
+        self.sources.iter().chain(tries).copied()
+    }
+
+    /// Returns the second of its earliest event, 0 if no event reports it.
+    fn event_second(&self) -> i64 {
         self.sources
-            .iter()
-            .map(|k| k.telling.created)
-            .min()
+            .first()
+            .map(|stored| stored.telling.created)
             .unwrap_or_default()
     }
 
     fn order(&self) -> (i64, i64) {
-        (self.told_at(), self.number.unwrap_or(0))
+        (self.event_second(), self.number.unwrap_or(0))
+    }
+
+    /// Returns the order of the entries, which decides the attempts that have one of their own.
+    fn place(&self) -> (i64, i64, &'a str, Option<EventKey>) {
+        let earliest = self
+            .all_sources()
+            .min_by(|a, b| chronological(a).cmp(&chronological(b)));
+        (
+            self.time(),
+            self.number.unwrap_or(0),
+            self.object_id(),
+            earliest.map(|stored| stored.key),
+        )
     }
 }
 
-/// All failed attempts of an invoice. `known` are the tellings that belong to it, in a fixed order.
-pub fn failed_attempts<'a>(known: &[&'a StoredObservation]) -> Vec<FailedAttempt<'a>> {
-    let mut attempts = attempts(known);
-    let mut others = Vec::new();
-    for failed in tries(known) {
-        let names_it = |a: &&mut FailedAttempt| {
-            failed
-                .charge
-                .is_some_and(|charge| a.charges.contains(&charge))
+/// Failed attempts, split into those with an entry of their own and those that share one.
+pub struct LimitedAttempts<'a> {
+    pub one_by_one: Vec<FailedAttempt<'a>>,
+    /// The attempts between the earliest and the latest ones, in order. Empty in normal life.
+    pub shared: Vec<FailedAttempt<'a>>,
+}
+
+/// Splits attempts by [`TOLD_AT_EACH_END`]. The split depends only on the set of attempts.
+pub fn limit(mut attempts: Vec<FailedAttempt<'_>>) -> LimitedAttempts<'_> {
+    if attempts.len() <= 2 * TOLD_AT_EACH_END {
+        return LimitedAttempts {
+            one_by_one: attempts,
+            shared: Vec::new(),
         };
-        match attempts.iter_mut().find(names_it) {
-            Some(attempt) => attempt.tries.push(failed),
-            None => others.push(failed),
+    }
+    attempts.sort_by_cached_key(FailedAttempt::place);
+
+    let latest = attempts.split_off(attempts.len() - TOLD_AT_EACH_END);
+    let shared = attempts.split_off(TOLD_AT_EACH_END);
+    attempts.extend(latest);
+    LimitedAttempts {
+        one_by_one: attempts,
+        shared,
+    }
+}
+
+/// Returns all failed attempts of an invoice. `observations` belong to it, in a fixed order.
+pub fn failed_attempts<'a>(observations: &[&'a StoredObservation]) -> Vec<FailedAttempt<'a>> {
+    let mut attempts = attempts_of_events(observations);
+    let mut by_charge: HashMap<&str, usize> = HashMap::new();
+    for (at, attempt) in attempts.iter().enumerate() {
+        for charge in &attempt.charges {
+            by_charge.entry(charge).or_insert(at);
         }
     }
-    pair(&mut attempts, &mut others);
-    give_reason(&mut attempts, known);
-    attempts.extend(others.into_iter().map(|failed| FailedAttempt {
+
+    let mut unnamed = Vec::new();
+    for failed in failed_tries(observations) {
+        match failed.charge.and_then(|charge| by_charge.get(charge)) {
+            Some(&at) => attempts[at].tries.push(failed),
+            None => unnamed.push(failed),
+        }
+    }
+    let alone = pair(&mut attempts, unnamed);
+    add_fetched_reasons(&mut attempts, observations);
+
+    attempts.extend(alone.into_iter().map(|failed| FailedAttempt {
         tries: vec![failed],
         ..FailedAttempt::default()
     }));
     attempts
 }
 
-/// Whether Stripe's API may know why the latest attempt failed: no event told it, and it was not asked since.
-pub fn lacks_reason(known: &[&StoredObservation]) -> bool {
-    let mut attempts = failed_attempts(known);
-    attempts.sort_by_key(FailedAttempt::order);
-    let Some(latest) = attempts.last().filter(|attempt| attempt.tries.is_empty()) else {
+/// Returns whether Stripe's API may know the reason of the latest failed attempt.
+///
+/// That is so if no event gave a reason and no PaymentIntent was fetched since.
+pub fn lacks_reason(observations: &[&StoredObservation]) -> bool {
+    let attempts = failed_attempts(observations);
+    let latest = attempts.iter().max_by_key(|attempt| attempt.order());
+    let Some(latest) = latest.filter(|attempt| attempt.tries.is_empty()) else {
         return false;
     };
-    !known
-        .iter()
-        .any(|k| asked_intent(k).is_some() && k.telling.created >= latest.told_at())
+    !observations.iter().any(|stored| {
+        fetched_intent(stored).is_some() && stored.telling.created >= latest.event_second()
+    })
 }
 
-/// The last error of a PaymentIntent, as Stripe's API tells it, is the reason of the latest attempt before it was asked; where
-/// events tell of a try or name a charge, they know better.
-fn give_reason<'a>(attempts: &mut [FailedAttempt<'a>], known: &[&'a StoredObservation]) {
-    for &known in known {
-        let Some(intent) = asked_intent(known).filter(|intent| intent.error.is_some()) else {
+/// Gives the last error of a fetched PaymentIntent to the latest attempt before the fetch.
+///
+/// Skips attempts that have a try or name a charge: their events know better.
+fn add_fetched_reasons<'a>(
+    attempts: &mut [FailedAttempt<'a>],
+    observations: &[&'a StoredObservation],
+) {
+    let mut known: HashSet<&str> = attempts
+        .iter()
+        .flat_map(FailedAttempt::all_charges)
+        .collect();
+    for &stored in observations {
+        let Some(intent) = fetched_intent(stored).filter(|intent| intent.error.is_some()) else {
             continue;
         };
         let charge = intent.error_charge.as_deref();
-        let is_known = |a: &FailedAttempt| {
-            charge.is_some_and(|charge| {
-                a.charges.contains(&charge) || a.tries.iter().any(|t| t.charge == Some(charge))
-            })
-        };
-        if attempts.iter().any(is_known) {
+        if charge.is_some_and(|charge| known.contains(charge)) {
             continue;
         }
-        let before = attempts
-            .iter_mut()
-            .filter(|a| !a.sources.is_empty() && a.told_at() <= known.telling.created);
-        if let Some(attempt) = before
-            .max_by_key(|a| a.order())
-            .filter(|a| a.tries.is_empty() && a.charges.is_empty())
-        {
-            let time = attempt.told_at();
-            let intent = if charge.is_none() {
-                Some(intent.id.as_str())
-            } else {
-                None
-            };
+
+        // The attempts are sorted by the second of their earliest event.
+        let before = attempts.partition_point(|a| a.event_second() <= stored.telling.created);
+        let Some(attempt) = attempts[..before].last_mut() else {
+            continue;
+        };
+        if attempt.tries.is_empty() && attempt.charges.is_empty() {
+            known.extend(charge);
             attempt.tries.push(FailedTry {
                 charge,
-                intent,
-                sources: vec![known],
-                time,
+                intent: charge.is_none().then_some(intent.id.as_str()),
+                sources: vec![stored],
+                time: attempt.event_second(),
             });
         }
     }
 }
 
-fn asked_intent(known: &StoredObservation) -> Option<&PaymentIntent> {
-    match &known.telling.object {
-        Object::PaymentIntent(intent) if known.telling.fetched => Some(intent),
+fn fetched_intent(stored: &StoredObservation) -> Option<&PaymentIntent> {
+    match &stored.telling.object {
+        Object::PaymentIntent(intent) if stored.telling.fetched => Some(intent),
         _ => None,
     }
 }
 
-/// One `invoice.payment_failed`, with what decides which attempt it belongs to.
+/// One `invoice.payment_failed`, with the fields that decide its attempt.
 struct Failure<'a> {
-    known: &'a StoredObservation,
+    stored: &'a StoredObservation,
     second: i64,
     number: Option<i64>,
     charge: Option<&'a str>,
 }
 
-fn attempts<'a>(known: &[&'a StoredObservation]) -> Vec<FailedAttempt<'a>> {
-    let mut failures: Vec<Failure<'a>> = known.iter().filter_map(|k| failure(k)).collect();
-    forget_latest_charges(&mut failures);
-    let (numbered, unnumbered): (Vec<_>, Vec<_>) =
-        failures.into_iter().partition(|f| f.number.is_some());
+/// Returns the attempts that `invoice.payment_failed` reports, sorted by time and number.
+fn attempts_of_events<'a>(observations: &[&'a StoredObservation]) -> Vec<FailedAttempt<'a>> {
+    let mut failures: Vec<Failure<'a>> = observations.iter().filter_map(|k| failure(k)).collect();
+    drop_repeated_charges(&mut failures);
+    let (numbered, unnumbered): (Vec<_>, Vec<_>) = failures
+        .into_iter()
+        .partition(|failure| failure.number.is_some());
+
     let mut attempts = group(numbered);
-    attempts.sort_by_key(|a| a.number);
+    attempts.sort_by_key(|attempt| attempt.number);
+    let mut by_second: HashMap<i64, usize> = HashMap::new();
+    for (at, attempt) in attempts.iter().enumerate() {
+        for stored in &attempt.sources {
+            by_second.entry(stored.telling.created).or_insert(at);
+        }
+    }
+
     let mut rest = Vec::new();
     for failure in unnumbered {
-        match attempts.iter_mut().find(|a| {
-            a.sources
-                .iter()
-                .any(|k| k.telling.created == failure.second)
-        }) {
-            Some(attempt) => include(attempt, failure),
+        match by_second.get(&failure.second) {
+            Some(&at) => include(&mut attempts[at], &failure),
             None => rest.push(failure),
         }
     }
     attempts.extend(group(rest));
+
     for attempt in &mut attempts {
-        // An attempt speaks from its earliest event, in whatever order they were found to belong together.
+        // An attempt speaks from its earliest event, whatever the order of merging.
         attempt.sources = in_order(std::mem::take(&mut attempt.sources));
     }
     attempts.sort_by_key(FailedAttempt::order);
     attempts
 }
 
-fn failure(known: &StoredObservation) -> Option<Failure<'_>> {
-    let (telling, invoice) = invoice_event(&known.telling)?;
-    (telling.kind == "invoice.payment_failed").then_some(Failure {
-        known,
-        second: telling.created,
-        number: invoice.attempt_count,
-        charge: invoice.charge.as_deref(),
-    })
-}
-
-fn invoice_event(telling: &Observation) -> Option<(&Observation, &Invoice)> {
-    match &telling.object {
-        Object::Invoice(invoice) => Some((telling, invoice)),
+fn failure(stored: &StoredObservation) -> Option<Failure<'_>> {
+    match &stored.telling.object {
+        Object::Invoice(invoice) if stored.telling.kind == "invoice.payment_failed" => {
+            Some(Failure {
+                stored,
+                second: stored.telling.created,
+                number: invoice.attempt_count,
+                charge: invoice.charge.as_deref(),
+            })
+        }
         _ => None,
     }
 }
 
-/// `invoice.charge` is the *latest* charge: one that another attempt named earlier says nothing about this one.
-fn forget_latest_charges(failures: &mut [Failure]) {
-    let named: Vec<_> = failures
-        .iter()
-        .map(|f| (f.charge, f.number, f.second))
+/// Removes the charges that an attempt with another number named earlier.
+///
+/// `invoice.charge` is the *latest* charge: a later attempt that made none still shows it.
+fn drop_repeated_charges(failures: &mut [Failure]) {
+    let mut named: HashMap<&str, Vec<(i64, i64)>> = HashMap::new();
+    for failure in failures.iter() {
+        if let (Some(charge), Some(number)) = (failure.charge, failure.number) {
+            let times = named.entry(charge).or_default();
+            times.push((failure.second, number));
+        }
+    }
+    // The earliest, and the earliest with another number, answer for all.
+    let earliest: HashMap<&str, [Option<(i64, i64)>; 2]> = named
+        .into_iter()
+        .map(|(charge, times)| {
+            let first = times.iter().min().copied();
+            let others = times.iter().filter(|(_, number)| {
+                first.is_some_and(|(_, first_number)| *number != first_number)
+            });
+            (charge, [first, others.min().copied()])
+        })
         .collect();
+
     for failure in failures {
-        let earlier = |&(charge, number, second): &(Option<&str>, Option<i64>, i64)| {
-            charge == failure.charge
-                && number.is_some()
-                && number != failure.number
-                && (second, number) < (failure.second, failure.number)
+        let Some(charge) = failure.charge else {
+            continue;
         };
-        if failure.charge.is_some() && named.iter().any(earlier) {
+        let is_repeated =
+            earliest
+                .get(charge)
+                .into_iter()
+                .flatten()
+                .flatten()
+                .any(|&(second, number)| {
+                    Some(number) != failure.number
+                        && (second, Some(number)) < (failure.second, failure.number)
+                });
+        if is_repeated {
             failure.charge = None;
         }
     }
 }
 
-/// Same number, and the same second or the same charge: one attempt.
+/// Groups failures with one number that share a second or a charge, over any number of steps.
 fn group(failures: Vec<Failure>) -> Vec<FailedAttempt> {
-    let mut attempts: Vec<FailedAttempt> = Vec::new();
-    for failure in failures {
-        let same = |a: &FailedAttempt| {
-            a.number == failure.number
-                && (a
-                    .sources
-                    .iter()
-                    .any(|k| k.telling.created == failure.second)
-                    || failure
-                        .charge
-                        .is_some_and(|charge| a.charges.contains(&charge)))
-        };
-        let (mut joined, others): (Vec<FailedAttempt>, Vec<FailedAttempt>) =
-            attempts.into_iter().partition(same);
-        attempts = others;
-        let mut attempt = joined.pop().unwrap_or(FailedAttempt {
-            number: failure.number,
-            ..FailedAttempt::default()
-        });
-        for other in joined {
-            attempt.sources.extend(other.sources);
-            attempt.charges.extend(other.charges);
+    let mut sets = DisjointSets::new(failures.len());
+    let mut by_second: HashMap<(Option<i64>, i64), usize> = HashMap::new();
+    let mut by_charge: HashMap<(Option<i64>, &str), usize> = HashMap::new();
+    for (at, failure) in failures.iter().enumerate() {
+        let same_second = by_second.entry((failure.number, failure.second));
+        sets.join(at, *same_second.or_insert(at));
+        if let Some(charge) = failure.charge {
+            let same_charge = by_charge.entry((failure.number, charge));
+            sets.join(at, *same_charge.or_insert(at));
         }
-        include(&mut attempt, failure);
-        attempts.push(attempt);
+    }
+    sets.flatten();
+
+    let mut attempts: Vec<FailedAttempt> = Vec::new();
+    let mut by_set: HashMap<usize, usize> = HashMap::new();
+    for (at, failure) in failures.iter().enumerate() {
+        let attempt = *by_set.entry(sets.root(at)).or_insert_with(|| {
+            attempts.push(FailedAttempt {
+                number: failure.number,
+                ..FailedAttempt::default()
+            });
+            attempts.len() - 1
+        });
+        include(&mut attempts[attempt], failure);
     }
     attempts
 }
 
-fn include<'a>(attempt: &mut FailedAttempt<'a>, failure: Failure<'a>) {
-    attempt.sources.push(failure.known);
-    if let Some(charge) = failure
-        .charge
-        .filter(|charge| !attempt.charges.contains(charge))
-    {
-        attempt.charges.push(charge);
-    }
+fn include<'a>(attempt: &mut FailedAttempt<'a>, failure: &Failure<'a>) {
+    attempt.sources.push(failure.stored);
+    attempt.charges.extend(failure.charge);
 }
 
-fn tries<'a>(known: &[&'a StoredObservation]) -> Vec<FailedTry<'a>> {
-    let mut tries: Vec<FailedTry<'a>> = Vec::new();
-    let mut unnamed = Vec::new();
-    for &known in known {
-        let telling = &known.telling;
-        match (&telling.object, telling.kind.as_str()) {
-            (Object::Charge(charge), "charge.failed") => {
-                tell(&mut tries, known, Some(&charge.id), None)
-            }
-            (Object::PaymentIntent(intent), "payment_intent.payment_failed") => {
-                let charge = if intent.error.is_some() {
-                    &intent.error_charge
-                } else {
-                    &intent.latest_charge
-                };
-                match charge.as_deref() {
-                    Some(charge) => tell(&mut tries, known, Some(charge), None),
-                    None => unnamed.push((known, intent.id.as_str())),
-                }
-            }
-            _ => {}
-        }
-    }
-    // A thin event is matched against the tries as the other events tell them, so none of these may move meanwhile.
-    let named: Vec<(i64, &str)> = tries
-        .iter()
-        .filter_map(|t| Some((t.time, t.charge?)))
+/// Pairs attempts that name no charge with tries that no attempt names, nearest first.
+///
+/// Returns the tries that stay alone. Ties go to the earlier attempt, then the lower number, then
+/// the earlier try, then the lower id. Walks the seconds once for each distance, so the time does
+/// not depend on the number of possible pairs.
+fn pair<'a>(attempts: &mut [FailedAttempt<'a>], tries: Vec<FailedTry<'a>>) -> Vec<FailedTry<'a>> {
+    let mut tries: Vec<Option<FailedTry<'a>>> = tries.into_iter().map(Some).collect();
+    let mut waiting = tries_by_second(&tries);
+    let mut unpaired: Vec<usize> = (0..attempts.len())
+        .filter(|&at| attempts[at].charges.is_empty())
         .collect();
-    for (known, intent) in unnamed {
-        match nearest(&named, known).filter(|_| known.telling.thin) {
-            Some(charge) => tell(&mut tries, known, Some(charge), None),
-            None => tell(&mut tries, known, None, Some(intent)),
+
+    for distance in 0..=SAME_FAILURE_S {
+        if unpaired.is_empty() || waiting.is_empty() {
+            break;
         }
+        let (mut before, mut after) = (0, 0);
+        unpaired.retain(|&at| {
+            let second = attempts[at].event_second();
+            let near = take_at(&mut waiting, &mut before, second - distance)
+                .or_else(|| take_at(&mut waiting, &mut after, second + distance));
+            let Some(failed) = near.and_then(|index| tries[index].take()) else {
+                return true;
+            };
+            attempts[at].tries.push(failed);
+            false
+        });
+        waiting.retain(|(_, queue)| !queue.is_empty());
     }
-    tries
+    tries.into_iter().flatten().collect()
 }
 
-/// Nearest first, then the earlier, then the lower id.
-fn nearest<'a>(named: &[(i64, &'a str)], known: &StoredObservation) -> Option<&'a str> {
-    let near = named
-        .iter()
-        .map(|&(time, charge)| ((time - known.telling.created).abs(), time, charge));
-    near.filter(|&(distance, ..)| distance <= SAME_TRY_S)
-        .min()
-        .map(|(_, _, charge)| charge)
-}
+/// Seconds in ascending order, each with the tries of that second by id.
+type TriesBySecond = Vec<(i64, VecDeque<usize>)>;
 
-/// The same charge, or without one the same PaymentIntent in the same second, is the same try.
-fn tell<'a>(
-    tries: &mut Vec<FailedTry<'a>>,
-    known: &'a StoredObservation,
-    charge: Option<&'a str>,
-    intent: Option<&'a str>,
-) {
-    let second = known.telling.created;
-    let same = |t: &&mut FailedTry| {
-        t.charge == charge && t.intent == intent && (charge.is_some() || t.time == second)
-    };
-    match tries.iter_mut().find(same) {
-        Some(found) => {
-            found.sources.push(known);
-            found.time = found.time.min(second);
-        }
-        None => tries.push(FailedTry {
-            charge,
-            intent,
-            sources: vec![known],
-            time: second,
-        }),
-    }
-}
-
-/// Attempts that name no charge, and tries that no attempt names, one to one, nearest first.
-fn pair<'a>(attempts: &mut [FailedAttempt<'a>], others: &mut Vec<FailedTry<'a>>) {
-    let mut pairs = Vec::new();
-    for (a, attempt) in attempts
+fn tries_by_second(tries: &[Option<FailedTry>]) -> TriesBySecond {
+    let mut sorted: Vec<(i64, Option<&str>, usize)> = tries
         .iter()
         .enumerate()
-        .filter(|(_, attempt)| attempt.charges.is_empty())
-    {
-        for (t, failed) in others.iter().enumerate() {
-            let distance = (attempt.told_at() - failed.time).abs();
-            if distance <= SAME_FAILURE_S {
-                pairs.push((
-                    distance,
-                    attempt.order(),
-                    failed.time,
-                    failed.charge.or(failed.intent),
-                    a,
-                    t,
-                ));
-            }
+        .filter_map(|(at, failed)| {
+            let failed = failed.as_ref()?;
+            Some((failed.time, failed.charge.or(failed.intent), at))
+        })
+        .collect();
+    sorted.sort_unstable();
+
+    let mut seconds: TriesBySecond = Vec::new();
+    for (second, _, at) in sorted {
+        match seconds.last_mut() {
+            Some((last, queue)) if *last == second => queue.push_back(at),
+            _ => seconds.push((second, VecDeque::from([at]))),
         }
     }
-    pairs.sort();
-    let mut taken: Vec<(usize, usize)> = Vec::new();
-    for (.., a, t) in pairs {
-        if !taken.iter().any(|&(a2, t2)| a == a2 || t == t2) {
-            taken.push((a, t));
-        }
+    seconds
+}
+
+/// Takes the first try of a second. `cursor` only moves forward: the caller asks in ascending order.
+fn take_at(waiting: &mut TriesBySecond, cursor: &mut usize, second: i64) -> Option<usize> {
+    while waiting.get(*cursor).is_some_and(|(at, _)| *at < second) {
+        *cursor += 1;
     }
-    taken.sort_by_key(|&(_, t)| std::cmp::Reverse(t));
-    for (a, t) in taken {
-        attempts[a].tries.push(others.remove(t));
-    }
+    let (_, queue) = waiting.get_mut(*cursor).filter(|(at, _)| *at == second)?;
+    queue.pop_front()
 }

@@ -1,566 +1,378 @@
-//! The sentence that a person in finance reads: `paymentMsg`.
+//! The sentences that a person in finance reads: `paymentMsg`.
 //!
-//! A function of all that is known, so that what any sibling event tells is told. Amounts are `money`'s, and text that
-//! comes from Stripe goes through `redact` first.
+//! A message is a function of all that is known, so a detail of any sibling event shows. `money`
+//! words the amounts, and `redact` cleans every text that comes from Stripe.
 
-use super::fact::{InvoiceFact, by_snapshot, by_type, contradicts};
-use super::failed_attempts::FailedAttempt;
-use super::payment_links::PaymentLinks;
-use super::{StoredObservation, TieBreak};
-use crate::domain::money;
+use std::collections::BTreeSet;
+
+use super::context::{InvoiceContext, InvoiceSources, collected, trusted_snapshot};
+use super::entry::{TieBreak, in_order};
+use super::failed_attempts::{FailedAttempt, TOLD_AT_EACH_END};
 use crate::domain::redact::{clean, name};
+use crate::domain::stripe::event::StoredObservation;
 use crate::domain::stripe::object::{Charge, CreditNote, Dispute, Invoice, Object, Reason, Refund};
 use crate::domain::time::LAST_SECOND;
 
-/// Those who tell a fact, earliest first, with the invoice that each shows.
-type Sources<'t, 'a> = &'t [(&'a StoredObservation, &'a Invoice)];
+/// Observations of one object, earliest first, with the object that each shows.
+type ObjectSources<'t, 'a, T> = &'t [(&'a StoredObservation, &'a T)];
 
-/// What every message may need to know about the invoice.
-pub struct InvoiceContext<'a, 'k> {
-    pub invoice_id: &'a str,
-    own: &'k [&'a StoredObservation],
-    links: &'k PaymentLinks<'a>,
-    number: Option<&'a str>,
-    due_date: Option<i64>,
-    revision: Option<&'a str>,
-    is_test: bool,
-    account: Option<&'a str>,
-    amount_due: Option<i64>,
-    amount_paid: Option<i64>,
-}
-
-impl<'a, 'k> InvoiceContext<'a, 'k> {
-    /// `own`: all that belongs to the invoice, earliest first.
-    pub fn gather(
-        invoice_id: &'a str,
-        own: &'k [&'a StoredObservation],
-        links: &'k PaymentLinks<'a>,
-    ) -> InvoiceContext<'a, 'k> {
-        let snapshots: Vec<(&StoredObservation, &Invoice)> =
-            own.iter().filter_map(|k| believed(k)).collect();
-        let newest = || snapshots.iter().rev().map(|(_, i)| *i);
-        let amount_due = newest().find_map(|i| i.amount_due);
-        let is_paid = |k: &StoredObservation, i: &Invoice| {
-            by_snapshot(&k.telling, i, InvoiceFact::Paid)
-                || by_type(&k.telling, i) == Some(InvoiceFact::Paid)
-        };
-        let paid: Vec<&Invoice> = snapshots
-            .iter()
-            .filter(|(k, i)| is_paid(k, i))
-            .map(|(_, i)| *i)
-            .collect();
-        let amount_paid = collected(&paid).or(amount_due);
-        InvoiceContext {
-            invoice_id,
-            own,
-            links,
-            number: newest().find_map(|i| i.number.as_deref()),
-            due_date: newest().find_map(|i| i.due_date),
-            revision: newest()
-                .find_map(|i| i.latest_revision.as_deref())
-                .filter(|id| *id != invoice_id),
-            is_test: own.iter().any(|k| k.telling.livemode == Some(false)),
-            account: own.iter().find_map(|k| k.telling.account.as_deref()),
-            amount_due,
-            amount_paid,
-        }
-    }
-
-    /// How much an InvoicePayment paid: the event that says so comes first, then whatever else tells.
-    pub fn amount_of_payment(&self, id: &str) -> Option<i64> {
-        let told = |by_claim: bool| {
-            let sources = self
-                .own
-                .iter()
-                .filter(move |k| (k.telling.kind == "invoice_payment.paid") == by_claim);
-            sources.filter_map(|k| match &k.telling.object {
-                Object::InvoicePayment(payment) if payment.id == id => payment.amount_paid,
-                _ => None,
-            })
-        };
-        told(true).next().or_else(|| told(false).next())
-    }
-
-    /// The amount of the payment that these are about: as they tell it, else as any part of the same payment does.
-    fn payment_amount(&self, sources: &[&StoredObservation]) -> Option<i64> {
-        let payment = |k: &StoredObservation| {
-            k.telling
-                .object
-                .names()
-                .iter()
-                .find_map(|(id, _)| self.links.payment_of(id))
-        };
-        let payments: Vec<usize> = sources.iter().filter_map(|k| payment(k)).collect();
-        let siblings = || {
-            self.own
-                .iter()
-                .filter(|k| payment(k).is_some_and(|payment| payments.contains(&payment)))
-        };
-        sources
-            .iter()
-            .find_map(|k| amount(k))
-            .or_else(|| siblings().find_map(|k| amount(k)))
-    }
-
-    fn invoice(&self) -> String {
-        format!("invoice {}", name(self.number.unwrap_or(self.invoice_id)))
-    }
-
-    /// An amount in the currency that any of the tellers names, else anything known about the invoice.
-    fn money(&self, minor_units: i64, sources: &[&StoredObservation]) -> String {
-        let all = || sources.iter().chain(self.own).filter_map(|k| currency(k));
-        let is_code = |c: &&str| c.len() == 3 && c.bytes().all(|b| b.is_ascii_alphabetic());
-        let code = all().find(is_code).or_else(|| all().next()).map(clean);
-        money::amount(minor_units, code.as_deref())
-    }
-
-    fn money_of_invoice(&self, minor_units: Option<i64>, sources: Sources) -> Option<String> {
-        minor_units.map(|amount| self.money(amount, &observations(sources)))
-    }
-
-    /// `amount_due`, from the earliest that tells the fact, else from what else is known.
-    fn due(&self, sources: Sources) -> Option<String> {
-        let told = sources
-            .iter()
-            .filter_map(|(k, _)| believed(k))
-            .find_map(|(_, i)| i.amount_due);
-        self.money_of_invoice(told.or(self.amount_due), sources)
-    }
-
-    /// Closes a message with what stands in every one.
-    fn close(&self, sentences: String) -> String {
-        let mut message = sentences;
-        if self.is_test {
-            message.push_str(" Test mode.");
-        }
-        if let Some(account) = self.account {
-            message.push_str(&format!(" Connected account {}.", clean(account)));
-        }
-        message
-    }
-}
-
-/// The snapshot of an invoice, unless the event around it contradicts it.
-fn believed(known: &StoredObservation) -> Option<(&StoredObservation, &Invoice)> {
-    match &known.telling.object {
-        Object::Invoice(invoice) if !contradicts(&known.telling, invoice) => Some((known, invoice)),
-        _ => None,
-    }
-}
-
-/// What a paid invoice brought, by its paid snapshots: before basil, `amount_paid` is 0 for what was paid outside Stripe.
-fn collected(paid: &[&Invoice]) -> Option<i64> {
-    let amount = paid
-        .iter()
-        .find_map(|i| i.amount_paid.filter(|amount| *amount != 0));
-    amount.or_else(|| paid.iter().find_map(|i| i.amount_due))
-}
-
-/// What a PaymentIntent or a charge is over.
-fn amount(known: &StoredObservation) -> Option<i64> {
-    match &known.telling.object {
-        Object::PaymentIntent(intent) => intent.amount,
-        Object::Charge(charge) => charge.amount,
-        _ => None,
-    }
-}
-
-fn currency(known: &StoredObservation) -> Option<&str> {
-    match &known.telling.object {
-        Object::Invoice(_) => believed(known).and_then(|(_, i)| i.currency.as_deref()),
-        Object::InvoicePayment(o) => o.currency.as_deref(),
-        Object::PaymentIntent(o) => o.currency.as_deref(),
-        Object::Charge(o) => o.currency.as_deref(),
-        Object::Refund(o) => o.currency.as_deref(),
-        Object::CreditNote(o) => o.currency.as_deref(),
-        Object::Dispute(o) => o.currency.as_deref(),
-    }
-}
-
-fn over(amount: Option<String>) -> String {
-    amount
-        .map(|amount| format!(" over {amount}"))
-        .unwrap_or_default()
-}
-
-fn due_on(facts: &InvoiceContext) -> Option<String> {
-    facts.due_date.map(moment)
-}
-
-pub fn finalized(facts: &InvoiceContext, sources: Sources) -> String {
-    let due = due_on(facts)
-        .map(|due| format!(", due {due}"))
+pub fn finalized(context: &InvoiceContext, sources: InvoiceSources) -> String {
+    let due_date = context
+        .due_date
+        .map(|due| format!(", due {}", minute(due)))
         .unwrap_or_default();
-    facts.close(format!(
-        "{} was finalized and waits for payment{due}.",
-        capital(&facts.invoice(), &over(facts.due(sources)))
+    context.close(format!(
+        "{} was finalized and waits for payment{due_date}.",
+        invoice_over_due(context, sources)
     ))
 }
 
-pub fn attempt_required(facts: &InvoiceContext, sources: Sources) -> String {
-    let invoice = capital(&facts.invoice(), &over(facts.due(sources)));
-    facts.close(format!("{invoice} must be collected outside Stripe: its payment method is one that Stripe cannot charge."))
-}
-
-pub fn overdue(facts: &InvoiceContext, sources: Sources) -> String {
-    let due = due_on(facts)
-        .map(|due| format!("; it was due {due}"))
-        .unwrap_or_default();
-    facts.close(format!(
-        "{} is overdue{due}.",
-        capital(&facts.invoice(), &over(facts.due(sources)))
+pub fn attempt_required(context: &InvoiceContext, sources: InvoiceSources) -> String {
+    context.close(format!(
+        "{} must be collected outside Stripe: its payment method is one that Stripe cannot charge.",
+        invoice_over_due(context, sources)
     ))
 }
 
-pub fn written_off(facts: &InvoiceContext, sources: Sources) -> String {
-    facts.close(format!(
+pub fn overdue(context: &InvoiceContext, sources: InvoiceSources) -> String {
+    let due_date = context
+        .due_date
+        .map(|due| format!("; it was due {}", minute(due)))
+        .unwrap_or_default();
+    context.close(format!(
+        "{} is overdue{due_date}.",
+        invoice_over_due(context, sources)
+    ))
+}
+
+pub fn written_off(context: &InvoiceContext, sources: InvoiceSources) -> String {
+    context.close(format!(
         "{} was written off as uncollectible.",
-        capital(&facts.invoice(), &over(facts.due(sources)))
+        invoice_over_due(context, sources)
     ))
 }
 
-pub fn voided(facts: &InvoiceContext, sources: Sources) -> String {
-    let revision = facts
+pub fn voided(context: &InvoiceContext, sources: InvoiceSources) -> String {
+    let revision = context
         .revision
         .map(|id| format!(" It was replaced by revision {}.", clean(id)))
         .unwrap_or_default();
-    let invoice = capital(&facts.invoice(), &over(facts.due(sources)));
-    facts.close(format!(
-        "{invoice} was voided, so nothing is owed.{revision}"
+    context.close(format!(
+        "{} was voided, so nothing is owed.{revision}",
+        invoice_over_due(context, sources)
     ))
 }
 
-pub fn paid(facts: &InvoiceContext, sources: Sources, was_written_off: bool) -> String {
+pub fn paid(context: &InvoiceContext, sources: InvoiceSources, was_written_off: bool) -> String {
     let shown: Vec<&Invoice> = sources
         .iter()
-        .filter_map(|(k, _)| believed(k))
-        .map(|(_, i)| i)
+        .filter_map(|(stored, _)| trusted_snapshot(stored))
+        .map(|(_, invoice)| invoice)
         .collect();
-    let amount = collected(&shown).or(facts.amount_paid);
-    let money = facts.money_of_invoice(amount, sources);
+    let amount = collected(&shown).or(context.amount_paid);
+    let money = context.money_of_invoice(amount, sources);
     let mut text = match (amount, money) {
         (Some(0), Some(money)) => format!(
             "{} is settled: nothing to collect ({money}).",
-            capital(&facts.invoice(), "")
+            capitalized(&context.invoice())
         ),
-        (_, Some(money)) => format!("{money} paid for {}.", facts.invoice()),
-        (_, None) => format!("{} is paid.", capital(&facts.invoice(), "")),
+        (_, Some(money)) => format!("{money} paid for {}.", context.invoice()),
+        (_, None) => format!("{} is paid.", capitalized(&context.invoice())),
     };
-    if shown.iter().any(|i| {
-        i.paid_out_of_band == Some(true)
-            || i.amount_paid_off_stripe.is_some_and(|amount| amount > 0)
-    }) {
-        text.push_str(" It was paid outside Stripe.");
-    } else if shown
-        .iter()
-        .all(|i| i.paid_out_of_band.is_none() && i.amount_paid_off_stripe.is_none())
-        && shown
-            .iter()
-            .any(|i| i.attempted == Some(false) && i.amount_paid.is_some_and(|amount| amount > 0))
-    {
-        text.push_str(" It was apparently paid outside Stripe.");
-    }
+
+    text.push_str(outside_stripe(&shown));
     let overpaid = shown
         .iter()
-        .find_map(|i| i.amount_overpaid.filter(|amount| *amount > 0));
-    if let Some(amount) = facts.money_of_invoice(overpaid, sources) {
+        .find_map(|invoice| invoice.amount_overpaid.filter(|amount| *amount > 0));
+    if let Some(amount) = context.money_of_invoice(overpaid, sources) {
         text.push_str(&format!(" It was overpaid by {amount}."));
     }
     if was_written_off {
         text.push_str(" It was paid after being written off.");
     }
-    facts.close(text)
+    context.close(text)
 }
 
-pub fn finalization_failed(facts: &InvoiceContext, sources: Sources) -> String {
+/// Returns the sentence about a payment outside Stripe, empty if the payment was inside.
+fn outside_stripe(shown: &[&Invoice]) -> &'static str {
+    let is_outside = shown.iter().any(|invoice| {
+        invoice.paid_out_of_band == Some(true)
+            || invoice
+                .amount_paid_off_stripe
+                .is_some_and(|amount| amount > 0)
+    });
+    if is_outside {
+        return " It was paid outside Stripe.";
+    }
+
+    // Newer API versions have neither field: then an amount that nobody attempted to collect tells.
+    let has_neither_field = shown.iter().all(|invoice| {
+        invoice.paid_out_of_band.is_none() && invoice.amount_paid_off_stripe.is_none()
+    });
+    let came_without_attempt = shown.iter().any(|invoice| {
+        invoice.attempted == Some(false) && invoice.amount_paid.is_some_and(|amount| amount > 0)
+    });
+    if has_neither_field && came_without_attempt {
+        " It was apparently paid outside Stripe."
+    } else {
+        ""
+    }
+}
+
+pub fn finalization_failed(context: &InvoiceContext, sources: InvoiceSources) -> String {
     let reason = sources
         .iter()
-        .filter_map(|(k, _)| believed(k))
-        .find_map(|(_, i)| i.finalization_error.as_ref());
-    let invoice = format!("{}{}", facts.invoice(), over(facts.due(sources)));
-    facts.close(format!(
-        "Stripe could not finalize {invoice}{}",
+        .filter_map(|(stored, _)| trusted_snapshot(stored))
+        .find_map(|(_, invoice)| invoice.finalization_error.as_ref());
+    context.close(format!(
+        "Stripe could not finalize {}{}{}",
+        context.invoice(),
+        over(context.due(sources)),
         because(reason)
     ))
 }
 
-pub fn action_required(facts: &InvoiceContext, sources: &[&StoredObservation]) -> String {
-    let snapshots = || sources.iter().filter_map(|k| believed(k)).map(|(_, i)| i);
-    let remaining = snapshots().find_map(|i| i.amount_remaining);
-    let due = || snapshots().find_map(|i| i.amount_due).or(facts.amount_due);
-    let amount = remaining
-        .or_else(|| facts.payment_amount(sources))
-        .or_else(due);
-    let money = amount
-        .map(|amount| format!(" of {}", facts.money(amount, sources)))
-        .unwrap_or_default();
-    facts.close(format!(
+pub fn action_required(context: &InvoiceContext, sources: &[&StoredObservation]) -> String {
+    let money = amount_to_pay(context, sources, sources, sources);
+    context.close(format!(
         "Payment{money} for {} needs the customer to act, for example to authenticate (3D Secure).",
-        facts.invoice()
+        context.invoice()
     ))
 }
 
-pub fn in_flight(facts: &InvoiceContext, sources: &[&StoredObservation]) -> String {
-    let amount = facts.payment_amount(sources);
-    let money = amount
-        .map(|amount| format!(" of {}", facts.money(amount, sources)))
-        .unwrap_or_default();
-    facts.close(format!(
+pub fn in_flight(context: &InvoiceContext, sources: &[&StoredObservation]) -> String {
+    let money = of_money(context, context.payment_amount(sources), sources);
+    context.close(format!(
         "Payment{money} for {} is in progress: submitted, and not yet confirmed by the bank.",
-        facts.invoice()
+        context.invoice()
     ))
 }
 
 pub fn partly_funded(
-    facts: &InvoiceContext,
+    context: &InvoiceContext,
     funded: i64,
     sources: &[&StoredObservation],
 ) -> String {
-    let arrived = facts.money(funded, sources);
-    let total = facts
-        .payment_amount(sources)
-        .map(|amount| format!(" of {}", facts.money(amount, sources)))
-        .unwrap_or_default();
-    facts.close(format!(
+    let arrived = context.money(funded, sources);
+    let total = of_money(context, context.payment_amount(sources), sources);
+    context.close(format!(
         "{arrived}{total} has arrived by bank transfer for {}; the rest is outstanding.",
-        facts.invoice()
+        context.invoice()
     ))
 }
 
 pub fn part_paid(
-    facts: &InvoiceContext,
+    context: &InvoiceContext,
     amount: Option<i64>,
     sources: &[&StoredObservation],
 ) -> String {
-    let money = amount
-        .map(|amount| format!(" of {}", facts.money(amount, sources)))
-        .unwrap_or_default();
-    facts.close(format!(
+    let money = of_money(context, amount, sources);
+    context.close(format!(
         "Part payment{money} received for {}.",
-        facts.invoice()
+        context.invoice()
     ))
 }
 
-/// `own`: all tellings of the invoice, where siblings may know the reason.
-pub fn attempt_failed(
-    facts: &InvoiceContext,
-    attempt: &FailedAttempt,
-    own: &[&StoredObservation],
-) -> String {
-    let told: Vec<&StoredObservation> = attempt
-        .sources
-        .iter()
-        .chain(attempt.tries.iter().flat_map(|t| &t.sources))
-        .copied()
-        .collect();
-    let charges: Vec<&str> = attempt
-        .charges
-        .iter()
-        .copied()
-        .chain(attempt.tries.iter().filter_map(|t| t.charge))
-        .collect();
-    let payments: Vec<&StoredObservation> = own
-        .iter()
-        .copied()
-        .filter(|k| is_about(k, &charges) || told.iter().any(|t| t.key == k.key))
-        .collect();
-    let snapshots = || {
-        attempt
-            .sources
-            .iter()
-            .filter_map(|k| believed(k))
-            .map(|(_, i)| i)
-    };
-    let remaining = snapshots().find_map(|i| i.amount_remaining);
-    let due = || snapshots().find_map(|i| i.amount_due).or(facts.amount_due);
-    let amount = remaining
-        .or_else(|| facts.payment_amount(&payments))
-        .or_else(due);
-    let money = amount
-        .map(|amount| format!(" of {}", facts.money(amount, &told)))
-        .unwrap_or_default();
+pub fn attempt_failed(context: &InvoiceContext, attempt: &FailedAttempt) -> String {
+    let sources: Vec<&StoredObservation> = attempt.all_sources().collect();
+    // Siblings that no attempt has as its source may know the reason, too.
+    let charges: BTreeSet<&str> = attempt.all_charges().collect();
+    let about_charges = context.about_charges(&charges);
+    let mut payments = in_order(sources.iter().copied().chain(about_charges).collect());
+    payments.dedup_by_key(|stored| stored.key);
+
+    let money = amount_to_pay(context, &attempt.sources, &payments, &sources);
     let number = attempt
         .number
-        .filter(|n| *n > 0)
-        .map(|n| format!(" (attempt {n})"))
+        .filter(|number| *number > 0)
+        .map(|number| format!(" (attempt {number})"))
         .unwrap_or_default();
     let reason = failure_reason(&payments);
-    let next = snapshots().find_map(|i| match (i.next_payment_attempt, i.no_next_attempt) {
-        (Some(next), _) => Some(format!(" Next attempt: {}.", moment(next))),
-        (None, Some(true)) => Some(" No further attempt will be made.".to_owned()),
-        (None, _) => None,
-    });
-    let text = format!(
+    context.close(format!(
         "Payment{money} for {} failed{number}{}{}",
-        facts.invoice(),
+        context.invoice(),
         because(reason.as_ref()),
-        next.unwrap_or_default()
-    );
-    facts.close(text)
+        next_attempt(attempt).unwrap_or_default()
+    ))
 }
 
-/// Tells of one of these charges, or of the error of one.
-fn is_about(known: &StoredObservation, charges: &[&str]) -> bool {
-    match &known.telling.object {
-        Object::Charge(charge) => charges.contains(&charge.id.as_str()),
-        Object::PaymentIntent(intent) => intent
-            .error_charge
-            .as_deref()
-            .is_some_and(|id| charges.contains(&id)),
-        _ => false,
-    }
-}
-
-/// The PaymentIntent's word before the charge's; each first the more exact code.
-fn failure_reason(payments: &[&StoredObservation]) -> Option<Reason> {
-    let errors = || {
-        payments.iter().filter_map(|k| match &k.telling.object {
-            Object::PaymentIntent(intent) => intent.error.as_ref(),
-            _ => None,
-        })
+/// Words the attempts that share one entry, because there are too many to tell one by one.
+pub fn more_attempts(context: &InvoiceContext, attempts: &[FailedAttempt]) -> String {
+    let count = attempts.len();
+    let seconds = || attempts.iter().map(FailedAttempt::time);
+    let first = seconds().min().map(minute).unwrap_or_default();
+    let last = seconds().max().map(minute).unwrap_or_default();
+    let when = if first == last {
+        format!("at {first}")
+    } else {
+        format!("between {first} and {last}")
     };
-    let charges = || {
-        payments.iter().filter_map(|k| match &k.telling.object {
-            Object::Charge(charge) => Some(charge),
-            _ => None,
-        })
-    };
-    let code = errors()
-        .find_map(|e| e.code.clone())
-        .or_else(|| charges().find_map(|c| c.outcome_reason.clone()));
-    let code = code.or_else(|| charges().find_map(|c| c.failure_code.clone()));
-    let message = errors()
-        .find_map(|e| e.message.clone())
-        .or_else(|| charges().find_map(|c| c.failure_message.clone()));
-    (code.is_some() || message.is_some()).then_some(Reason { code, message })
+    let noun = if count == 1 { "attempt" } else { "attempts" };
+    context.close(format!(
+        "Payment for {} failed too often to list: the first {TOLD_AT_EACH_END} and the last \
+         {TOLD_AT_EACH_END} attempts have entries of their own, and {} more {noun} failed {when}.",
+        context.invoice(),
+        thousands(count),
+    ))
 }
 
-fn out_of(facts: &InvoiceContext, sources: &[&StoredObservation]) -> String {
-    let paid = facts.amount_paid.filter(|paid| *paid != 0);
-    paid.map(|paid| format!(" of {}", facts.money(paid, sources)))
-        .unwrap_or_default()
-}
-
-/// The tellings, without what they show.
-fn observations<'a, T>(told: &[(&'a StoredObservation, &T)]) -> Vec<&'a StoredObservation> {
-    told.iter().map(|(k, _)| *k).collect()
-}
-
-pub fn refunded(facts: &InvoiceContext, told: &[(&StoredObservation, &Refund)]) -> String {
-    let sources = observations(told);
-    let amount = told
-        .iter()
-        .find_map(|(_, r)| r.amount)
-        .map(|amount| facts.money(amount, &sources));
-    facts.close(match amount {
-        Some(amount) => format!(
-            "Refunded {amount}{} for {}.",
-            out_of(facts, &sources),
-            facts.invoice()
-        ),
-        None => format!("A refund was made for {}.", facts.invoice()),
+fn next_attempt(attempt: &FailedAttempt) -> Option<String> {
+    snapshots(&attempt.sources).find_map(|invoice| {
+        match (invoice.next_payment_attempt, invoice.no_next_attempt) {
+            (Some(next), _) => Some(format!(" Next attempt: {}.", minute(next))),
+            (None, Some(true)) => Some(" No further attempt will be made.".to_owned()),
+            (None, _) => None,
+        }
     })
 }
 
+/// Returns the reason of a failure: the PaymentIntent's before the charge's, exact codes first.
+fn failure_reason(payments: &[&StoredObservation]) -> Option<Reason> {
+    let errors = || {
+        payments
+            .iter()
+            .filter_map(|stored| match &stored.telling.object {
+                Object::PaymentIntent(intent) => intent.error.as_ref(),
+                _ => None,
+            })
+    };
+    let charges = || {
+        payments
+            .iter()
+            .filter_map(|stored| match &stored.telling.object {
+                Object::Charge(charge) => Some(charge),
+                _ => None,
+            })
+    };
+
+    let code = errors()
+        .find_map(|error| error.code.clone())
+        .or_else(|| charges().find_map(|charge| charge.outcome_reason.clone()))
+        .or_else(|| charges().find_map(|charge| charge.failure_code.clone()));
+    let message = errors()
+        .find_map(|error| error.message.clone())
+        .or_else(|| charges().find_map(|charge| charge.failure_message.clone()));
+    (code.is_some() || message.is_some()).then_some(Reason { code, message })
+}
+
+pub fn refunded(context: &InvoiceContext, told: ObjectSources<Refund>) -> String {
+    let sources = observations(told);
+    let amount = told.iter().find_map(|(_, refund)| refund.amount);
+    context.close(match amount {
+        Some(amount) => format!(
+            "Refunded {}{} for {}.",
+            context.money(amount, &sources),
+            of_paid_amount(context, &sources),
+            context.invoice()
+        ),
+        None => format!("A refund was made for {}.", context.invoice()),
+    })
+}
+
+/// Words a failed refund. `failed` are those of its observations that say so.
 pub fn refund_failed(
-    facts: &InvoiceContext,
-    told: &[(&StoredObservation, &Refund)],
-    failed: &[(&StoredObservation, &Refund)],
+    context: &InvoiceContext,
+    told: ObjectSources<Refund>,
+    failed: ObjectSources<Refund>,
 ) -> String {
     let sources = observations(told);
-    let amount = told
-        .iter()
-        .find_map(|(_, r)| r.amount)
-        .map(|amount| facts.money(amount, &sources));
+    let amount = told.iter().find_map(|(_, refund)| refund.amount);
     let of_how_much = amount
-        .map(|amount| format!(" of {amount}{}", out_of(facts, &sources)))
+        .map(|amount| {
+            let money = context.money(amount, &sources);
+            format!(" of {money}{}", of_paid_amount(context, &sources))
+        })
         .unwrap_or_default();
-    let canceled = failed
+    let is_canceled = failed.iter().all(|(stored, refund)| {
+        refund.status.as_deref() == Some("canceled") && stored.telling.kind != "refund.failed"
+    });
+    let outcome = if is_canceled {
+        "was canceled"
+    } else {
+        "failed"
+    };
+    let code = told
         .iter()
-        .all(|(k, r)| r.status.as_deref() == Some("canceled") && k.telling.kind != "refund.failed");
-    let what = if canceled { "was canceled" } else { "failed" };
-    let code = told.iter().find_map(|(_, r)| r.failure_reason.clone());
+        .find_map(|(_, refund)| refund.failure_reason.clone());
     let reason = code.map(|code| Reason {
         code: Some(code),
         message: None,
     });
-    facts.close(format!(
-        "The refund{of_how_much} for {} {what}{}",
-        facts.invoice(),
+    context.close(format!(
+        "The refund{of_how_much} for {} {outcome}{}",
+        context.invoice(),
         because(reason.as_ref())
     ))
 }
 
 pub fn charge_refunded(
-    facts: &InvoiceContext,
+    context: &InvoiceContext,
     amount: i64,
-    told: &[(&StoredObservation, &Charge)],
+    told: ObjectSources<Charge>,
 ) -> String {
     let sources = observations(told);
-    let amount = facts.money(amount, &sources);
-    facts.close(format!(
-        "Refunded {amount}{} for {}.",
-        out_of(facts, &sources),
-        facts.invoice()
+    context.close(format!(
+        "Refunded {}{} for {}.",
+        context.money(amount, &sources),
+        of_paid_amount(context, &sources),
+        context.invoice()
     ))
 }
 
-fn note(facts: &InvoiceContext, told: &[(&StoredObservation, &CreditNote)]) -> String {
+pub fn credit_note(context: &InvoiceContext, told: ObjectSources<CreditNote>) -> String {
+    let note = credit_note_for_invoice(context, told);
+    context.close(format!("{note} was issued after payment."))
+}
+
+pub fn credit_note_voided(context: &InvoiceContext, told: ObjectSources<CreditNote>) -> String {
+    let note = credit_note_for_invoice(context, told);
+    context.close(format!("{note} was voided."))
+}
+
+fn credit_note_for_invoice(context: &InvoiceContext, told: ObjectSources<CreditNote>) -> String {
     let sources = observations(told);
     let number = told
         .iter()
-        .find_map(|(_, n)| n.number.as_deref())
-        .map(|n| format!(" {}", name(n)))
+        .find_map(|(_, note)| note.number.as_deref())
+        .map(|number| format!(" {}", name(number)))
         .unwrap_or_default();
     let amount = told
         .iter()
-        .find_map(|(_, n)| n.amount)
-        .map(|amount| facts.money(amount, &sources));
-    format!("redit note{number}{} for {}", over(amount), facts.invoice())
+        .find_map(|(_, note)| note.amount)
+        .map(|amount| context.money(amount, &sources));
+    format!(
+        "Credit note{number}{} for {}",
+        over(amount),
+        context.invoice()
+    )
 }
 
-pub fn credit_note(facts: &InvoiceContext, told: &[(&StoredObservation, &CreditNote)]) -> String {
-    facts.close(format!("C{} was issued after payment.", note(facts, told)))
-}
-
-pub fn credit_note_voided(
-    facts: &InvoiceContext,
-    told: &[(&StoredObservation, &CreditNote)],
-) -> String {
-    facts.close(format!("C{} was voided.", note(facts, told)))
-}
-
-/// `told`: all that is known of the dispute; `of_kind`: what tells this step of it.
+/// Words one step of a dispute. `told` is all that is known of it, `of_step` proves this step.
 pub fn dispute(
-    facts: &InvoiceContext,
+    context: &InvoiceContext,
     step: TieBreak,
-    told: &[(&StoredObservation, &Dispute)],
-    of_kind: &[(&StoredObservation, &Dispute)],
+    told: ObjectSources<Dispute>,
+    of_step: ObjectSources<Dispute>,
 ) -> String {
     let sources = observations(told);
-    let amount = of_kind
+    let amount = of_step
         .iter()
         .chain(told)
-        .find_map(|(_, d)| d.amount)
-        .map(|amount| facts.money(amount, &sources));
-    let of_how_much = amount
-        .map(|amount| format!(" of {amount}"))
-        .unwrap_or_default();
-    let invoice = facts.invoice();
-    let reason = || {
-        told.iter()
-            .find_map(|(_, d)| d.reason.as_deref())
-            .map(|r| format!(": {}", clean(r)))
+        .find_map(|(_, dispute)| dispute.amount);
+    let of_how_much = of_money(context, amount, &sources);
+    let invoice = context.invoice();
+    let reason = told
+        .iter()
+        .find_map(|(_, dispute)| dispute.reason.as_deref());
+    let result = of_step
+        .iter()
+        .find_map(|(_, dispute)| dispute.status.as_deref());
+    let after_colon = |text: Option<&str>| {
+        text.map(|text| format!(": {}", clean(text)))
             .unwrap_or_default()
     };
-    let result = || {
-        of_kind
-            .iter()
-            .find_map(|(_, d)| d.status.as_deref())
-            .map(|s| format!(": {}", clean(s)))
-            .unwrap_or_default()
-    };
-    facts.close(match step {
+
+    context.close(match step {
         TieBreak::FundsWithdrawn => {
             format!("Disputed: Stripe withdrew the disputed payment{of_how_much} for {invoice}.")
         }
@@ -569,16 +381,74 @@ pub fn dispute(
         }
         TieBreak::DisputeClosed => format!(
             "The dispute over the payment{of_how_much} for {invoice} was closed{}.",
-            result()
+            after_colon(result)
         ),
         _ => format!(
             "The payment{of_how_much} for {invoice} is disputed{}.",
-            reason()
+            after_colon(reason)
         ),
     })
 }
 
-/// `: code: text.`, or just the full stop.
+/// Words the amount that is to be paid: what remains, else the payment's, else what is due.
+fn amount_to_pay(
+    context: &InvoiceContext,
+    invoice_sources: &[&StoredObservation],
+    payments: &[&StoredObservation],
+    currency_sources: &[&StoredObservation],
+) -> String {
+    let amount = snapshots(invoice_sources)
+        .find_map(|invoice| invoice.amount_remaining)
+        .or_else(|| context.payment_amount(payments))
+        .or_else(|| snapshots(invoice_sources).find_map(|invoice| invoice.amount_due))
+        .or(context.amount_due);
+    of_money(context, amount, currency_sources)
+}
+
+fn snapshots<'a>(sources: &[&'a StoredObservation]) -> impl Iterator<Item = &'a Invoice> {
+    let snapshots = sources
+        .iter()
+        .filter_map(|stored| trusted_snapshot(stored))
+        .map(|(_, invoice)| invoice);
+    snapshots
+}
+
+fn of_money(
+    context: &InvoiceContext,
+    amount: Option<i64>,
+    sources: &[&StoredObservation],
+) -> String {
+    amount
+        .map(|amount| format!(" of {}", context.money(amount, sources)))
+        .unwrap_or_default()
+}
+
+fn of_paid_amount(context: &InvoiceContext, sources: &[&StoredObservation]) -> String {
+    let paid = context.amount_paid.filter(|paid| *paid != 0);
+    of_money(context, paid, sources)
+}
+
+fn observations<'a, T>(told: ObjectSources<'_, 'a, T>) -> Vec<&'a StoredObservation> {
+    told.iter().map(|(stored, _)| *stored).collect()
+}
+
+fn over(amount: Option<String>) -> String {
+    amount
+        .map(|amount| format!(" over {amount}"))
+        .unwrap_or_default()
+}
+
+/// Returns `Invoice NUMBER over AMOUNT`, for the beginning of a sentence.
+fn invoice_over_due(context: &InvoiceContext, sources: InvoiceSources) -> String {
+    let amount = over(context.due(sources));
+    format!("{}{amount}", capitalized(&context.invoice()))
+}
+
+fn capitalized(invoice: &str) -> String {
+    format!("I{}", invoice.strip_prefix('i').unwrap_or(invoice))
+}
+
+/// Returns `: code: text.`, or just the full stop.
 fn because(reason: Option<&Reason>) -> String {
     let Some(reason) = reason else {
         return ".".to_owned();
@@ -597,12 +467,32 @@ fn because(reason: Option<&Reason>) -> String {
     format!(": {text}{stop}")
 }
 
-fn capital(invoice: &str, rest: &str) -> String {
-    format!("I{}{rest}", invoice.strip_prefix('i').unwrap_or(invoice))
+/// Returns a number with commas between thousands: `5,900`.
+fn thousands(number: usize) -> String {
+    let digits = number.to_string();
+    let mut grouped = String::with_capacity(digits.len() + digits.len() / 3);
+    for (at, digit) in digits.char_indices() {
+        if at > 0 && (digits.len() - at) % 3 == 0 {
+            grouped.push(',');
+        }
+        grouped.push(digit);
+    }
+    grouped
 }
 
-/// `2026-02-03 09:15 UTC`.
-fn moment(second: i64) -> String {
+/// Returns a time as `2026-02-03 09:15 UTC`.
+fn minute(second: i64) -> String {
     let time = jiff::Timestamp::from_second(second.clamp(0, LAST_SECOND)).unwrap_or_default();
     jiff::fmt::strtime::format("%Y-%m-%d %H:%M UTC", time).unwrap_or_else(|_| time.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::thousands;
+
+    #[test]
+    fn thousands_are_grouped_from_the_right() {
+        let grouped = [0, 999, 1_000, 5_900, 1_234_567].map(thousands);
+        assert_eq!(grouped, ["0", "999", "1,000", "5,900", "1,234,567"]);
+    }
 }

@@ -1,15 +1,18 @@
-//! Which invoice a payment belongs to.
+//! Links between payment objects and the invoices that they pay.
 //!
-//! Refunds, disputes, charges and PaymentIntents that name each other are one payment, whichever side names the other, over
-//! any number of hops. A payment belongs to the invoice that any part of it names as its own; else to the invoice that
-//! names a part, or that an InvoicePayment joins to one; else to the one in the PaymentIntent's order reference.
+//! Refunds, disputes, charges and PaymentIntents that name each other are one payment, whichever
+//! side names the other, over any number of hops. A payment belongs to the invoice that any part of
+//! it names as its own; else to the invoice that names a part, or that an InvoicePayment joins to
+//! one; else to the one in the PaymentIntent's order reference. Whether a linked observation counts
+//! for an invoice is decided in `invoice_observations`.
 
 use std::collections::{BTreeMap, HashMap};
 
+use super::disjoint_sets::DisjointSets;
 use crate::domain::stripe::event::Observation;
 use crate::domain::stripe::object::Object;
 
-/// How good the reason is to believe that a payment belongs to an invoice: the lowest wins.
+/// Strength of a claim that a payment belongs to an invoice; the lowest wins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Ground {
     OwnInvoice,
@@ -17,25 +20,28 @@ enum Ground {
     OrderReference,
 }
 
-/// What is known of the objects that a set of tellings names.
+/// Links between the objects that a set of observations names.
 pub struct PaymentLinks<'a> {
-    /// Payment objects joined: each id points to its group.
+    /// Payment objects, joined to one set per payment.
     groups: Groups<'a>,
-    /// The invoice that each group belongs to.
+    /// Invoice of each payment.
     owners: HashMap<usize, &'a str>,
-    /// The lowest PaymentIntent of each group.
+    /// Lowest PaymentIntent of each payment.
     intents: HashMap<usize, &'a str>,
-    /// The invoice of each InvoicePayment and credit note.
+    /// Invoice of each InvoicePayment and credit note.
     documents: BTreeMap<&'a str, &'a str>,
 }
 
 impl<'a> PaymentLinks<'a> {
+    /// Reads the links of these observations; their order makes no difference.
     pub fn read(observations: impl Iterator<Item = &'a Observation> + Clone) -> PaymentLinks<'a> {
         let mut groups = Groups::default();
         let mut documents = BTreeMap::new();
-        for telling in observations.clone() {
-            join_parts(&telling.object, &mut groups, &mut documents);
+        for observation in observations.clone() {
+            join_parts(&observation.object, &mut groups, &mut documents);
         }
+        groups.sets.flatten();
+
         let mut links = PaymentLinks {
             groups,
             owners: HashMap::new(),
@@ -43,17 +49,15 @@ impl<'a> PaymentLinks<'a> {
             documents,
         };
         links.find_owners(observations.clone());
-        for telling in observations {
-            if let Object::PaymentIntent(intent) = &telling.object {
-                links.note_intent(&intent.id);
-            } else if let Some(intent) = named_intent(&telling.object) {
-                links.note_intent(intent);
+        for observation in observations {
+            if let Some(intent) = named_intent(&observation.object) {
+                links.record_intent(intent);
             }
         }
         links
     }
 
-    /// The invoice that this object belongs to, as far as is known.
+    /// Returns the invoice that this object belongs to, or `None` if no link is known.
     pub fn invoice_of(&self, object: &'a Object) -> Option<&'a str> {
         let part = match object {
             Object::Invoice(invoice) => return Some(&invoice.id),
@@ -69,17 +73,17 @@ impl<'a> PaymentLinks<'a> {
         self.owners.get(&self.groups.find(part)?).copied()
     }
 
-    /// The payment that this object is part of, as a number that holds for these links only.
+    /// Returns the number of the payment that this object is part of. It holds for these links only.
     pub fn payment_of(&self, id: &str) -> Option<usize> {
         self.groups.find(id)
     }
 
-    /// The PaymentIntent that a charge was made by, whichever side told.
+    /// Returns the PaymentIntent of a charge, whichever of the two names the other.
     pub fn intent_of(&self, charge_id: &str) -> Option<&'a str> {
         self.intents.get(&self.groups.find(charge_id)?).copied()
     }
 
-    fn note_intent(&mut self, intent: &'a str) {
+    fn record_intent(&mut self, intent: &'a str) {
         if let Some(group) = self.groups.find(intent) {
             let lowest = self.intents.entry(group).or_insert(intent);
             *lowest = intent.min(*lowest);
@@ -88,8 +92,8 @@ impl<'a> PaymentLinks<'a> {
 
     fn find_owners(&mut self, observations: impl Iterator<Item = &'a Observation>) {
         let mut best: HashMap<usize, (Ground, &'a str)> = HashMap::new();
-        for telling in observations {
-            for (part, ground, invoice) in claims(&telling.object, &self.documents) {
+        for observation in observations {
+            for (part, ground, invoice) in claims(&observation.object, &self.documents) {
                 let Some(group) = self.groups.find(part) else {
                     continue;
                 };
@@ -107,63 +111,69 @@ impl<'a> PaymentLinks<'a> {
 
 fn named_intent(object: &Object) -> Option<&str> {
     match object {
+        Object::PaymentIntent(intent) => Some(&intent.id),
         Object::Charge(part) => part.payment_intent.as_deref(),
         Object::Refund(part) => part.payment_intent.as_deref(),
         Object::Dispute(part) => part.payment_intent.as_deref(),
-        _ => None,
+        Object::Invoice(_) | Object::InvoicePayment(_) | Object::CreditNote(_) => None,
     }
 }
 
+/// Joins the payment objects that one object names, and records the invoice of a document.
 fn join_parts<'a>(
     object: &'a Object,
     groups: &mut Groups<'a>,
     documents: &mut BTreeMap<&'a str, &'a str>,
 ) {
-    let mut note = |id: &'a str, invoice: &'a str| {
-        let lowest = documents.entry(id).or_insert(invoice);
-        *lowest = invoice.min(*lowest);
-    };
     match object {
         Object::PaymentIntent(part) => {
-            groups.join(&part.id, [&part.latest_charge, &part.error_charge])
+            groups.join(&part.id, [&part.latest_charge, &part.error_charge]);
         }
         Object::Charge(part) => groups.join(&part.id, [&part.payment_intent, &None]),
         Object::Refund(part) => groups.join(&part.id, [&part.charge, &part.payment_intent]),
         Object::Dispute(part) => groups.join(&part.id, [&part.charge, &part.payment_intent]),
         Object::Invoice(invoice) => {
-            invoice.payments_named().for_each(|part| groups.add(part));
-            invoice
-                .invoice_payments
-                .iter()
-                .flatten()
-                .for_each(|id| note(id, &invoice.id));
+            for part in invoice.payments_named() {
+                groups.add(part);
+            }
+            for id in invoice.invoice_payments.iter().flatten() {
+                record_document(documents, id, &invoice.id);
+            }
         }
         Object::InvoicePayment(payment) => {
-            payment
-                .invoice
-                .iter()
-                .for_each(|invoice| note(&payment.id, invoice));
-            payment
-                .payment_intent
-                .iter()
-                .chain(&payment.charge)
-                .for_each(|part| groups.add(part));
+            if let Some(invoice) = &payment.invoice {
+                record_document(documents, &payment.id, invoice);
+            }
+            for part in payment.payment_intent.iter().chain(&payment.charge) {
+                groups.add(part);
+            }
         }
-        Object::CreditNote(credit) => credit
-            .invoice
-            .iter()
-            .for_each(|invoice| note(&credit.id, invoice)),
+        Object::CreditNote(credit) => {
+            if let Some(invoice) = &credit.invoice {
+                record_document(documents, &credit.id, invoice);
+            }
+        }
     }
 }
 
-/// Which invoices an object claims for which parts of a payment, and on what ground.
+/// Records the invoice of a document; of several invoices the lowest id wins.
+fn record_document<'a>(
+    documents: &mut BTreeMap<&'a str, &'a str>,
+    id: &'a str,
+    invoice_id: &'a str,
+) {
+    let lowest = documents.entry(id).or_insert(invoice_id);
+    *lowest = invoice_id.min(*lowest);
+}
+
+/// Returns the invoices that an object claims for parts of a payment, each with its ground.
 fn claims<'a>(
     object: &'a Object,
     documents: &BTreeMap<&'a str, &'a str>,
 ) -> Vec<(&'a str, Ground, &'a str)> {
-    let own = |id: &'a str, invoice: &'a Option<String>| {
-        invoice
-            .as_deref()
+    let own = |id: &'a str| {
+        object
+            .named_invoice()
             .map(|invoice| (id, Ground::OwnInvoice, invoice))
     };
     match object {
@@ -172,14 +182,11 @@ fn claims<'a>(
                 .order_reference
                 .as_deref()
                 .map(|invoice| (part.id.as_str(), Ground::OrderReference, invoice));
-            own(&part.id, &part.invoice)
-                .into_iter()
-                .chain(reference)
-                .collect()
+            own(&part.id).into_iter().chain(reference).collect()
         }
-        Object::Charge(part) => own(&part.id, &part.invoice).into_iter().collect(),
-        Object::Refund(part) => own(&part.id, &part.invoice).into_iter().collect(),
-        Object::Dispute(part) => own(&part.id, &part.invoice).into_iter().collect(),
+        Object::Charge(part) => own(&part.id).into_iter().collect(),
+        Object::Refund(part) => own(&part.id).into_iter().collect(),
+        Object::Dispute(part) => own(&part.id).into_iter().collect(),
         Object::Invoice(invoice) => invoice
             .payments_named()
             .map(|part| (part, Ground::NamedByInvoice, invoice.id.as_str()))
@@ -197,44 +204,27 @@ fn claims<'a>(
     }
 }
 
-/// Union-find over ids.
+/// Disjoint sets of object ids.
 #[derive(Default)]
 struct Groups<'a> {
     index: HashMap<&'a str, usize>,
-    parent: Vec<usize>,
+    sets: DisjointSets,
 }
 
 impl<'a> Groups<'a> {
-    fn add(&mut self, id: &'a str) {
-        self.index_of(id);
-    }
-
-    fn index_of(&mut self, id: &'a str) -> usize {
-        let next = self.parent.len();
-        let index = *self.index.entry(id).or_insert(next);
-        if index == next {
-            self.parent.push(next);
-        }
-        index
+    fn add(&mut self, id: &'a str) -> usize {
+        *self.index.entry(id).or_insert_with(|| self.sets.add())
     }
 
     fn join(&mut self, id: &'a str, others: [&'a Option<String>; 2]) {
-        let a = self.index_of(id);
+        let index = self.add(id);
         for other in others.into_iter().flatten() {
-            let b = self.index_of(other);
-            let (a, b) = (self.root(a), self.root(b));
-            self.parent[a.max(b)] = a.min(b);
+            let other = self.add(other);
+            self.sets.join(index, other);
         }
     }
 
     fn find(&self, id: &str) -> Option<usize> {
-        self.index.get(id).map(|&index| self.root(index))
-    }
-
-    fn root(&self, mut index: usize) -> usize {
-        while self.parent[index] != index {
-            index = self.parent[index];
-        }
-        index
+        self.index.get(id).map(|&index| self.sets.root(index))
     }
 }

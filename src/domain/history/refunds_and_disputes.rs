@@ -1,55 +1,68 @@
 //! Money returned or contested after an invoice was paid: refunds, credit notes, disputes.
 //!
-//! Stripe's invoice stays `paid` through all of it, so these entries keep the state and say in their message what happened.
+//! Stripe's invoice stays `paid` through all of it, so these entries keep the state and their
+//! messages say what happened.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use super::message::{self, InvoiceContext};
-use super::{PendingEntry, Phase, StoredObservation, TieBreak};
+use super::context::InvoiceContext;
+use super::entry::{PendingEntry, Phase, TieBreak, earliest_second};
+use super::message;
 use crate::domain::payment_state::PaymentState;
+use crate::domain::stripe::event::StoredObservation;
 use crate::domain::stripe::object::{Charge, CreditNote, Dispute, Object, Refund};
 
-pub struct RefundsAndDisputes<'a, 'k> {
-    /// The tellings that belong to the invoice, earliest first.
-    pub own: &'k [&'a StoredObservation],
-    /// The earliest Paid entry, Unix milliseconds.
-    pub paid_ms: i64,
-}
+/// The steps of a dispute, each with the event types that prove it.
+const DISPUTE_STEPS: [(TieBreak, &[&str]); 4] = [
+    (
+        TieBreak::DisputeOpened,
+        &["charge.dispute.created", "charge.dispute.updated"],
+    ),
+    (
+        TieBreak::FundsWithdrawn,
+        &["charge.dispute.funds_withdrawn"],
+    ),
+    (
+        TieBreak::FundsReinstated,
+        &["charge.dispute.funds_reinstated"],
+    ),
+    (TieBreak::DisputeClosed, &["charge.dispute.closed"]),
+];
 
+/// Observations of one object, earliest first, with the object that each shows.
+type ObjectSources<'a, T> = Vec<(&'a StoredObservation, &'a T)>;
+
+/// Returns the entries of an invoice that was paid at `paid_ms`, in Unix milliseconds.
 pub fn entries<'a>(
-    returned: &RefundsAndDisputes<'a, '_>,
-    facts: &InvoiceContext<'a, '_>,
+    counted: &[&'a StoredObservation],
+    paid_ms: i64,
+    context: &InvoiceContext<'a, '_>,
 ) -> Vec<PendingEntry<'a>> {
-    let mut drafts = refunds(returned, facts);
-    drafts.extend(refunded_charges(returned, facts));
-    drafts.extend(credit_notes(returned, facts));
-    drafts.extend(disputes(returned, facts));
-    drafts
-}
+    let known_refunds = by_id(counted, |stored| match &stored.telling.object {
+        Object::Refund(refund) if is_refund_event(&stored.telling.kind) => {
+            Some((&*refund.id, refund))
+        }
+        _ => None,
+    });
 
-/// Tellings of one object, earliest first.
-type Sources<'a, T> = Vec<(&'a StoredObservation, &'a T)>;
+    let mut entries = refunded_charges(counted, &known_refunds, context);
+    entries.extend(refunds(known_refunds, context));
+    entries.extend(credit_notes(counted, paid_ms, context));
+    entries.extend(disputes(counted, context));
+    entries
+}
 
 fn by_id<'a, T>(
-    own: &[&'a StoredObservation],
+    counted: &[&'a StoredObservation],
     pick: impl Fn(&'a StoredObservation) -> Option<(&'a str, &'a T)>,
-) -> BTreeMap<&'a str, Sources<'a, T>> {
-    let mut told: BTreeMap<&str, Sources<T>> = BTreeMap::new();
-    for &known in own {
-        if let Some((id, object)) = pick(known) {
-            told.entry(id).or_default().push((known, object));
+) -> BTreeMap<&'a str, ObjectSources<'a, T>> {
+    let mut objects: BTreeMap<&str, ObjectSources<T>> = BTreeMap::new();
+    for &stored in counted {
+        if let Some((id, object)) = pick(stored) {
+            objects.entry(id).or_default().push((stored, object));
         }
     }
-    told
-}
-
-fn known_refunds<'a>(
-    returned: &RefundsAndDisputes<'a, '_>,
-) -> BTreeMap<&'a str, Sources<'a, Refund>> {
-    by_id(returned.own, |k| match &k.telling.object {
-        Object::Refund(refund) if is_refund_event(&k.telling.kind) => Some((&*refund.id, refund)),
-        _ => None,
-    })
+    objects
 }
 
 fn is_refund_event(kind: &str) -> bool {
@@ -57,199 +70,177 @@ fn is_refund_event(kind: &str) -> bool {
 }
 
 fn refunds<'a>(
-    returned: &RefundsAndDisputes<'a, '_>,
-    facts: &InvoiceContext<'a, '_>,
+    known_refunds: BTreeMap<&'a str, ObjectSources<'a, Refund>>,
+    context: &InvoiceContext<'a, '_>,
 ) -> Vec<PendingEntry<'a>> {
-    let mut drafts = Vec::new();
-    for (id, told) in known_refunds(returned) {
-        drafts.push(draft(
-            TieBreak::Refunded,
-            id,
-            message::refunded(facts, &told),
-            &told,
-        ));
-        let has_failed = |k: &StoredObservation, r: &Refund| {
-            k.telling.kind == "refund.failed"
-                || matches!(r.status.as_deref(), Some("failed" | "canceled"))
-        };
-        let failed: Sources<Refund> = told
+    let mut entries = Vec::new();
+    for (id, sources) in known_refunds {
+        let message = message::refunded(context, &sources);
+        entries.push(entry(TieBreak::Refunded, id, message, &sources));
+
+        let failed: ObjectSources<Refund> = sources
             .iter()
             .copied()
-            .filter(|(k, r)| has_failed(k, r))
+            .filter(|(stored, refund)| {
+                stored.telling.kind == "refund.failed"
+                    || matches!(refund.status.as_deref(), Some("failed" | "canceled"))
+            })
             .collect();
         if !failed.is_empty() {
-            drafts.push(draft(
-                TieBreak::RefundFailed,
-                id,
-                message::refund_failed(facts, &told, &failed),
-                &failed,
-            ));
+            let message = message::refund_failed(context, &sources, &failed);
+            entries.push(entry(TieBreak::RefundFailed, id, message, &failed));
         }
     }
-    drafts
+    entries
 }
 
-/// A charge's running total, where the refunds behind it are not known one by one (before refunds had events).
+/// Returns a charge's running totals that the known refunds do not add up to.
+///
+/// Before refunds had events of their own, `charge.refunded` was the only one.
 fn refunded_charges<'a>(
-    returned: &RefundsAndDisputes<'a, '_>,
-    facts: &InvoiceContext<'a, '_>,
+    counted: &[&'a StoredObservation],
+    known_refunds: &BTreeMap<&'a str, ObjectSources<'a, Refund>>,
+    context: &InvoiceContext<'a, '_>,
 ) -> Vec<PendingEntry<'a>> {
-    let mut totals: BTreeMap<(&str, i64), Sources<Charge>> = BTreeMap::new();
-    for &known in returned.own {
+    let mut totals: BTreeMap<(&str, i64), ObjectSources<Charge>> = BTreeMap::new();
+    for &stored in counted {
         if let (Object::Charge(charge), "charge.refunded") =
-            (&known.telling.object, known.telling.kind.as_str())
+            (&stored.telling.object, stored.telling.kind.as_str())
             && let Some(amount) = charge.amount_refunded
         {
-            totals
-                .entry((&charge.id, amount))
-                .or_default()
-                .push((known, charge));
+            let sources = totals.entry((&charge.id, amount)).or_default();
+            sources.push((stored, charge));
         }
     }
-    let refunds = known_refunds(returned);
-    let known_of = |charge: &str| -> i64 {
-        let of_charge = refunds.values().filter(|told| {
-            told.iter()
-                .any(|(_, r)| r.charge.as_deref() == Some(charge))
-        });
-        of_charge
-            .filter_map(|told| told.iter().find_map(|(_, r)| r.amount))
-            .fold(0, i64::saturating_add)
-    };
-    let unexplained = totals
-        .into_iter()
-        .filter(|((charge, amount), _)| known_of(charge) < *amount);
-    unexplained
-        .map(|((charge, amount), told)| {
-            draft(
-                TieBreak::Refunded,
-                charge,
-                message::charge_refunded(facts, amount, &told),
-                &told,
-            )
-        })
-        .collect()
+    let explained = refunded_by_charge(known_refunds);
+
+    let mut entries = Vec::new();
+    for ((charge, amount), sources) in totals {
+        if explained.get(charge).copied().unwrap_or(0) < amount {
+            let message = message::charge_refunded(context, amount, &sources);
+            entries.push(entry(TieBreak::Refunded, charge, message, &sources));
+        }
+    }
+    entries
+}
+
+/// Returns the sum of the known refunds of each charge.
+fn refunded_by_charge<'a>(
+    known_refunds: &BTreeMap<&'a str, ObjectSources<'a, Refund>>,
+) -> HashMap<&'a str, i64> {
+    let mut sums: HashMap<&str, i64> = HashMap::new();
+    for sources in known_refunds.values() {
+        let amount = sources.iter().find_map(|(_, refund)| refund.amount);
+        let charges: BTreeSet<&str> = sources
+            .iter()
+            .filter_map(|(_, refund)| refund.charge.as_deref())
+            .collect();
+        for charge in charges {
+            let sum = sums.entry(charge).or_default();
+            *sum = sum.saturating_add(amount.unwrap_or(0));
+        }
+    }
+    sums
 }
 
 fn credit_notes<'a>(
-    returned: &RefundsAndDisputes<'a, '_>,
-    facts: &InvoiceContext<'a, '_>,
+    counted: &[&'a StoredObservation],
+    paid_ms: i64,
+    context: &InvoiceContext<'a, '_>,
 ) -> Vec<PendingEntry<'a>> {
-    let notes = by_id(returned.own, |k| match &k.telling.object {
-        Object::CreditNote(note) if k.telling.kind.starts_with("credit_note.") => {
+    let notes = by_id(counted, |stored| match &stored.telling.object {
+        Object::CreditNote(note) if stored.telling.kind.starts_with("credit_note.") => {
             Some((&*note.id, note))
         }
         _ => None,
     });
-    let mut drafts = Vec::new();
-    for (id, told) in notes {
-        if !is_post_payment(&told, returned.paid_ms) {
+
+    let mut entries = Vec::new();
+    for (id, sources) in notes {
+        if !is_post_payment(&sources, paid_ms) {
             continue;
         }
-        drafts.push(draft(
-            TieBreak::CreditNote,
-            id,
-            message::credit_note(facts, &told),
-            &told,
-        ));
-        let is_void = |k: &StoredObservation, n: &CreditNote| {
-            k.telling.kind == "credit_note.voided" || n.status.as_deref() == Some("void")
-        };
-        let voided: Sources<CreditNote> = told
+        let message = message::credit_note(context, &sources);
+        entries.push(entry(TieBreak::CreditNote, id, message, &sources));
+
+        let voided: ObjectSources<CreditNote> = sources
             .iter()
             .copied()
-            .filter(|(k, n)| is_void(k, n))
+            .filter(|(stored, note)| {
+                stored.telling.kind == "credit_note.voided"
+                    || note.status.as_deref() == Some("void")
+            })
             .collect();
         if !voided.is_empty() {
-            drafts.push(draft(
-                TieBreak::CreditNoteVoided,
-                id,
-                message::credit_note_voided(facts, &told),
-                &voided,
-            ));
+            let message = message::credit_note_voided(context, &sources);
+            entries.push(entry(TieBreak::CreditNoteVoided, id, message, &voided));
         }
     }
-    drafts
+    entries
 }
 
-/// A credit note made before payment lowers what is owed, and returns no money.
-fn is_post_payment(told: &Sources<CreditNote>, paid_ms: i64) -> bool {
-    let says_so = |n: &CreditNote| {
-        matches!(n.note_type.as_deref(), Some("post_payment" | "mixed"))
-            || n.post_payment_amount.is_some_and(|amount| amount > 0)
-    };
-    if told
+/// Returns whether a credit note was issued after payment.
+///
+/// One that was issued before lowers what is owed and returns no money.
+fn is_post_payment(sources: &[(&StoredObservation, &CreditNote)], paid_ms: i64) -> bool {
+    let has_field = sources
         .iter()
-        .any(|(_, n)| n.note_type.is_some() || n.post_payment_amount.is_some())
-    {
-        return told.iter().any(|(_, n)| says_so(n));
+        .any(|(_, note)| note.note_type.is_some() || note.post_payment_amount.is_some());
+    if has_field {
+        return sources.iter().any(|(_, note)| {
+            matches!(note.note_type.as_deref(), Some("post_payment" | "mixed"))
+                || note.post_payment_amount.is_some_and(|amount| amount > 0)
+        });
     }
-    let made = told.iter().filter_map(|(_, n)| n.created).min();
-    let told_at = told.iter().map(|(k, _)| k.telling.created).min();
-    made.or(told_at)
+
+    let created = sources.iter().filter_map(|(_, note)| note.created).min();
+    let received = sources
+        .iter()
+        .map(|(stored, _)| stored.telling.created)
+        .min();
+    created
+        .or(received)
         .is_some_and(|second| second * 1000 >= paid_ms)
 }
 
 fn disputes<'a>(
-    returned: &RefundsAndDisputes<'a, '_>,
-    facts: &InvoiceContext<'a, '_>,
+    counted: &[&'a StoredObservation],
+    context: &InvoiceContext<'a, '_>,
 ) -> Vec<PendingEntry<'a>> {
-    let kinds: [(TieBreak, &[&str]); 4] = [
-        (
-            TieBreak::DisputeOpened,
-            &["charge.dispute.created", "charge.dispute.updated"],
-        ),
-        (
-            TieBreak::FundsWithdrawn,
-            &["charge.dispute.funds_withdrawn"],
-        ),
-        (
-            TieBreak::FundsReinstated,
-            &["charge.dispute.funds_reinstated"],
-        ),
-        (TieBreak::DisputeClosed, &["charge.dispute.closed"]),
-    ];
-    let all = by_id(returned.own, |k| match &k.telling.object {
+    let disputes = by_id(counted, |stored| match &stored.telling.object {
         Object::Dispute(dispute) => Some((&*dispute.id, dispute)),
         _ => None,
     });
-    let mut drafts = Vec::new();
-    for (id, told) in &all {
-        for (rank, types) in kinds {
-            let of_kind: Sources<Dispute> = told
+
+    let mut entries = Vec::new();
+    for (id, sources) in &disputes {
+        for (step, types) in DISPUTE_STEPS {
+            let of_step: ObjectSources<Dispute> = sources
                 .iter()
                 .copied()
-                .filter(|(k, _)| types.contains(&k.telling.kind.as_str()))
+                .filter(|(stored, _)| types.contains(&stored.telling.kind.as_str()))
                 .collect();
-            if !of_kind.is_empty() {
-                drafts.push(draft(
-                    rank,
-                    id,
-                    message::dispute(facts, rank, told, &of_kind),
-                    &of_kind,
-                ));
+            if !of_step.is_empty() {
+                let message = message::dispute(context, step, sources, &of_step);
+                entries.push(entry(step, id, message, &of_step));
             }
         }
     }
-    drafts
+    entries
 }
 
-fn draft<'a, T>(
-    rank: TieBreak,
+/// Returns an entry that keeps the state, at the earliest `created` of its sources.
+fn entry<'a, T>(
+    tie_break: TieBreak,
     object_id: &'a str,
     message: String,
-    told: &Sources<'a, T>,
+    sources: &[(&'a StoredObservation, &T)],
 ) -> PendingEntry<'a> {
-    let sources: Vec<&StoredObservation> = told.iter().map(|(k, _)| *k).collect();
-    let time = sources
-        .iter()
-        .map(|k| k.telling.created)
-        .min()
-        .unwrap_or_default();
+    let sources: Vec<&StoredObservation> = sources.iter().map(|(stored, _)| *stored).collect();
     PendingEntry {
-        stage: Phase::Information,
-        time,
-        rank,
+        phase: Phase::Information,
+        time: earliest_second(&sources),
+        tie_break,
         number: 0,
         object_id,
         state: PaymentState::Paid,

@@ -41,6 +41,7 @@ impl Field {
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct StripeInvoice {
+    id: Lenient<String>,
     amount_due: Lenient<i64>,
     currency: Lenient<String>,
     livemode: Lenient<bool>,
@@ -172,11 +173,16 @@ fn amount(document: &Value, stripes: &StripeInvoice) -> Option<FieldDifference> 
     })
 }
 
+/// Only events in which Stripe names the invoice count: anybody can refer to it from another mode.
 fn mode(known: &[StoredObservation], stripes: &StripeInvoice) -> Option<FieldDifference> {
     let theirs = stripes.livemode.0?;
-    known
-        .iter()
-        .find(|k| !k.telling.fetched && k.telling.livemode.is_some_and(|ours| ours != theirs))?;
+    let id = stripes.id.0.as_deref()?;
+    known.iter().find(|stored| {
+        let observation = &stored.telling;
+        let is_own = observation.object.named_invoice() == Some(id);
+        let differs = observation.livemode.is_some_and(|ours| ours != theirs);
+        is_own && !observation.fetched && differs
+    })?;
 
     Some(FieldDifference {
         field: Field::Mode,

@@ -110,6 +110,38 @@ pub struct Observation {
     pub object: Object,
 }
 
+/// An observation with the key of the stored event that it was read from.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StoredObservation {
+    pub key: EventKey,
+    pub telling: Observation,
+}
+
+/// A stored observation that cannot be read. `rebuild` repairs it from the stored bytes.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the observation of event {} cannot be read, run `rebuild`: {reason}", hex::encode(key.0))]
+pub struct DamagedObservation {
+    pub key: EventKey,
+    pub reason: String,
+}
+
+impl StoredObservation {
+    /// Parses a stored observation. This is the only parser.
+    ///
+    /// # Errors
+    /// Returns [`DamagedObservation`] if the text is not an observation. A read of one invoice
+    /// fails with it; a scan skips the row, counts it and logs one warning.
+    pub fn parse(key: EventKey, json: &str) -> Result<StoredObservation, DamagedObservation> {
+        match serde_json::from_str(json) {
+            Ok(telling) => Ok(StoredObservation { key, telling }),
+            Err(error) => Err(DamagedObservation {
+                key,
+                reason: error.to_string(),
+            }),
+        }
+    }
+}
+
 /// An object that an observation names. Histories are gathered along links.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Link {

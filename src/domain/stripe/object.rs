@@ -204,6 +204,23 @@ fn with_kind<'a, const N: usize, const M: usize>(
     objects.chain(invoices).collect()
 }
 
+impl Object {
+    /// Returns the invoice that Stripe itself names in this object; an invoice names itself.
+    ///
+    /// `order_reference` is not such a name: any merchant can set it to any text.
+    pub fn named_invoice(&self) -> Option<&str> {
+        match self {
+            Object::Invoice(o) => Some(&o.id),
+            Object::InvoicePayment(o) => o.invoice.as_deref(),
+            Object::PaymentIntent(o) => o.invoice.as_deref(),
+            Object::Charge(o) => o.invoice.as_deref(),
+            Object::Refund(o) => o.invoice.as_deref(),
+            Object::CreditNote(o) => o.invoice.as_deref(),
+            Object::Dispute(o) => o.invoice.as_deref(),
+        }
+    }
+}
+
 impl Invoice {
     /// Returns the PaymentIntents and charges that this invoice names as its own.
     pub fn payments_named(&self) -> impl Iterator<Item = &str> {
