@@ -49,7 +49,7 @@ pub async fn read(
         ];
         return Ok((StatusCode::NOT_MODIFIED, headers).into_response());
     }
-    answer(StatusCode::OK, &invoice, tag)
+    answer(StatusCode::OK, invoice, tag).await
 }
 
 /// Answers `PUT /v1/tenants/{tenantUid}/invoices/{invoiceUid}`.
@@ -90,7 +90,7 @@ pub async fn put(
         .await?
         .ok_or(ApiError::NotFound)?;
     let tag = etag(&invoice);
-    answer(status, &invoice, tag)
+    answer(status, invoice, tag).await
 }
 
 /// The query parameters of the list.
@@ -208,8 +208,13 @@ fn parse(body: &[u8]) -> Result<Value, ApiError> {
 }
 
 /// Returns an invoice with its history as a response.
-fn answer(status: StatusCode, invoice: &StoredInvoice, tag: String) -> Result<Response, ApiError> {
-    let body = queries::render(invoice)?.to_string();
+async fn answer(
+    status: StatusCode,
+    invoice: StoredInvoice,
+    tag: String,
+) -> Result<Response, ApiError> {
+    let (invoice, history) = queries::with_history(invoice).await?;
+    let body = queries::render_with(&invoice, &history)?.to_string();
     let headers = [
         (header::CONTENT_TYPE, "application/json".to_owned()),
         (header::ETAG, tag),

@@ -9,11 +9,12 @@ use std::collections::{HashMap, HashSet};
 
 use serde_json::{Value, json};
 
+use super::folding::run_fold;
 use super::invoices::{imported_states, parse_observations};
-use crate::domain::history::payment_links::PaymentLinks;
-use crate::domain::history::{Entry, StoredObservation, fold, lacks_reason};
-use crate::domain::payment_state::PaymentState;
-use crate::domain::stripe::event::{EventKey, Observation};
+use crate::domain::history::invoice_observations::InvoiceObservations;
+use crate::domain::history::{Entry, StoredObservation, fold, fold_selected, lacks_reason};
+use crate::domain::payment_state::{ImportedState, PaymentState};
+use crate::domain::stripe::event::EventKey;
 use crate::domain::stripe::object::Object;
 use crate::domain::time::{parse_time, timestamp};
 use crate::store::{Comparison, LoggedEvent, LookupState, Store, StoreError, StoredInvoice};
@@ -128,8 +129,7 @@ pub async fn of(
         .unwrap_or_default();
     let until_ms = as_of_ms.unwrap_or(i64::MAX);
     let rows = std::mem::take(&mut invoice.observations);
-    let all = parse_observations(&rows)?;
-    drop(rows);
+    let all = run_fold(rows.len(), move || parse_observations(&rows)).await?;
 
     let keys: Vec<EventKey> = all.iter().map(|observation| observation.key).collect();
     let received: ReceiptTimes = store.received_times(&keys).await?.into_iter().collect();
@@ -143,17 +143,15 @@ pub async fn of(
     } else {
         Vec::new()
     };
-    let stripe_invoice_id = invoice.stripe_invoice_id.as_deref();
-    let entries = fold(stripe_invoice_id, &imported, &known);
+    let stripe_invoice_id = invoice.stripe_invoice_id.clone();
+    let (known, folded) = run_fold(known.len(), move || {
+        let folded = fold_with_selection(stripe_invoice_id.as_deref(), &imported, &known);
+        (known, folded)
+    })
+    .await;
+    let (thin, more_thin) = thin_events(&known, &folded);
 
-    let links = PaymentLinks::read(known.iter().map(|known| &known.telling));
-    let is_own = |known: &&StoredObservation| {
-        stripe_invoice_id.is_some() && links.invoice_of(&known.telling.object) == stripe_invoice_id
-    };
-    let own: Vec<&StoredObservation> = known.iter().filter(is_own).collect();
-    let (thin, more_thin) = thin_without_snapshot(&own);
-
-    let listed = listed_proofs(&entries);
+    let listed = listed_proofs(&folded.entries);
     let mut keys: Vec<EventKey> = listed.iter().flatten().copied().collect();
     keys.extend(thin.iter().map(|observation| observation.key));
     let events = log_rows(store, keys).await?;
@@ -162,12 +160,8 @@ pub async fn of(
 
     let mut missing = unfetched(&thin, &fetched, &events, &lookups, until_ms);
     missing.extend(more_thin);
-    missing.extend(stripe_invoice_id.and_then(|id| unexplained(id, &known, &comparison)));
-    let last_event_ms = own
-        .iter()
-        .filter(|observation| !observation.telling.fetched)
-        .filter_map(|observation| received.get(&observation.key).copied())
-        .max();
+    missing.extend(unexplained(&folded, &comparison));
+    let last_event_ms = last_event_ms(&known, &folded, &received);
     Ok(Evidence {
         as_of_ms,
         stored_ms: invoice.stored_ms,
@@ -175,12 +169,71 @@ pub async fn of(
         differs_since_ms: comparison.differs_since_ms.filter(|ms| *ms <= until_ms),
         last_event_ms,
         missing,
-        at_stripe: at_stripe(&own),
-        entries: proven(entries, listed, &events),
+        at_stripe: folded.at_stripe,
+        entries: proven(folded.entries, listed, &events),
         tenant_uid: invoice.tenant_uid,
         invoice_uid: invoice.invoice_uid,
         stripe_invoice_id: invoice.stripe_invoice_id,
     })
+}
+
+/// The history of an invoice, and what the fold knows beside it.
+#[derive(Default)]
+struct Folded {
+    entries: Vec<Entry>,
+    /// Keys of the observations that count for the invoice.
+    counted: HashSet<EventKey>,
+    /// Ids of the events that count.
+    counted_ids: HashSet<String>,
+    at_stripe: AtStripe,
+    /// Whether no event says why the latest attempt failed.
+    lacks_reason: bool,
+}
+
+fn fold_with_selection(
+    stripe_invoice_id: Option<&str>,
+    imported: &[ImportedState],
+    known: &[StoredObservation],
+) -> Folded {
+    // Without a Stripe invoice, no observation counts.
+    let Some(id) = stripe_invoice_id else {
+        return Folded {
+            entries: fold(None, imported, &[]),
+            ..Folded::default()
+        };
+    };
+
+    let observations = InvoiceObservations::select(id, known);
+    let counted = observations.counted();
+    Folded {
+        entries: fold_selected(id, imported, &observations),
+        counted: counted.iter().map(|stored| stored.key).collect(),
+        counted_ids: counted
+            .iter()
+            .map(|stored| stored.telling.id.clone())
+            .collect(),
+        at_stripe: at_stripe(&observations),
+        lacks_reason: lacks_reason(id, known),
+    }
+}
+
+/// Returns when the latest event that counts was received, or a thin twin of one.
+fn last_event_ms(
+    known: &[StoredObservation],
+    folded: &Folded,
+    received: &ReceiptTimes,
+) -> Option<i64> {
+    let is_twin = |stored: &StoredObservation| {
+        let twin = stored.telling.snapshot_event.as_deref();
+        twin.is_some_and(|id| folded.counted_ids.contains(id))
+    };
+
+    known
+        .iter()
+        .filter(|stored| folded.counted.contains(&stored.key) || is_twin(stored))
+        .filter(|stored| !stored.telling.fetched)
+        .filter_map(|stored| received.get(&stored.key).copied())
+        .max()
 }
 
 /// Unix milliseconds of the receipt of each event.
@@ -247,24 +300,16 @@ async fn lookups(
         .collect())
 }
 
-/// Returns the thin events whose snapshot event is unknown, up to [`MAX_MISSING`]; and a line about
-/// the others, if there are more.
-fn thin_without_snapshot<'o>(
-    own: &[&'o StoredObservation],
+/// Returns the thin events whose details may be missing, and a line for those beyond [`MAX_MISSING`].
+///
+/// A thin event whose snapshot twin is known does not count, so none of them has one.
+fn thin_events<'o>(
+    known: &'o [StoredObservation],
+    folded: &Folded,
 ) -> (Vec<&'o StoredObservation>, Option<Missing>) {
-    let snapshots: HashSet<&str> = own
+    let mut thin: Vec<&StoredObservation> = known
         .iter()
-        .filter(|known| !known.telling.thin)
-        .map(|known| known.telling.id.as_str())
-        .collect();
-    let has_snapshot = |known: &StoredObservation| {
-        let id = known.telling.snapshot_event.as_deref();
-        id.is_some_and(|id| snapshots.contains(id))
-    };
-    let mut thin: Vec<&StoredObservation> = own
-        .iter()
-        .copied()
-        .filter(|known| known.telling.thin && !has_snapshot(known))
+        .filter(|stored| stored.telling.thin && folded.counted.contains(&stored.key))
         .collect();
 
     let more = thin.len().saturating_sub(MAX_MISSING);
@@ -292,24 +337,25 @@ fn fetch_times<'o>(
 }
 
 /// What the newest that says it says.
-fn at_stripe(own: &[&StoredObservation]) -> AtStripe {
-    let mut told: Vec<&Observation> = own.iter().map(|known| &known.telling).collect();
-    told.sort_by_key(|telling| std::cmp::Reverse(telling.created));
-    let snapshots = || told.iter().filter(|telling| !telling.thin);
+fn at_stripe(observations: &InvoiceObservations) -> AtStripe {
     let invoices = || {
-        snapshots().filter_map(|telling| match &telling.object {
-            Object::Invoice(invoice) => Some(invoice),
-            _ => None,
-        })
+        let newest_first = observations.counted().iter().rev();
+        newest_first
+            .filter(|stored| !stored.telling.thin)
+            .filter_map(|stored| match &stored.telling.object {
+                Object::Invoice(invoice) => Some(invoice),
+                _ => None,
+            })
     };
+
     AtStripe {
         number: invoices().find_map(|invoice| invoice.number.clone()),
         currency: invoices().find_map(|invoice| invoice.currency.clone()),
         amount_due: invoices().find_map(|invoice| invoice.amount_due),
         amount_paid: invoices().find_map(|invoice| invoice.amount_paid),
         due_s: invoices().find_map(|invoice| invoice.due_date),
-        livemode: told.iter().find_map(|telling| telling.livemode),
-        account: told.iter().find_map(|telling| telling.account.clone()),
+        livemode: observations.livemode(),
+        account: observations.connected_account().map(str::to_owned),
     }
 }
 
@@ -363,16 +409,14 @@ fn unfetched(
 }
 
 /// The reason of the latest failure, where no event told it and Stripe's API will be asked.
-fn unexplained(
-    stripe_invoice_id: &str,
-    known: &[StoredObservation],
-    comparison: &Comparison,
-) -> Option<Missing> {
-    let is_missing = comparison.check_due_ms.is_some() && lacks_reason(stripe_invoice_id, known);
-    let message = "No event told why the latest attempt failed: the reason is still to be fetched from Stripe's API".to_owned();
-    is_missing.then_some(Missing {
+fn unexplained(folded: &Folded, comparison: &Comparison) -> Option<Missing> {
+    let is_missing = comparison.check_due_ms.is_some() && folded.lacks_reason;
+    let message = "No event told why the latest attempt failed: \
+                   the reason is still to be fetched from Stripe's API";
+
+    is_missing.then(|| Missing {
         event: None,
-        message,
+        message: message.to_owned(),
     })
 }
 

@@ -2,6 +2,7 @@
 
 use serde_json::Value;
 
+use super::folding::run_fold;
 use crate::domain::history::{Entry, StoredObservation, fold};
 use crate::domain::invoice::document;
 use crate::domain::invoice::schema::{self, InvalidField};
@@ -84,7 +85,8 @@ fn invoice_uid(uid: Option<&str>, document: &Value) -> Result<String, InvalidFie
     Ok(uid.to_owned())
 }
 
-/// The history of a stored invoice.
+/// Returns the history of a stored invoice. Takes long for thousands of observations: requests use
+/// [`with_history`].
 ///
 /// # Errors
 /// [`StoreErrorKind::DamagedRow`](crate::store::StoreErrorKind) if the stored text is damaged.
@@ -94,6 +96,37 @@ pub fn history(stored: &StoredInvoice) -> Result<Vec<Entry>, StoreError> {
         &imported_states(stored)?,
         &known(stored)?,
     ))
+}
+
+/// Folds known observations into the history of a stored invoice, off the async threads if that
+/// takes long. Returns the observations, too.
+///
+/// # Errors
+/// [`StoreErrorKind::DamagedRow`](crate::store::StoreErrorKind) if the stored text is damaged.
+pub async fn fold_known(
+    stored: &StoredInvoice,
+    known: Vec<StoredObservation>,
+) -> Result<(Vec<StoredObservation>, Vec<Entry>), StoreError> {
+    let id = stored.stripe_invoice_id.clone();
+    let imported = imported_states(stored)?;
+    let folded = run_fold(known.len(), move || {
+        let history = fold(id.as_deref(), &imported, &known);
+        (known, history)
+    });
+    Ok(folded.await)
+}
+
+/// Returns an invoice with its history, folded off the async threads if that takes long.
+///
+/// # Errors
+/// As [`history`].
+pub async fn with_history(
+    invoice: StoredInvoice,
+) -> Result<(StoredInvoice, Vec<Entry>), StoreError> {
+    run_fold(invoice.observations.len(), move || {
+        history(&invoice).map(|history| (invoice, history))
+    })
+    .await
 }
 
 /// All that is told about a stored invoice.
@@ -384,8 +417,7 @@ impl HistoryReader<'_> {
         let Some(invoice) = self.ready.next() else {
             return Ok(None);
         };
-        let history = history(&invoice)?;
-        Ok(Some((invoice, history)))
+        with_history(invoice).await.map(Some)
     }
 
     async fn read_chunk(&mut self) -> Result<(), StoreError> {

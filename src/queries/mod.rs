@@ -2,5 +2,6 @@
 
 pub mod events;
 pub mod evidence;
+pub mod folding;
 pub mod invoices;
 pub mod payment_summary;

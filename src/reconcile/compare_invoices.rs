@@ -12,11 +12,12 @@ use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use serde_json::Value;
 use serde_json::value::RawValue;
 
-use super::judge_invoice::{Checked, compare, unknown_at_stripe};
+use super::judge_invoice::{Checked, account_of_invoice, compare, unknown_at_stripe};
 use super::report::UnknownHere;
 use super::{
     EVENT_RETENTION_S, Extent, ReconcileError, RunContext, WriteMode, saved_unless_future,
 };
+use crate::domain::history::invoice_observations::InvoiceObservations;
 use crate::domain::invoice::comparison::StripeStatus;
 use crate::domain::money;
 use crate::domain::time::timestamp;
@@ -341,17 +342,15 @@ async fn scopes_of(
         .invoice(&candidate.tenant_uid, &candidate.invoice_uid)
         .await?;
     let observations = stored.as_ref().map(known).transpose()?.unwrap_or_default();
-    let account = observations
-        .iter()
-        .find_map(|stored| stored.telling.account.clone());
-    if let Some(account) = account {
+    if let Some(account) = account_of_invoice(&candidate.stripe_invoice_id, &observations) {
         run.add_account(&account).await?;
         return Ok(vec![Scope::Account(account)]);
     }
 
     // Events without an account are those of the key's own account.
     let mut scopes = run.scopes();
-    scopes.truncate(if observations.is_empty() {
+    let counted = InvoiceObservations::select(&candidate.stripe_invoice_id, &observations);
+    scopes.truncate(if counted.counted().is_empty() {
         MAX_SEARCHED_ACCOUNTS
     } else {
         1

@@ -9,14 +9,15 @@ use super::link_payments;
 use super::recorder::as_stored;
 use super::report::{Differing, Invoice};
 use super::{ReconcileError, RunContext};
-use crate::domain::history::{Entry, StoredObservation, fold, lacks_reason};
+use crate::domain::history::invoice_observations::InvoiceObservations;
+use crate::domain::history::{Entry, StoredObservation, lacks_reason};
 use crate::domain::invoice::comparison::{
     Field, FieldDifference, StripeStatus, differences, next_check_ms, same_facts,
 };
 use crate::domain::payment_state::PaymentState;
 use crate::domain::time::timestamp;
-use crate::queries::invoices::imported_states;
-use crate::store::{CheckCandidate, CheckResult, NewEvent, StoredInvoice};
+use crate::queries::invoices::fold_known;
+use crate::store::{CheckCandidate, CheckResult, NewEvent};
 use crate::stripe_api::Scope;
 
 const DAY_MS: i64 = 24 * 3600 * 1000;
@@ -107,20 +108,18 @@ async fn observe(
     let Some(stored) = stored else {
         return Ok(None);
     };
-    let mut observations = run.recorder.observations_of(&stored).await?;
-    let account = observations
-        .iter()
-        .find_map(|stored| stored.telling.account.clone());
-    if let Some(account) = account {
+    let observations = run.recorder.observations_of(&stored).await?;
+    if let Some(account) = account_of_invoice(&candidate.stripe_invoice_id, &observations) {
         run.add_account(&account).await?;
     }
 
-    let mut history = history_of(&stored, &observations)?;
+    let (mut observations, mut history) = fold_known(&stored, observations).await?;
     let snapshot = run.recorder.prepare_object(stripe_invoice, scope.account());
     let mut new_snapshot = None;
     if let Some(shown) = as_stored(&snapshot)? {
         observations.push(shown);
-        let with_snapshot = history_of(&stored, &observations)?;
+        let with_snapshot;
+        (observations, with_snapshot) = fold_known(&stored, observations).await?;
         if same_facts(&history, &with_snapshot) {
             observations.pop();
         } else {
@@ -152,15 +151,14 @@ async fn observe(
     }))
 }
 
-fn history_of(
-    stored: &StoredInvoice,
+/// Returns the connected account of an invoice. A foreign account that refers to the invoice does
+/// not count (rule 3.6.4): the invoice would be searched in the wrong place.
+pub(super) fn account_of_invoice(
+    stripe_invoice_id: &str,
     observations: &[StoredObservation],
-) -> Result<Vec<Entry>, ReconcileError> {
-    Ok(fold(
-        stored.stripe_invoice_id.as_deref(),
-        &imported_states(stored)?,
-        observations,
-    ))
+) -> Option<String> {
+    let observations = InvoiceObservations::select(stripe_invoice_id, observations);
+    observations.connected_account().map(str::to_owned)
 }
 
 /// Returns when the newest proof was received that the invoice is paid, in Unix milliseconds.

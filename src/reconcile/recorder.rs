@@ -11,14 +11,14 @@ use serde_json::Value;
 
 use super::report::{ApiOnlyEvent, Change, Healed, Invoice, Proof};
 use super::{ReconcileContext, ReconcileError, WriteMode};
-use crate::domain::history::{Entry, StoredObservation, fold};
+use crate::domain::history::{Entry, StoredObservation};
 use crate::domain::invoice::comparison::same_entries;
 use crate::domain::stripe::event::{EventKey, FETCHED, Observation, envelope};
 use crate::domain::time::timestamp;
 use crate::ingest::batch_writer::{AppendError, BatchWriter};
 use crate::ingest::{self, Delivery};
 use crate::monitoring::missed_webhooks::should_be_sent;
-use crate::queries::invoices::{history, imported_states, known, parse_observations};
+use crate::queries::invoices::{fold_known, known, parse_observations, with_history};
 use crate::store::{NewEvent, Outcome, Source, StoreError, StoredInvoice};
 
 /// Objects whose invoices are looked up in one query.
@@ -139,7 +139,7 @@ impl<'t> Recorder<'t> {
             if let Some(stored) = store.invoice(&id.0, &id.1).await? {
                 let before = Before {
                     stripe_invoice_id: stored.stripe_invoice_id.clone().unwrap_or_default(),
-                    history: history(&stored)?,
+                    history: with_history(stored).await?.1,
                 };
                 self.before.insert(id, before);
             }
@@ -246,11 +246,9 @@ impl<'t> Recorder<'t> {
                 .collect();
             observations.extend(found);
             let rows = self.context.store.observations_for(&new_objects).await?;
+            let mut keys: HashSet<EventKey> = observations.iter().map(|known| known.key).collect();
             for observation in parse_observations(&rows)? {
-                if !observations
-                    .iter()
-                    .any(|known| known.key == observation.key)
-                {
+                if keys.insert(observation.key) {
                     observations.push(observation);
                 }
             }
@@ -267,12 +265,15 @@ impl<'t> Recorder<'t> {
                 continue;
             };
             let observations = self.observations_of(&stored).await?;
-            let imported = imported_states(&stored)?;
-            let after = fold(Some(&before.stripe_invoice_id), &imported, &observations);
+            let (observations, after) = fold_known(&stored, observations).await?;
             if same_entries(&before.history, &after) {
                 continue;
             }
 
+            let by_key: HashMap<EventKey, &Observation> = observations
+                .iter()
+                .map(|stored| (stored.key, &stored.telling))
+                .collect();
             healed.push(Healed {
                 invoice: Invoice {
                     stripe_invoice_id: before.stripe_invoice_id.clone(),
@@ -280,8 +281,8 @@ impl<'t> Recorder<'t> {
                     invoice_uid: invoice_uid.clone(),
                 },
                 state: after.last().map(|entry| entry.state),
-                added: changes(&after, &before.history, &observations),
-                removed: changes(&before.history, &after, &observations),
+                added: changes(&after, &before.history, &by_key),
+                removed: changes(&before.history, &after, &by_key),
             });
         }
         Ok(healed)
@@ -316,20 +317,30 @@ fn objects_of(observations: &[StoredObservation]) -> impl Iterator<Item = String
 }
 
 /// Returns the entries that are not in `others`, with their proofs.
-fn changes(entries: &[Entry], others: &[Entry], observations: &[StoredObservation]) -> Vec<Change> {
-    let shown = |entry: &Entry| (entry.state, entry.timestamp_ms, entry.message.clone());
+fn changes(
+    entries: &[Entry],
+    others: &[Entry],
+    by_key: &HashMap<EventKey, &Observation>,
+) -> Vec<Change> {
+    let others: HashSet<_> = others.iter().map(shown).collect();
     entries
         .iter()
-        .filter(|entry| !others.iter().any(|other| shown(other) == shown(entry)))
-        .map(|entry| change(entry, observations))
+        .filter(|entry| !others.contains(&shown(entry)))
+        .map(|entry| change(entry, by_key))
         .collect()
 }
 
-fn change(entry: &Entry, observations: &[StoredObservation]) -> Change {
-    let proof = |key: &EventKey| {
-        let stored = observations.iter().find(|stored| stored.key == *key)?;
-        Some(proof_of(&stored.telling))
-    };
+/// Returns the parts of an entry that a reader sees.
+fn shown(entry: &Entry) -> (&'static str, i64, Option<&str>) {
+    (
+        entry.state.as_str(),
+        entry.timestamp_ms,
+        entry.message.as_deref(),
+    )
+}
+
+fn change(entry: &Entry, by_key: &HashMap<EventKey, &Observation>) -> Change {
+    let proof = |key: &EventKey| by_key.get(key).map(|observation| proof_of(observation));
     Change {
         state: entry.state,
         timestamp: timestamp(entry.timestamp_ms),
