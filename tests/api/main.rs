@@ -5,6 +5,7 @@
 #![expect(clippy::unwrap_used, reason = "what goes wrong in a test fails it")]
 
 mod access;
+mod accounts_and_modes;
 mod alternating_crashes;
 mod backup;
 mod commands;
