@@ -3,9 +3,11 @@
 //!
 //! `cargo bench -- --quick` takes a fifth of the time. `--engine sqlite` or `postgres` measures one, `--connections 256` one
 //! number of connections alone, as one wants it under a profiler. `--picture FILE` draws what came out. `--growth 5` measures
-//! instead how deliveries and reads fare while the log grows to five million events.
+//! instead how deliveries and reads fare while the log grows to five million events. `--fold` measures how long
+//! folds and reads of an invoice with thousands of failed tries take.
 
 mod deliveries;
+mod fold;
 mod load;
 mod picture;
 mod process;
@@ -69,6 +71,11 @@ async fn main() {
         return bench
             .growth(only.as_deref().unwrap_or("sqlite"), millions)
             .await;
+    }
+    if has("--fold") {
+        let engine = only.as_deref().unwrap_or("sqlite");
+        let urls: Vec<String> = (0..3).map(|_| bench.database(engine)).collect();
+        return fold::run(&urls).await;
     }
     let mut drawn = Vec::new();
     let disk = reference::disk_commits(&bench.folder.path().join("disk"), time);

@@ -2,9 +2,7 @@
 //! thousands of declined tries stay readable.
 
 use serde_json::{Value, json};
-
-use crate::each_database;
-use crate::support::{TestServer, invoice_path};
+use testkit::{TestServer, each_database, invoice_path};
 
 const START: i64 = 1_769_850_000;
 
