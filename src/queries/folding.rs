@@ -17,7 +17,7 @@ static LONG_FOLDS: LazyLock<Semaphore> = LazyLock::new(|| {
     Semaphore::new((processors / 2).max(1))
 });
 
-/// Runs `work`, which parses or folds this many observations, on a blocking thread if they are many.
+/// Runs `work` over this many observations, on a blocking thread if they are many.
 ///
 /// If the caller is dropped, a fold that waits for its turn never starts, and one that has started
 /// keeps its turn until it ends.

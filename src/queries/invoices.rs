@@ -1,4 +1,4 @@
-//! Storing invoice documents, and listing them with the state they are in: what HTTP and the command line share.
+//! Stored invoice documents and lists of them by state, for HTTP and the command line.
 
 use serde_json::Value;
 
@@ -31,10 +31,10 @@ const MAX_CHUNK: usize = 128;
 /// Bytes of observations above which the next statement reads them of fewer invoices.
 const CHUNK_BYTES: usize = 256 * 1024;
 
-/// A valid document, ready to be stored. Its uid is the path's, where there is one, else the document's own.
+/// Validates a document. Its uid is the path's if there is one, else the document's own.
 ///
 /// # Errors
-/// Every fault, with its place.
+/// All invalid fields, each with its place.
 pub fn new_invoice(
     tenant_uid: &str,
     uid: Option<&str>,
@@ -63,7 +63,8 @@ pub fn new_invoice(
     })
 }
 
-/// The name of the invoice. Empty where the document has not the form to say it: validation refuses that.
+/// Returns the uid of the invoice, empty if the document is too malformed to have one: validation
+/// rejects such a document.
 fn invoice_uid(uid: Option<&str>, document: &Value) -> Result<String, InvalidField> {
     let own = document
         .pointer("/metadata/uid")
@@ -129,7 +130,7 @@ pub async fn with_history(
     .await
 }
 
-/// All that is told about a stored invoice.
+/// Returns the observations of a stored invoice.
 ///
 /// # Errors
 /// As [`parse_observations`].
@@ -137,7 +138,7 @@ pub fn known(stored: &StoredInvoice) -> Result<Vec<StoredObservation>, StoreErro
     parse_observations(&stored.observations)
 }
 
-/// What was read in events, out of the store.
+/// Parses observations that the store returned.
 ///
 /// # Errors
 /// [`StoreErrorKind::DamagedRow`](crate::store::StoreErrorKind) if the stored text is damaged.
@@ -151,7 +152,7 @@ pub fn parse_observations(stored: &[ObservationRow]) -> Result<Vec<StoredObserva
         .collect()
 }
 
-/// The states that came with a stored invoice.
+/// Returns the states that came with a stored invoice.
 ///
 /// # Errors
 /// [`StoreErrorKind::DamagedRow`](crate::store::StoreErrorKind) if the stored text is damaged.
@@ -183,20 +184,20 @@ fn damaged(stored: &StoredInvoice, error: serde_json::Error) -> StoreError {
     ))
 }
 
-/// Which invoices a list shows, by the state they are in.
+/// Filter of a list by the current state of its invoices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StateFilter {
     Any,
-    /// Nothing has happened yet.
+    /// Invoices with an empty history.
     WithoutEntry,
     In(PaymentState),
 }
 
 impl StateFilter {
-    /// `none` or the name of a state.
+    /// Parses `none` or the name of a state.
     ///
     /// # Errors
-    /// In words, what it may be.
+    /// Lists the valid values.
     pub fn parse(text: &str) -> Result<StateFilter, String> {
         match (text, PaymentState::parse(text)) {
             ("none", _) => Ok(StateFilter::WithoutEntry),
@@ -310,7 +311,7 @@ impl Cursor {
         }))
     }
 
-    /// When the last invoice of the page was stored.
+    /// Returns when the last invoice of the page was stored.
     pub fn stored_ms(&self) -> i64 {
         self.0.stored_ms
     }

@@ -25,7 +25,7 @@ pub struct InvoiceContext<'a, 'k> {
     is_test_mode: bool,
     account: Option<&'a str>,
     links: &'k PaymentLinks<'a>,
-    /// Currency of the first observation that names a currency code, else of the first that names any text.
+    /// The first currency code that an observation names, and the first text that one names.
     currency: [Option<&'a str>; 2],
     /// For each payment, the position of the first observation with an amount, and the amount.
     payment_amounts: HashMap<usize, (usize, i64)>,

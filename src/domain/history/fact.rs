@@ -1,12 +1,12 @@
-//! Which facts one telling tells: the table of `README.md`, section "What becomes of an event", row by row.
+//! The facts that one observation asserts: the table in `docs/payment-states.md`, row by row.
 //!
-//! A fact can be told by an event's *type* (the claim), by the *snapshot* of the invoice inside (the evidence), or by both.
-//! Only one telling is looked at here. What several tellings of one invoice make together is `history`.
+//! An event's *type* (the claim), the *snapshot* of the invoice inside (the evidence), or both can
+//! assert a fact. This file looks at one observation at a time; `builder` combines several.
 
 use crate::domain::stripe::event::{Event, Observation};
-use crate::domain::stripe::object::{Invoice, Object};
+use crate::domain::stripe::object::{Invoice, Object, PaymentIntent};
 
-/// A fact about an invoice that can be told by the invoice's own events.
+/// A fact about an invoice that the invoice's own events can assert.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum InvoiceFact {
     Finalized,
@@ -20,7 +20,7 @@ pub enum InvoiceFact {
     Paid,
 }
 
-/// The facts that are told once, and of which snapshots are evidence.
+/// Facts that snapshots prove. Each stands once in a history.
 pub const SHOWN_BY_SNAPSHOTS: [InvoiceFact; 4] = [
     InvoiceFact::Finalized,
     InvoiceFact::WrittenOff,
@@ -28,7 +28,7 @@ pub const SHOWN_BY_SNAPSHOTS: [InvoiceFact; 4] = [
     InvoiceFact::Paid,
 ];
 
-/// The types that tell facts by themselves: what a webhook endpoint should send.
+/// Event types that assert facts by themselves. A webhook endpoint should send all of them.
 pub const PAYMENT_EVENT_TYPES: [&str; 32] = [
     "invoice.finalized",
     "invoice.updated",
@@ -64,16 +64,18 @@ pub const PAYMENT_EVENT_TYPES: [&str; 32] = [
     "charge.dispute.funds_reinstated",
 ];
 
-/// Does this event tell anything about a payment: new or not, linked or not? Decides `recorded` against `no_payment_fact`.
+/// Returns whether an event asserts anything about a payment, new or not, linked or not.
+///
+/// Decides between the outcomes `recorded` and `no_payment_fact`.
 pub fn asserts_fact(event: &Event) -> bool {
     let kind = event
         .event_type
         .strip_prefix("v1.")
         .unwrap_or(&event.event_type);
-    is_about_returned_money(kind) || event.telling.as_ref().is_some_and(tells)
+    is_about_returned_money(kind) || event.telling.as_ref().is_some_and(asserts)
 }
 
-/// Money returned or contested: always worth an entry, whatever the object says.
+/// Returns whether money is returned or contested: that asserts a fact whatever the object shows.
 fn is_about_returned_money(kind: &str) -> bool {
     kind == "charge.refunded"
         || kind == "charge.refund.updated"
@@ -82,13 +84,13 @@ fn is_about_returned_money(kind: &str) -> bool {
             .any(|prefix| kind.starts_with(prefix))
 }
 
-fn tells(telling: &Observation) -> bool {
-    match (&telling.object, telling.kind.as_str()) {
+fn asserts(observation: &Observation) -> bool {
+    match (&observation.object, observation.kind.as_str()) {
         (Object::Invoice(invoice), _) => {
-            by_type(telling, invoice).is_some()
+            by_type(observation, invoice).is_some()
                 || SHOWN_BY_SNAPSHOTS
                     .into_iter()
-                    .any(|fact| by_snapshot(telling, invoice, fact))
+                    .any(|fact| by_snapshot(observation, invoice, fact))
         }
         (Object::PaymentIntent(intent), "payment_intent.partially_funded") => {
             intent.funded().is_some()
@@ -105,14 +107,15 @@ fn tells(telling: &Observation) -> bool {
     }
 }
 
-/// What the type of an invoice's event claims, where its condition on the snapshot holds. A thin event has no snapshot:
-/// its type is taken at its word.
-pub fn by_type(telling: &Observation, invoice: &Invoice) -> Option<InvoiceFact> {
-    let (fact, holds) = match telling.kind.as_str() {
+/// Returns the fact that an event's type claims, if the snapshot meets its condition.
+///
+/// A thin event has no snapshot, so its type alone decides.
+pub fn by_type(observation: &Observation, invoice: &Invoice) -> Option<InvoiceFact> {
+    let (fact, holds) = match observation.kind.as_str() {
         "invoice.finalized" => (InvoiceFact::Finalized, invoice.is_owed()),
         "invoice.updated" => (
             InvoiceFact::Finalized,
-            !telling.thin
+            !observation.thin
                 && invoice.previous_status.as_deref() == Some("draft")
                 && invoice.is_open(),
         ),
@@ -128,16 +131,17 @@ pub fn by_type(telling: &Observation, invoice: &Invoice) -> Option<InvoiceFact> 
         "invoice.voided" => (InvoiceFact::Voided, true),
         _ => return None,
     };
-    (holds || (telling.thin && telling.kind != "invoice.updated")).then_some(fact)
+
+    (holds || (observation.thin && observation.kind != "invoice.updated")).then_some(fact)
 }
 
-/// What the invoice inside shows, whatever the event's type says.
-pub fn by_snapshot(telling: &Observation, invoice: &Invoice, fact: InvoiceFact) -> bool {
-    if telling.thin || contradicts(telling, invoice) {
+/// Returns whether the invoice inside shows a fact, whatever the event's type says.
+pub fn by_snapshot(observation: &Observation, invoice: &Invoice, fact: InvoiceFact) -> bool {
+    if observation.thin || contradicts(observation, invoice) {
         return false;
     }
     let Some(status) = invoice.status.as_deref() else {
-        // Before 2018-11-08 there was no `status`, and all that a snapshot tells is `paid`.
+        // Before 2018-11-08 there was no `status`; such a snapshot only shows `paid`.
         return fact == InvoiceFact::Paid && invoice.paid == Some(true);
     };
     match fact {
@@ -153,14 +157,20 @@ pub fn by_snapshot(telling: &Observation, invoice: &Invoice, fact: InvoiceFact) 
         }
         InvoiceFact::Voided => status == "void",
         InvoiceFact::Paid => status == "paid",
-        _ => false,
+        InvoiceFact::AttemptRequired
+        | InvoiceFact::ActionRequired
+        | InvoiceFact::Overdue
+        | InvoiceFact::AttemptFailed
+        | InvoiceFact::FinalizationFailed => false,
     }
 }
 
-/// Placeholder events contradict themselves (`invoice.payment_failed` around a paid invoice). Then the type is the claim, and
-/// of the snapshot only its links, its attempt count and its charge are believed.
-pub fn contradicts(telling: &Observation, invoice: &Invoice) -> bool {
-    match telling.kind.as_str() {
+/// Returns whether the type of an event and its snapshot disagree.
+///
+/// Placeholder events do (`invoice.payment_failed` around a paid invoice). Then the type is the
+/// claim, and only the links, the attempt count and the charge of the snapshot count.
+pub fn contradicts(observation: &Observation, invoice: &Invoice) -> bool {
+    match observation.kind.as_str() {
         "invoice.payment_failed"
         | "invoice.payment_action_required"
         | "invoice.payment_attempt_required"
@@ -180,7 +190,7 @@ impl Invoice {
             && self.amount_remaining.is_some_and(|remaining| remaining > 0)
     }
 
-    /// What `invoice.finalized` needs to see, in shapes with and without `status`.
+    /// Returns whether `invoice.finalized` holds, in shapes with and without `status`.
     fn is_owed(&self) -> bool {
         match self.status {
             Some(_) => self.is_open(),
@@ -188,6 +198,7 @@ impl Invoice {
         }
     }
 
+    /// Returns whether the invoice is paid, in shapes with and without `status`.
     pub fn is_paid(&self) -> bool {
         match self.status.as_deref() {
             Some(status) => status == "paid",
@@ -196,8 +207,8 @@ impl Invoice {
     }
 }
 
-impl crate::domain::stripe::object::PaymentIntent {
-    /// How much of a bank transfer has arrived, in minor units.
+impl PaymentIntent {
+    /// Returns the part of a bank transfer that has arrived, in minor units.
     pub fn funded(&self) -> Option<i64> {
         let arrived = |remaining| self.amount.and_then(|amount| amount.checked_sub(remaining));
         self.bank_transfer_remaining

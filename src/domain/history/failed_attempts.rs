@@ -1,7 +1,8 @@
 //! Failed attempts: what `invoice.payment_failed` counts, joined with the tries behind it.
 //!
-//! An invoice's event knows the attempt's number but not the reason; a charge or PaymentIntent knows
-//! the reason but not the number. This file brings them together, so that one failure is one entry.
+//! An invoice's event knows the attempt's number but not the reason; a charge or PaymentIntent
+//! knows the reason but not the number. This file brings them together, so that one failure is one
+//! entry.
 //!
 //! Every step is a lookup or one walk over sorted times, because card testing through a hosted
 //! page makes thousands of tries on one invoice.
@@ -393,7 +394,7 @@ fn tries_by_second(tries: &[Option<FailedTry>]) -> TriesBySecond {
     seconds
 }
 
-/// Takes the first try of a second. `cursor` only moves forward: the caller asks in ascending order.
+/// Takes the first try of a second. `cursor` only moves forward, so seconds must ascend.
 fn take_at(waiting: &mut TriesBySecond, cursor: &mut usize, second: i64) -> Option<usize> {
     while waiting.get(*cursor).is_some_and(|(at, _)| *at < second) {
         *cursor += 1;

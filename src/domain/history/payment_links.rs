@@ -73,7 +73,7 @@ impl<'a> PaymentLinks<'a> {
         self.owners.get(&self.groups.find(part)?).copied()
     }
 
-    /// Returns the number of the payment that this object is part of. It holds for these links only.
+    /// Returns the number of the payment that this object is part of, valid for these links only.
     pub fn payment_of(&self, id: &str) -> Option<usize> {
         self.groups.find(id)
     }
