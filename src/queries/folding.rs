@@ -7,8 +7,8 @@ use tokio::sync::Semaphore;
 
 /// Largest number of observations that is parsed and folded on an async thread.
 ///
-/// That many take about two milliseconds. Ordinary invoices have a few dozen, and the way to
-/// another thread and back would cost them more than it saves.
+/// Ordinary invoices have a few dozen: the way to another thread and back would cost them more than
+/// it saves.
 const MAX_INLINE: usize = 300;
 
 /// Long folds at a time: half of the processors, so that deliveries always find a free one.
