@@ -88,6 +88,12 @@ pub(super) fn remedy(kind: StoreErrorKind) -> String {
             "Correct DATABASE_URL, or mount its disk. If the file was moved, put it back; if it is \
              lost, restore the backup. Only for a new database: start `serve`, which creates it."
         }
+        LogLost => {
+            "Somebody deleted, replaced or truncated SQLite's -wal or -shm file while `serve` was \
+             running. Restart `serve`. Its log says what it saved (\"saved the lost write-ahead \
+             log\"). If it does not, or if the file was truncated, what had not reached the database \
+             file is lost: run `reconcile --since 30d`."
+        }
         FileReplaced => {
             "Put the file back that was there. If the present file is the right one, restart \
              `serve`, which opened the other."

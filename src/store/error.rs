@@ -34,6 +34,8 @@ pub enum StoreErrorKind {
     FileMissing,
     /// Another file took the place of the SQLite file that was opened.
     FileReplaced,
+    /// SQLite's write-ahead log, or its index, is not the one in use, or was truncated.
+    LogLost,
     /// The database, its file or the transaction is read-only.
     ReadOnly,
     /// The PostgreSQL server is a standby.
@@ -81,8 +83,8 @@ impl StoreErrorKind {
         use StoreErrorKind::*;
         match self {
             Unreachable => StoreErrorClass::Away,
-            NotMigrated | SchemaOlder | SchemaNewer | FileMissing | FileReplaced | ReadOnly
-            | Standby | DiskFull | TooManyConnections | Locked | Io | Unresponsive
+            NotMigrated | SchemaOlder | SchemaNewer | FileMissing | FileReplaced | LogLost
+            | ReadOnly | Standby | DiskFull | TooManyConnections | Locked | Io | Unresponsive
             | UnsafeCommit => StoreErrorClass::Unavailable,
             Contended => StoreErrorClass::Contended,
             Corrupt | DamagedRow | Rejected => StoreErrorClass::Rejected,
@@ -97,6 +99,7 @@ impl StoreErrorKind {
             SchemaNewer => "database was migrated by a newer version of this program",
             FileMissing => "database file is missing",
             FileReplaced => "database file was replaced",
+            LogLost => "database log was lost",
             ReadOnly => "database is read-only",
             Standby => "database server is a standby",
             DiskFull => "database disk is full",

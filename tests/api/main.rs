@@ -21,6 +21,7 @@ mod hostile;
 mod invoices;
 mod leaks;
 mod limits;
+mod log_files;
 mod manual;
 mod metrics;
 mod openapi;

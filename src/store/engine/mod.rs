@@ -1,7 +1,9 @@
 //! Connections of the two engines: opening, pooling, and what their SQL cannot share.
 
+mod checkpointer;
 pub(super) mod circuit_breaker;
 pub(super) mod connection;
+mod file_identity;
 mod interruptible;
 pub(super) mod pool;
 pub(super) mod postgres;

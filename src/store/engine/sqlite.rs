@@ -2,7 +2,7 @@
 //! one call to the connection's thread.
 
 use std::collections::HashSet;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
@@ -11,9 +11,11 @@ use std::time::Duration;
 
 use sqlx::ConnectOptions;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
+use super::checkpointer::{CHECKPOINT, Checkpointer, Request, restart_shorter_log};
 use super::connection::{Connection, EngineConnection, SqliteSession, execute, rows};
+use super::file_identity::{self, OpenFiles};
 use super::interruptible::InterruptibleConnection;
 use super::pool::{AcquireError, Limits, Pool, Pooled};
 use crate::domain::stripe::event::EventKey;
@@ -35,8 +37,6 @@ const PAGES_A_BATCH: usize = 6 * PAGE_SIZE as usize;
 /// Pages in the WAL after which the writer runs a checkpoint itself. That happens only if the
 /// checkpointer cannot keep up.
 const CHECKPOINT_AT_LAST: &str = "16384";
-/// Copies what no reader needs any more into the database file, without blocking anyone.
-const CHECKPOINT: &str = "pragma wal_checkpoint(passive)";
 /// Settings of the writer on which it depends whether an acknowledged commit survives a crash.
 const DURABILITY: &str =
     "select synchronous, journal_mode from pragma_synchronous, pragma_journal_mode";
@@ -44,13 +44,13 @@ const DURABILITY: &str =
 #[derive(Clone, Debug)]
 pub(in crate::store) struct SqliteStore {
     file: PathBuf,
-    /// Device and inode of the file that was opened. Its name may come to lead to another file.
-    opened: Option<(u64, u64)>,
+    /// The files that were opened. Their paths may lead to others later.
+    files: Arc<OpenFiles>,
     write: Arc<Pool<InterruptibleConnection>>,
     read: Arc<Pool<InterruptibleConnection>>,
     /// Approximate bytes written since the last checkpoint.
     written: Arc<AtomicUsize>,
-    checkpoint: mpsc::Sender<()>,
+    checkpointer: mpsc::Sender<Request>,
     /// The checkpointer has run. What was written meanwhile is left to the writer.
     checkpoint_almost_done: Arc<AtomicBool>,
 }
@@ -59,6 +59,7 @@ impl SqliteStore {
     /// Opens the file, and creates it if it is missing.
     pub async fn open(path: &str) -> Result<SqliteStore, StoreError> {
         let file = file(path)?;
+        file_identity::verify_joinable(&file).await?;
         create_private_file(&file);
         let options = options_of(path)?
             .create_if_missing(true)
@@ -84,28 +85,33 @@ impl SqliteStore {
         let read = pool_of(READERS, reading);
         acquire(&read).await?.set_reusable();
 
-        let (checkpoint, due) = mpsc::channel(1);
+        let connection = options.connect().await?;
+        let files = Arc::new(OpenFiles::remember(&file));
+        let (checkpointer, requests) = mpsc::channel(1);
         let checkpoint_almost_done = Arc::new(AtomicBool::new(false));
-        tokio::spawn(run_checkpointer(
-            options,
-            due,
-            checkpoint_almost_done.clone(),
-        ));
-        let opened = identity(&file);
+        let task = Checkpointer {
+            connection,
+            requests,
+            is_almost_done: checkpoint_almost_done.clone(),
+            file: file.clone(),
+            files: files.clone(),
+        };
+        tokio::spawn(task.run());
+
         Ok(SqliteStore {
             file,
-            opened,
+            files,
             write,
             read,
             written: Arc::default(),
-            checkpoint,
+            checkpointer,
             checkpoint_almost_done,
         })
     }
 
     /// Returns a connection for statements that read.
     pub async fn session(&self) -> Result<Connection, StoreError> {
-        self.verify_same_file()?;
+        self.files.verify()?;
         let reader = acquire(&self.read).await?;
         Ok(Connection::new(EngineConnection::Sqlite(
             SqliteSession::new(reader),
@@ -115,7 +121,6 @@ impl SqliteStore {
     /// Returns a write transaction. It takes the lock at once: a transaction that reads first fails
     /// if another process writes in between.
     pub async fn transaction(&self) -> Result<Connection, StoreError> {
-        self.verify_same_file()?;
         let mut session = self.writing_session().await?;
         session.begin("begin immediate").await?;
         Ok(session)
@@ -129,8 +134,16 @@ impl SqliteStore {
     }
 
     /// Returns the connection that writes.
+    ///
+    /// # Errors
+    /// Among others, [`StoreErrorKind::LogLost`] if what is written now would be lost.
     pub async fn writer(&self) -> Result<Pooled<InterruptibleConnection>, StoreError> {
-        acquire(&self.write).await
+        self.files.verify()?;
+        let mut writer = acquire(&self.write).await?;
+        if self.files.is_log_shorter() {
+            restart_shorter_log(&mut writer, &self.files).await?;
+        }
+        Ok(writer)
     }
 
     /// Checks that commits of this connection reach the disk before they return.
@@ -149,7 +162,6 @@ impl SqliteStore {
     /// Appends a batch of any size in one call to the connection's thread. Small columns go as
     /// JSON, large or binary columns as parts of one blob.
     pub async fn append(&self, batch: &[NewEvent]) -> Result<Vec<Appended>, StoreError> {
-        self.verify_same_file()?;
         let mut blob = Vec::with_capacity(
             batch
                 .iter()
@@ -213,6 +225,9 @@ impl SqliteStore {
         let answered = connection.end(ended)?;
         session.set_in_transaction(false);
         session.done().await?;
+        // Again: the log may have been deleted since, and the commit with it.
+        self.files.verify()?;
+        self.files.record_log_length();
         self.note_written(bytes + PAGES_A_BATCH);
         let known = answered
             .first()
@@ -225,30 +240,11 @@ impl SqliteStore {
         }))
     }
 
-    /// Checks that the name still leads to the file that was opened. SQLite goes on writing to a
-    /// file that was moved or replaced, and nobody would find those rows again.
-    fn verify_same_file(&self) -> Result<(), StoreError> {
-        match identity(&self.file) {
-            found if found == self.opened => Ok(()),
-            None => Err(StoreError::new(
-                StoreErrorKind::FileMissing,
-                format!("{} is no longer there", self.file.display()),
-            )),
-            Some(_) => Err(StoreError::new(
-                StoreErrorKind::FileReplaced,
-                format!(
-                    "{} is no longer the file that was opened",
-                    self.file.display()
-                ),
-            )),
-        }
-    }
-
     fn note_written(&self, bytes: usize) {
         if self.written.fetch_add(bytes, Ordering::Relaxed) + bytes > CHECKPOINT_AFTER {
             self.written.store(0, Ordering::Relaxed);
             // A full queue means that a checkpoint is about to run anyway.
-            let _ = self.checkpoint.try_send(());
+            let _ = self.checkpointer.try_send(Request::Checkpoint);
         }
     }
 
@@ -280,6 +276,13 @@ impl SqliteStore {
     pub async fn close(&self) {
         self.read.close().await;
         self.write.close().await;
+
+        let (closing, closed) = oneshot::channel();
+        let request = Request::Close(closing);
+        if self.checkpointer.send(request).await.is_ok() {
+            // The task ends without an answer only if it panics.
+            let _ = closed.await;
+        }
     }
 }
 
@@ -305,13 +308,6 @@ pub(in crate::store) fn file(path: &str) -> Result<PathBuf, sqlx::Error> {
     Ok(options_of(path)?.get_filename().to_owned())
 }
 
-/// Returns device and inode of a file, which stay the same when it is renamed.
-fn identity(file: &Path) -> Option<(u64, u64)> {
-    std::fs::metadata(file)
-        .ok()
-        .map(|about| (about.dev(), about.ino()))
-}
-
 /// Appends a batch, and returns as JSON which keys were stored before, in hex. `$1`: events, `$2`:
 /// keys, observations and bodies, `$3`: mentions.
 ///
@@ -334,30 +330,6 @@ const _: () = assert!(
     EventKey::LENGTH == 32,
     "APPEND cuts keys out of its blob by their length"
 );
-
-/// Copies appended rows into the database file while the writer works, so that no commit of a
-/// delivery does it. Ends with the store.
-async fn run_checkpointer(
-    options: SqliteConnectOptions,
-    mut due: mpsc::Receiver<()>,
-    checkpoint_almost_done: Arc<AtomicBool>,
-) {
-    let pool = pool_of(1, options);
-    while due.recv().await.is_some() {
-        match checkpoint(&pool).await {
-            Ok(()) => checkpoint_almost_done.store(true, Ordering::Relaxed),
-            Err(error) => tracing::warn!(%error, "WAL checkpoint failed"),
-        }
-    }
-    pool.close().await;
-}
-
-async fn checkpoint(pool: &Arc<Pool<InterruptibleConnection>>) -> Result<(), StoreError> {
-    let mut connection = acquire(pool).await?;
-    sqlx::query(CHECKPOINT).execute(&mut **connection).await?;
-    connection.set_reusable();
-    Ok(())
-}
 
 fn pool_of(
     max_connections: u32,
