@@ -57,13 +57,28 @@ struct Caller {
     span: Span,
 }
 
+/// What happens between two commits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Pace {
+    AtOnce,
+    Yielding,
+}
+
 impl BatchWriter {
     pub fn start(store: Store, metrics: Arc<Metrics>) -> (BatchWriter, Writer) {
+        BatchWriter::start_with(store, metrics, Pace::AtOnce)
+    }
+
+    /// Like [`BatchWriter::start`], for a batch command: pauses after each commit, so that a
+    /// serving process can commit in between.
+    pub fn start_yielding(store: Store, metrics: Arc<Metrics>) -> (BatchWriter, Writer) {
+        BatchWriter::start_with(store, metrics, Pace::Yielding)
+    }
+
+    fn start_with(store: Store, metrics: Arc<Metrics>, pace: Pace) -> (BatchWriter, Writer) {
         let (queue, waiting) = mpsc::channel(QUEUE);
-        (
-            BatchWriter { queue },
-            Writer(tokio::spawn(write(store, waiting, metrics))),
-        )
+        let writing = write(store, waiting, metrics, pace);
+        (BatchWriter { queue }, Writer(tokio::spawn(writing)))
     }
 
     /// Returns when the event is durable. When the caller goes away before its batch is written, it is not kept.
@@ -120,7 +135,12 @@ impl Writer {
     }
 }
 
-async fn write(store: Store, mut queue: mpsc::Receiver<Request>, metrics: Arc<Metrics>) {
+async fn write(
+    store: Store,
+    mut queue: mpsc::Receiver<Request>,
+    metrics: Arc<Metrics>,
+    pace: Pace,
+) {
     let mut batch = Vec::with_capacity(BATCH);
     while queue.recv_many(&mut batch, BATCH).await > 0 {
         let (mut events, mut callers, mut probes) = (Vec::new(), Vec::new(), Vec::new());
@@ -172,9 +192,13 @@ async fn write(store: Store, mut queue: mpsc::Receiver<Request>, metrics: Arc<Me
             }
             Err(error) => events.iter().map(|_| Err(error.clone().into())).collect(),
         };
+        let worked = started.elapsed();
         for (caller, answer) in callers.into_iter().zip(answers) {
             // A caller that went away does not mind.
             let _ = caller.answer.send(answer);
+        }
+        if pace == Pace::Yielding {
+            store.pause_after_write(worked).await;
         }
     }
 }

@@ -362,6 +362,9 @@ impl Store {
     ///
     /// Returns how many events had a body, and where the next step begins, or `None` after the last
     /// step. Unreadable events keep their body: nothing else is known of them.
+    ///
+    /// The position is read before the transaction, which then holds the write lock for one
+    /// statement.
     pub async fn forget_bodies(
         &self,
         before_ms: i64,
@@ -370,7 +373,7 @@ impl Store {
     ) -> Result<(u64, Option<(i64, EventKey)>), StoreError> {
         let (received_ms, key) = after.unwrap_or(FIRST);
         let (key, limit) = (&key.0[..], i64::from(limit));
-        let mut session = self.transaction().await?;
+        let mut session = self.session().await?;
         type Row = (i64, Vec<u8>);
         let sql = RECEIVED_BEFORE;
         let found = rows!(
@@ -383,11 +386,12 @@ impl Store {
             before_ms,
             limit
         )?;
+        session.done().await?;
         let Some((last_ms, last_key)) = found.last() else {
-            session.commit().await?;
             return Ok((0, None));
         };
 
+        let mut session = self.writing().await?;
         let pruned = execute!(session, PRUNE, received_ms, key, *last_ms, &last_key[..])?;
         session.commit().await?;
         Ok((pruned, Some((*last_ms, event_key(last_key.clone())?))))

@@ -125,6 +125,9 @@ const PAGE_OF_TENANT: &str = page!("and tenant_uid = $6 order by stored_ms desc,
 const PAGE_OF_STRIPE_INVOICE: &str = page!("and stripe_invoice_id = $6");
 const PAGE_OF_TENANT_AND_STRIPE_INVOICE: &str =
     page!("and tenant_uid = $6 and stripe_invoice_id = $7");
+const BY_NAME: &str = "
+    select tenant_uid, invoice_uid, stripe_invoice_id, document, imported_states, stored_ms, revision
+    from invoices where tenant_uid = $1 and invoice_uid = $2";
 /// Prefix search: `$2` is an upper bound above every uid that starts with `$1`.
 const BY_UID: &str = documents!(
     "where invoice_uid >= $1 and invoice_uid < $2 order by invoice_uid, tenant_uid limit $3",
@@ -178,7 +181,7 @@ impl Store {
         precondition: &Precondition<'_>,
     ) -> Result<Put, StoreError> {
         let answers = self
-            .put_with_retries(std::slice::from_ref(new), now_ms, precondition)
+            .put_with_retries(std::slice::from_ref(new), now_ms, Some(precondition))
             .await?;
         Ok(answers[0])
     }
@@ -190,7 +193,7 @@ impl Store {
         batch: &[NewInvoice],
         now_ms: i64,
     ) -> Result<Vec<Put>, StoreError> {
-        self.put_with_retries(batch, now_ms, &|_| true).await
+        self.put_with_retries(batch, now_ms, None).await
     }
 
     /// Repeats the transaction while others conflict with it.
@@ -198,7 +201,7 @@ impl Store {
         &self,
         batch: &[NewInvoice],
         now_ms: i64,
-        precondition: &Precondition<'_>,
+        precondition: Option<&Precondition<'_>>,
     ) -> Result<Vec<Put>, StoreError> {
         let mut attempt = 1;
         loop {
@@ -218,25 +221,34 @@ impl Store {
         &self,
         batch: &[NewInvoice],
         now_ms: i64,
-        precondition: &Precondition<'_>,
+        precondition: Option<&Precondition<'_>>,
     ) -> Result<Vec<Put>, StoreError> {
         let mut session = self.transaction().await?;
         let mut answers = Vec::with_capacity(batch.len());
         for new in batch {
-            let NewInvoice {
-                tenant_uid,
-                invoice_uid,
-                ..
-            } = new;
-            let (stored, _) =
-                invoice_reads::read(&mut session, tenant_uid, invoice_uid, Reader::Internal)
-                    .await?;
-            let answer = if precondition(stored.as_ref()) {
-                write(&mut session, new, stored, now_ms).await?
-            } else {
-                Put::PreconditionFailed
+            let (tenant_uid, invoice_uid) = (&new.tenant_uid, &new.invoice_uid);
+            // Only a precondition needs the observations, and gathering them takes the longest.
+            let stored = match precondition {
+                Some(_) => {
+                    invoice_reads::read(&mut session, tenant_uid, invoice_uid, Reader::Internal)
+                        .await?
+                        .0
+                }
+                None => rows!(
+                    session,
+                    fetch_optional,
+                    InvoiceRow,
+                    BY_NAME,
+                    tenant_uid,
+                    invoice_uid
+                )?
+                .map(stored_invoice),
             };
-            answers.push(answer);
+            if precondition.is_some_and(|holds| !holds(stored.as_ref())) {
+                answers.push(Put::PreconditionFailed);
+            } else {
+                answers.push(write(&mut session, new, stored, now_ms).await?);
+            }
         }
         session.commit().await?;
         Ok(answers)

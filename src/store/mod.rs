@@ -36,12 +36,20 @@ pub use reconcile::{
 
 pub use engine::postgres_server::Durability;
 
+use std::time::Duration;
+
 use engine::connection::Connection;
 use engine::postgres::PostgresStore;
 use engine::sqlite::SqliteStore;
 
 /// Rare things are counted up to this number; there may be more.
 pub const COUNT_LIMIT: u32 = 10_000;
+
+/// Shortest pause after a write of a batch command. A commit that takes less leaves no time for a
+/// waiting process to try again.
+const MIN_PAUSE: Duration = Duration::from_millis(5);
+/// Longest pause. A write that took longer was waiting for others itself.
+const MAX_PAUSE: Duration = Duration::from_secs(1);
 
 /// A database. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -137,6 +145,17 @@ impl Store {
         match &self.0 {
             Engine::Sqlite(_) => Durability::SAFE,
             Engine::Postgres(store) => store.durability(),
+        }
+    }
+
+    /// Pauses a batch command after a write that took `worked`, so that a serving process can write.
+    ///
+    /// SQLite has one write lock and no queue for it: a waiting process tries again after 1 to
+    /// 100 ms, and starves beside a process that takes the lock again at once. A pause as long as the work
+    /// leaves half of the time to others. PostgreSQL locks rows, and needs no pause.
+    pub async fn pause_after_write(&self, worked: Duration) {
+        if matches!(self.0, Engine::Sqlite(_)) {
+            tokio::time::sleep(worked.clamp(MIN_PAUSE, MAX_PAUSE)).await;
         }
     }
 

@@ -152,10 +152,11 @@ impl OpenFiles {
         self.log.verify().is_err() && self.database.verify().is_ok()
     }
 
-    /// Returns true if the log is shorter than it was. Either somebody made a truncating
+    /// Returns true if the opened log is shorter than it was. Either somebody made a truncating
     /// checkpoint, and nothing is lost, or somebody cut the file.
     pub(super) fn is_log_shorter(&self) -> bool {
-        length(&self.log.path) < self.log_bytes.load(Ordering::Relaxed)
+        let is_shorter = length(&self.log.path) < self.log_bytes.load(Ordering::Relaxed);
+        is_shorter && self.log.verify().is_ok()
     }
 
     /// Records the present length of the log as the largest one.
