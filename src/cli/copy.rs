@@ -1,4 +1,4 @@
-//! `copy`: everything to another database, and all histories compared at the end.
+//! `copy`: copies everything to another database, and compares all histories at the end.
 
 use clap::Args;
 use serde_json::json;
@@ -7,23 +7,22 @@ use super::output;
 use super::{Exit, GlobalArgs};
 use crate::clock::Clock;
 use crate::config::{Config, ConfigErrors, Flags, Purpose};
-use crate::jobs::copy::{self, Carried, CopyError, CopyReport, Differing, Mismatch};
+use crate::jobs::copy::{self, CopyError, CopyReport, Differing, Mismatch, TableCounts};
 use crate::store::{Store, StoreError};
 use crate::telemetry;
 
-/// Carry everything to another database, and compare all histories at the end
+/// Copy everything to another database, and compare all histories at the end
 #[derive(Args)]
 #[command(after_help = "Examples:
   stripe-reconciler copy --to postgres://USER:PASSWORD@HOST/DATABASE           from SQLite, beside a running serve
   COPY_TO_FILE=/run/secrets/new-database stripe-reconciler copy                so that no password is on the command line
   stripe-reconciler copy --database-url postgres://... --to sqlite://new.db    the other way
 
-The other database must be empty, or a copy made before: then only what is new, has changed or has gone is carried. It is
-refused when anything but copy has written to it. A run that was interrupted is simply begun again. The first runs may be
-made while serve goes on; the last one when nothing writes to the old database any more. It exits with 3 when the
-histories differ.")]
+The other database must be empty or an earlier copy; then only new, changed and deleted rows are applied. A database that
+another command has written to is rejected. An interrupted copy is simply started again. The first copies may run while
+serve runs; make the last one when nothing writes to the old database any more. The exit code is 3 if histories differ.")]
 pub struct Copy {
-    /// The database to copy to [env: COPY_TO, better: a flag can be seen in the list of processes]
+    /// Copy to this database [env: COPY_TO, better: a flag is visible in the list of processes]
     #[arg(long, value_name = "DATABASE_URL")]
     to: Option<String>,
     /// Print the report as JSON
@@ -31,11 +30,11 @@ pub struct Copy {
     json: bool,
 }
 
-/// Invoices whose histories differ that are named to a person.
+/// Differing invoices that the text output names.
 const SHOWN: usize = 20;
 
-/// How long each part took, in milliseconds.
-struct Took {
+/// Duration of each part, in milliseconds.
+struct Durations {
     carrying_ms: i64,
     comparing_ms: i64,
 }
@@ -49,6 +48,7 @@ impl Copy {
             },
             Purpose::Copy,
         )?;
+
         let to = config.copy_to.take().unwrap_or_default();
         telemetry::start(config.telemetry);
         let source = opened(
@@ -58,13 +58,14 @@ impl Copy {
         .await?;
         let target = opened("COPY_TO", Store::connect(&to).await).await?;
         let (report, took) = copy(&source, &target).await.map_err(|error| match error {
-            CopyError::Refused(_) | CopyError::Superseded => {
+            CopyError::TargetInUse(_) | CopyError::Superseded => {
                 ConfigErrors(vec![error.to_string()]).into()
             }
             CopyError::Store(error) => anyhow::Error::from(error),
         })?;
         source.close().await;
         target.close().await;
+
         if self.json {
             output::line(serde_json::to_string_pretty(&as_json(&report, &took))?)?;
         } else {
@@ -78,7 +79,7 @@ impl Copy {
     }
 }
 
-/// Migrated.
+/// Migrates the database and names it in errors.
 async fn opened(name: &str, connected: Result<Store, StoreError>) -> anyhow::Result<Store> {
     let migrated = async {
         let store = connected?;
@@ -90,12 +91,12 @@ async fn opened(name: &str, connected: Result<Store, StoreError>) -> anyhow::Res
         .map_err(|error| anyhow::Error::from(error).context(format!("{name} cannot be opened")))
 }
 
-async fn copy(source: &Store, target: &Store) -> Result<(CopyReport, Took), CopyError> {
+async fn copy(source: &Store, target: &Store) -> Result<(CopyReport, Durations), CopyError> {
     let clock = Clock::system();
     let mut copy = copy::Copying::begin(source, target).await?;
     let started_ms = clock.now_ms();
     let bar = output::progress("");
-    copy.carry(|table, rows| {
+    copy.copy_tables(|table, rows| {
         if bar.message() != table {
             bar.set_message(table);
             bar.reset();
@@ -103,30 +104,32 @@ async fn copy(source: &Store, target: &Store) -> Result<(CopyReport, Took), Copy
         bar.set_position(rows);
     })
     .await?;
-    let carried_ms = clock.now_ms();
+    let copied_ms = clock.now_ms();
+
     bar.set_message("histories compared");
     bar.reset();
     let report = copy.compare(|invoices| bar.set_position(invoices)).await?;
     bar.finish_and_clear();
+
     Ok((
         report,
-        Took {
-            carrying_ms: carried_ms - started_ms,
-            comparing_ms: clock.now_ms() - carried_ms,
+        Durations {
+            carrying_ms: copied_ms - started_ms,
+            comparing_ms: clock.now_ms() - copied_ms,
         },
     ))
 }
 
-fn print(report: &CopyReport, took: &Took) -> anyhow::Result<()> {
+fn print(report: &CopyReport, took: &Durations) -> anyhow::Result<()> {
     let row = |(
         table,
-        Carried {
+        TableCounts {
             rows,
             new,
             changed,
             removed,
         },
-    ): &(&str, Carried)| {
+    ): &(&str, TableCounts)| {
         [
             [(*table).to_owned()].as_slice(),
             &[rows, new, changed, removed].map(u64::to_string),
@@ -137,7 +140,7 @@ fn print(report: &CopyReport, took: &Took) -> anyhow::Result<()> {
         &["TABLE", "ROWS", "NEW", "CHANGED", "REMOVED"],
         report.tables.iter().map(row).collect(),
     ))?;
-    let rows: u64 = report.tables.iter().map(|(_, carried)| carried.rows).sum();
+    let rows: u64 = report.tables.iter().map(|(_, counts)| counts.rows).sum();
     output::line(format!("\n{rows} rows in {}", rate(rows, took.carrying_ms)))?;
     let compared = format!(
         "{} histories compared in {}",
@@ -172,19 +175,19 @@ fn print(report: &CopyReport, took: &Took) -> anyhow::Result<()> {
         ))?;
     }
     output::note(
-        "What was written to the old database meanwhile differs, too: stop what writes there, and copy again.",
+        "Writes to the old database during the copy also show as differences: stop them, and copy again.",
     );
     Ok(())
 }
 
-/// `12.3 s (4567 a second)`
+/// Formats a duration and a rate: `12.3 s (4567 a second)`.
 fn rate(count: u64, ms: i64) -> String {
     let seconds = ms.max(1) as f64 / 1000.0;
     format!("{seconds:.1} s ({:.0} a second)", count as f64 / seconds)
 }
 
-fn as_json(report: &CopyReport, took: &Took) -> serde_json::Value {
-    let tables = report.tables.iter().map(|(table, Carried { rows, new, changed, removed })| {
+fn as_json(report: &CopyReport, took: &Durations) -> serde_json::Value {
+    let tables = report.tables.iter().map(|(table, TableCounts { rows, new, changed, removed })| {
         json!({"table": table, "rows": rows, "new": new, "changed": changed, "removed": removed})
     });
     let differing = report.named.iter().map(|differing| {

@@ -1,4 +1,6 @@
-//! `events`: what was received, in a list, one by one, or all of it for `replay`.
+//! `events`: lists, shows, exports and prunes received events.
+
+use std::time::Instant;
 
 use clap::{Args, Subcommand};
 use serde_json::json;
@@ -10,7 +12,7 @@ use crate::config::ConfigErrors;
 use crate::queries::events::{self, Body, OutcomeFilter, PageRequest, Shown};
 use crate::store::{LoggedEvent, Outcome, Store};
 
-/// List, show, export and prune what was received
+/// List, show, export and prune received events
 #[derive(Args)]
 #[command(after_help = "Examples:
   stripe-reconciler events list --outcome unreadable
@@ -22,36 +24,36 @@ pub struct Events {
 
 #[derive(Subcommand)]
 enum Command {
-    /// List events, the latest received first
+    /// List events, newest receipt first
     #[command(after_help = "Examples:
   stripe-reconciler events list --invoice in_1Q...
   stripe-reconciler events list --outcome unreadable
   stripe-reconciler events list --outcome unmatched
   stripe-reconciler events list --limit 1000 --json")]
     List(List),
-    /// Show an event, in all renderings that were received
+    /// Show all received renderings of an event
     #[command(after_help = "Examples:
   stripe-reconciler events show evt_1Q... --json
   stripe-reconciler events list --outcome unreadable --json | jq -r .key | head -1 | xargs stripe-reconciler events show")]
     Show {
-        /// evt_..., or the key that `events list --json` shows: what is unreadable has no id
+        /// evt_..., or the key from `events list --json`: an unreadable event has no id
         #[arg(value_name = "ID")]
         id: String,
         /// Print JSON
         #[arg(long)]
         json: bool,
     },
-    /// Write all events to standard output, one a line, oldest receipt first: what `replay` reads
+    /// Write all events to standard output, one per line, oldest receipt first, as `replay` reads them
     #[command(after_help = "Example:\n  stripe-reconciler events export > events.jsonl")]
     Export,
-    /// Forget the payload bytes of old events; what they told, and their ids, stay
+    /// Delete the payload bytes of old events; their ids and facts stay
     #[command(after_help = "Example:\n  stripe-reconciler events prune --older-than 90d")]
     Prune(Prune),
 }
 
 #[derive(Args)]
 struct Prune {
-    /// How long ago they were received: a number and s, m, h or d
+    /// Prune events received longer ago than this: a number and s, m, h or d
     #[arg(long, value_name = "DURATION")]
     older_than: String,
     /// Print the counts as JSON
@@ -67,13 +69,13 @@ struct List {
     /// Only events that name this Stripe invoice
     #[arg(long, value_name = "in_...")]
     invoice: Option<String>,
-    /// Only with this outcome: recorded, no_payment_fact, unreadable; or unmatched: it names an invoice that nobody stored
+    /// Only with this outcome: recorded, no_payment_fact, unreadable; or unmatched: the event names an invoice that is not stored
     #[arg(long)]
     outcome: Option<String>,
-    /// How many at most
+    /// Print at most this many
     #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..))]
     limit: u32,
-    /// Print JSON, one event a line
+    /// Print JSON, one event per line
     #[arg(long)]
     json: bool,
 }
@@ -91,8 +93,10 @@ impl Events {
     }
 }
 
-/// Rows read at a time.
+/// Events per page that is read.
 const PAGE: u32 = 500;
+/// Events per transaction of `prune`. On SQLite a delivery waits for the transaction.
+const PRUNE_BATCH: u32 = 50;
 
 impl List {
     async fn run(self, settings: GlobalArgs) -> anyhow::Result<Exit> {
@@ -142,31 +146,35 @@ impl List {
 }
 
 impl Prune {
-    /// In small steps: deliveries go on in between.
+    /// Prunes in small transactions. Deliveries get their turn in between.
     async fn run(self, settings: GlobalArgs) -> anyhow::Result<Exit> {
         let before_ms = Clock::system()
             .now_ms()
             .saturating_sub(duration_ms("--older-than", &self.older_than)?);
         let store = settings.store(Access::Writes).await?;
         let bar = output::progress("events");
-        let (mut after, mut forgotten) = (None, 0);
+
+        let (mut after, mut pruned) = (None, 0);
         loop {
-            let (step, next) = store.forget_bodies(before_ms, after, PAGE).await?;
-            forgotten += step;
-            bar.inc(u64::from(PAGE));
+            let started = Instant::now();
+            let (count, next) = store.forget_bodies(before_ms, after, PRUNE_BATCH).await?;
+            pruned += count;
+            bar.inc(u64::from(PRUNE_BATCH));
             if next.is_none() {
                 break;
             }
             after = next;
+            if count > 0 {
+                store.pause_after_write(started.elapsed()).await;
+            }
         }
         bar.finish_and_clear();
         store.close().await;
+
         if self.json {
-            output::line(json!({"forgotten": forgotten}))?;
+            output::line(json!({"forgotten": pruned}))?;
         } else {
-            output::line(format!(
-                "{forgotten} events forgot their bytes; what they told, and their ids, stay"
-            ))?;
+            output::line(format!("{pruned} events pruned; their ids and facts stay"))?;
         }
         Ok(Exit::Done)
     }
@@ -176,7 +184,7 @@ fn row(event: &LoggedEvent) -> Vec<String> {
     vec![
         output::time(Some(event.received_ms)),
         output::time(event.created_s.map(|s| s * 1000)),
-        // What has no id goes by its key: `show` finds it.
+        // `show` finds an event without an id by its key.
         event.id.clone().unwrap_or_else(|| hex::encode(event.key.0)),
         output::or_dash(&event.event_type),
         match &event.unreadable_reason {
@@ -220,7 +228,7 @@ fn print(shown: &Shown) -> anyhow::Result<()> {
     output::line(match &shown.body {
         Body::Json(json) => json.get(),
         Body::Text(text) => text,
-        Body::Pruned => "(its bytes are forgotten)",
+        Body::Pruned => "(its bytes are pruned)",
     })?;
     output::line("")
 }
@@ -231,33 +239,31 @@ async fn export(store: &Store) -> anyhow::Result<Exit> {
         let page = store.stored_bodies(after, PAGE).await?;
         let Some(last) = page.last() else { break };
         after = Some((last.logged.received_ms, last.logged.key));
+
         let mut lines = Vec::new();
         for stored in &page {
-            match stored
-                .body
-                .as_deref()
-                .filter(|_| stored.logged.outcome != Outcome::Unreadable)
-            {
-                Some(body) => {
+            match &stored.body {
+                Some(body) if stored.logged.outcome != Outcome::Unreadable => {
                     lines.extend(on_one_line(body));
                     lines.push(b'\n');
                 }
-                None => left_out += 1,
+                _ => left_out += 1,
             }
         }
         output::bytes(&lines)?;
     }
+
     if left_out > 0 {
         output::note(format!(
-            "{left_out} events are left out: unreadable, or their bytes are forgotten"
+            "{left_out} events are left out: unreadable, or their bytes are pruned"
         ));
     }
     Ok(Exit::Done)
 }
 
-/// JSON without the line breaks between its parts; nothing inside strings or numbers is touched.
+/// Removes the line breaks between the parts of a JSON document. Strings and numbers stay verbatim.
 fn on_one_line(json: &[u8]) -> Vec<u8> {
-    // A line break inside a string is escaped, so every raw one stands between two parts.
+    // A line break inside a string is escaped, so every raw one lies between two parts.
     json.split(|b| *b == b'\n' || *b == b'\r')
         .map(<[u8]>::trim_ascii_start)
         .collect::<Vec<_>>()
@@ -267,7 +273,7 @@ fn on_one_line(json: &[u8]) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     #[test]
-    fn a_pretty_event_fits_on_one_line_with_its_strings_untouched() {
+    fn pretty_event_becomes_one_line() {
         let pretty = b"{\n  \"a\": \"x  y \\n\",\r\n  \"b\": 1.50\n}\n";
         assert_eq!(
             super::on_one_line(pretty),

@@ -1,19 +1,19 @@
-//! `invoices`: import documents, show one, list all with the state they are in.
+//! `invoices`: imports documents, prints one, lists all with their payment state.
 
 use std::io::Write;
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
-use indicatif::ProgressBar;
 use serde_json::json;
 
+use super::document_progress::DocumentProgress;
 use super::output;
 use super::{Access, Exit, GlobalArgs};
 use crate::clock::Clock;
 use crate::config::ConfigErrors;
 use crate::domain::history::Entry;
 use crate::domain::invoice::schema::validate_uid;
-use crate::jobs::import::{self, ImportCounts, ProgressSink, Refused};
+use crate::jobs::import::{ImportCounts, Importer};
 use crate::queries::invoices::{PageRequest, StateFilter, page, render, render_with};
 use crate::store::{Store, StoredInvoice};
 
@@ -34,13 +34,13 @@ enum Command {
   stripe-reconciler invoices import --tenant acme invoices.jsonl
   generate-invoices | stripe-reconciler invoices import --tenant acme -
 
-All valid documents are stored; each faulty one is reported as FILE:LINE: POINTER: reason, and the exit code is 1.
+All valid documents are stored. Each invalid one is reported as FILE:LINE: POINTER: reason, and the exit code is 1.
 metadata.uid names the invoice, status.stripeInvoiceId the invoice at Stripe.")]
     Import(Import),
-    /// Print one invoice, as HTTP answers it
+    /// Print one invoice, as the HTTP API returns it
     #[command(after_help = "Example:\n  stripe-reconciler invoices get acme inv-2026-01")]
     Get { tenant: String, uid: String },
-    /// List invoices with the state they are in, the newest first
+    /// List invoices with their payment state, newest first
     #[command(after_help = "Examples:
   stripe-reconciler invoices list --tenant acme --state PaymentFailed
   stripe-reconciler invoices list --json | jq -r .metadata.uid")]
@@ -49,10 +49,10 @@ metadata.uid names the invoice, status.stripeInvoiceId the invoice at Stripe.")]
 
 #[derive(Args)]
 struct Import {
-    /// Whose invoices they are
+    /// Store the invoices for this tenant
     #[arg(long)]
     tenant: String,
-    /// Files; - is standard input
+    /// Read these files; - is standard input
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
     /// Print the counts as JSON
@@ -62,12 +62,13 @@ struct Import {
 
 #[derive(Args)]
 struct List {
+    /// Only of this tenant
     #[arg(long)]
     tenant: Option<String>,
-    /// Paid, PaymentPending, PaymentInProgress, PaymentFailed, or none: without an entry
+    /// Only in this state: Paid, PaymentPending, PaymentInProgress, PaymentFailed, or none: without an entry
     #[arg(long)]
     state: Option<String>,
-    /// Print the documents, one a line
+    /// Print the documents, one per line
     #[arg(long)]
     json: bool,
 }
@@ -89,70 +90,38 @@ impl Import {
         validate_uid(&self.tenant)
             .map_err(|reason| ConfigErrors(vec![format!("--tenant {reason}")]))?;
         let store = settings.store(Access::Writes).await?;
-        let mut counts = ImportCounts::default();
-        let mut screen = Screen(output::progress("invoices"));
+
+        let mut progress = DocumentProgress::start("invoices");
+        let mut importer = Importer {
+            store: &store,
+            tenant_uid: &self.tenant,
+            clock: &Clock::system(),
+            sink: &mut progress,
+            counts: ImportCounts::default(),
+        };
         for file in &self.files {
-            import::file(
-                &store,
-                &self.tenant,
-                file,
-                &Clock::system(),
-                &mut screen,
-                &mut counts,
-            )
-            .await?;
+            importer.import_file(file).await?;
         }
-        screen.0.finish_and_clear();
         let ImportCounts {
             created,
             replaced,
-            refused,
-        } = counts;
+            invalid,
+        } = importer.counts;
+        progress.finish();
+
         if self.json {
-            output::line(json!({"created": created, "replaced": replaced, "refused": refused}))?;
+            output::line(json!({"created": created, "replaced": replaced, "refused": invalid}))?;
         } else {
             output::line(format!(
-                "{created} stored, {replaced} replaced, {refused} refused"
+                "{created} stored, {replaced} replaced, {invalid} refused"
             ))?;
         }
         store.close().await;
-        Ok(if refused > 0 {
+        Ok(if invalid > 0 {
             Exit::Refused
         } else {
             Exit::Done
         })
-    }
-}
-
-struct Screen(ProgressBar);
-
-impl ProgressSink for Screen {
-    fn refused(&mut self, refused: Refused) {
-        let file = if refused.file.as_os_str() == "-" {
-            "standard input".into()
-        } else {
-            refused.file.display().to_string()
-        };
-        let place = if refused.line == 0 {
-            file
-        } else {
-            format!("{file}:{}", refused.line)
-        };
-        self.0.suspend(|| {
-            for fault in &refused.faults {
-                let pointer = if fault.pointer.is_empty() {
-                    String::new()
-                } else {
-                    format!("{}: ", fault.pointer)
-                };
-                output::note(format!("{place}: {pointer}{}", fault.reason));
-            }
-        });
-    }
-
-    fn progress(&mut self, counts: ImportCounts) {
-        self.0
-            .set_position(counts.created + counts.replaced + counts.refused);
     }
 }
 

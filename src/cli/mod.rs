@@ -3,6 +3,7 @@
 mod copy;
 mod demo;
 mod doctor;
+mod document_progress;
 mod events;
 mod healthcheck;
 mod invoices;
@@ -23,6 +24,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::clock::Clock;
 use crate::config::{Config, ConfigErrors, Flags, Purpose};
+use crate::domain::duration;
 use crate::ingest::batch_writer::AppendError;
 use crate::jobs::replay::ReplayError;
 use crate::reconcile::ReconcileError;
@@ -210,23 +212,7 @@ async fn open(config: Config, access: Access) -> anyhow::Result<Store> {
     Ok(store)
 }
 
-/// `90d`, `12h`, `30m`, `10s` in milliseconds.
+/// Reads the duration of a flag, in milliseconds.
 fn duration_ms(flag: &str, text: &str) -> Result<i64, ConfigErrors> {
-    let mistake = || {
-        ConfigErrors(vec![format!(
-            "{flag}: `{text}` is no duration such as 90d, 12h, 30m or 10s"
-        )])
-    };
-    let unit_ms = match text.chars().last() {
-        Some('s') => 1_000,
-        Some('m') => 60_000,
-        Some('h') => 3_600_000,
-        Some('d') => 86_400_000,
-        _ => return Err(mistake()),
-    };
-    let number: i64 = text[..text.len() - 1].parse().map_err(|_| mistake())?;
-    number
-        .checked_mul(unit_ms)
-        .filter(|ms| *ms > 0)
-        .ok_or_else(mistake)
+    duration::parse_ms(text).map_err(|reason| ConfigErrors(vec![format!("{flag}: {reason}")]))
 }

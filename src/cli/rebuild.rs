@@ -1,4 +1,4 @@
-//! `rebuild`: derive all facts again from the stored bytes, and say what differs.
+//! `rebuild`: derives all facts again from the stored bytes, and prints the differences.
 
 use std::collections::BTreeMap;
 
@@ -10,11 +10,11 @@ use super::{Access, Exit, GlobalArgs};
 use crate::jobs::rebuild::{self, RebuildDifference, RebuildReport, WriteMode};
 use crate::store::Store;
 
-/// Derive all facts again from the stored bytes, and print what differs, by invoice
+/// Derive all facts again from the stored bytes, and print the differences by invoice
 #[derive(Args)]
 #[command(after_help = "Examples:
-  stripe-reconciler rebuild --dry-run     what would change; exits with 3 if anything would
-  stripe-reconciler rebuild               put it right; exits with 3 if anything differed")]
+  stripe-reconciler rebuild --dry-run     print what would change; exit with 3 if anything would
+  stripe-reconciler rebuild               save it; exit with 3 if anything differed")]
 pub struct Rebuild {
     /// Change nothing
     #[arg(long)]
@@ -32,9 +32,11 @@ impl Rebuild {
             (WriteMode::Save, Access::Writes)
         };
         let store = settings.store(access).await?;
+
         let bar = output::progress("events");
-        let report = rebuild::run(&store, mode, |done| bar.set_position(done)).await?;
+        let report = rebuild::rebuild(&store, mode, |done| bar.set_position(done)).await?;
         bar.finish_and_clear();
+
         let holders = holders(&store, &report).await?;
         if self.json {
             print_json(&report, &holders)?;
@@ -42,6 +44,7 @@ impl Rebuild {
             print_text(&report, &holders, mode)?;
         }
         store.close().await;
+
         Ok(if report.differs() {
             Exit::Differs
         } else {
@@ -50,7 +53,7 @@ impl Rebuild {
     }
 }
 
-/// Tenant and uid by Stripe invoice.
+/// Tenant and uid of the stored invoice, by Stripe invoice.
 type Holders = BTreeMap<String, (String, String)>;
 
 async fn holders(store: &Store, report: &RebuildReport) -> anyhow::Result<Holders> {
@@ -68,7 +71,7 @@ fn print_text(report: &RebuildReport, holders: &Holders, mode: WriteMode) -> any
             match (stripe_invoice_id.as_str(), holders.get(stripe_invoice_id)) {
                 ("", _) => "no invoice named".to_owned(),
                 (id, Some((tenant, uid))) => format!("invoice {uid} of {tenant} ({id})"),
-                (id, None) => format!("{id}, which no stored invoice holds"),
+                (id, None) => format!("{id}, which no stored invoice has"),
             },
         )?;
         for RebuildDifference {
@@ -87,6 +90,7 @@ fn print_text(report: &RebuildReport, holders: &Holders, mode: WriteMode) -> any
             output::line(format!("    is  {is}"))?;
         }
     }
+
     let differing = report.differing.len();
     let (events, pruned) = (report.events, report.pruned);
     let verb = if mode == WriteMode::DryRun {

@@ -8,7 +8,7 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::output;
-use super::{Access, Exit, GlobalArgs, open};
+use super::{Access, Exit, GlobalArgs, duration_ms, open};
 use crate::clock::Clock;
 use crate::config::{Config, ConfigErrors, Flags, Purpose};
 use crate::domain::run_summary::RunSummary;
@@ -171,29 +171,9 @@ async fn run_under_lease(context: &ReconcileContext, plan: Plan) -> Result<Repor
     lease.run(reconcile::run(context, plan)).await
 }
 
+/// Reads `--since`, in seconds.
 fn parse_since(text: &str) -> Result<i64, ConfigErrors> {
-    let invalid = || {
-        ConfigErrors(vec![format!(
-            "--since: invalid duration `{text}`: expected a number and a unit, such as 30d, 12h or 90m"
-        )])
-    };
-
-    let (number, unit) = text
-        .split_at_checked(text.len().saturating_sub(1))
-        .ok_or_else(invalid)?;
-    let unit_s = match unit {
-        "d" => 24 * 3600,
-        "h" => 3600,
-        "m" => 60,
-        _ => return Err(invalid()),
-    };
-
-    let number: i64 = number
-        .parse()
-        .ok()
-        .filter(|n| (1..=100_000).contains(n))
-        .ok_or_else(invalid)?;
-    Ok(number * unit_s)
+    Ok(duration_ms("--since", text)? / 1000)
 }
 
 fn print_counts(report: &Report) -> anyhow::Result<()> {
@@ -415,18 +395,4 @@ fn row(run: &Run) -> anyhow::Result<Vec<String>> {
     let mut row = vec![output::time(Some(run.started_ms)), format!("{seconds:.1}")];
     row.extend(counts.iter().map(i64::to_string));
     Ok(row)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn duration_needs_number_and_unit() {
-        assert_eq!(parse_since("30d").unwrap(), 30 * 24 * 3600);
-        assert_eq!(parse_since("90m").unwrap(), 5400);
-        for wrong in ["", "d", "30", "-1d", "0h", "1.5h", "30é"] {
-            assert!(parse_since(wrong).is_err(), "{wrong}");
-        }
-    }
 }

@@ -1,19 +1,19 @@
-//! `replay`: recorded payloads once more, into the database or to an endpoint.
+//! `replay`: delivers recorded payloads again, to the database or to an endpoint.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::Context;
 use clap::Args;
-use indicatif::ProgressBar;
 use serde_json::json;
 
+use super::document_progress::DocumentProgress;
 use super::output;
 use super::{Access, Exit, GlobalArgs};
 use crate::clock::Clock;
 use crate::config::{Config, ConfigErrors, Flags, Purpose};
 use crate::ingest::batch_writer::BatchWriter;
-use crate::jobs::replay::{self, Endpoint, ProgressSink, ReplayCounts, Target};
+use crate::jobs::replay::{Endpoint, ReplayCounts, Replayer, Target};
 
 /// Deliver recorded payloads again: to the database, or signed afresh to a URL
 #[derive(Args)]
@@ -23,10 +23,10 @@ use crate::jobs::replay::{self, Endpoint, ProgressSink, ReplayCounts, Target};
   curl https://api.stripe.com/v1/events -u $KEY: | stripe-reconciler replay -
   STRIPE_WEBHOOK_SECRET=whsec_... stripe-reconciler replay --to http://127.0.0.1:8080/webhooks/stripe recorded/
 
-A file holds one event, a list answer of /v1/events, an array, or one event a line. Folders are walked for .json and
-.jsonl. Repeating is harmless: what is known already stays one entry.")]
+A file holds one event, a list response of /v1/events, an array, or one event per line. Folders are searched for .json,
+.jsonl and .ndjson. Repeating is harmless: a known event is a duplicate.")]
 pub struct Replay {
-    /// Files and folders; - is standard input
+    /// Read these files and folders; - is standard input
     #[arg(required = true, value_name = "PATH")]
     paths: Vec<PathBuf>,
     /// POST to this webhook endpoint instead, signed with the first secret of STRIPE_WEBHOOK_SECRET
@@ -40,50 +40,40 @@ pub struct Replay {
 impl Replay {
     pub(super) async fn run(self, settings: GlobalArgs) -> anyhow::Result<Exit> {
         let clock = Clock::system();
-        let mut counts = ReplayCounts::default();
-        let mut screen = Screen(output::progress("events"));
-        match self.to.clone() {
-            Some(url) => {
-                let target = Target::Url(Box::new(endpoint(url, &settings.flags(), &clock)?));
-                self.deliver(&target, &clock, &mut screen, &mut counts)
-                    .await?;
-            }
-            None => {
-                let store = settings.store(Access::Writes).await?;
-                let (inbox, writer) = BatchWriter::start(store.clone(), Arc::default());
-                let target = Target::Store(inbox);
-                self.deliver(&target, &clock, &mut screen, &mut counts)
-                    .await?;
-                drop(target);
-                writer.finish().await;
-                store.close().await;
-            }
+        if let Some(url) = self.to.clone() {
+            let endpoint = endpoint(url, &settings.flags(), &clock)?;
+            let counts = self
+                .deliver(&Target::Url(Box::new(endpoint)), &clock)
+                .await?;
+            return self.report(counts);
         }
-        screen.0.finish_and_clear();
+
+        let store = settings.store(Access::Writes).await?;
+        let (batch_writer, writer) = BatchWriter::start_yielding(store.clone(), Arc::default());
+        let target = Target::Store(batch_writer);
+        let counts = self.deliver(&target, &clock).await?;
+
+        // The writer ends when its last sender is dropped.
+        drop(target);
+        writer.finish().await;
+        store.close().await;
         self.report(counts)
     }
 
-    async fn deliver(
-        &self,
-        target: &Target,
-        clock: &Clock,
-        screen: &mut Screen,
-        counts: &mut ReplayCounts,
-    ) -> anyhow::Result<()> {
+    async fn deliver(&self, target: &Target, clock: &Clock) -> anyhow::Result<ReplayCounts> {
+        let mut progress = DocumentProgress::start("events");
+        let mut replayer = Replayer {
+            target,
+            clock,
+            sink: &mut progress,
+            counts: ReplayCounts::default(),
+        };
         for path in &self.paths {
-            let files = match replay::walk(path) {
-                Ok(files) => files,
-                Err(error) => {
-                    counts.refused += 1;
-                    screen.refused(path, 0, &format!("cannot be read: {error}"));
-                    continue;
-                }
-            };
-            for file in files {
-                replay::file(target, &file, clock, screen, counts).await?;
-            }
+            replayer.replay(path).await?;
         }
-        Ok(())
+        let counts = replayer.counts;
+        progress.finish();
+        Ok(counts)
     }
 
     fn report(&self, counts: ReplayCounts) -> anyhow::Result<Exit> {
@@ -92,19 +82,24 @@ impl Replay {
             duplicate,
             no_payment_fact,
             unreadable,
-            refused,
+            invalid,
         } = counts;
+
         if self.json {
-            output::line(
-                json!({"recorded": recorded, "duplicate": duplicate, "no_payment_fact": no_payment_fact,
-                "unreadable": unreadable, "refused": refused}),
-            )?;
+            output::line(json!({
+                "recorded": recorded,
+                "duplicate": duplicate,
+                "no_payment_fact": no_payment_fact,
+                "unreadable": unreadable,
+                "refused": invalid,
+            }))?;
         } else {
             output::line(format!(
-                "{recorded} recorded, {duplicate} duplicate, {no_payment_fact} without a payment fact, {refused} refused"
+                "{recorded} recorded, {duplicate} duplicate, {no_payment_fact} without a payment fact, {invalid} refused"
             ))?;
         }
-        Ok(if refused > 0 {
+
+        Ok(if invalid > 0 {
             Exit::Refused
         } else {
             Exit::Done
@@ -112,6 +107,7 @@ impl Replay {
     }
 }
 
+/// Checks the URL and loads the signing secret.
 fn endpoint(url: String, flags: &Flags, clock: &Clock) -> anyhow::Result<Endpoint> {
     let uri = url
         .parse::<hyper::Uri>()
@@ -119,10 +115,11 @@ fn endpoint(url: String, flags: &Flags, clock: &Clock) -> anyhow::Result<Endpoin
         .filter(|uri| uri.scheme().is_some() && uri.authority().is_some());
     if uri.is_none() {
         return Err(ConfigErrors(vec![format!(
-            "--to: `{url}` is no URL such as http://127.0.0.1:8080/webhooks/stripe"
+            "--to: invalid URL `{url}`: expected one such as http://127.0.0.1:8080/webhooks/stripe"
         )])
         .into());
     }
+
     let config = Config::load(flags, Purpose::Signatures)?;
     crate::telemetry::start(config.telemetry);
     Ok(Endpoint::new(
@@ -130,30 +127,4 @@ fn endpoint(url: String, flags: &Flags, clock: &Clock) -> anyhow::Result<Endpoin
         config.secrets.context("checked with the configuration")?,
         clock.clone(),
     ))
-}
-
-struct Screen(ProgressBar);
-
-impl ProgressSink for Screen {
-    fn refused(&mut self, file: &Path, line: usize, reason: &str) {
-        let place = if line == 0 {
-            file.display().to_string()
-        } else {
-            format!("{}:{line}", file.display())
-        };
-        self.0
-            .suspend(|| output::note(format!("{place}: {reason}")));
-    }
-
-    fn progress(&mut self, counts: ReplayCounts) {
-        let ReplayCounts {
-            recorded,
-            duplicate,
-            no_payment_fact,
-            unreadable,
-            refused,
-        } = counts;
-        self.0
-            .set_position(recorded + duplicate + no_payment_fact + unreadable + refused);
-    }
 }

@@ -1,6 +1,7 @@
 //! Pure functions and values: no clock, no database, no `async`, no environment.
 
 pub mod api_key;
+pub mod duration;
 pub mod history;
 pub mod invoice;
 pub mod money;

@@ -1,26 +1,28 @@
-//! Carries everything to another database, and compares all histories at the end.
+//! Copies everything to another database, and compares all histories at the end.
 //!
-//! No note is kept of how far it has come: both databases are read side by side, by primary key, and what differs is written
-//! over. So a run that was killed is simply begun again, and a later run also carries what has changed or gone since: payloads
-//! that were forgotten, readings that were rebuilt, keys that were revoked.
+//! No progress is saved: both databases are read in parallel, by primary key, and differing rows
+//! are overwritten. So a killed copy is simply started again, and a later copy also applies what
+//! has changed or was deleted since: pruned payloads, rebuilt observations, revoked keys.
+
+use std::cmp::{Ordering, Reverse};
 
 use crate::queries::invoices::render;
 use crate::store::{
     CopyPage, CopyTarget, InvoiceCursor, Row, Store, StoreError, StoredInvoice, Table, Value,
 };
 
-/// Invoices whose histories are read at a time.
+/// Invoices per page when histories are compared.
 const INVOICES: u32 = 100;
-/// Differing invoices that are named in a report.
-pub const NAMED: usize = 1_000;
+/// Differing invoices that a report names.
+pub const MAX_NAMED: usize = 1_000;
 
 #[derive(Debug, thiserror::Error)]
 pub enum CopyError {
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// Nothing was written.
+    /// The target holds rows that a copy would overwrite, or the source is empty. Nothing was written.
     #[error("{0}")]
-    Refused(String),
+    TargetInUse(String),
     #[error(
         "another copy into this database has begun, or a command that writes to it: this one stops"
     )]
@@ -29,22 +31,23 @@ pub enum CopyError {
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct CopyReport {
-    pub tables: Vec<(&'static str, Carried)>,
-    /// Invoices whose answers were compared.
+    pub tables: Vec<(&'static str, TableCounts)>,
+    /// Invoices whose documents were compared.
     pub compared: u64,
-    /// Those whose answers are not the same; named up to [`NAMED`].
+    /// Invoices whose documents differ.
     pub differing: u64,
+    /// The first [`MAX_NAMED`] of them.
     pub named: Vec<Differing>,
 }
 
-/// What became of the rows of a table.
+/// Rows of a table by what the copy did with them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Carried {
-    /// That the source holds.
+pub struct TableCounts {
+    /// Rows that the source holds.
     pub rows: u64,
     pub new: u64,
     pub changed: u64,
-    /// The source no longer holds them.
+    /// Rows that the source no longer holds.
     pub removed: u64,
 }
 
@@ -63,7 +66,7 @@ pub enum Mismatch {
     AnswersOtherwise,
 }
 
-/// A copy under way.
+/// A copy in progress.
 pub struct Copying<'s> {
     source: &'s Store,
     target: &'s Store,
@@ -72,21 +75,18 @@ pub struct Copying<'s> {
 }
 
 impl<'s> Copying<'s> {
-    /// Makes the target a copy of the source, if nothing is lost by it.
+    /// Claims the target for this run, if nothing is lost by it.
     ///
     /// # Errors
-    /// [`CopyError::Refused`] says why not.
+    /// [`CopyError::TargetInUse`] with the reason.
     pub async fn begin(source: &'s Store, target: &'s Store) -> Result<Copying<'s>, CopyError> {
-        let refused = |reason: &str| Err(CopyError::Refused(reason.to_owned()));
+        let in_use = |reason: &str| Err(CopyError::TargetInUse(reason.to_owned()));
         if !source.holds_rows().await? {
-            return refused(
-                "DATABASE_URL names a database that holds nothing: is it the one to copy from?",
-            );
+            return in_use("DATABASE_URL names an empty database: is it the one to copy from?");
         }
-        let (id, run) = (
-            source.copy_id(rand::random_range(1..i64::MAX)).await?,
-            rand::random_range(1..i64::MAX),
-        );
+        let id = source.copy_id(rand::random_range(1..i64::MAX)).await?;
+        let run = rand::random_range(1..i64::MAX);
+
         match target.begin_copy(id, run).await? {
             CopyTarget::Ready => Ok(Copying {
                 source,
@@ -94,108 +94,107 @@ impl<'s> Copying<'s> {
                 run,
                 report: CopyReport::default(),
             }),
-            CopyTarget::InUse => refused(
+            CopyTarget::InUse => in_use(
                 "the database to copy to is in use: a command other than copy has written to it, and what it wrote would be lost. \
                  Copy to an empty database",
             ),
-            CopyTarget::HoldsOther(table) => refused(&format!(
+            CopyTarget::HoldsOther(table) => in_use(&format!(
                 "the database to copy to is not empty: its table {table} holds rows that no copy brought, and they would be lost. \
                  Copy to an empty database"
             )),
-            CopyTarget::CopyOfAnother => refused(
+            CopyTarget::CopyOfAnother => in_use(
                 "the database to copy to holds a copy of another database, which would be lost. Copy to an empty database, or give \
                  the DATABASE_URL that it is a copy of",
             ),
         }
     }
 
-    /// Carries all tables. `progress` gets the name of a table, and how many of its rows are done.
+    /// Copies all tables. `progress` receives the name of a table and the number of rows processed.
     ///
     /// # Errors
-    /// A database cannot be reached, or another process writes to the target: what was carried stays, and the next run goes on.
-    pub async fn carry(
+    /// A database is unavailable, or another process writes to the target. Copied rows stay, and
+    /// the next run continues.
+    pub async fn copy_tables(
         &mut self,
         mut progress: impl FnMut(&'static str, u64),
     ) -> Result<(), CopyError> {
         for table in Table::ALL {
-            let mut carried = Carried::default();
+            let mut counts = TableCounts::default();
             let mut after: Option<Vec<Value>> = None;
             loop {
-                let (here, there) = tokio::try_join!(
+                let (source, target) = tokio::try_join!(
                     self.source.rows_after(table, after.as_deref()),
                     self.target.rows_after(table, after.as_deref())
                 )?;
-                let (pairs, next) = side_by_side(
-                    (here.rows, here.is_last),
-                    (there.rows, there.is_last),
+                let (pairs, next) = align(
+                    (source.rows, source.is_last),
+                    (target.rows, target.is_last),
                     |row| row.key().to_vec(),
                 );
-                self.carry_page(table, pairs, &mut carried).await?;
-                progress(table.name, carried.rows);
+                self.apply_page(table, pairs, &mut counts).await?;
+                progress(table.name, counts.rows);
                 if next.is_none() {
                     break;
                 }
                 after = next;
             }
-            self.report.tables.push((table.name, carried));
+            self.report.tables.push((table.name, counts));
         }
         Ok(())
     }
 
-    async fn carry_page(
+    async fn apply_page(
         &self,
         table: Table,
         pairs: Vec<Pair<Row>>,
-        carried: &mut Carried,
+        counts: &mut TableCounts,
     ) -> Result<(), CopyError> {
-        // Rows that follow one another are read and written together.
-        let (mut stretches, mut gone) = (vec![Vec::new()], Vec::new());
+        // Consecutive differing rows form a run, which is read and written together.
+        let (mut runs, mut deleted) = (vec![Vec::new()], Vec::new());
         for pair in pairs {
-            carried.rows += u64::from(pair.0.is_some());
+            counts.rows += u64::from(pair.0.is_some());
             match pair {
-                (Some(here), Some(there)) if here == there => stretches.push(Vec::new()),
-                (Some(here), there) => {
-                    *(if there.is_some() {
-                        &mut carried.changed
+                (Some(source), Some(target)) if source == target => runs.push(Vec::new()),
+                (Some(source), target) => {
+                    *if target.is_some() {
+                        &mut counts.changed
                     } else {
-                        &mut carried.new
-                    }) += 1;
-                    stretches
-                        .last_mut()
-                        .expect("there is one from the start")
-                        .push(here);
+                        &mut counts.new
+                    } += 1;
+                    let run = runs.last_mut();
+                    run.expect("the list starts with one run").push(source);
                 }
-                (None, Some(there)) => gone.push(there),
+                (None, Some(target)) => deleted.push(target),
                 (None, None) => {}
             }
         }
-        carried.removed += gone.len() as u64;
-        if !gone.is_empty() {
-            self.write(table, &[], &gone).await?;
+        counts.removed += deleted.len() as u64;
+
+        if !deleted.is_empty() {
+            self.write(table, &[], &deleted).await?;
         }
-        if !table.has_payload() {
-            let changed = stretches.concat();
-            return if changed.is_empty() {
-                Ok(())
-            } else {
-                self.write(table, &changed, &[]).await
-            };
+        if table.has_payload() {
+            for run in runs {
+                self.apply_payloads(table, &run).await?;
+            }
+            return Ok(());
         }
-        for stretch in stretches {
-            self.carry_whole(table, &stretch).await?;
+        let changed = runs.concat();
+        if !changed.is_empty() {
+            self.write(table, &changed, &[]).await?;
         }
         Ok(())
     }
 
-    /// Reads rows once more, with their payloads, and writes them, as many at a time as fit into a page.
-    async fn carry_whole(&self, table: Table, stretch: &[Row]) -> Result<(), CopyError> {
-        let mut left = stretch;
+    /// Reads rows again with their payloads and writes them, as many at a time as fit into a page.
+    async fn apply_payloads(&self, table: Table, run: &[Row]) -> Result<(), CopyError> {
+        let mut left = run;
         while let [first, .., last] | [first @ last] = left {
             let CopyPage { rows, is_last } = self
                 .source
                 .rows_between(table, first.key(), last.key())
                 .await?;
-            // Where nothing is left of them, they went away meanwhile.
+            // The rows may have been deleted meanwhile.
             let Some(end) = rows.last().map(|row| row.key().to_vec()) else {
                 break;
             };
@@ -208,48 +207,46 @@ impl<'s> Copying<'s> {
         Ok(())
     }
 
-    async fn write(&self, table: Table, rows: &[Row], gone: &[Row]) -> Result<(), CopyError> {
-        match self.target.apply(self.run, table, rows, gone).await? {
-            true => Ok(()),
-            false => Err(CopyError::Superseded),
+    async fn write(&self, table: Table, rows: &[Row], deleted: &[Row]) -> Result<(), CopyError> {
+        if self.target.apply(self.run, table, rows, deleted).await? {
+            Ok(())
+        } else {
+            Err(CopyError::Superseded)
         }
     }
 
-    /// Compares what both databases answer about every invoice. `progress` gets the number of invoices done.
+    /// Compares the documents of all invoices in both databases. `progress` receives the number of
+    /// invoices compared.
     ///
     /// # Errors
-    /// A database cannot be reached.
+    /// A database is unavailable.
     pub async fn compare(mut self, mut progress: impl FnMut(u64)) -> Result<CopyReport, CopyError> {
         let mut after: Option<InvoiceCursor> = None;
         loop {
-            let (here, there) = tokio::try_join!(
-                self.source
-                    .invoices_page(None, None, after.as_ref(), INVOICES),
-                self.target
-                    .invoices_page(None, None, after.as_ref(), INVOICES)
-            )?;
-            let (here_ends, there_ends) = (
-                here.len() < INVOICES as usize,
-                there.len() < INVOICES as usize,
-            );
-            let newest_first = |i: &StoredInvoice| {
-                (
-                    std::cmp::Reverse(i.stored_ms),
-                    i.tenant_uid.clone(),
-                    i.invoice_uid.clone(),
-                )
+            let read = |store: &'s Store| {
+                let after = after.clone();
+                async move {
+                    store
+                        .invoices_page(None, None, after.as_ref(), INVOICES)
+                        .await
+                }
             };
-            let (pairs, next) = side_by_side((here, here_ends), (there, there_ends), newest_first);
-            for pair in pairs {
+            let (source, target) = tokio::try_join!(read(self.source), read(self.target))?;
+            let is_last = |page: &[StoredInvoice]| page.len() < INVOICES as usize;
+            let is_last = [is_last(&source), is_last(&target)];
+
+            let (pairs, next) = align((source, is_last[0]), (target, is_last[1]), newest_first);
+            for differing in pairs.into_iter().map(difference) {
                 self.report.compared += 1;
-                if let Some(differing) = difference(pair) {
+                if let Some(differing) = differing {
                     self.report.differing += 1;
                     self.report.named.push(differing);
-                    self.report.named.truncate(NAMED);
+                    self.report.named.truncate(MAX_NAMED);
                 }
             }
             progress(self.report.compared);
-            let Some((std::cmp::Reverse(stored_ms), tenant_uid, invoice_uid)) = next else {
+
+            let Some((Reverse(stored_ms), tenant_uid, invoice_uid)) = next else {
                 return Ok(self.report);
             };
             after = Some(InvoiceCursor {
@@ -261,45 +258,48 @@ impl<'s> Copying<'s> {
     }
 }
 
-fn difference(pair: Pair<StoredInvoice>) -> Option<Differing> {
-    let differs = |of: StoredInvoice, how| {
-        let StoredInvoice {
-            tenant_uid,
-            invoice_uid,
-            stripe_invoice_id,
-            ..
-        } = of;
-        Some(Differing {
-            tenant_uid,
-            invoice_uid,
-            stripe_invoice_id,
-            how,
-        })
-    };
-    match pair {
-        (Some(here), Some(there)) if answer(&here) == answer(&there) => None,
-        (Some(here), Some(_)) => differs(here, Mismatch::AnswersOtherwise),
-        (Some(here), None) => differs(here, Mismatch::NotInCopy),
-        (None, Some(there)) => differs(there, Mismatch::OnlyInCopy),
-        (None, None) => None,
-    }
+/// The order in which pages of invoices are read.
+type InvoiceOrder = (Reverse<i64>, String, String);
+
+fn newest_first(invoice: &StoredInvoice) -> InvoiceOrder {
+    (
+        Reverse(invoice.stored_ms),
+        invoice.tenant_uid.clone(),
+        invoice.invoice_uid.clone(),
+    )
 }
 
-/// As HTTP gives it. What is damaged is as damaged in the copy.
-fn answer(invoice: &StoredInvoice) -> Result<String, String> {
+fn difference(pair: Pair<StoredInvoice>) -> Option<Differing> {
+    let (invoice, how) = match pair {
+        (Some(source), Some(target)) if document(&source) == document(&target) => return None,
+        (Some(source), Some(_)) => (source, Mismatch::AnswersOtherwise),
+        (Some(source), None) => (source, Mismatch::NotInCopy),
+        (None, Some(target)) => (target, Mismatch::OnlyInCopy),
+        (None, None) => return None,
+    };
+    Some(Differing {
+        tenant_uid: invoice.tenant_uid,
+        invoice_uid: invoice.invoice_uid,
+        stripe_invoice_id: invoice.stripe_invoice_id,
+        how,
+    })
+}
+
+/// Returns the document as HTTP does. A damaged invoice must be damaged alike in the copy.
+fn document(invoice: &StoredInvoice) -> Result<String, String> {
     render(invoice)
         .map(|document| document.to_string())
         .map_err(|error| error.to_string())
 }
 
-/// What stands on either side under one key.
+/// What source and target hold under one key.
 type Pair<T> = (Option<T>, Option<T>);
 
-/// Two pages in the same order, side by side, as far as both reach (true: nothing follows on that side); and the key after which to
-/// go on. None: that was all.
-fn side_by_side<T, K: Ord>(
-    here: (Vec<T>, bool),
-    there: (Vec<T>, bool),
+/// Pairs two pages of the same order by key, as far as both reach. A page is its rows, and whether
+/// it is the last. Also returns the key after which to continue, or `None` if both are the last.
+fn align<T, K: Ord>(
+    source: (Vec<T>, bool),
+    target: (Vec<T>, bool),
     key: impl Fn(&T) -> K,
 ) -> (Vec<Pair<T>>, Option<K>) {
     let reach = |(rows, is_last): &(Vec<T>, bool)| {
@@ -309,46 +309,47 @@ fn side_by_side<T, K: Ord>(
             rows.last().map(&key)
         }
     };
-    let end = [reach(&here), reach(&there)].into_iter().flatten().min();
+    let end = [reach(&source), reach(&target)].into_iter().flatten().min();
     let is_within = |row: &T| end.as_ref().is_none_or(|end| key(row) <= *end);
-    let (mut here, mut there) = (
-        here.0.into_iter().peekable(),
-        there.0.into_iter().peekable(),
+    let (mut source, mut target) = (
+        source.0.into_iter().peekable(),
+        target.0.into_iter().peekable(),
     );
+
     let mut pairs = Vec::new();
     loop {
         let (left, right) = (
-            here.peek().filter(|row| is_within(row)),
-            there.peek().filter(|row| is_within(row)),
+            source.peek().filter(|row| is_within(row)),
+            target.peek().filter(|row| is_within(row)),
         );
         let order = match (left, right) {
             (None, None) => return (pairs, end),
-            (Some(_), None) => std::cmp::Ordering::Less,
-            (None, Some(_)) => std::cmp::Ordering::Greater,
+            (Some(_), None) => Ordering::Less,
+            (None, Some(_)) => Ordering::Greater,
             (Some(left), Some(right)) => key(left).cmp(&key(right)),
         };
         pairs.push(match order {
-            std::cmp::Ordering::Less => (here.next(), None),
-            std::cmp::Ordering::Equal => (here.next(), there.next()),
-            std::cmp::Ordering::Greater => (None, there.next()),
+            Ordering::Less => (source.next(), None),
+            Ordering::Equal => (source.next(), target.next()),
+            Ordering::Greater => (None, target.next()),
         });
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::side_by_side;
+    use super::align;
 
     #[test]
-    fn pages_are_laid_side_by_side_as_far_as_both_reach() {
-        let lay = |here: (&[i32], bool), there: (&[i32], bool)| {
-            side_by_side(
+    fn pages_align_as_far_as_both_reach() {
+        let aligned = |here: (&[i32], bool), there: (&[i32], bool)| {
+            align(
                 (here.0.to_vec(), here.1),
                 (there.0.to_vec(), there.1),
                 |n| *n,
             )
         };
-        let (pairs, next) = lay((&[1, 2, 4], false), (&[2, 3, 5], true));
+        let (pairs, next) = aligned((&[1, 2, 4], false), (&[2, 3, 5], true));
         assert_eq!(
             (pairs, next),
             (
@@ -361,13 +362,13 @@ mod tests {
                 Some(4)
             )
         );
-        let (pairs, next) = lay((&[1, 2], false), (&[1, 3, 4], false));
+        let (pairs, next) = aligned((&[1, 2], false), (&[1, 3, 4], false));
         assert_eq!(
             (pairs, next),
             (vec![(Some(1), Some(1)), (Some(2), None)], Some(2))
         );
-        let (pairs, next) = lay((&[7], true), (&[], true));
+        let (pairs, next) = aligned((&[7], true), (&[], true));
         assert_eq!((pairs, next), (vec![(Some(7), None)], None));
-        assert_eq!(lay((&[], true), (&[], true)), (vec![], None));
+        assert_eq!(aligned((&[], true), (&[], true)), (vec![], None));
     }
 }

@@ -1,122 +1,134 @@
-//! Invoice documents from files into the store: the valid ones are stored, each faulty one is reported with its place.
+//! Imports invoice documents from files. Valid documents are stored; each invalid one is reported
+//! with its position.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::time::Instant;
 
 use serde_json::Value;
 
-use super::json_reader;
+use super::json_reader::{self, Document};
+use super::{InvalidDocument, ProgressSink};
 use crate::clock::Clock;
 use crate::domain::invoice::schema::InvalidField;
 use crate::queries::invoices::new_invoice;
 use crate::store::{NewInvoice, Put, Store, StoreError};
 
-/// Invoices that share a transaction.
-const BATCH: usize = 500;
+/// Invoices per transaction. On SQLite a delivery waits for the transaction: fifty take some 20 ms.
+const BATCH: usize = 50;
 
-/// Where a document stands that was not stored, and what is wrong with it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Refused {
-    pub file: PathBuf,
-    /// 0: the file as a whole.
-    pub line: usize,
-    pub faults: Vec<InvalidField>,
-}
-
-/// How many documents met which end.
+/// Number of documents by result.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ImportCounts {
     pub created: u64,
     pub replaced: u64,
-    pub refused: u64,
+    pub invalid: u64,
 }
 
-/// Gets to know what happens meanwhile.
-pub trait ProgressSink {
-    fn refused(&mut self, refused: Refused);
-    /// Counts of all files so far.
-    fn progress(&mut self, counts: ImportCounts);
-}
-
-/// Imports one file (`-`: standard input), adding to `counts`.
-///
-/// # Errors
-/// The store cannot be reached; what was stored before stays stored.
-pub async fn file(
-    store: &Store,
-    tenant_uid: &str,
-    path: &Path,
-    clock: &Clock,
-    watcher: &mut impl ProgressSink,
-    counts: &mut ImportCounts,
-) -> Result<(), StoreError> {
-    let mut documents = json_reader::stream(path);
-    let mut batch: Vec<(usize, NewInvoice)> = Vec::with_capacity(BATCH);
-    let refuse =
-        |line: usize, faults: Vec<InvalidField>, watcher: &mut _, counts: &mut ImportCounts| {
-            counts.refused += 1;
-            ProgressSink::refused(
-                watcher,
-                Refused {
-                    file: path.to_owned(),
-                    line,
-                    faults,
-                },
-            );
-        };
-    loop {
-        let document = documents.recv().await;
-        let ended = document.is_none();
-        match document {
-            Some(Ok(document)) => match parse(tenant_uid, document.text) {
-                Ok(invoice) => batch.push((document.line, invoice)),
-                Err(faults) => refuse(document.line, faults, watcher, counts),
-            },
-            Some(Err(error)) => refuse(
-                0,
-                whole(format!("cannot be read: {error}")),
-                watcher,
-                counts,
-            ),
-            None => {}
-        }
-        if batch.len() == BATCH || (ended && !batch.is_empty()) {
-            let (lines, invoices): (Vec<usize>, Vec<NewInvoice>) = batch.drain(..).unzip();
-            for (line, put) in lines
-                .into_iter()
-                .zip(store.put_invoices(&invoices, clock.now_ms()).await?)
-            {
-                match put {
-                    Put::Created => counts.created += 1,
-                    Put::Replaced => counts.replaced += 1,
-                    Put::StripeInvoiceTaken | Put::PreconditionFailed => refuse(
-                        line,
-                        stripe_invoice("is held by another invoice"),
-                        watcher,
-                        counts,
-                    ),
-                    Put::StripeInvoiceFixed => refuse(
-                        line,
-                        stripe_invoice("differs from the one that this invoice holds"),
-                        watcher,
-                        counts,
-                    ),
-                }
-            }
-            watcher.progress(*counts);
-        }
-        if ended {
-            return Ok(());
-        }
+impl ImportCounts {
+    fn total(self) -> u64 {
+        self.created + self.replaced + self.invalid
     }
 }
 
+/// Imports the invoices of one tenant.
+pub struct Importer<'i, P> {
+    pub store: &'i Store,
+    pub tenant_uid: &'i str,
+    pub clock: &'i Clock,
+    pub sink: &'i mut P,
+    pub counts: ImportCounts,
+}
+
+/// An invoice to be stored, and the line on which it begins.
+type Pending = (usize, NewInvoice);
+
+impl<P: ProgressSink> Importer<'_, P> {
+    /// Imports one file (`-`: standard input) and adds to the counts.
+    ///
+    /// # Errors
+    /// The store is unavailable. Invoices stored before stay stored.
+    pub async fn import_file(&mut self, path: &Path) -> Result<(), StoreError> {
+        let mut documents = json_reader::stream(path);
+        let mut batch: Vec<Pending> = Vec::with_capacity(BATCH);
+
+        while let Some(document) = documents.recv().await {
+            match document {
+                Ok(Document { line, text }) => match parse(self.tenant_uid, text) {
+                    Ok(invoice) => batch.push((line, invoice)),
+                    Err(fields) => self.report(path, line, &fields),
+                },
+                Err(error) => {
+                    self.report(path, 0, &whole_document(format!("cannot be read: {error}")));
+                }
+            }
+            if batch.len() == BATCH {
+                self.store_batch(path, &mut batch).await?;
+            }
+        }
+
+        self.store_batch(path, &mut batch).await
+    }
+
+    /// Stores and empties the batch in one transaction, then lets deliveries have their turn.
+    async fn store_batch(
+        &mut self,
+        path: &Path,
+        batch: &mut Vec<Pending>,
+    ) -> Result<(), StoreError> {
+        if batch.is_empty() {
+            return Ok(());
+        }
+        let (lines, invoices): (Vec<usize>, Vec<NewInvoice>) = batch.drain(..).unzip();
+        let started = Instant::now();
+        let results = self
+            .store
+            .put_invoices(&invoices, self.clock.now_ms())
+            .await?;
+        let worked = started.elapsed();
+
+        for (line, put) in lines.into_iter().zip(results) {
+            match put {
+                Put::Created => self.counts.created += 1,
+                Put::Replaced => self.counts.replaced += 1,
+                Put::StripeInvoiceTaken | Put::PreconditionFailed => {
+                    self.report(path, line, &stripe_invoice("is held by another invoice"));
+                }
+                Put::StripeInvoiceFixed => {
+                    let reason = "differs from the one that this invoice holds";
+                    self.report(path, line, &stripe_invoice(reason));
+                }
+            }
+        }
+        self.sink.progress(self.counts.total());
+        self.store.pause_after_write(worked).await;
+        Ok(())
+    }
+
+    fn report(&mut self, file: &Path, line: usize, fields: &[InvalidField]) {
+        self.counts.invalid += 1;
+        self.sink.invalid(InvalidDocument {
+            file: file.to_owned(),
+            line,
+            reasons: fields.iter().map(describe).collect(),
+        });
+    }
+}
+
+fn describe(field: &InvalidField) -> String {
+    if field.pointer.is_empty() {
+        return field.reason.clone();
+    }
+    format!("{}: {}", field.pointer, field.reason)
+}
+
 fn parse(tenant_uid: &str, text: Result<String, String>) -> Result<NewInvoice, Vec<InvalidField>> {
-    let document: Value = serde_json::from_str(&text.map_err(whole)?)
-        .map_err(|e| whole(format!("is not JSON: {e}")))?;
+    let text = text.map_err(whole_document)?;
+    let document: Value = serde_json::from_str(&text)
+        .map_err(|error| whole_document(format!("is not JSON: {error}")))?;
     new_invoice(tenant_uid, None, document)
 }
 
-fn whole(reason: String) -> Vec<InvalidField> {
+fn whole_document(reason: String) -> Vec<InvalidField> {
     vec![InvalidField {
         pointer: String::new(),
         reason,

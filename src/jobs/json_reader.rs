@@ -1,6 +1,8 @@
-//! JSON documents out of a file: one document, an array of them, a list answer of Stripe's, or one a line; told apart by what
-//! the file begins with. Arrays and lines are read one document at a time, so a file may be larger than memory, and each
-//! document's text is handed on as it stands in the file.
+//! Reads JSON documents from a file: one document, an array, a list response of Stripe, or one
+//! document per line. The beginning of the file decides which.
+//!
+//! Arrays and lines are read one document at a time, so a file may be larger than memory. The text
+//! of each document is passed on verbatim.
 
 use std::cell::Cell;
 use std::fmt;
@@ -15,48 +17,52 @@ use serde::de::{Deserializer as _, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 use tokio::sync::mpsc;
 
-/// One document, or why there is none.
+/// The text of one document, or the reason why it cannot be read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Document {
-    /// Where it begins, from 1.
+    /// Line on which the document begins, from 1.
     pub line: usize,
     pub text: Result<String, String>,
 }
 
-/// Gets each document; `Break` ends the reading.
+/// Receives each document. `Break` ends the reading.
 type Each<'e> = &'e mut dyn FnMut(Document) -> ControlFlow<()>;
 
-/// Documents on their way from a thread that reads to a task that stores: a few, so memory stays constant.
-const ON_THE_WAY: usize = 256;
+/// Documents buffered between the reading thread and the storing task. Few, so that memory stays
+/// constant.
+const BUFFERED: usize = 256;
 
-/// Reads a file (`-`: standard input) in a thread of its own. What cannot be read ends the documents with an error.
+/// Reads a file (`-`: standard input) in a thread of its own. An I/O error is the last item.
 pub fn stream(path: &Path) -> mpsc::Receiver<io::Result<Document>> {
-    let (found, documents) = mpsc::channel(ON_THE_WAY);
+    let (found, documents) = mpsc::channel(BUFFERED);
     let path = path.to_owned();
+
     tokio::task::spawn_blocking(move || {
         let mut each = |document| match found.blocking_send(Ok(document)) {
             Ok(()) => ControlFlow::Continue(()),
             Err(_) => ControlFlow::Break(()),
         };
+
         let done = if path.as_os_str() == "-" {
-            read(io::stdin().lock(), &mut each)
+            read_documents(io::stdin().lock(), &mut each)
         } else {
-            File::open(&path).and_then(|file| read(BufReader::new(file), &mut each))
+            File::open(&path).and_then(|file| read_documents(BufReader::new(file), &mut each))
         };
         if let Err(error) = done {
-            // Nobody listens any more: then nobody asks.
+            // The receiver may have stopped listening.
             let _ = found.blocking_send(Err(error));
         }
     });
+
     documents
 }
 
-/// Reads all documents. A line that is no JSON is reported and the next one is read; an array or a single document that is no
-/// JSON ends there.
+/// Reads all documents. After an invalid line the next one is read; an array or a single document
+/// ends where it becomes invalid.
 ///
 /// # Errors
 /// The file cannot be read.
-fn read(mut reader: impl BufRead, each: Each) -> io::Result<()> {
+fn read_documents(mut reader: impl BufRead, each: Each) -> io::Result<()> {
     let (mut line, mut head) = (0, Vec::new());
     while head.trim_ascii().is_empty() {
         head.clear();
@@ -65,16 +71,17 @@ fn read(mut reader: impl BufRead, each: Each) -> io::Result<()> {
             return Ok(());
         }
     }
+
     let head = head.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&head).to_vec();
     match head.trim_ascii_start()[0] {
         b'[' => read_array(line, io::Cursor::new(head).chain(reader), each),
-        _ if is_whole(&head) => read_lines(line, head, reader, each),
+        _ if is_json(&head) => read_lines(line, head, reader, each),
         _ => {
-            // Either one document over several lines, or lines of which the first is broken.
+            // Either one document over several lines, or lines of which the first is invalid.
             let mut second = Vec::new();
             reader.read_until(b'\n', &mut second)?;
-            if second.first() == Some(&b'{') && is_whole(&second) {
-                report(line, &head, each)
+            if second.first() == Some(&b'{') && is_json(&second) {
+                pass_on(line, &head, each)
                     .map_or(Ok(()), |()| read_lines(line + 1, second, reader, each))
             } else {
                 read_one(
@@ -87,7 +94,7 @@ fn read(mut reader: impl BufRead, each: Each) -> io::Result<()> {
     }
 }
 
-fn is_whole(text: &[u8]) -> bool {
+fn is_json(text: &[u8]) -> bool {
     serde_json::from_slice::<&RawValue>(text).is_ok()
 }
 
@@ -98,7 +105,7 @@ fn read_lines(
     each: Each,
 ) -> io::Result<()> {
     loop {
-        if !text.trim_ascii().is_empty() && report(line, &text, each).is_none() {
+        if !text.trim_ascii().is_empty() && pass_on(line, &text, each).is_none() {
             return Ok(());
         }
         text.clear();
@@ -112,12 +119,13 @@ fn read_lines(
 fn read_one(line: usize, mut reader: impl Read, each: Each) -> io::Result<()> {
     let mut text = Vec::new();
     reader.read_to_end(&mut text)?;
-    report(line, &text, each);
+    pass_on(line, &text, each);
     Ok(())
 }
 
-/// A list answer is as many documents as it has items. None: enough.
-fn report(line: usize, text: &[u8], each: Each) -> Option<()> {
+/// Passes on one text. Each item of a list response is a document. Returns `None` if the receiver
+/// wants no more.
+fn pass_on(line: usize, text: &[u8], each: Each) -> Option<()> {
     #[derive(Deserialize)]
     struct List<'t> {
         object: String,
@@ -128,20 +136,21 @@ fn report(line: usize, text: &[u8], each: Each) -> Option<()> {
         && list.object == "list"
     {
         return list.data.iter().try_for_each(|item| {
-            goes_on(each(Document {
+            continues(each(Document {
                 line,
                 text: Ok(item.get().to_owned()),
             }))
         });
     }
+
     let text = match serde_json::from_slice::<&RawValue>(text) {
         Ok(raw) => Ok(raw.get().to_owned()),
         Err(error) => Err(not_json(&error, line)),
     };
-    goes_on(each(Document { line, text }))
+    continues(each(Document { line, text }))
 }
 
-fn goes_on(flow: ControlFlow<()>) -> Option<()> {
+fn continues(flow: ControlFlow<()>) -> Option<()> {
     flow.is_continue().then_some(())
 }
 
@@ -164,6 +173,7 @@ fn read_array(line: usize, reader: impl BufRead, each: Each) -> io::Result<()> {
         inner: reader,
         lines: lines.clone(),
     };
+
     let mut json = serde_json::Deserializer::from_reader(counting);
     let read = json
         .deserialize_seq(Items {
@@ -171,6 +181,7 @@ fn read_array(line: usize, reader: impl BufRead, each: Each) -> io::Result<()> {
             each: &mut *each,
         })
         .and_then(|done| if done { json.end() } else { Ok(()) });
+
     match read {
         Err(error) if error.is_io() => Err(error.into()),
         Err(error) => {
@@ -190,7 +201,7 @@ struct Items<'r, 'e> {
 }
 
 impl<'de> Visitor<'de> for Items<'_, '_> {
-    /// False: the reader had enough.
+    /// `false` if the receiver wants no more.
     type Value = bool;
 
     fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
@@ -207,7 +218,7 @@ impl<'de> Visitor<'de> for Items<'_, '_> {
             })
             .is_break()
             {
-                // The rest is passed over unread: serde wants the sequence at its end.
+                // serde requires that the sequence is read to its end.
                 while items.next_element::<serde::de::IgnoredAny>()?.is_some() {}
                 return Ok(false);
             }
@@ -216,7 +227,7 @@ impl<'de> Visitor<'de> for Items<'_, '_> {
     }
 }
 
-/// serde_json takes a byte at a time from a reader, so this counts the lines that it has seen.
+/// A reader that counts lines. serde_json takes one byte at a time, so the count is exact.
 struct CountingLines<R> {
     inner: R,
     lines: Rc<Cell<usize>>,
@@ -243,7 +254,7 @@ mod tests {
             found.push((document.line, document.text));
             ControlFlow::Continue(())
         };
-        read(text.as_bytes(), &mut each).unwrap();
+        read_documents(text.as_bytes(), &mut each).unwrap();
         found
     }
 
@@ -252,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn one_document_an_array_a_list_and_lines_are_told_apart() {
+    fn documents_arrays_lists_and_lines_are_distinguished() {
         assert_eq!(
             documents("\n{\n \"a\": 1.50\n}\n"),
             [ok(2, "{\n \"a\": 1.50\n}")]
@@ -275,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn a_broken_line_is_reported_and_the_next_one_is_read() {
+    fn reading_continues_after_invalid_line() {
         let found = documents("{\"a\":1}\n{\"a\":\nxyz\n{\"a\":2}");
         assert_eq!(found[0], ok(1, "{\"a\":1}"));
         assert_eq!(
@@ -294,7 +305,7 @@ mod tests {
     }
 
     #[test]
-    fn an_array_that_breaks_off_gives_what_came_before() {
+    fn truncated_array_yields_its_complete_items() {
         let found = documents("[{\"a\":1},\n{\"a\":");
         assert_eq!(found[0], ok(1, "{\"a\":1}"));
         assert!(found[1].1.is_err());

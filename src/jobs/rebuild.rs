@@ -1,23 +1,27 @@
-//! Derives everything again from the stored bytes: after an upgrade that reads more, or reads better.
+//! Derives everything again from the stored bytes: after an upgrade that reads more, or better.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::time::Instant;
 
 use bytes::Bytes;
 
+pub use super::WriteMode;
 use crate::domain::stripe::event::{EventKey, Observation};
 use crate::domain::stripe::object::Object;
 use crate::ingest::{Delivery, prepare};
 use crate::store::{NewEvent, Store, StoreError, StoredBody};
 
-/// Events read at a time.
+/// Events per page that is read.
 const PAGE: u32 = 200;
-/// Said of an event in which nothing else differs.
+/// Events per transaction that is written. On SQLite a delivery waits for the transaction.
+const BATCH: usize = 25;
+/// Describes an event that differs in nothing else.
 const NOT_FOUND: &str = ", and not found by all that it names";
 
-/// What differs about one event.
+/// A difference in one event.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RebuildDifference {
-    /// None: unreadable, then and now.
+    /// `None` if the event was unreadable, and still is.
     pub event_id: Option<String>,
     pub event_type: Option<String>,
     pub was: String,
@@ -27,9 +31,9 @@ pub struct RebuildDifference {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RebuildReport {
     pub events: u64,
-    /// Their bytes are forgotten: what was read in them stays as it is.
+    /// Events whose bytes are pruned: what was read from them stays.
     pub pruned: u64,
-    /// By Stripe invoice; empty: it names none.
+    /// Differences by Stripe invoice; the empty id collects events that name none.
     pub differing: BTreeMap<String, Vec<RebuildDifference>>,
 }
 
@@ -39,18 +43,11 @@ impl RebuildReport {
     }
 }
 
-/// Whether what differs is put right.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum WriteMode {
-    Save,
-    DryRun,
-}
-
-/// Reads every stored event again. `progress` gets the number of events done.
+/// Reads every stored event again. `progress` receives the number of events processed.
 ///
 /// # Errors
-/// The store cannot be reached; what was put right before stays right, and the next run goes on.
-pub async fn run(
+/// The store is unavailable. Events corrected before stay corrected, and the next run continues.
+pub async fn rebuild(
     store: &Store,
     mode: WriteMode,
     mut progress: impl FnMut(u64),
@@ -63,36 +60,58 @@ pub async fn run(
             return Ok(report);
         };
         after = Some((last.logged.received_ms, last.logged.key));
-        let events = page.len();
-        let read = |stored: StoredBody| read_again(&stored).map(|event| (stored, event));
-        let read: Vec<(StoredBody, NewEvent)> = page.into_iter().filter_map(read).collect();
-        report.events += events as u64;
-        report.pruned += (events - read.len()) as u64;
-        let again: Vec<&NewEvent> = read.iter().map(|(_, event)| event).collect();
-        let unmentioned: HashSet<EventKey> = store.unmentioned(&again).await?.into_iter().collect();
-        let mut changed = Vec::new();
-        for (stored, event) in read {
-            let is_found = !unmentioned.contains(&event.key);
-            if !is_found || !is_same(&stored, &event) {
-                note(&mut report, &stored, &event);
-                changed.push((stored.logged.key, event));
-            }
-        }
-        if mode == WriteMode::Save && !changed.is_empty() {
-            store.replace_readings(&changed).await?;
+
+        let changed = compare_page(store, page, &mut report).await?;
+        if mode == WriteMode::Save {
+            save(store, &changed).await?;
         }
         progress(report.events);
     }
 }
 
+/// Reads the events of a page again, reports the differences, and returns the differing events
+/// under the keys that they have now.
+async fn compare_page(
+    store: &Store,
+    page: Vec<StoredBody>,
+    report: &mut RebuildReport,
+) -> Result<Vec<(EventKey, NewEvent)>, StoreError> {
+    let events = page.len();
+    let read: Vec<(StoredBody, NewEvent)> = page
+        .into_iter()
+        .filter_map(|stored| read_again(&stored).map(|event| (stored, event)))
+        .collect();
+    report.events += events as u64;
+    report.pruned += (events - read.len()) as u64;
+
+    let again: Vec<&NewEvent> = read.iter().map(|(_, event)| event).collect();
+    let unlinked: HashSet<EventKey> = store.unmentioned(&again).await?.into_iter().collect();
+    let mut changed = Vec::new();
+    for (stored, event) in read {
+        if unlinked.contains(&event.key) || !is_same(&stored, &event) {
+            record_difference(report, &stored, &event);
+            changed.push((stored.logged.key, event));
+        }
+    }
+    Ok(changed)
+}
+
+async fn save(store: &Store, changed: &[(EventKey, NewEvent)]) -> Result<(), StoreError> {
+    for batch in changed.chunks(BATCH) {
+        let started = Instant::now();
+        store.replace_readings(batch).await?;
+        store.pause_after_write(started.elapsed()).await;
+    }
+    Ok(())
+}
+
+/// Returns `None` if the bytes are pruned.
 fn read_again(stored: &StoredBody) -> Option<NewEvent> {
     let logged = &stored.logged;
-    let body = Bytes::from(stored.body.clone()?);
-    let (source, secret_label) = (logged.source, logged.secret_label.clone());
     Some(prepare(Delivery {
-        body,
-        source,
-        secret_label,
+        body: Bytes::from(stored.body.clone()?),
+        source: logged.source,
+        secret_label: logged.secret_label.clone(),
         received_ms: logged.received_ms,
     }))
 }
@@ -103,60 +122,57 @@ fn is_same(stored: &StoredBody, event: &NewEvent) -> bool {
         && stored.logged.outcome == event.outcome
 }
 
-/// Where nothing was read otherwise, the event was not found by all that it mentions.
-fn note(report: &mut RebuildReport, stored: &StoredBody, event: &NewEvent) {
+/// Records what differs. If both readings are the same, a link to the event was missing.
+fn record_difference(report: &mut RebuildReport, stored: &StoredBody, event: &NewEvent) {
+    let logged = &stored.logged;
+    let mut was = describe(logged.outcome.as_str(), stored.telling.as_deref());
+    if is_same(stored, event) {
+        was += NOT_FOUND;
+    }
     let difference = RebuildDifference {
-        event_id: event.id.clone().or_else(|| stored.logged.id.clone()),
+        event_id: event.id.clone().or_else(|| logged.id.clone()),
         event_type: event
             .event_type
             .clone()
-            .or_else(|| stored.logged.event_type.clone()),
-        was: describe(stored.logged.outcome.as_str(), &stored.telling)
-            + if is_same(stored, event) {
-                NOT_FOUND
-            } else {
-                ""
-            },
-        is: describe(event.outcome.as_str(), &event.telling),
+            .or_else(|| logged.event_type.clone()),
+        was,
+        is: describe(event.outcome.as_str(), event.telling.as_deref()),
     };
-    let invoices: BTreeSet<String> = [&stored.telling, &event.telling]
+
+    let mut invoices: BTreeSet<String> = [&stored.telling, &event.telling]
         .into_iter()
-        .flat_map(invoice_ids)
+        .flat_map(|observation| invoice_ids(observation.as_deref()))
         .collect();
-    for invoice in if invoices.is_empty() {
-        BTreeSet::from([String::new()])
-    } else {
-        invoices
-    } {
-        report
-            .differing
-            .entry(invoice)
-            .or_default()
-            .push(difference.clone());
+    if invoices.is_empty() {
+        invoices.insert(String::new());
+    }
+    for invoice in invoices {
+        let differences = report.differing.entry(invoice).or_default();
+        differences.push(difference.clone());
     }
 }
 
-fn describe(outcome: &str, telling: &Option<String>) -> String {
-    match telling {
-        Some(telling) => format!("{outcome} {telling}"),
+fn describe(outcome: &str, observation: Option<&str>) -> String {
+    match observation {
+        Some(observation) => format!("{outcome} {observation}"),
         None => outcome.to_owned(),
     }
 }
 
-fn invoice_ids(telling: &Option<String>) -> Vec<String> {
-    let telling = telling
-        .as_deref()
-        .and_then(|text| serde_json::from_str::<Observation>(text).ok());
-    let Some(telling) = telling else {
+/// Returns the Stripe invoices that an observation names.
+fn invoice_ids(observation: Option<&str>) -> Vec<String> {
+    let Some(observation) =
+        observation.and_then(|text| serde_json::from_str::<Observation>(text).ok())
+    else {
         return Vec::new();
     };
-    match &telling.object {
+    match &observation.object {
         Object::Invoice(invoice) => vec![invoice.id.clone()],
-        _ => telling
+        _ => observation
             .mentions()
             .into_iter()
-            .filter(|m| m.is_invoice)
-            .map(|m| m.object_id)
+            .filter(|link| link.is_invoice)
+            .map(|link| link.object_id)
             .collect(),
     }
 }

@@ -1,15 +1,18 @@
-//! Recorded payloads, once more: into the store without a signature (the operator's word is enough), or over HTTP, signed afresh.
+//! Delivers recorded payloads again: to the store without a signature (the operator vouches for
+//! them), or signed afresh over HTTP.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use backon::{ExponentialBuilder, Retryable};
 use bytes::Bytes;
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use http_body_util::Full;
 use hyper::{Request, Response, StatusCode};
 
-use super::json_reader;
+use super::json_reader::{self, Document};
+use super::{InvalidDocument, ProgressSink};
 use crate::clock::Clock;
 use crate::domain::stripe::event::{Reading, read};
 use crate::domain::stripe::signature::sign;
@@ -19,41 +22,37 @@ use crate::ingest::batch_writer::{AppendError, BatchWriter};
 use crate::ingest::{Delivery, Outcome, ingest};
 use crate::store::Source;
 
-/// Deliveries under way at a time, into the store: as many as one commit takes.
-const INTO_STORE: usize = 256;
-/// Deliveries under way at a time, over HTTP.
-const OVER_HTTP: usize = 8;
-/// How often a busy server is asked.
-const ATTEMPTS: u32 = 5;
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
-/// The largest answer that is read, in bytes.
-const ANSWER_LIMIT: usize = 64 * 1024;
+/// Concurrent deliveries to the store. They share one transaction, for which a delivery of a
+/// serving process waits on SQLite.
+const STORE_CONCURRENCY: usize = 64;
+/// Concurrent deliveries over HTTP.
+const HTTP_CONCURRENCY: usize = 8;
+/// Repetitions of a request to an endpoint that answers 503.
+const RETRIES: usize = 4;
+/// Delay before the first repetition. It doubles each time.
+const FIRST_DELAY: Duration = Duration::from_millis(250);
+const RESPONSE_TIMEOUT: Duration = Duration::from_secs(30);
+/// Largest response that is read, in bytes.
+const MAX_RESPONSE_BYTES: usize = 64 * 1024;
 
-/// Where recorded payloads go.
+/// Where recorded payloads are delivered.
 pub enum Target {
     Store(BatchWriter),
     Url(Box<Endpoint>),
 }
 
-/// How many payloads met which end.
+/// Number of payloads by result.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ReplayCounts {
     pub recorded: u64,
     pub duplicate: u64,
     pub no_payment_fact: u64,
     pub unreadable: u64,
-    /// Not delivered: no JSON, no event, or not accepted.
-    pub refused: u64,
+    /// Payloads that were not delivered: not JSON, not an event, or not accepted.
+    pub invalid: u64,
 }
 
-/// Gets to know what happens meanwhile.
-pub trait ProgressSink {
-    /// `line` 0: the file as a whole.
-    fn refused(&mut self, file: &Path, line: usize, reason: &str);
-    fn progress(&mut self, counts: ReplayCounts);
-}
-
-/// The target cannot be reached: replaying stops.
+/// Why replaying stopped: the target is unavailable.
 #[derive(Debug, thiserror::Error)]
 pub enum ReplayError {
     #[error(transparent)]
@@ -62,89 +61,119 @@ pub enum ReplayError {
     Unreachable { url: String, reason: String },
 }
 
-/// What one delivery came to: an outcome, or why it was refused.
+/// The outcome of one delivery, or the reason why the target did not accept it.
 pub type Delivered = Result<Result<Outcome, String>, ReplayError>;
 
-/// Replays one file (`-`: standard input), adding to `counts`.
-///
-/// # Errors
-/// [`ReplayError`]; what was delivered before stays delivered.
-pub async fn file(
-    target: &Target,
-    path: &Path,
-    clock: &Clock,
-    watcher: &mut impl ProgressSink,
-    counts: &mut ReplayCounts,
-) -> Result<(), ReplayError> {
-    let at_once = match target {
-        Target::Store(_) => INTO_STORE,
-        Target::Url(_) => OVER_HTTP,
-    };
-    let mut documents = json_reader::stream(path);
-    let mut under_way = FuturesUnordered::new();
-    let mut more = true;
-    while more || !under_way.is_empty() {
-        tokio::select! {
-            document = documents.recv(), if more && under_way.len() < at_once => match document {
-                None => more = false,
-                Some(Err(error)) => refuse(watcher, counts, path, 0, &format!("cannot be read: {error}")),
-                Some(Ok(document)) => match document.text.and_then(recorded_event) {
-                    Ok(body) => under_way.push(deliver(target, body, document.line, clock.now_ms())),
-                    Err(reason) => refuse(watcher, counts, path, document.line, &reason),
-                },
-            },
-            Some((line, delivered)) = under_way.next() => {
-                match delivered? {
-                    Ok(Outcome::Recorded) => counts.recorded += 1,
-                    Ok(Outcome::Duplicate) => counts.duplicate += 1,
-                    Ok(Outcome::NoPaymentFact) => counts.no_payment_fact += 1,
-                    Ok(Outcome::Unreadable) => counts.unreadable += 1,
-                    Err(reason) => refuse(watcher, counts, path, line, &reason),
-                }
-                watcher.progress(*counts);
-            }
-        }
-    }
-    Ok(())
+/// Replays files to one target.
+pub struct Replayer<'r, P> {
+    pub target: &'r Target,
+    pub clock: &'r Clock,
+    pub sink: &'r mut P,
+    pub counts: ReplayCounts,
 }
 
-/// All files below a folder, by name; a path that is no folder is itself.
+impl ReplayCounts {
+    fn add(&mut self, outcome: Outcome) {
+        *match outcome {
+            Outcome::Recorded => &mut self.recorded,
+            Outcome::Duplicate => &mut self.duplicate,
+            Outcome::NoPaymentFact => &mut self.no_payment_fact,
+            Outcome::Unreadable => &mut self.unreadable,
+        } += 1;
+    }
+
+    fn total(self) -> u64 {
+        self.recorded + self.duplicate + self.no_payment_fact + self.unreadable + self.invalid
+    }
+}
+
+impl<P: ProgressSink> Replayer<'_, P> {
+    /// Replays all files below a path (`-`: standard input) and adds to the counts.
+    ///
+    /// # Errors
+    /// [`ReplayError`]. Payloads delivered before stay delivered.
+    pub async fn replay(&mut self, path: &Path) -> Result<(), ReplayError> {
+        match recorded_files(path) {
+            Ok(files) => {
+                for file in files {
+                    self.replay_file(&file).await?;
+                }
+            }
+            Err(error) => self.report(path, 0, format!("cannot be read: {error}")),
+        }
+        Ok(())
+    }
+
+    async fn replay_file(&mut self, path: &Path) -> Result<(), ReplayError> {
+        let target = self.target;
+        let concurrency = match target {
+            Target::Store(_) => STORE_CONCURRENCY,
+            Target::Url(_) => HTTP_CONCURRENCY,
+        };
+        let mut documents = json_reader::stream(path);
+        let mut in_flight = FuturesUnordered::new();
+        let mut is_at_end = false;
+
+        while !is_at_end || !in_flight.is_empty() {
+            tokio::select! {
+                document = documents.recv(), if !is_at_end && in_flight.len() < concurrency => {
+                    match document {
+                        None => is_at_end = true,
+                        Some(Err(error)) => self.report(path, 0, format!("cannot be read: {error}")),
+                        Some(Ok(Document { line, text })) => match text.and_then(recorded_event) {
+                            Ok(body) => in_flight.push(deliver(target, body, line, self.clock.now_ms())),
+                            Err(reason) => self.report(path, line, reason),
+                        },
+                    }
+                }
+                Some((line, delivered)) = in_flight.next() => {
+                    match delivered? {
+                        Ok(outcome) => self.counts.add(outcome),
+                        Err(reason) => self.report(path, line, reason),
+                    }
+                    self.sink.progress(self.counts.total());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn report(&mut self, file: &Path, line: usize, reason: String) {
+        self.counts.invalid += 1;
+        self.sink.invalid(InvalidDocument {
+            file: file.to_owned(),
+            line,
+            reasons: vec![reason],
+        });
+    }
+}
+
+/// Returns all recordings below a folder, sorted by name, or the path itself if it is not a folder.
 ///
 /// # Errors
 /// A folder cannot be read.
-pub fn walk(path: &Path) -> std::io::Result<Vec<PathBuf>> {
+fn recorded_files(path: &Path) -> std::io::Result<Vec<PathBuf>> {
     if !path.is_dir() {
         return Ok(vec![path.to_owned()]);
     }
     let mut entries = std::fs::read_dir(path)?
-        .map(|entry| entry.map(|e| e.path()))
+        .map(|entry| entry.map(|entry| entry.path()))
         .collect::<Result<Vec<_>, _>>()?;
     entries.sort();
-    let is_recorded = |path: &PathBuf| {
-        path.is_dir()
-            || path
-                .extension()
-                .is_some_and(|e| e == "json" || e == "jsonl" || e == "ndjson")
-    };
+
     let mut files = Vec::new();
-    for entry in entries.into_iter().filter(is_recorded) {
-        files.extend(walk(&entry)?);
+    for entry in entries {
+        let is_recording = entry
+            .extension()
+            .is_some_and(|e| e == "json" || e == "jsonl" || e == "ndjson");
+        if entry.is_dir() || is_recording {
+            files.extend(recorded_files(&entry)?);
+        }
     }
     Ok(files)
 }
 
-fn refuse(
-    watcher: &mut impl ProgressSink,
-    counts: &mut ReplayCounts,
-    path: &Path,
-    line: usize,
-    reason: &str,
-) {
-    counts.refused += 1;
-    watcher.refused(path, line, reason);
-}
-
-/// What is no event was never Stripe's, and is not kept: only what Stripe signed is kept unread.
+/// Rejects payloads that are not events. Unreadable payloads are kept only if Stripe signed them.
 fn recorded_event(text: String) -> Result<Bytes, String> {
     match read(text.as_bytes()) {
         Reading::Event(_) => Ok(Bytes::from(text)),
@@ -154,29 +183,34 @@ fn recorded_event(text: String) -> Result<Bytes, String> {
 
 async fn deliver(target: &Target, body: Bytes, line: usize, now_ms: i64) -> (usize, Delivered) {
     let delivered = match target {
-        Target::Store(inbox) => {
+        Target::Store(writer) => {
             let delivery = Delivery {
                 body,
                 source: Source::Replay,
                 secret_label: None,
                 received_ms: now_ms,
             };
-            ingest(inbox, delivery)
-                .await
-                .map(Ok)
-                .map_err(ReplayError::from)
+            let outcome = ingest(writer, delivery).await;
+            outcome.map(Ok).map_err(ReplayError::from)
         }
         Target::Url(endpoint) => endpoint.post(body).await,
     };
     (line, delivered)
 }
 
-/// A webhook endpoint, and the secret that it believes.
+/// A webhook endpoint, and the secret that it trusts.
 pub struct Endpoint {
     url: String,
     secrets: SigningSecrets,
     clock: Clock,
-    transport: HttpClient,
+    client: HttpClient,
+}
+
+/// Why a request is repeated, or not.
+enum PostError {
+    /// The endpoint answered 503.
+    Busy(Response<Bytes>),
+    Failed(ReplayError),
 }
 
 impl Endpoint {
@@ -185,49 +219,59 @@ impl Endpoint {
             url,
             secrets,
             clock,
-            transport: HttpClient::new(ANSWER_TIMEOUT, ANSWER_LIMIT),
+            client: HttpClient::new(RESPONSE_TIMEOUT, MAX_RESPONSE_BYTES),
         }
     }
 
-    /// Signs the body and delivers it, again while the endpoint is busy.
+    /// Signs the body and delivers it. Repeats the request while the endpoint answers 503.
     pub async fn post(&self, body: Bytes) -> Delivered {
-        let mut wait = Duration::from_millis(250);
-        let mut answer = self.post_once(body.clone()).await?;
-        for _ in 1..ATTEMPTS {
-            if answer.status() != StatusCode::SERVICE_UNAVAILABLE {
-                break;
+        let delays = ExponentialBuilder::new()
+            .with_min_delay(FIRST_DELAY)
+            .with_max_times(RETRIES);
+        let posted = (|| self.post_once(body.clone()))
+            .retry(delays)
+            .when(|error| matches!(error, PostError::Busy(_)))
+            .await;
+
+        match posted {
+            Ok(response) | Err(PostError::Busy(response)) => {
+                Ok(outcome_of(response.status(), response.body()))
             }
-            tokio::time::sleep(wait).await;
-            wait *= 2;
-            answer = self.post_once(body.clone()).await?;
+            Err(PostError::Failed(error)) => Err(error),
         }
-        Ok(understand(answer.status(), answer.body()))
     }
 
-    async fn post_once(&self, body: Bytes) -> Result<Response<Bytes>, ReplayError> {
-        let unreachable = |reason: &dyn std::fmt::Display| ReplayError::Unreachable {
-            url: self.url.clone(),
-            reason: reason.to_string(),
-        };
+    async fn post_once(&self, body: Bytes) -> Result<Response<Bytes>, PostError> {
         let signature = sign(self.secrets.first(), self.clock.now_s(), &body);
         let request = Request::post(&self.url)
             .header("content-type", "application/json")
-            .header("stripe-signature", signature);
-        let request = request.body(Full::new(body)).map_err(|e| unreachable(&e))?;
-        self.transport
-            .send(request)
-            .await
-            .map_err(|e| unreachable(&e))
+            .header("stripe-signature", signature)
+            .body(Full::new(body))
+            .map_err(|error| self.unreachable(&error))?;
+
+        let response = self.client.send(request).await;
+        let response = response.map_err(|error| self.unreachable(&error))?;
+        if response.status() == StatusCode::SERVICE_UNAVAILABLE {
+            return Err(PostError::Busy(response));
+        }
+        Ok(response)
+    }
+
+    fn unreachable(&self, reason: &dyn std::fmt::Display) -> PostError {
+        PostError::Failed(ReplayError::Unreachable {
+            url: self.url.clone(),
+            reason: reason.to_string(),
+        })
     }
 }
 
-/// Our own endpoint says what became of a delivery; any other's 2xx counts as recorded.
-fn understand(status: StatusCode, answer: &[u8]) -> Result<Outcome, String> {
+/// Reads the outcome from a response. Our own endpoint names it; any other 2xx counts as recorded.
+fn outcome_of(status: StatusCode, response: &[u8]) -> Result<Outcome, String> {
     if !status.is_success() {
         return Err(format!("was answered {status}"));
     }
-    let answer: serde_json::Value = serde_json::from_slice(answer).unwrap_or_default();
-    Ok(match answer["outcome"].as_str() {
+    let response: serde_json::Value = serde_json::from_slice(response).unwrap_or_default();
+    Ok(match response["outcome"].as_str() {
         Some("duplicate") => Outcome::Duplicate,
         Some("no_payment_fact") => Outcome::NoPaymentFact,
         Some("unreadable") => Outcome::Unreadable,

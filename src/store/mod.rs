@@ -151,8 +151,8 @@ impl Store {
     /// Pauses a batch command after a write that took `worked`, so that a serving process can write.
     ///
     /// SQLite has one write lock and no queue for it: a waiting process tries again after 1 to
-    /// 100 ms, and starves beside a process that takes the lock again at once. A pause as long as the work
-    /// leaves half of the time to others. PostgreSQL locks rows, and needs no pause.
+    /// 100 ms, and starves beside a process that takes the lock again at once. A pause as long as
+    /// the work leaves half of the time to others. PostgreSQL locks rows, and needs no pause.
     pub async fn pause_after_write(&self, worked: Duration) {
         if matches!(self.0, Engine::Sqlite(_)) {
             tokio::time::sleep(worked.clamp(MIN_PAUSE, MAX_PAUSE)).await;

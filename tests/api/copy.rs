@@ -239,7 +239,7 @@ each_direction! {
         refused(&[here, ("COPY_TO", "mysql://u:hidden@h/d")], "COPY_TO: it must be");
         let empty = Database::create(target.engine);
         Store::connect(&empty.url).await.unwrap().close().await;
-        refused(&[("DATABASE_URL", &empty.url), ("COPY_TO", &target.url)], "holds nothing");
+        refused(&[("DATABASE_URL", &empty.url), ("COPY_TO", &target.url)], "an empty database");
 
         let other = TestServer::start(target.engine).await;
         other.store("inv-1", "in_1").await.with_status(201);

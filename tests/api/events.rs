@@ -151,7 +151,7 @@ each_database! {
         while server.run(&["events", "prune", "--older-than", "1s", "--json"]).with_code(0).json() != json!({"forgotten": 1}) {}
         let item = &get(&server, "/v1/events/evt_1").await.with_status(200).json()["items"][0];
         assert_eq!((&item["bodyForm"], &item["body"], &item["id"]), (&json!("pruned"), &Value::Null, &json!("evt_1")));
-        assert!(server.run(&["events", "show", "evt_1"]).with_code(0).stdout.contains("its bytes are forgotten"));
+        assert!(server.run(&["events", "show", "evt_1"]).with_code(0).stdout.contains("its bytes are pruned"));
     }
 
     async fn an_id_that_many_events_share_comes_in_pages_of_bounded_size(server: TestServer) {

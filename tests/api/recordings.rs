@@ -292,7 +292,7 @@ each_database! {
             assert!(std::time::Instant::now() < deadline, "an event of a second ago is never forgotten");
         }
         assert_eq!(server.states("a").await, before);
-        assert!(server.run(&["events", "show", "evt_1"]).with_code(0).stdout.contains("its bytes are forgotten"));
+        assert!(server.run(&["events", "show", "evt_1"]).with_code(0).stdout.contains("its bytes are pruned"));
         assert_eq!(server.deliver(&paid).await.json()["outcome"], "duplicate");
         assert_eq!(server.deliver_bytes(b"no event").await.json()["outcome"], "duplicate");
         let rebuilt = server.run(&["rebuild", "--json"]).with_code(0).json();

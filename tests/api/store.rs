@@ -177,6 +177,7 @@ fn nothing_public_in_the_store_is_left_out_here() {
         include_str!("store/reconcile.rs"),
         include_str!("store/monitoring.rs"),
         include_str!("store.rs"),
+        include_str!("beside_batch.rs"),
     ];
     let functions = public_functions();
     for known in ["connect", "append", "put_invoice", "unpack"] {

@@ -241,7 +241,7 @@ fn check_rebuild(world: &World) {
     let replica = world.process().replica(0);
     let report = world
         .process()
-        .run(rebuild::run(
+        .run(rebuild::rebuild(
             &replica.store,
             rebuild::WriteMode::DryRun,
             |_| {},

@@ -165,7 +165,7 @@ async fn assert_same(source: &Store, target: &Store) {
 
 async fn copy(source: &Store, target: &Store) -> u64 {
     let mut copying = Copying::begin(source, target).await.unwrap();
-    copying.carry(|_, _| {}).await.unwrap();
+    copying.copy_tables(|_, _| {}).await.unwrap();
     let report = copying.compare(|_| {}).await.unwrap();
     assert_eq!((report.compared, report.differing), (601, 0));
     report
@@ -247,12 +247,12 @@ each_store! {
 
     async fn a_copy_stops_when_the_other_database_is_used_and_says_which_invoices_differ(place: TestStore) {
         let (source, target) = (&place.store, &TestStore::new(place.database.engine).await.store);
-        assert!(matches!(Copying::begin(source, target).await, Err(CopyError::Refused(reason)) if reason.contains("holds nothing")));
+        assert!(matches!(Copying::begin(source, target).await, Err(CopyError::TargetInUse(reason)) if reason.contains("an empty database")));
         fill(source).await;
         let mut copying = Copying::begin(source, target).await.unwrap();
         let mut later = Copying::begin(source, target).await.unwrap();
-        assert!(matches!(copying.carry(|_, _| {}).await, Err(CopyError::Superseded)));
-        later.carry(|_, _| {}).await.unwrap();
+        assert!(matches!(copying.copy_tables(|_, _| {}).await, Err(CopyError::Superseded)));
+        later.copy_tables(|_, _| {}).await.unwrap();
         let replaced = NewInvoice { document: r#"{"a":1}"#.to_owned(), ..invoice("acme", "inv-8", None) };
         source.put_invoice(&replaced, 6, &|_| true).await.unwrap();
         source.put_invoice(&invoice("acme", "new", Some("in_new")), 6, &|_| true).await.unwrap();
@@ -262,7 +262,7 @@ each_store! {
         let expected = [("acme", "new", Mismatch::NotInCopy), ("acme", "inv-8", Mismatch::AnswersOtherwise), ("other", "new", Mismatch::OnlyInCopy)];
         assert_eq!((named, report.compared, report.differing), (expected.to_vec(), 603, 3));
         target.end_copying(100).await.unwrap();
-        assert!(matches!(Copying::begin(source, target).await, Err(CopyError::Refused(reason)) if reason.contains("in use")));
+        assert!(matches!(Copying::begin(source, target).await, Err(CopyError::TargetInUse(reason)) if reason.contains("in use")));
     }
 }
 
