@@ -34,7 +34,7 @@ impl Timings {
 
 /// Every connection sends its next request as soon as the last one is answered, until all requests are sent.
 pub async fn closed_loop(authority: &str, connections: usize, requests: &Requests) -> Timings {
-    send_all(authority, connections, requests, None).await
+    send_all(authority, connections, requests, None, Arc::default()).await
 }
 
 /// Requests are due at a fixed rate; who is late is timed from when it was due.
@@ -44,7 +44,38 @@ pub async fn open_loop(
     requests: &Requests,
     per_second: f64,
 ) -> Timings {
-    send_all(authority, connections, requests, Some(per_second)).await
+    send_all(
+        authority,
+        connections,
+        requests,
+        Some(per_second),
+        Arc::default(),
+    )
+    .await
+}
+
+/// Sends requests at a fixed rate until `ended` resolves, or all are sent, and returns its value.
+pub async fn open_loop_until<T>(
+    authority: &str,
+    connections: usize,
+    requests: &Requests,
+    per_second: f64,
+    ended: impl Future<Output = T>,
+) -> (Timings, T) {
+    let next = Arc::new(AtomicUsize::new(0));
+    let sent = send_all(
+        authority,
+        connections,
+        requests,
+        Some(per_second),
+        next.clone(),
+    );
+    let stopped = async {
+        let value = ended.await;
+        next.store(requests.len(), Ordering::Relaxed);
+        value
+    };
+    tokio::join!(sent, stopped)
 }
 
 async fn send_all(
@@ -52,8 +83,8 @@ async fn send_all(
     connections: usize,
     requests: &Requests,
     per_second: Option<f64>,
+    next: Arc<AtomicUsize>,
 ) -> Timings {
-    let next = Arc::new(AtomicUsize::new(0));
     let mut sockets = Vec::new();
     for _ in 0..connections {
         let socket = TcpStream::connect(authority)

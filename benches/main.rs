@@ -5,7 +5,10 @@
 //! number of connections alone, as one wants it under a profiler. `--picture FILE` draws what came out. `--growth 5` measures
 //! instead how deliveries and reads fare while the log grows to five million events. `--fold` measures how long
 //! folds and reads of an invoice with thousands of failed tries take.
+//! `--beside-batch` measures deliveries while each batch command works on the same database;
+//! `--rows 20000` sets how much it has to do.
 
+mod beside_batch;
 mod deliveries;
 mod fold;
 mod load;
@@ -76,6 +79,12 @@ async fn main() {
         let engine = only.as_deref().unwrap_or("sqlite");
         let urls: Vec<String> = (0..3).map(|_| bench.database(engine)).collect();
         return fold::run(&urls).await;
+    }
+    if has("--beside-batch") {
+        let rows = value("--rows").and_then(|n| n.parse().ok());
+        return bench
+            .beside_batch(only.as_deref(), rows.unwrap_or(20_000))
+            .await;
     }
     let mut drawn = Vec::new();
     let disk = reference::disk_commits(&bench.folder.path().join("disk"), time);
@@ -172,6 +181,22 @@ impl Bench {
                 "{:>10}  {acks:>12.0}  {alone_ms:>11.3}  {read_ms:>11.3}  {replay:>15.0}",
                 self.events
             );
+        }
+    }
+
+    async fn beside_batch(&mut self, only: Option<&str>, rows: usize) {
+        for engine in ["sqlite", "postgres"] {
+            if only.is_some_and(|only| only != engine) {
+                continue;
+            }
+            println!("\n{engine}, {rows} rows");
+            let beside = beside_batch::BesideBatch {
+                url: self.database(engine),
+                copy_url: self.database(engine),
+                folder: self.folder.path().to_owned(),
+                rows,
+            };
+            beside.measure().await;
         }
     }
 

@@ -60,9 +60,11 @@ impl Drop for Served {
     }
 }
 
-/// The product's binary, with no setting that is not needed.
+/// The product's binary, with no setting that is not needed. `BENCH_BINARY` names another one, to
+/// compare two versions with the same load.
 pub fn product(database_url: &str) -> Command {
-    let mut command = Command::new(testkit::binary_path());
+    let built = testkit::binary_path();
+    let mut command = Command::new(std::env::var_os("BENCH_BINARY").map_or(built, Into::into));
     command.env("DATABASE_URL", database_url);
     command
 }
