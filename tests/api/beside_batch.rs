@@ -9,8 +9,8 @@ use serde_json::json;
 use stripe_reconciler::store::Store;
 use tokio::task::block_in_place;
 
-use crate::each_database;
-use crate::support::{Engine, Load, TestServer, binary};
+use testkit::each_database;
+use testkit::{Engine, Load, TestServer, binary};
 
 /// Rows that each command has to work on: dozens of transactions.
 const ROWS: usize = 600;

@@ -9,7 +9,7 @@ use serde_json::json;
 use sqlx::{Connection, SqliteConnection};
 use tokio::task::block_in_place;
 
-use crate::support::{Engine, Load, Server, TestServer, invoice_path};
+use testkit::{Engine, Load, Server, TestServer, invoice_path};
 
 /// Longest time until a lost log is saved: the check interval, and a machine that is busy.
 const SAVED_WITHIN: Duration = Duration::from_secs(20);

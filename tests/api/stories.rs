@@ -10,6 +10,7 @@ use rand::seq::SliceRandom;
 use rand::{RngExt, SeedableRng};
 use serde_json::Value;
 
+use crate::seed::seed;
 use testkit::each_database;
 use testkit::{TestServer, run};
 
@@ -180,7 +181,7 @@ each_database! {
         }
         let in_order = histories(&server, "in order of arrival").await;
 
-        let (seed, other) = (rand::random::<u64>(), server.another().await);
+        let (seed, other) = (seed(), server.another().await);
         let told = format!("shuffled with seed {seed}");
         let mut random = StdRng::seed_from_u64(seed);
         let shuffled = shuffled(&deliveries, &mut random);

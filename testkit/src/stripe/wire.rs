@@ -76,6 +76,12 @@ impl Troubles {
         }
     }
 
+    /// Returns true if this call is refused or breaks off.
+    pub fn hit(&self, call: usize) -> bool {
+        self.draw(call)
+            .is_some_and(|trouble| trouble != Trouble::Slow)
+    }
+
     fn draw(&self, call: usize) -> Option<Trouble> {
         let failing = if call.is_multiple_of(2) {
             Trouble::Failing
