@@ -63,8 +63,9 @@ impl Drop for Served {
 /// The product's binary, with no setting that is not needed. `BENCH_BINARY` names another one, to
 /// compare two versions with the same load.
 pub fn product(database_url: &str) -> Command {
-    let built = testkit::binary_path();
-    let mut command = Command::new(std::env::var_os("BENCH_BINARY").map_or(built, Into::into));
+    #[expect(clippy::disallowed_methods, reason = "a setting of the benchmark")]
+    let other = std::env::var_os("BENCH_BINARY");
+    let mut command = Command::new(other.map_or_else(testkit::binary_path, Into::into));
     command.env("DATABASE_URL", database_url);
     command
 }
