@@ -236,7 +236,7 @@ each_direction! {
         let here = ("DATABASE_URL", &*server.database.url);
         refused(&[here], "COPY_TO is not set");
         refused(&[here, ("COPY_TO", &server.database.url)], "the same");
-        refused(&[here, ("COPY_TO", "mysql://u:hidden@h/d")], "COPY_TO: it must be");
+        refused(&[here, ("COPY_TO", "mysql://u:hidden@h/d")], "COPY_TO: expected sqlite://PATH or");
         let empty = Database::create(target.engine);
         Store::connect(&empty.url).await.unwrap().close().await;
         refused(&[("DATABASE_URL", &empty.url), ("COPY_TO", &target.url)], "an empty database");
