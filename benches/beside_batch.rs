@@ -129,6 +129,7 @@ impl BesideBatch {
                 .await
                 .map(drop)
         };
+
         executed.expect("it is executed");
     }
 }

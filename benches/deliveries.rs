@@ -1,4 +1,4 @@
-//! What is sent: payloads of `fixtures/`, each made unique and signed, as whole HTTP requests.
+//! Webhook requests for the benchmarks: payloads of `fixtures/`, each made unique and signed.
 
 use std::sync::Arc;
 
@@ -17,15 +17,15 @@ const TEMPLATES: [&str; 4] = [
     include_str!("../fixtures/events/2022-11-15/invoice.payment_succeeded.json"),
     include_str!("../fixtures/events/2022-11-15/invoice.paid.json"),
 ];
-/// What all ids of the templates have in common.
+/// Part that all ids of the templates share.
 const MARK: &str = "Q038Fx";
 
-/// The Stripe invoice that the events of this number are about.
+/// Returns the id of the Stripe invoice that the events of this number belong to.
 pub fn stripe_invoice_id(number: usize) -> String {
     format!("in_1{}", unique(number))
 }
 
-/// Ids grow with time, as Stripe's do.
+/// Replaces [`MARK`] by an id that grows with the number, because Stripe's ids grow with time.
 fn unique(number: usize) -> String {
     format!("Q{number:09}Fx")
 }
@@ -35,7 +35,7 @@ pub fn bodies(first: usize, count: usize) -> impl Iterator<Item = String> {
         .map(|n| TEMPLATES[n % TEMPLATES.len()].replace(MARK, &unique(n / TEMPLATES.len())))
 }
 
-/// Signed now: good for five minutes.
+/// Returns signed requests. Signatures carry the current time and are valid for five minutes.
 pub fn signed(first: usize, count: usize) -> Requests {
     let secrets = SigningSecrets::parse(SECRET).expect("a secret");
     let now_s = Clock::system().now_s();

@@ -121,6 +121,7 @@ fn try_events(number: usize) -> Vec<Value> {
             failed_intent,
         ),
     ];
+
     if number.is_multiple_of(10) {
         let open = json!({"status": "open", "attempt_count": 1 + number / 10});
         let id = format!("i{number:06}");
@@ -134,6 +135,7 @@ fn try_events(number: usize) -> Vec<Value> {
         );
         events.push(failed);
     }
+
     events
 }
 
@@ -166,6 +168,7 @@ fn replay(url: &str, tries: usize) {
     for event in events(tries) {
         writeln!(lines, "{event}").expect("it takes a line");
     }
+
     drop(lines);
     assert!(replay.wait().expect("it ends").success());
 }
@@ -186,6 +189,7 @@ fn store(url: &str) -> (String, String) {
         assert!(output.status.success());
         String::from_utf8_lossy(&output.stdout).trim().to_owned()
     };
+
     let invoice = json!({"metadata": {"uid": "inv-1"}, "status": {"stripeInvoiceId": INVOICE}});
     run(
         &["invoices", "import", "--tenant", "acme", "-"],

@@ -1,4 +1,5 @@
-//! The generator of load: signed deliveries over keep-alive connections, each answer waited for and timed.
+//! The load generator: signed deliveries over keep-alive connections. It waits for each answer and
+//! times it.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -8,10 +9,10 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 
-/// Requests as bytes, made and signed beforehand: while the clock runs they are only written.
+/// Requests as bytes, built and signed in advance: during the measurement they are only written.
 pub type Requests = Arc<Vec<Vec<u8>>>;
 
-/// How long each answer took, from its first byte sent (or from the moment it was due), sorted.
+/// Sorted times from the first byte of a request (or from the time it was due) to its answer.
 pub struct Timings {
     pub sorted: Vec<Duration>,
     pub not_2xx: usize,
@@ -23,7 +24,7 @@ impl Timings {
         self.sorted.len() as f64 / self.took.as_secs_f64()
     }
 
-    /// In milliseconds.
+    /// Returns a quantile in milliseconds.
     pub fn quantile_ms(&self, quantile: f64) -> f64 {
         let last = self.sorted.len().saturating_sub(1);
         self.sorted
@@ -32,12 +33,12 @@ impl Timings {
     }
 }
 
-/// Every connection sends its next request as soon as the last one is answered, until all requests are sent.
+/// Sends all requests. Each connection sends its next request as soon as the last one is answered.
 pub async fn closed_loop(authority: &str, connections: usize, requests: &Requests) -> Timings {
     send_all(authority, connections, requests, None, Arc::default()).await
 }
 
-/// Requests are due at a fixed rate; who is late is timed from when it was due.
+/// Sends requests at a fixed rate. A late request is timed from when it was due.
 pub async fn open_loop(
     authority: &str,
     connections: usize,
@@ -70,6 +71,7 @@ pub async fn open_loop_until<T>(
         Some(per_second),
         next.clone(),
     );
+
     let stopped = async {
         let value = ended.await;
         next.store(requests.len(), Ordering::Relaxed);
@@ -95,6 +97,7 @@ async fn send_all(
             .expect("a socket takes its options");
         sockets.push(socket);
     }
+
     let started = Instant::now();
     let mut workers = JoinSet::new();
     for socket in sockets {
@@ -106,6 +109,7 @@ async fn send_all(
             per_second,
         ));
     }
+
     let mut timings = Timings {
         sorted: Vec::with_capacity(requests.len()),
         not_2xx: 0,
@@ -116,6 +120,7 @@ async fn send_all(
         timings.sorted.extend(times);
         timings.not_2xx += not_2xx;
     }
+
     timings.took = started.elapsed();
     timings.sorted.sort_unstable();
     timings
@@ -152,7 +157,7 @@ async fn worker(
     }
 }
 
-/// Reads one answer with a `content-length` (or none, as 304 has), and gives its status.
+/// Reads one answer, with `content-length` or without a body (304), and returns its status.
 async fn answer(socket: &mut TcpStream, buffer: &mut Vec<u8>) -> u16 {
     let mut filled = 0;
     loop {

@@ -1,12 +1,14 @@
-//! What the README claims about speed: `cargo bench`. Everything is measured in one run, against both engines, beside the plain
-//! way to do it, with the generator on the same machine. It asserts nothing; it prints figures and ratios.
+//! Benchmarks behind the README's figures: `cargo bench`.
 //!
-//! `cargo bench -- --quick` takes a fifth of the time. `--engine sqlite` or `postgres` measures one, `--connections 256` one
-//! number of connections alone, as one wants it under a profiler. `--picture FILE` draws what came out. `--growth 5` measures
-//! instead how deliveries and reads fare while the log grows to five million events. `--fold` measures how long
-//! folds and reads of an invoice with thousands of failed tries take.
-//! `--beside-batch` measures deliveries while each batch command works on the same database;
-//! `--rows 20000` sets how much it has to do.
+//! One run measures both engines and the plain implementation, with the load generator on the same
+//! machine. It asserts nothing; it prints figures and ratios.
+//!
+//! `--quick` takes a fifth of the time. `--engine sqlite` or `--engine postgres` measures one
+//! engine. `--connections 256` measures one number of connections, for use under a profiler.
+//! `--picture FILE` draws the results. `--growth 5` measures deliveries and reads instead while the
+//! log grows to five million events. `--fold` measures instead folds and reads of an invoice with
+//! thousands of failed tries. `--beside-batch` measures deliveries while each batch command works on
+//! the same database; `--rows 20000` sets how much work the command has.
 
 mod beside_batch;
 mod deliveries;
@@ -28,7 +30,7 @@ use testkit::PostgresServer;
 const CONNECTIONS: [usize; 4] = [1, 16, 64, 256];
 
 struct Bench {
-    /// How long each figure is measured.
+    /// Duration of each measurement.
     time: Duration,
     folder: TempDir,
     postgres: Option<PostgresServer>,
@@ -42,6 +44,7 @@ async fn main() {
     if let Some(at) = arguments.iter().position(|a| a == "--plain") {
         return reference::serve_plain(&arguments[at + 1]).await;
     }
+
     let has = |word: &str| arguments.iter().any(|a| a == word);
     let time = if has("--quick") {
         Duration::from_millis(800)
@@ -59,6 +62,7 @@ async fn main() {
         value("--engine"),
         value("--connections").and_then(|n| n.parse().ok()),
     );
+
     let folder = tempfile::Builder::new()
         .prefix("stripe-reconciler-bench-")
         .tempdir()
@@ -70,6 +74,7 @@ async fn main() {
         databases: 0,
         events: 0,
     };
+
     if let Some(millions) = value("--growth").and_then(|n| n.parse::<f64>().ok()) {
         return bench
             .growth(only.as_deref().unwrap_or("sqlite"), millions)
@@ -80,12 +85,14 @@ async fn main() {
         let urls: Vec<String> = (0..3).map(|_| bench.database(engine)).collect();
         return fold::run(&urls).await;
     }
+
     if has("--beside-batch") {
         let rows = value("--rows").and_then(|n| n.parse().ok());
         return bench
             .beside_batch(only.as_deref(), rows.unwrap_or(20_000))
             .await;
     }
+
     let mut drawn = Vec::new();
     let disk = reference::disk_commits(&bench.folder.path().join("disk"), time);
     println!("The disk makes {disk:.0} appends of 8 KB durable a second, one by one.");
@@ -94,19 +101,20 @@ async fn main() {
             drawn.push(bench.measure(engine, connections).await);
         }
     }
+
     if let Some(file) = value("--picture") {
         std::fs::write(&file, picture::svg(&drawn)).expect("the picture is written");
     }
 }
 
-/// One side of a comparison, at one number of connections.
+/// Result of one implementation at one number of connections.
 struct Side {
     timings: Timings,
     cpu_us: f64,
 }
 
 impl Bench {
-    /// What is measured, as it is drawn.
+    /// Measures one engine and returns the bars of the picture.
     async fn measure(
         &mut self,
         engine: &str,
@@ -142,9 +150,11 @@ impl Bench {
                 acks / limit,
             );
         }
+
         if only.is_some() {
             return (about, drawn);
         }
+
         let urls = [
             self.database(engine),
             self.database(engine),
@@ -156,11 +166,12 @@ impl Bench {
         (about, drawn)
     }
 
-    /// Deliveries and reads of a log that grows, a fifth at a time.
+    /// Measures deliveries and reads while the log grows, in five steps.
     async fn growth(&mut self, engine: &str, millions: f64) {
         let url = self.database(engine);
         let step = (millions * 1e6 / 5.0) as usize;
         println!("    events  acks/s at 64  p50 ms at 1  read p50 ms  replay events/s");
+
         for _ in 0..5 {
             let replay = self.replay(&url, step);
             let (key, path) = self.invoice(&url);
@@ -204,6 +215,7 @@ impl Bench {
         if engine == "postgres" && self.postgres.is_none() {
             self.postgres = Some(PostgresServer::start("-c max_connections=100"));
         }
+
         self.databases += 1;
         match &self.postgres {
             Some(server) if engine == "postgres" => server.url(&server.create_database()),
@@ -215,7 +227,7 @@ impl Bench {
         }
     }
 
-    /// Unique events, whoever gets them.
+    /// Returns requests with events that no earlier measurement delivered.
     fn deliveries(&mut self, count: usize) -> load::Requests {
         self.events += count;
         deliveries::signed(self.events - count, count)
@@ -242,16 +254,18 @@ impl Bench {
             cpu(server.pid()) + database.unwrap_or_default()
         };
         reference::settle(url).await;
+
         let before = used(self);
         let timings = closed_loop(&server.authority, connections, &requests).await;
         let cpu_us = (used(self) - before).as_secs_f64() * 1e6 / timings.sorted.len() as f64;
         Side { timings, cpu_us }
     }
 
-    /// At a fixed rate, from the moment a request was due.
+    /// Measures latency at a fixed rate, from the time a request was due.
     async fn steady(&mut self, [plain_url, url, fast_url]: &[String; 3]) {
         let seconds = self.time.as_secs_f64() * 2.0;
         println!("\nrate/s  connections  way     p50 ms  p99 ms  p99.9 ms  not 2xx");
+
         for (way, start, url, rate, connections) in [
             (
                 "plain",
@@ -284,22 +298,23 @@ impl Bench {
             t.quantile_ms(0.99),
             t.quantile_ms(0.999),
         );
+
         println!(
             "{rate:>6}  {connections:>11}  {way:<6}  {p50:>6.2}  {p99:>6.2}  {p999:>8.2}  {:>7}",
             t.not_2xx
         );
     }
 
-    /// An invoice of the next four events, and a key that reads it: the key, and the path of the invoice.
+    /// Stores the invoice of the next four events. Returns a key that reads it, and its path.
     fn invoice(&mut self, url: &str) -> (String, String) {
         let run = |arguments: &[&str]| {
-            let ran = product(url).args(arguments).output().expect("it runs");
+            let output = product(url).args(arguments).output().expect("it runs");
             assert!(
-                ran.status.success(),
+                output.status.success(),
                 "{}",
-                String::from_utf8_lossy(&ran.stderr)
+                String::from_utf8_lossy(&output.stderr)
             );
-            String::from_utf8_lossy(&ran.stdout).trim().to_owned()
+            String::from_utf8_lossy(&output.stdout).trim().to_owned()
         };
         self.events = self.events.next_multiple_of(4);
         let stripe_invoice_id = deliveries::stripe_invoice_id(self.events / 4);
@@ -308,6 +323,7 @@ impl Bench {
         let invoice = format!(
             r#"{{"metadata":{{"uid":"{uid}"}},"status":{{"stripeInvoiceId":"{stripe_invoice_id}"}}}}"#
         );
+
         std::fs::write(&file, invoice).expect("a file");
         run(&[
             "invoices",
@@ -316,6 +332,7 @@ impl Bench {
             "acme",
             &file.display().to_string(),
         ]);
+
         (
             run(&["keys", "create", "--tenant", "acme"]),
             format!("/v1/tenants/acme/invoices/{uid}"),
@@ -395,16 +412,19 @@ impl Bench {
     fn replay_and_rebuild(&mut self, url: &str) {
         let replayed = self.replay(url, 50_000);
         let begun = Instant::now();
-        let ran = product(url)
+        let output = product(url)
             .args(["rebuild", "--json"])
             .output()
             .expect("it runs");
-        let rebuilt: serde_json::Value = serde_json::from_slice(&ran.stdout).expect("it reports");
+        let rebuilt: serde_json::Value =
+            serde_json::from_slice(&output.stdout).expect("it reports");
         let read = rebuilt["events"].as_f64().unwrap_or(0.0) / begun.elapsed().as_secs_f64();
         println!("replay: {replayed:.0} events/s. rebuild: {read:.0} events/s.");
     }
 
-    /// Events a second that `replay` takes, as they are made: a file of them would be written to the same disk.
+    /// Measures how many events per second `replay` accepts.
+    ///
+    /// They come through a pipe, because a file would be written to the same disk.
     fn replay(&mut self, url: &str, count: usize) -> f64 {
         let begun = Instant::now();
         let mut replay = product(url)
@@ -417,8 +437,10 @@ impl Bench {
         for body in deliveries::bodies(self.events, count) {
             writeln!(lines, "{}", body.replace('\n', "")).expect("it takes a line");
         }
+
         drop(lines);
         assert!(replay.wait().expect("it ends").success());
+
         self.events += count;
         count as f64 / begun.elapsed().as_secs_f64()
     }
@@ -439,6 +461,7 @@ fn print_side(connections: usize, way: &str, side: &Side) {
 
 fn etag(authority: &str, path: &str, headers: &str) -> String {
     use std::io::Read;
+
     let mut socket = std::net::TcpStream::connect(authority).expect("it listens");
     write!(
         socket,
@@ -447,6 +470,7 @@ fn etag(authority: &str, path: &str, headers: &str) -> String {
     .expect("it takes a request");
     let mut answer = String::new();
     socket.read_to_string(&mut answer).expect("it answers");
+
     answer
         .lines()
         .find_map(|line| line.strip_prefix("etag: "))

@@ -1,8 +1,10 @@
-//! The picture for the README: durable acknowledgements a second, ours beside the plain way.
+//! The picture for the README: durable acknowledgements per second of the program and of the plain
+//! implementation.
 
 use std::fmt::Write;
 
-/// One group of bars: connections, the plain way's acks/s, ours.
+/// One group of bars: connections, acknowledgements per second of the plain implementation and of
+/// ours.
 pub type Group = (usize, f64, f64);
 
 const WIDTH: f64 = 760.0;
@@ -10,7 +12,7 @@ const ROW: f64 = 22.0;
 const LEFT: f64 = 150.0;
 const RIGHT: f64 = 90.0;
 
-/// Bars that read on a light and on a dark page.
+/// Draws bars that are readable on light and dark pages.
 pub fn svg(engines: &[(String, Vec<Group>)]) -> String {
     let fastest = engines
         .iter()
@@ -19,6 +21,7 @@ pub fn svg(engines: &[(String, Vec<Group>)]) -> String {
         .fold(1.0, f64::max);
     let mut bars = String::new();
     let mut y = 40.0;
+
     for (engine, groups) in engines {
         text(&mut bars, 12.0, y, "title", engine);
         y += ROW;
@@ -47,6 +50,7 @@ pub fn svg(engines: &[(String, Vec<Group>)]) -> String {
         }
         y += ROW;
     }
+
     format!(
         r#"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y}" role="img" aria-label="Durable acknowledgements a second, stripe-reconciler beside one commit per request">
 <style>

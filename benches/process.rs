@@ -1,11 +1,12 @@
-//! Processes that are measured: the product, the plain server, PostgreSQL; their processor time and memory, from /proc.
+//! The measured processes: the program, the plain server and PostgreSQL, with their processor time
+//! and memory from /proc.
 
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-/// A server that says where it listens; killed when it is dropped.
+/// A server that prints its address. Dropping it kills the process.
 pub struct Served {
     process: Child,
     pub authority: String,
@@ -43,7 +44,9 @@ impl Served {
             .next()
             .unwrap_or_default()
             .to_owned();
+
         assert!(!authority.is_empty(), "it did not start");
+
         Served { process, authority }
     }
 
@@ -54,14 +57,15 @@ impl Served {
 
 impl Drop for Served {
     fn drop(&mut self) {
-        // Gone already is as good.
+        // The process may have ended already.
         let _ = self.process.kill();
         let _ = self.process.wait();
     }
 }
 
-/// The product's binary, with no setting that is not needed. `BENCH_BINARY` names another one, to
-/// compare two versions with the same load.
+/// Returns a command for the program's binary with only the required setting.
+///
+/// `BENCH_BINARY` names another binary, to compare two versions with the same load.
 pub fn product(database_url: &str) -> Command {
     #[expect(clippy::disallowed_methods, reason = "a setting of the benchmark")]
     let other = std::env::var_os("BENCH_BINARY");
@@ -70,7 +74,7 @@ pub fn product(database_url: &str) -> Command {
     command
 }
 
-/// Processor time of a process and of the children that it still has or has waited for.
+/// Returns the processor time of a process, its live children and the children it has waited for.
 pub fn cpu(pid: u32) -> Duration {
     let ticks = |fields: &[String], range: std::ops::Range<usize>| -> u64 {
         fields[range]
@@ -78,7 +82,9 @@ pub fn cpu(pid: u32) -> Duration {
             .map(|field| field.parse::<u64>().unwrap_or(0))
             .sum()
     };
-    // After the name come the fields from the third on: utime, stime, cutime and cstime are the 14th to 17th.
+
+    // The fields after the name start with the third: utime, stime, cutime and cstime are the 14th
+    // to 17th.
     let own = stat(pid).map_or(0, |fields| ticks(&fields, 11..15));
     let all = fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = all.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
@@ -95,7 +101,7 @@ fn stat(pid: u32) -> Option<Vec<String>> {
     Some(fields.split_whitespace().map(str::to_owned).collect())
 }
 
-/// Memory of a process in MB: what it has alone, and its share of what it shares.
+/// Returns the memory of a process in MB: private memory plus its share of shared memory.
 pub fn pss_mb(pid: u32) -> f64 {
     let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap_or_default();
     let line = text

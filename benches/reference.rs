@@ -1,5 +1,5 @@
-//! What the product is measured against: the plain way to receive webhooks durably, what the engine can commit in large
-//! batches, what it can commit one by one, and what the disk can.
+//! Reference points for the program: the plain way to receive webhooks durably, the engine's
+//! throughput in large batches and in single commits, and the disk's.
 
 use std::fs::File;
 use std::io::Write;
@@ -35,7 +35,8 @@ struct Plain {
 const TABLE: &str = "create table if not exists payloads (id text primary key, received bigint not null, body BYTES not null)";
 
 impl Pool {
-    /// A pool of 10 on PostgreSQL, one connection on SQLite; a table for whole payloads.
+    /// Opens ten connections to PostgreSQL or one to SQLite, and creates a table for whole
+    /// payloads.
     pub async fn open(url: &str) -> Pool {
         match url.strip_prefix("sqlite://") {
             Some(path) => {
@@ -68,10 +69,11 @@ impl Pool {
         }
     }
 
-    /// One payload, one transaction, as a handler is usually written.
+    /// Inserts one payload in its own transaction, as most handlers do.
     async fn insert(&self, id: &str, body: &[u8]) -> Result<(), sqlx::Error> {
         const INSERT: &str =
             "insert into payloads (id, received, body) values ($1, $2, $3) on conflict do nothing";
+
         let received = Clock::system().now_ms();
         match self {
             Pool::Sqlite(pool) => {
@@ -97,7 +99,7 @@ impl Pool {
         }
     }
 
-    /// One commit for all of them.
+    /// Inserts all payloads in one commit.
     async fn insert_batch(&self, batch: &[(String, Vec<u8>)]) -> Result<(), sqlx::Error> {
         match self {
             Pool::Sqlite(pool) => {
@@ -127,7 +129,7 @@ impl Pool {
     }
 }
 
-/// Serves the plain way on a free port, and prints where.
+/// Serves the plain implementation on a free port and prints its address.
 pub async fn serve_plain(url: &str) {
     let plain = Plain {
         pool: Pool::open(url).await,
@@ -140,6 +142,7 @@ pub async fn serve_plain(url: &str) {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0")
         .await
         .expect("a port");
+
     println!(
         "listening on http://{}",
         listener.local_addr().expect("an address")
@@ -161,6 +164,7 @@ async fn receive(State(plain): State<Plain>, headers: HeaderMap, body: Bytes) ->
     if verifier.finish(Clock::system().now_s()).is_err() {
         return StatusCode::BAD_REQUEST;
     }
+
     let Ok(event) = serde_json::from_slice::<serde_json::Value>(&body) else {
         return StatusCode::BAD_REQUEST;
     };
@@ -174,7 +178,9 @@ async fn receive(State(plain): State<Plain>, headers: HeaderMap, body: Bytes) ->
     }
 }
 
-/// Rows a second that the engine alone commits, 256 a commit, by two connections where that is faster (PostgreSQL).
+/// Returns how many rows per second the engine alone commits, 256 per commit.
+///
+/// PostgreSQL uses two connections, which is faster there.
 pub async fn batch_limit(url: &str, time: Duration) -> f64 {
     let pool = Pool::open(url).await;
     let writers = if matches!(pool, Pool::Postgres(_)) {
@@ -184,6 +190,7 @@ pub async fn batch_limit(url: &str, time: Duration) -> f64 {
     };
     let started = Instant::now();
     let mut tasks = tokio::task::JoinSet::new();
+
     for writer in 0..writers {
         let pool = pool.clone();
         tasks.spawn(async move {
@@ -201,16 +208,18 @@ pub async fn batch_limit(url: &str, time: Duration) -> f64 {
             rows
         });
     }
+
     let rows: usize = tasks.join_all().await.into_iter().sum();
     rows as f64 / started.elapsed().as_secs_f64()
 }
 
-/// The median time of one insert and commit, alone, in milliseconds.
+/// Returns the median time of a single insert with its commit, in milliseconds.
 pub async fn commit_ms(url: &str, time: Duration) -> f64 {
     let pool = Pool::open(url).await;
     let bodies: Vec<String> = deliveries::bodies(0, 4).collect();
     let started = Instant::now();
     let mut times = Vec::new();
+
     while started.elapsed() < time {
         let begun = Instant::now();
         pool.insert(
@@ -221,12 +230,13 @@ pub async fn commit_ms(url: &str, time: Duration) -> f64 {
         .expect("it is taken");
         times.push(begun.elapsed());
     }
+
     times.sort_unstable();
     times[times.len() / 2].as_secs_f64() * 1e3
 }
 
-/// Has PostgreSQL write down what earlier measurements left in its memory, and look at what they left in its tables: no side pays
-/// for another's.
+/// Makes PostgreSQL write dirty pages and finish vacuuming, so that no measurement pays for an
+/// earlier one.
 pub async fn settle(url: &str) {
     if let Pool::Postgres(pool) = Pool::open(url).await {
         sqlx::query("checkpoint")
@@ -245,7 +255,7 @@ pub async fn settle(url: &str) {
     }
 }
 
-/// Appends of 8 KB that the disk makes durable, one by one, in a second.
+/// Returns how many appends of 8 KB the disk makes durable per second, one at a time.
 pub fn disk_commits(path: &std::path::Path, time: Duration) -> f64 {
     let mut file = File::create(path).expect("a file");
     let (started, mut commits) = (Instant::now(), 0);
@@ -258,7 +268,7 @@ pub fn disk_commits(path: &std::path::Path, time: Duration) -> f64 {
     f64::from(commits) / started.elapsed().as_secs_f64()
 }
 
-/// Bytes of the server's settings that decide how it commits, to be printed beside the figures.
+/// Describes the engine's version and the settings that control its commits.
 pub async fn about(url: &str) -> String {
     match Pool::open(url).await {
         Pool::Sqlite(pool) => {

@@ -2,41 +2,53 @@
 //!
 //! # The idea
 //!
-//! The history of an invoice is a function of the *set* of authentic events known about it. So a delivery only ever appends
-//! (bytes, and what we read in them), nothing is locked or updated, and the history is folded when it is read. Order,
-//! duplicates, and events that come before their invoice need no special path.
+//! The history of an invoice is a function of the *set* of authentic events known about it. A
+//! delivery therefore only appends (its bytes, and what we read in them); it locks and updates
+//! nothing. The history is folded when the invoice is read. Order, duplicates, and events that
+//! arrive before their invoice need no special path.
 //!
-//! # The rooms, in reading order
+//! # The rooms
 //!
-//! | module | what it is for | who may import it |
+//! A room imports only the rooms that its row names, and a row names only rooms above it.
+//! `tests/import_law` enforces this table, and that files import each other in no circle.
+//!
+//! | room | purpose | may import |
 //! | --- | --- | --- |
-//! | [`domain`] | pure: signature, reading an event, facts, history, messages, the invoice document | everybody |
-//! | [`clock`] | the only caller of the system time | everybody but `domain` |
-//! | [`transport`] | HTTP as a client: pooled, limited | `stripe_api`, `flows`, `telemetry`, `cli` |
-//! | [`stripe_api`] | the only async-stripe: what Stripe's API answers, within a budget of calls | `flows`, `config` (is this a key?), `cli` |
-//! | [`store`] | the only SQL | `inbox`, `flows`, `http`, `config` (is this a database URL?), `cli` |
-//! | [`metrics`] | what is counted and measured, by which names | `inbox`, `flows`, `http`, `cli` |
-//! | [`inbox`] | group commit: many deliveries, one durable transaction | `flows`, `http`, `cli` |
-//! | [`flows`] | one path per file: ingest, replay, rebuild, import, reconcile, copy, evidence, signs, doctor | `http`, `cli` |
-//! | [`http`] | the only axum: webhook endpoint, read endpoint, operator's calls | `cli` |
-//! | [`telemetry`] | logs, and traces for a collector | `http`, `config`, `cli` |
-//! | [`config`] | settings and secrets | `cli` |
-//! | [`cli`] | one file per command | `main` |
-//!
-//! `tests/import_law.rs` holds this table.
+//! | [`domain`] | pure values and functions: signatures, events, histories, the invoice document | nothing |
+//! | [`clock`] | the only reader of the system time | nothing |
+//! | [`http_client`] | HTTP as a client: pooled, with limits | nothing |
+//! | [`store`] | the only SQL, for SQLite and PostgreSQL | `clock`, `domain` |
+//! | [`stripe_api`] | reads of Stripe's API within a rate limit; the only async-stripe | `domain`, `http_client` |
+//! | [`telemetry`] | logs, and traces for a collector | `http_client` |
+//! | [`metrics`] | counters and gauges with their names | `domain` |
+//! | [`config`] | settings and secrets | `domain`, `store`, `stripe_api`, `telemetry` |
+//! | [`ingest`] | the path from a delivery to a durable row, with group commit | `domain`, `store`, `metrics` |
+//! | [`queries`] | reads: histories, lists, evidence and summaries | `domain`, `store` |
+//! | [`monitoring`] | the data behind `/metrics` and `doctor` | `domain`, `clock`, `store`, `metrics` |
+//! | [`reconcile`] | runs against Stripe's API, one step per file | `domain`, `clock`, `store`, `stripe_api`, `metrics`, `ingest`, `queries`, `monitoring` |
+//! | [`doctor`] | checks a health snapshot and suggests remedies | `domain`, `clock`, `store`, `stripe_api`, `monitoring`, `reconcile` |
+//! | [`jobs`] | one-shot work on request: import, replay, rebuild and copy | `domain`, `clock`, `http_client`, `store`, `ingest`, `queries` |
+//! | [`http`] | the only axum: webhook endpoint, API and pages | `domain`, `clock`, `store`, `metrics`, `telemetry`, `ingest`, `queries`, `monitoring`, `reconcile`, `doctor` |
+//! | [`cli`] | one file per command | every room |
+//! | `main` | the binary: parses arguments and exits with the command's code | `cli` |
 //!
 //! # The paths
 //!
-//! * **A delivery**: `http/webhook` (limit, raw bytes) → `domain/signature` → `flows/ingest` → `domain/event` → `inbox` →
-//!   `store/sqlite` or `store/postgres` (one batch, one transaction, durable) → 200.
-//! * **A read**: `http/invoices` → `store/histories` (key, invoice and what was told, in one round trip) → `domain/history` → JSON.
-//! * **A replay**: recorded payloads → `flows/ingest`, without a signature, marked as replayed.
-//! * **A pass against Stripe's API**: `stripe_api` → `flows/reconcile` (events, thin events' objects, links, invoices) → the same
-//!   reading and the same append; `domain/comparison` says what differs.
-//! * **A scrape, and `doctor`**: `flows/monitor` reads on in the log, and what it has come to from `store/monitor`; nothing in the path of a
-//!   delivery but counters.
-//! * **A rebuild**: stored bytes → `domain/event` again → compare → report, and save.
-//! * **A copy**: `store/copying` on two databases, page beside page → `flows/copy` → what differs is written over → all histories compared.
+//! * **Delivery**: `http/webhook` (limits, raw bytes) → `domain/stripe/signature` → `ingest` →
+//!   `ingest/batch_writer` (group commit) → `store/events` (one batch, one durable transaction) →
+//!   200.
+//! * **Read**: `http/invoices` → `store/invoice_reads` (key, invoice and observations in one round
+//!   trip) → `domain/history` → JSON.
+//! * **Reconcile run**: `reconcile` lists the steps in order: `sync_events`, `fetch_objects`,
+//!   `link_payments`, `compare_invoices`, `check_endpoints`. Everything found goes through
+//!   `recorder` to `ingest`.
+//! * **Replay**: recorded payloads → `jobs/json_reader` → `ingest`, without a signature and marked
+//!   as replayed.
+//! * **Rebuild**: stored bytes → `domain/stripe/event` again → compare → report, and save if asked.
+//! * **Copy**: `store/copy` on two databases, page by page → `jobs/copy` → differences are written →
+//!   all histories are compared.
+//! * **Scrape and `doctor`**: `monitoring/monitor` continues its scan of the log; the path of a
+//!   delivery only increments counters.
 
 pub mod domain;
 

@@ -1,6 +1,7 @@
-//! What is read in authentic bytes, and the history that is folded from it.
+//! Checks of reading authentic bytes and of the history folded from them.
 //!
-//! An input is a sequence of bodies: JSON values one after another, as in a story of the fixtures, and what follows them and is no JSON.
+//! An input is a sequence of bodies: JSON values one after another, as in a story of the fixtures.
+//! Bytes after the last JSON value form one more body.
 
 use std::collections::HashSet;
 
@@ -16,12 +17,12 @@ use stripe_reconciler::domain::stripe::event::{
 };
 use stripe_reconciler::domain::time::LAST_SECOND;
 
-use super::message::is_fit;
+use super::message::assert_is_safe;
 
-/// Bodies and invoices of an input that are looked at.
+/// Limits on the bodies and invoices checked per input.
 const BODIES: usize = 32;
 const INVOICES: usize = 4;
-/// An index of PostgreSQL's takes 2,704 bytes; an id of Stripe's has at most 255.
+/// Maximum length of a Stripe id in bytes. An index of PostgreSQL accepts 2,704 bytes.
 const LONGEST_ID: usize = 255;
 
 pub fn check(input: &[u8]) {
@@ -36,7 +37,7 @@ pub fn check(input: &[u8]) {
             }
             Reading::Event(event) => {
                 check_event(&event);
-                // As the store does: what is known already adds nothing.
+                // As in the store: a known event adds nothing.
                 let is_new = known.iter().all(|k| k.key != event.key);
                 known.extend(
                     event
@@ -50,6 +51,7 @@ pub fn check(input: &[u8]) {
             }
         }
     }
+
     let mut invoices: Vec<String> = Vec::new();
     for mention in known
         .iter()
@@ -78,32 +80,38 @@ fn bodies(input: &[u8]) -> Vec<&[u8]> {
             None => break,
         }
     }
+
     bodies
 }
 
-/// The order of fields, white space, and fields that nobody knows make no difference.
+/// Checks that field order, white space and unknown fields make no difference.
 fn check_meaning(body: &[u8], reading: &Reading) {
-    // serde_json takes a field of this name for a whole document of its own.
-    let is_trick = body.windows(11).any(|window| window == b"$serde_json");
+    // serde_json reads a field of this name as a separate document.
+    let has_raw_value_name = body.windows(11).any(|window| window == b"$serde_json");
     let Ok(value) = serde_json::from_slice::<Value>(body) else {
         return;
     };
     let is_fetched = value.get("object").and_then(Value::as_str) == Some(FETCHED);
-    if is_trick {
+    if has_raw_value_name {
         return;
     }
+
     let plain = event::read(value.to_string().as_bytes());
-    // Of an object that the API returned, the bytes decide whether it is known.
+    // An object that the API returned is identified by its bytes.
     if !is_fetched {
         assert_eq!(
             without_key_of_unreadable(&plain),
             without_key_of_unreadable(reading)
         );
     }
-    let twisted = event::read(twisted(&value).to_string().as_bytes());
-    assert_eq!(without_key(&twisted), without_key(&plain));
-    if let (Reading::Event(twisted), Reading::Event(plain), false) = (twisted, plain, is_fetched) {
-        assert_eq!(twisted.key, plain.key);
+
+    let reordered = event::read(reordered(&value).to_string().as_bytes());
+    assert_eq!(without_key(&reordered), without_key(&plain));
+
+    if let (Reading::Event(reordered), Reading::Event(plain), false) =
+        (reordered, plain, is_fetched)
+    {
+        assert_eq!(reordered.key, plain.key);
     }
 }
 
@@ -126,37 +134,39 @@ fn without_key_of_unreadable(reading: &Reading) -> Reading {
     }
 }
 
-/// The same with its fields from the last to the first, and two more in every object.
-fn twisted(value: &Value) -> Value {
+/// Returns the value with its fields in reverse order and two unknown fields in every object.
+fn reordered(value: &Value) -> Value {
     match value {
         Value::Object(fields) => {
-            let mut twisted = Map::new();
-            twisted.insert(
+            let mut reordered = Map::new();
+            reordered.insert(
                 "a_field_of_tomorrow".to_owned(),
                 json!({"id": "in_tomorrow", "status": ["paid", null]}),
             );
-            twisted.extend(
+            reordered.extend(
                 fields
                     .iter()
                     .rev()
-                    .map(|(name, field)| (name.clone(), self::twisted(field))),
+                    .map(|(name, field)| (name.clone(), self::reordered(field))),
             );
-            twisted.insert("Status".to_owned(), "paid".into());
-            twisted.into()
+            reordered.insert("Status".to_owned(), "paid".into());
+            reordered.into()
         }
-        Value::Array(items) => items.iter().map(self::twisted).collect(),
+        Value::Array(items) => items.iter().map(self::reordered).collect(),
         other => other.clone(),
     }
 }
 
 fn check_event(event: &Event) {
     assert!((0..=LAST_SECOND).contains(&event.created));
+
     let (first, last) = EventKey::range(&event.id);
     assert!(
         first <= event.key && event.key <= last,
         "it is found by its id"
     );
     asserts_fact(event);
+
     let Some(telling) = &event.telling else {
         return;
     };
@@ -166,6 +176,7 @@ fn check_event(event: &Event) {
         telling
     );
     assert!(!kept.contains("\\u0000"), "PostgreSQL takes no NUL: {kept}");
+
     let mut named = HashSet::new();
     for mention in telling.mentions() {
         let id = mention.object_id;
@@ -188,6 +199,7 @@ fn check_history(invoice: &str, known: &[StoredObservation]) {
             "the order and repetitions make no difference"
         );
     }
+
     check_entries(&history, known);
     check_growth(invoice, known, &history);
     check_imported(invoice, known, &history);
@@ -212,16 +224,17 @@ fn orders(known: &[StoredObservation]) -> [Vec<StoredObservation>; 4] {
         .chain(even)
         .map(|(_, known)| known)
         .collect();
+
     let doubled = known.iter().chain(reversed.iter()).cloned().collect();
     [reversed, turned, shuffled, doubled]
 }
 
 fn check_entries(history: &[Entry], known: &[StoredObservation]) {
-    let mut told = HashSet::new();
+    let mut seen = HashSet::new();
     let mut is_paid = false;
     for entry in history {
         assert!(
-            told.insert((entry.state.as_str(), entry.timestamp_ms, &entry.message)),
+            seen.insert((entry.state.as_str(), entry.timestamp_ms, &entry.message)),
             "no entry stands twice: {entry:?}"
         );
         assert!(
@@ -233,7 +246,7 @@ fn check_entries(history: &[Entry], known: &[StoredObservation]) {
             (0..=LAST_SECOND * 1000).contains(&entry.timestamp_ms),
             "{entry:?}"
         );
-        is_fit(
+        assert_is_safe(
             entry
                 .message
                 .as_deref()
@@ -248,7 +261,8 @@ fn check_entries(history: &[Entry], known: &[StoredObservation]) {
             "{entry:?}"
         );
     }
-    // Not after Paid: what comes of a payment stands behind it, whenever it was.
+
+    // Only before Paid: entries that follow from a payment come after it, whatever their time.
     let times: Vec<i64> = history
         .iter()
         .filter(|e| e.state == PaymentState::PaymentPending)
@@ -257,12 +271,13 @@ fn check_entries(history: &[Entry], known: &[StoredObservation]) {
     assert!(times.is_sorted(), "{history:?}");
 }
 
-/// Once an invoice is known to be paid, whatever else is told does not take it away.
+/// Checks that further observations never remove a payment.
 fn check_growth(invoice: &str, known: &[StoredObservation], history: &[Entry]) {
-    // A thin event gives way to the snapshot that it names, which may say something else.
+    // The snapshot that a thin event names replaces it and may contradict it.
     if known.iter().any(|k| k.telling.snapshot_event.is_some()) {
         return;
     }
+
     let is_paid = |history: &[Entry]| {
         history
             .last()
@@ -276,7 +291,7 @@ fn check_growth(invoice: &str, known: &[StoredObservation], history: &[Entry]) {
     }
 }
 
-/// What was rendered once comes first when it is stored elsewhere, as it was.
+/// Checks that a rendered history comes first and unchanged when it is imported elsewhere.
 fn check_imported(invoice: &str, known: &[StoredObservation], history: &[Entry]) {
     let Ok(valid) = validate(render(&json!({}), history)) else {
         let kinds: HashSet<_> = history
@@ -292,6 +307,7 @@ fn check_imported(invoice: &str, known: &[StoredObservation], history: &[Entry])
     let state = |entry: &Entry| (entry.state, entry.timestamp_ms, entry.message.clone());
     let imported = |state: &ImportedState| (state.state, state.timestamp_ms, state.message.clone());
     let shown: Vec<_> = history.iter().map(state).collect();
+
     assert_eq!(
         valid
             .imported_states
@@ -300,6 +316,7 @@ fn check_imported(invoice: &str, known: &[StoredObservation], history: &[Entry])
             .collect::<Vec<_>>(),
         shown
     );
+
     let again = fold(Some(invoice), &valid.imported_states, known);
     assert_eq!(
         again.iter().map(state).collect::<Vec<_>>(),

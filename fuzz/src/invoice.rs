@@ -1,5 +1,5 @@
-//! A document to be stored: what is accepted stays what it is, and a strict client can read it; of what is not, every fault is named with
-//! its place.
+//! Checks of a document to be stored: an accepted document stays the same and a strict client can
+//! read it. A rejected document gets the path of every error.
 
 use serde::Deserialize;
 use serde_json::Value;
@@ -8,7 +8,7 @@ use stripe_reconciler::domain::invoice::document::{ValidInvoice, render, validat
 use stripe_reconciler::domain::invoice::schema::InvalidField;
 use stripe_reconciler::queries::invoices::new_invoice;
 
-/// Documents of an input that are looked at: JSON values one after another.
+/// Limit on the documents checked per input: JSON values one after another.
 const DOCUMENTS: usize = 32;
 
 pub fn check(input: &[u8]) {
@@ -26,19 +26,23 @@ fn check_accepted(valid: &ValidInvoice) {
     let stored: Value = serde_json::from_str(&valid.document.to_string())
         .unwrap_or_else(|error| panic!("{error} in what is stored"));
     assert_eq!(stored, valid.document, "it is read as it was written");
+
     let entries = fold(None, &valid.imported_states, &[]);
     let rendered = render(&valid.document, &entries);
     let text = rendered.to_string();
     let read: V1Invoice = serde_json::from_str(&text)
         .unwrap_or_else(|error| panic!("a strict client says {error} of {text}"));
+
     assert_eq!(
         read.status.states.map(|states| states.len()),
         Some(valid.imported_states.len())
     );
+
     let again = validate(rendered).unwrap_or_else(|faults| panic!("{faults:?} in {text}"));
     assert_eq!(again.imported_states, valid.imported_states);
     assert_eq!(again.stripe_invoice_id, valid.stripe_invoice_id);
     assert_eq!(render(&again.document, &entries).to_string(), text);
+
     let kept = validate(valid.document.clone())
         .unwrap_or_else(|faults| panic!("{faults:?} in {}", valid.document));
     assert_eq!(
@@ -48,25 +52,31 @@ fn check_accepted(valid: &ValidInvoice) {
     );
 }
 
-/// Each pointer is one (RFC 6901), and leads to what is wrong; and where all that is wrong is taken away, what is left is right: no fault
-/// hides another.
+/// Checks that each path is a JSON pointer (RFC 6901) to an error, and that the document is valid
+/// once all of them are removed.
+///
+/// So no error hides another.
 fn check_refused(document: &Value, faults: &[InvalidField]) {
     assert!(!faults.is_empty());
+
     let mut mended = document.clone();
     let mut pointers: Vec<&str> = faults
         .iter()
-        .map(|fault| fault_to_take_away(document, fault))
+        .map(|fault| removable_path(document, fault))
         .collect();
+
     if pointers.contains(&"") {
         assert!(!document.is_object(), "{faults:?} in {document}");
         return;
     }
-    // From the last item of a list to the first, so that none is taken for another.
-    pointers.sort_by_key(|pointer| std::cmp::Reverse(place(pointer)));
+
+    // From the last item of a list to the first, because removing an item shifts those after it.
+    pointers.sort_by_key(|pointer| std::cmp::Reverse(document_order(pointer)));
     pointers.dedup();
     for pointer in pointers {
-        take_away(&mut mended, pointer);
+        remove(&mut mended, pointer);
     }
+
     assert!(
         validate(mended.clone()).is_ok(),
         "{faults:?} in {document} hid {:?} in {mended}",
@@ -74,8 +84,10 @@ fn check_refused(document: &Value, faults: &[InvalidField]) {
     );
 }
 
-/// What has to go so that the fault is gone: where a field is required, all that it is required in.
-fn fault_to_take_away<'f>(document: &Value, fault: &'f InvalidField) -> &'f str {
+/// Returns the pointer to remove so that the error disappears.
+///
+/// For a missing required field that is the object that requires it.
+fn removable_path<'f>(document: &Value, fault: &'f InvalidField) -> &'f str {
     let pointer = &fault.pointer;
     let escapes = pointer
         .match_indices('~')
@@ -88,6 +100,7 @@ fn fault_to_take_away<'f>(document: &Value, fault: &'f InvalidField) -> &'f str 
         !fault.reason.is_empty() && fault.reason.is_ascii(),
         "{fault:?}"
     );
+
     let Some((parent, name)) = pointer.rsplit_once('/') else {
         return pointer;
     };
@@ -101,21 +114,23 @@ fn fault_to_take_away<'f>(document: &Value, fault: &'f InvalidField) -> &'f str 
         document.pointer(there).is_some(),
         "{fault:?} leads nowhere in {document}"
     );
+
     there
 }
 
-/// Orders pointers as they stand in a document.
-fn place(pointer: &str) -> Vec<Result<usize, &str>> {
+/// Returns a key that sorts pointers by their position in a document.
+fn document_order(pointer: &str) -> Vec<Result<usize, &str>> {
     pointer
         .split('/')
         .map(|part| part.parse().map_err(|_| part))
         .collect()
 }
 
-fn take_away(document: &mut Value, pointer: &str) {
+fn remove(document: &mut Value, pointer: &str) {
     let Some((parent, name)) = pointer.rsplit_once('/') else {
         return;
     };
+
     match document.pointer_mut(parent) {
         Some(Value::Object(fields)) => {
             drop(fields.shift_remove(&name.replace("~1", "/").replace("~0", "~")))
@@ -126,18 +141,19 @@ fn take_away(document: &mut Value, pointer: &str) {
                 items.remove(index);
             }
         }
-        // It is gone with what it was in.
+        // Removed together with its parent.
         _ => {}
     }
 }
 
-/// The uid of the path, or of the document.
+/// Checks which uids the path and the document may have.
 fn check_name(document: Value) {
     let own = document
         .pointer("/metadata/uid")
         .and_then(Value::as_str)
         .map(str::to_owned);
     let is_valid = validate(document.clone()).is_ok();
+
     match new_invoice("acme", None, document.clone()) {
         Ok(new) => assert!(is_valid && Some(&new.invoice_uid) == own.as_ref()),
         Err(faults) => assert!(
@@ -145,6 +161,7 @@ fn check_name(document: Value) {
                 && (!is_valid || faults.iter().all(|f| f.pointer == "/metadata/uid"))
         ),
     }
+
     let named = new_invoice("acme", Some("inv-1"), document);
     assert_eq!(
         named.is_ok(),
@@ -152,7 +169,8 @@ fn check_name(document: Value) {
     );
 }
 
-/// A client that is as strict as they come: whole numbers are written as such, and nothing is null.
+/// A client that decodes as strictly as possible: integers are written as integers, and nothing is
+/// null.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 #[allow(dead_code, reason = "that it can be read is all that is asked")]
@@ -164,14 +182,14 @@ struct V1Invoice {
     status: Status,
 }
 
-/// Reads what stands there, and nothing else: `null` is no value.
-fn some<'de, D: serde::Deserializer<'de>, T: Deserialize<'de>>(
+/// Reads a present value. `null` is an error.
+fn present<'de, D: serde::Deserializer<'de>, T: Deserialize<'de>>(
     deserializer: D,
 ) -> Result<Option<T>, D::Error> {
     T::deserialize(deserializer).map(Some)
 }
 
-/// Structs whose fields may all be absent.
+/// Defines structs whose fields may all be absent.
 macro_rules! strict {
     ($($name:ident { $($field:ident: $type:ty,)* })*) => {
         $(
@@ -179,7 +197,7 @@ macro_rules! strict {
             #[serde(rename_all = "camelCase")]
             #[allow(dead_code, reason = "that it can be read is all that is asked")]
             struct $name {
-                $(#[serde(default, deserialize_with = "some")] $field: Option<$type>,)*
+                $(#[serde(default, deserialize_with = "present")] $field: Option<$type>,)*
             }
         )*
     };
@@ -240,15 +258,15 @@ strict! {
 #[allow(dead_code, reason = "that it can be read is all that is asked")]
 struct PlanCredit {
     r#type: CreditType,
-    #[serde(default, deserialize_with = "some")]
+    #[serde(default, deserialize_with = "present")]
     cpu_core_hours: Option<i64>,
-    #[serde(default, deserialize_with = "some")]
+    #[serde(default, deserialize_with = "present")]
     credit_uid: Option<String>,
-    #[serde(default, deserialize_with = "some")]
+    #[serde(default, deserialize_with = "present")]
     expiry: Option<Time>,
-    #[serde(default, deserialize_with = "some")]
+    #[serde(default, deserialize_with = "present")]
     name: Option<String>,
-    #[serde(default, deserialize_with = "some")]
+    #[serde(default, deserialize_with = "present")]
     start: Option<Time>,
 }
 
@@ -258,7 +276,7 @@ struct PlanCredit {
 struct PaymentState {
     state: PaymentStateName,
     timestamp: Time,
-    #[serde(default, deserialize_with = "some")]
+    #[serde(default, deserialize_with = "present")]
     payment_msg: Option<String>,
 }
 
@@ -289,7 +307,7 @@ enum PaymentStateName {
     PaymentFailed,
 }
 
-/// `2026-01-31T09:15:00.000Z`, and no other writing of it.
+/// A time in the form `2026-01-31T09:15:00.000Z` and in no other.
 #[derive(Deserialize)]
 #[serde(try_from = "String")]
 struct Time;
@@ -306,6 +324,7 @@ impl TryFrom<String> for Time {
             }
         };
         let is_time = text.len() == 24 && text.bytes().zip(*b"0000-00-00T00:00:00.000Z").all(fits);
+
         if is_time {
             Ok(Time)
         } else {

@@ -1,10 +1,12 @@
-//! What must hold for any bytes from outside, one file for each kind of them. The fuzz targets in `fuzz_targets/` ask it of what
-//! libFuzzer makes up; `tests/fuzzing.rs` asks it of the fixtures, of `seeds/`, and of changes to them.
+//! Checks that must hold for any input from outside, one file per kind of input.
+//!
+//! The targets in `fuzz_targets/` run them on inputs of libFuzzer. `tests/fuzzing.rs` runs them on
+//! the fixtures, on `seeds/` and on changes to both.
 
 pub mod event;
 pub mod invoice;
 pub mod message;
 pub mod mutate;
 pub mod paths;
+pub mod program;
 pub mod signature;
-pub mod world;

@@ -1,13 +1,13 @@
-//! Text from outside, made fit for a message that many may read: on one line, not endless, without addresses, links, secrets and
-//! card numbers, whatever they are written with.
+//! Checks of text from outside that many people may read: one line, bounded length, no addresses,
+//! links, secrets or card numbers, whatever characters they are written with.
 
 use stripe_reconciler::domain::redact::{clean, name};
 
 pub fn check(input: &[u8]) {
     let text = String::from_utf8_lossy(input);
     let cleaned = clean(&text);
-    is_fit(&cleaned);
-    is_fit(&name(&text));
+    assert_is_safe(&cleaned);
+    assert_is_safe(&name(&text));
     assert!(!has_card_number(&cleaned), "{text:?} became {cleaned:?}");
     assert!(
         !text.trim().is_empty() || cleaned.is_empty(),
@@ -15,8 +15,8 @@ pub fn check(input: &[u8]) {
     );
 }
 
-/// Holds of a message, and of what it repeats.
-pub fn is_fit(text: &str) {
+/// Checks a message, or the part of a message that repeats text from outside.
+pub fn assert_is_safe(text: &str) {
     assert!(
         !text.chars().any(char::is_control),
         "{text:?} has a control character"
@@ -35,7 +35,7 @@ fn is_private(word: &str) -> bool {
     is_key || word.contains('@') || word.contains("://")
 }
 
-/// Twelve digits with no more between any two than a person writes between groups.
+/// Returns whether the text has twelve digits with no larger gaps than people write between groups.
 fn has_card_number(text: &str) -> bool {
     let (mut digits, mut between) = (0, 0);
     for c in text.chars() {
@@ -48,5 +48,6 @@ fn has_card_number(text: &str) -> bool {
             return true;
         }
     }
+
     false
 }

@@ -1,9 +1,11 @@
-//! Changes what JSON says, never its syntax: values, names, and their places. Bytes changed at random are seldom JSON, and what is
-//! none is refused by the first line of the reader.
+//! Changes the contents of JSON, never its syntax: values, names and their positions.
+//!
+//! Random changes of bytes rarely produce JSON, and the first line of the reader rejects everything
+//! else.
 
 use serde_json::{Map, Value, json};
 
-/// Random numbers that a seed repeats (SplitMix64).
+/// A random number generator that a seed makes repeatable (SplitMix64).
 pub struct Dice(u64);
 
 impl Dice {
@@ -18,13 +20,13 @@ impl Dice {
         mixed ^ (mixed >> 31)
     }
 
-    /// A number below `limit`, which is not 0.
+    /// Returns a number below `limit`, which must not be 0.
     pub fn below(&mut self, limit: usize) -> usize {
         (self.roll() % limit as u64) as usize
     }
 }
 
-/// Changes a sequence of JSON values, which may stand on lines. None: it is none.
+/// Changes a sequence of JSON values. Returns `None` if the text is not JSON.
 pub fn json(text: &[u8], dice: &mut Dice) -> Option<Vec<u8>> {
     let parsed: Result<Vec<Value>, _> = serde_json::Deserializer::from_slice(text)
         .into_iter()
@@ -53,25 +55,25 @@ fn change(values: &mut Vec<Value>, dice: &mut Dice) {
             let other = dice.below(values.len());
             values.swap(line, other);
         }
-        3..=5 => set(values, line, dice, |_, dice| odd(dice)),
+        3..=5 => set(values, line, dice, |_, dice| odd_value(dice)),
         6 => {
             let from = dice.below(values.len());
-            let places = places(&values[from]);
+            let pointers = pointers(&values[from]);
             let copied = values[from]
-                .pointer(&places[dice.below(places.len())])
+                .pointer(&pointers[dice.below(pointers.len())])
                 .cloned()
                 .unwrap_or_default();
             set(values, line, dice, |_, _| copied);
         }
-        7 | 8 => set(values, line, dice, nudged),
-        9 => add(&mut values[line], dice),
-        10 => forget(values, line, dice),
+        7 | 8 => set(values, line, dice, nudge),
+        9 => copy_value(&mut values[line], dice),
+        10 => remove_field(values, line, dice),
         _ => remove(&mut values[line], dice),
     }
 }
 
-/// The JSON pointers of all that is in a value, itself first.
-fn places(value: &Value) -> Vec<String> {
+/// Returns the JSON pointers of a value and of everything inside it, the value itself first.
+fn pointers(value: &Value) -> Vec<String> {
     fn collect(value: &Value, at: &str, found: &mut Vec<String>) {
         found.push(at.to_owned());
         match value {
@@ -92,6 +94,7 @@ fn places(value: &Value) -> Vec<String> {
             _ => {}
         }
     }
+
     let mut found = Vec::new();
     collect(value, "", &mut found);
     found
@@ -103,17 +106,17 @@ fn set(
     dice: &mut Dice,
     new: impl FnOnce(&Value, &mut Dice) -> Value,
 ) {
-    let places = places(&values[line]);
-    let place = &places[dice.below(places.len())];
-    if let Some(value) = values[line].pointer_mut(place) {
+    let pointers = pointers(&values[line]);
+    let pointer = &pointers[dice.below(pointers.len())];
+    if let Some(value) = values[line].pointer_mut(pointer) {
         *value = new(value, dice);
     }
 }
 
-/// Puts a copy of what stands somewhere under a name that stands elsewhere.
-fn add(value: &mut Value, dice: &mut Dice) {
-    let places = places(value);
-    let mut any = || places[dice.below(places.len())].clone();
+/// Copies a value to a name that occurs elsewhere.
+fn copy_value(value: &mut Value, dice: &mut Dice) {
+    let pointers = pointers(value);
+    let mut any = || pointers[dice.below(pointers.len())].clone();
     let (from, named, to) = (any(), any(), any());
     let name = named.rsplit('/').next().unwrap_or_default().to_owned();
     let copied = value.pointer(&from).cloned().unwrap_or_default();
@@ -125,8 +128,8 @@ fn add(value: &mut Value, dice: &mut Dice) {
 }
 
 fn remove(value: &mut Value, dice: &mut Dice) {
-    let places = places(value);
-    let Some((parent, name)) = places[dice.below(places.len())].rsplit_once('/') else {
+    let pointers = pointers(value);
+    let Some((parent, name)) = pointers[dice.below(pointers.len())].rsplit_once('/') else {
         return;
     };
     match value.pointer_mut(parent) {
@@ -136,8 +139,8 @@ fn remove(value: &mut Value, dice: &mut Dice) {
     }
 }
 
-/// Takes a field away wherever it stands: what makes no difference makes an input only longer.
-fn forget(values: &mut [Value], line: usize, dice: &mut Dice) {
+/// Removes a field wherever it occurs, because irrelevant fields only lengthen an input.
+fn remove_field(values: &mut [Value], line: usize, dice: &mut Dice) {
     fn without(value: &mut Value, name: &str) {
         match value {
             Value::Object(fields) => {
@@ -148,17 +151,19 @@ fn forget(values: &mut [Value], line: usize, dice: &mut Dice) {
             _ => {}
         }
     }
-    let places = places(&values[line]);
-    let name = places[dice.below(places.len())]
+
+    let pointers = pointers(&values[line]);
+    let name = pointers[dice.below(pointers.len())]
         .rsplit('/')
         .next()
         .unwrap_or_default();
     values.iter_mut().for_each(|value| without(value, name));
 }
 
-/// A little different, of the same type.
-fn nudged(value: &Value, dice: &mut Dice) -> Value {
+/// Returns a slightly different value of the same type.
+fn nudge(value: &Value, dice: &mut Dice) -> Value {
     const STEPS: [i64; 8] = [-3600, -61, -2, -1, 1, 2, 60, 3600];
+
     match value {
         Value::Bool(truth) => (!truth).into(),
         Value::Number(number) => match number.as_i64() {
@@ -187,9 +192,9 @@ fn nudged(value: &Value, dice: &mut Dice) -> Value {
     }
 }
 
-/// What somebody may not have thought of.
-fn odd(dice: &mut Dice) -> Value {
-    let odd = [
+/// Returns a value that a programmer may have overlooked.
+fn odd_value(dice: &mut Dice) -> Value {
+    let odd_value = [
         Value::Null,
         true.into(),
         false.into(),
@@ -223,5 +228,6 @@ fn odd(dice: &mut Dice) -> Value {
         "9999-12-31T23:59:59Z".into(),
         "0000-01-01T00:00:00Z".into(),
     ];
-    odd[dice.below(odd.len())].clone()
+
+    odd_value[dice.below(odd_value.len())].clone()
 }

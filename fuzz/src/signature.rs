@@ -1,8 +1,9 @@
-//! A delivery's header, body and secrets: nothing panics, and a second implementation, written after Stripe's description with strings and
-//! an HMAC of its own, accepts and refuses the same.
+//! Checks of a delivery's header, body and secrets: nothing panics, and a second implementation
+//! agrees. It was written from Stripe's description, with strings and its own HMAC.
 //!
-//! An input has the time and the secrets in its first line, then lines of `Stripe-Signature`, an empty line, and the body. `$0` in a
-//! header stands for what the first secret signs, `$1` for the second: nobody guesses these.
+//! An input has the time and the secrets in its first line, then lines of `Stripe-Signature`, an
+//! empty line and the body. `$0` in a header stands for the signature by the first secret, `$1` for
+//! the second, because no mutation can guess them.
 
 use sha2::{Digest, Sha256};
 use stripe_reconciler::domain::stripe::signature::{
@@ -27,12 +28,14 @@ pub fn check(input: &[u8]) {
     let lines: Vec<Vec<u8>> = headers.map(|line| signed(line, &keys, body)).collect();
     let lines: Vec<&[u8]> = lines.iter().map(Vec::as_slice).collect();
     let expected = second_opinion(&lines, body, &keys, now_s);
+
     for part in [7, body.len().max(1)] {
         assert_eq!(
             verify(&secrets, &lines, body, part, now_s),
             expected.as_deref().map_err(|refusal| *refusal)
         );
     }
+
     if (0..1_000_000_000_000).contains(&now_s) {
         let header = sign(secrets.first(), now_s, body);
         assert_eq!(
@@ -55,15 +58,16 @@ fn verify<'s>(
     verifier.finish(now_s)
 }
 
-/// Labels and keys.
+/// Labels with their keys.
 type Keys = Vec<(String, Vec<u8>)>;
 
-/// The secrets as the program reads them, and the label and the key of each.
+/// Returns the secrets as the program parses them, with the label and key of each.
 fn secrets_of(text: &str) -> Option<(SigningSecrets, Keys)> {
     let parts: Vec<&str> = text
         .split(|c: char| c == ',' || c.is_whitespace())
         .filter(|part| !part.is_empty())
         .collect();
+
     match SigningSecrets::parse(text) {
         Ok(secrets) => {
             let labels: Vec<String> = secrets.names().into_iter().map(|name| name.label).collect();
@@ -99,7 +103,7 @@ fn secrets_of(text: &str) -> Option<(SigningSecrets, Keys)> {
                     .split_once('=')
                     .filter(|(label, _)| !label.starts_with("whsec_"))
                     .map_or(part, |(_, key)| key);
-                // What somebody has made a label of can be seen.
+                // A secret that was written in place of a label would be shown.
                 let is_secret = key.starts_with("whsec_")
                     && key.len() > 12
                     && !labels.iter().any(|label| label.contains(key));
@@ -113,7 +117,7 @@ fn secrets_of(text: &str) -> Option<(SigningSecrets, Keys)> {
     }
 }
 
-/// The header with what each secret signs, by the header's own time.
+/// Replaces `$0` and `$1` in the header by signatures for the header's own time.
 fn signed(line: &[u8], keys: &Keys, body: &[u8]) -> Vec<u8> {
     let time = line
         .split(|byte| *byte == b',')
@@ -121,6 +125,7 @@ fn signed(line: &[u8], keys: &Keys, body: &[u8]) -> Vec<u8> {
         .unwrap_or_default();
     let mut signed = Vec::new();
     let mut rest = line;
+
     while let Some((before, after)) = split_once(rest, b"$") {
         signed.extend_from_slice(before);
         let named = after
@@ -132,6 +137,7 @@ fn signed(line: &[u8], keys: &Keys, body: &[u8]) -> Vec<u8> {
         }
         rest = if named.is_some() { &after[1..] } else { after };
     }
+
     signed.extend_from_slice(rest);
     signed
 }
@@ -141,7 +147,7 @@ fn split_once<'a>(text: &'a [u8], by: &[u8]) -> Option<(&'a [u8], &'a [u8])> {
     Some((&text[..at], &text[at + by.len()..]))
 }
 
-/// The label of the secret that signed it, as the description and the contract say.
+/// Returns the label of the secret that signed the delivery, by the description and the contract.
 fn second_opinion(
     lines: &[&[u8]],
     body: &[u8],
@@ -153,7 +159,8 @@ fn second_opinion(
         [line] => *line,
         _ => return Err(SignatureError::Several),
     };
-    // One byte, one character: so that anything can be split as text.
+
+    // One character per byte, so that any line can be split as text.
     let text: String = line.iter().map(|byte| char::from(*byte)).collect();
     let blank = |c: char| matches!(c, ' ' | '\t' | '\n' | '\r' | '\u{c}');
     let pairs: Vec<(&str, &str)> = text
@@ -167,6 +174,7 @@ fn second_opinion(
             .map(|pair| pair.1.to_owned())
             .collect::<Vec<String>>()
     };
+
     let [time] = &values("t")[..] else {
         return Err(SignatureError::Malformed);
     };
@@ -176,6 +184,7 @@ fn second_opinion(
         .filter(is_hex)
         .map(|tag| tag.to_ascii_lowercase())
         .collect();
+
     if time.is_empty()
         || time.len() > 12
         || !time.chars().all(|c| c.is_ascii_digit())
@@ -190,6 +199,7 @@ fn second_opinion(
         .map(|(label, _)| label.clone());
     let label = label.ok_or(SignatureError::Mismatch)?;
     let seconds: i128 = time.parse().map_err(|_| SignatureError::Malformed)?;
+
     match i128::from(now_s) - seconds {
         age if age > i128::from(TOLERANCE_S) => Err(SignatureError::Stale),
         age if age < -i128::from(TOLERANCE_S) => Err(SignatureError::Future),
@@ -197,7 +207,7 @@ fn second_opinion(
     }
 }
 
-/// RFC 2104 over SHA-256, whose blocks have 64 bytes.
+/// HMAC (RFC 2104) over SHA-256, which has blocks of 64 bytes.
 fn hmac(key: &[u8], message: &[u8]) -> [u8; 32] {
     let mut block = [0; 64];
     if key.len() > block.len() {

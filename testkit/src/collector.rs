@@ -1,4 +1,4 @@
-//! A collector of spans: takes what OTLP over HTTP brings, and keeps it.
+//! A collector of trace spans: receives OTLP over HTTP and stores it.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -14,19 +14,19 @@ use opentelemetry_proto::tonic::common::v1::any_value::Value;
 pub use opentelemetry_proto::tonic::trace::v1::Span;
 use prost::Message;
 
-/// How long to wait for what has to come.
+/// Maximum wait for an expected span.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
 #[derive(Clone, Default)]
 pub struct Collector {
     /// `http://127.0.0.1:PORT`
     pub base: String,
-    taken: Arc<Mutex<Taken>>,
+    received: Arc<Mutex<Received>>,
 }
 
 #[derive(Default)]
-struct Taken {
-    /// As it came: headers and body.
+struct Received {
+    /// Headers and bodies as received.
     raw: Vec<(HeaderMap, Bytes)>,
     spans: Vec<Span>,
     service_names: Vec<String>,
@@ -39,12 +39,14 @@ impl Collector {
         listener.set_nonblocking(true).unwrap();
         let collector = Collector {
             base,
-            taken: Arc::default(),
+            received: Arc::default(),
         };
         let router = Router::new()
-            .route("/v1/traces", post(take))
+            .route("/v1/traces", post(receive))
             .with_state(collector.clone());
-        // A thread of its own, to the end of all tests: it takes spans also while a test waits for a command to end.
+
+        // On its own thread until the process ends: it receives spans while a test blocks on a
+        // command.
         std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread()
                 .enable_all()
@@ -58,52 +60,60 @@ impl Collector {
     }
 
     pub fn spans(&self) -> Vec<Span> {
-        self.taken.lock().unwrap().spans.clone()
+        self.received.lock().unwrap().spans.clone()
     }
 
-    /// Returns when there is such a span.
-    pub async fn wait_for(&self, is_it: impl Fn(&Span) -> bool) -> Span {
+    /// Returns the first span that matches, waiting for it if necessary.
+    pub async fn wait_for(&self, matches: impl Fn(&Span) -> bool) -> Span {
         let found = async {
             loop {
-                if let Some(span) = self.spans().into_iter().find(&is_it) {
+                if let Some(span) = self.spans().into_iter().find(&matches) {
                     return span;
                 }
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
         };
+
         tokio::time::timeout(TIMEOUT, found)
             .await
             .unwrap_or_else(|_| panic!("no such span in {:#?}", self.spans()))
     }
 
-    /// The names of the services that sent anything.
+    /// Returns the names of the services that sent spans.
     pub fn service_names(&self) -> Vec<String> {
-        self.taken.lock().unwrap().service_names.clone()
+        self.received.lock().unwrap().service_names.clone()
     }
 
     pub fn raw(&self) -> Vec<(HeaderMap, Bytes)> {
-        self.taken.lock().unwrap().raw.clone()
+        self.received.lock().unwrap().raw.clone()
     }
 }
 
-async fn take(State(collector): State<Collector>, headers: HeaderMap, body: Bytes) -> StatusCode {
+async fn receive(
+    State(collector): State<Collector>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> StatusCode {
     let request = ExportTraceServiceRequest::decode(body.clone()).unwrap();
-    let mut taken = collector.taken.lock().unwrap();
-    taken.raw.push((headers, body));
+    let mut received = collector.received.lock().unwrap();
+    received.raw.push((headers, body));
     for resource in request.resource_spans {
         let attributes = resource.resource.unwrap().attributes;
-        taken.service_names.push(value(&attributes, "service.name"));
-        taken.spans.extend(
+        received
+            .service_names
+            .push(value(&attributes, "service.name"));
+        received.spans.extend(
             resource
                 .scope_spans
                 .into_iter()
                 .flat_map(|scope| scope.spans),
         );
     }
+
     StatusCode::OK
 }
 
-/// An attribute as text; empty when there is none.
+/// Returns an attribute as text, empty if it is absent.
 pub fn attribute(span: &Span, name: &str) -> String {
     value(&span.attributes, name)
 }

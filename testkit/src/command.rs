@@ -1,4 +1,4 @@
-//! The real binary, run to its end.
+//! Runs the program's binary to its end.
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 
 use serde_json::Value;
 
-/// How a command ended, and what it printed.
+/// Exit code and output of a command.
 #[derive(Debug)]
 pub struct CommandOutput {
     pub code: i32,
@@ -32,7 +32,7 @@ pub fn binary_path() -> PathBuf {
     profile.join("stripe-reconciler")
 }
 
-/// The binary with nothing in its environment but what is given.
+/// Returns a command for the binary with this environment and nothing else.
 pub fn binary(environment: &[(&str, &str)]) -> Command {
     let mut command = Command::new(binary_path());
     command.env_clear().envs(environment.iter().copied());
@@ -49,7 +49,8 @@ pub fn run(environment: &[(&str, &str)], arguments: &[&str], input: &[u8]) -> Co
     let mut child = command.spawn().unwrap();
     let mut stdin = child.stdin.take().unwrap();
     let input = input.to_vec();
-    // It may end without reading all of it.
+
+    // The command may end without reading all of its input.
     let writer = std::thread::spawn(move || drop(stdin.write_all(&input)));
     let output = child.wait_with_output().unwrap();
     writer.join().unwrap();
@@ -64,7 +65,7 @@ pub fn run(environment: &[(&str, &str)], arguments: &[&str], input: &[u8]) -> Co
 }
 
 impl CommandOutput {
-    /// Checks the exit code, and shows what was printed when it is another.
+    /// Asserts the exit code. Shows the output if it differs.
     #[track_caller]
     pub fn with_code(self, code: i32) -> CommandOutput {
         assert_eq!(
@@ -75,14 +76,14 @@ impl CommandOutput {
         self
     }
 
-    /// Standard output as one JSON document.
+    /// Returns standard output as one JSON document.
     #[track_caller]
     pub fn json(&self) -> Value {
         serde_json::from_str(&self.stdout)
             .unwrap_or_else(|error| panic!("{error} in\n{}", self.stdout))
     }
 
-    /// Standard output as one JSON document a line.
+    /// Returns standard output as one JSON document per line.
     #[track_caller]
     pub fn json_lines(&self) -> Vec<Value> {
         self.stdout

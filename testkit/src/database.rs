@@ -1,4 +1,4 @@
-//! An empty database of its own for each world.
+//! An empty database for each test.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -14,14 +14,14 @@ pub enum Engine {
     Postgres,
 }
 
-/// Gone when it is dropped.
+/// A database that is removed when it is dropped.
 pub struct Database {
     pub engine: Engine,
     pub url: String,
-    place: TestStore,
+    storage: Storage,
 }
 
-enum TestStore {
+enum Storage {
     Folder(#[expect(dead_code, reason = "it is removed when it is dropped")] TempDir),
     Server {
         server: Arc<PostgresServer>,
@@ -38,7 +38,7 @@ impl Database {
                 Database {
                     engine,
                     url,
-                    place: TestStore::Folder(folder),
+                    storage: Storage::Folder(folder),
                 }
             }
             Engine::Postgres => Database::create_on(PostgresServer::shared()),
@@ -50,23 +50,23 @@ impl Database {
         Database {
             engine: Engine::Postgres,
             url: server.url(&name),
-            place: TestStore::Server {
+            storage: Storage::Server {
                 server: server.clone(),
                 name,
             },
         }
     }
 
-    /// The same database, by another way than straight to its server.
-    pub fn by_way_of(mut self, url: impl FnOnce(&str) -> String) -> Database {
-        let TestStore::Server { name, .. } = &self.place else {
+    /// Returns the database with another URL, for example that of a pooler.
+    pub fn with_url(mut self, url: impl FnOnce(&str) -> String) -> Database {
+        let Storage::Server { name, .. } = &self.storage else {
             unreachable!("SQLite has no other way")
         };
         self.url = url(name);
         self
     }
 
-    /// Does what nobody does through the program.
+    /// Executes a statement behind the program's back.
     pub async fn execute(&self, statement: &str) {
         let statement = sqlx::raw_sql(AssertSqlSafe(statement.to_owned()));
         match self.engine {
@@ -82,24 +82,24 @@ impl Database {
         }
     }
 
-    /// Of a PostgreSQL: into a file.
+    /// Dumps a PostgreSQL database into a file.
     pub fn dump(&self, file: &Path) {
-        let TestStore::Server { server, name } = &self.place else {
+        let Storage::Server { server, name } = &self.storage else {
             unreachable!("SQLite is copied")
         };
         server.dump(name, file);
     }
 
-    /// Of a PostgreSQL: out of a file.
+    /// Restores a PostgreSQL database from a file.
     pub fn restore(&self, file: &Path) {
-        let TestStore::Server { server, name } = &self.place else {
+        let Storage::Server { server, name } = &self.storage else {
             unreachable!("SQLite is copied")
         };
         server.restore(name, file);
     }
 
-    /// Locks everybody else out of writing events until it is released. Reading goes on.
-    pub async fn hold(&self) -> LockGuard {
+    /// Blocks all writers of events until the guard is released. Reads continue.
+    pub async fn lock(&self) -> LockGuard {
         match self.engine {
             Engine::Sqlite => {
                 let mut connection = SqliteConnection::connect(&self.url).await.unwrap();
@@ -147,8 +147,8 @@ impl LockGuard {
 
 impl Drop for Database {
     fn drop(&mut self) {
-        if let TestStore::Server { server, name } = &self.place {
-            // Any other may be stopped, and is gone with its test.
+        if let Storage::Server { server, name } = &self.storage {
+            // Any other server may be stopped already, and is removed with its test.
             if Arc::ptr_eq(server, PostgresServer::shared()) {
                 server.drop_database(name);
             }

@@ -1,4 +1,4 @@
-//! One recorded story: a stored invoice, and the events that Stripe told about it.
+//! One recorded story: a stored invoice and Stripe's events about it.
 
 use std::path::PathBuf;
 
@@ -9,20 +9,20 @@ pub const INVOICES: &str = include_str!("../../fixtures/invoices.jsonl");
 const STORY: &str =
     include_str!("../../fixtures/stories/declined-twice-then-paid.2025-11-17.clover.jsonl");
 
-/// The stored invoice that `STORY` is about, and its uid.
-pub fn told_invoice() -> (Value, String) {
+/// Returns the stored invoice of `STORY` and its uid.
+pub fn story_invoice() -> (Value, String) {
     let documents = INVOICES
         .lines()
         .map(|line| serde_json::from_str::<Value>(line).unwrap());
-    let is_told = |document: &Value| {
+    let is_of_story = |document: &Value| {
         document["metadata"]["annotations"]["story"] == "declined-twice-then-paid.2025-11-17.clover"
     };
-    let document = documents.into_iter().find(is_told).unwrap();
+    let document = documents.into_iter().find(is_of_story).unwrap();
     let uid = document["metadata"]["uid"].as_str().unwrap().to_owned();
     (document, uid)
 }
 
-/// Its lines, each once: Stripe delivered some of them twice.
+/// Returns the lines of the story without repetitions: Stripe delivered some of them twice.
 pub fn lines() -> Vec<&'static str> {
     let mut lines: Vec<&str> = Vec::new();
     for line in STORY.lines() {
@@ -44,7 +44,7 @@ pub fn event_id(event: &Value) -> &str {
     event["id"].as_str().unwrap()
 }
 
-/// A folder of files.
+/// A temporary folder for files.
 pub struct Files(TempDir);
 
 impl Default for Files {

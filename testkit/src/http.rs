@@ -1,4 +1,4 @@
-//! Requests: well-formed ones through a client, odd ones byte for byte.
+//! HTTP requests: well-formed ones through a client, malformed ones byte for byte.
 
 use std::time::Duration;
 
@@ -18,7 +18,7 @@ pub struct Answer {
 }
 
 impl Answer {
-    /// A header's value; empty when there is none.
+    /// Returns a header's value, empty if it is absent.
     pub fn header(&self, name: &str) -> &str {
         self.headers
             .get(name)
@@ -30,13 +30,13 @@ impl Answer {
         serde_json::from_slice(&self.body).unwrap_or_else(|error| panic!("{error} in {self:?}"))
     }
 
-    /// An invoice, right in its form.
+    /// Returns the body after checking it against the schema of an invoice.
     #[track_caller]
     pub fn invoice(&self) -> Value {
         super::invoice_schema::assert_is_invoice(std::str::from_utf8(&self.body).unwrap())
     }
 
-    /// Checks that it is an error as all errors are: JSON with these four fields, which names the request.
+    /// Asserts an error answer: JSON with exactly four fields, one of which is the request id.
     #[track_caller]
     pub fn with_error(self, status: u16, code: &str) -> Answer {
         let answer = self.with_status(status);
@@ -45,6 +45,7 @@ impl Answer {
             "application/json",
             "{answer:?}"
         );
+
         let body = answer.json();
         assert_eq!(body["code"], code, "{body}");
         assert_eq!(body["ref"], answer.header("x-request-id"), "{body}");
@@ -56,10 +57,11 @@ impl Answer {
             "{body}"
         );
         assert_eq!(body.as_object().unwrap().len(), 4, "{body}");
+
         answer
     }
 
-    /// Checks the status, and shows the answer when it is another.
+    /// Asserts the status. Shows the answer if it differs.
     #[track_caller]
     pub fn with_status(self, status: u16) -> Answer {
         assert_eq!(self.status, status, "{self:?}");
@@ -86,7 +88,7 @@ pub async fn send(
     answer
 }
 
-/// For a server that may go away meanwhile.
+/// Sends a request to a server that may disappear meanwhile.
 pub async fn try_send(
     client: &HttpClient,
     method: &str,
@@ -98,6 +100,7 @@ pub async fn try_send(
     for (name, value) in headers {
         request = request.header(*name, *value);
     }
+
     let (head, body) = client
         .send(request.body(Full::from(body)).unwrap())
         .await?
@@ -109,14 +112,15 @@ pub async fn try_send(
     })
 }
 
-/// Sends these bytes, and reads until the server closes the connection: ask it to with `Connection: close`.
+/// Sends these bytes and reads until the server closes the connection, so they should contain
+/// `Connection: close`.
 pub async fn send_raw(authority: &str, request: &[u8]) -> String {
     let mut wire = Wire::connect(authority).await;
     wire.write(request).await;
     wire.read_to_end().await
 }
 
-/// A connection, byte for byte.
+/// A connection that is written and read byte for byte.
 pub struct Wire(TcpStream);
 
 impl Wire {
@@ -128,17 +132,17 @@ impl Wire {
         self.0.write_all(bytes).await.unwrap();
     }
 
-    /// Whether the server still takes anything.
+    /// Writes bytes. Returns whether the server still accepts them.
     pub async fn try_write(&mut self, bytes: &[u8]) -> bool {
         self.0.write_all(bytes).await.is_ok()
     }
 
-    /// Says that no more will come.
+    /// Shuts down the sending side.
     pub async fn hang_up(&mut self) {
         self.0.shutdown().await.unwrap();
     }
 
-    /// Reads a head, and the body whose length it tells.
+    /// Reads a head and the body of the length it states.
     pub async fn read_answer(&mut self) -> String {
         let head = self.read_head().await.to_lowercase();
         let length = head
@@ -149,7 +153,7 @@ impl Wire {
         head + std::str::from_utf8(&body).unwrap()
     }
 
-    /// Reads up to the next empty line: the head of an answer.
+    /// Reads up to the next empty line, which ends the head of an answer.
     pub async fn read_head(&mut self) -> String {
         let mut head = Vec::new();
         while !head.ends_with(b"\r\n\r\n") {
@@ -166,7 +170,7 @@ impl Wire {
     /// Reads until the server closes the connection.
     pub async fn read_to_end(&mut self) -> String {
         let mut answer = Vec::new();
-        // A reset after the answer is an end too.
+        // A reset after the answer counts as an end too.
         let _ = self.0.read_to_end(&mut answer).await;
         String::from_utf8_lossy(&answer).into_owned()
     }

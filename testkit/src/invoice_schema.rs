@@ -1,4 +1,4 @@
-//! What every answer with an invoice has to be: a `v1Invoice` that a strict client decodes.
+//! The requirement on every answer with an invoice: a `v1Invoice` that a strict client can decode.
 
 use std::sync::LazyLock;
 
@@ -8,7 +8,7 @@ use serde_json::Value;
 /// The JSON Schema of a `v1Invoice`.
 pub const V1_INVOICE_SCHEMA: &str = include_str!("v1_invoice.schema.json");
 
-/// The facts of the API's schema, in a layout of our own.
+/// Validator for the facts of the API's schema, which the file states in our own layout.
 static V1_INVOICE: LazyLock<Validator> = LazyLock::new(|| {
     let schema: Value = serde_json::from_str(V1_INVOICE_SCHEMA).unwrap();
     jsonschema::options()
@@ -17,7 +17,8 @@ static V1_INVOICE: LazyLock<Validator> = LazyLock::new(|| {
         .unwrap()
 });
 
-/// To JSON Schema, `2500.0` is an integer; to a client that decodes into an `int64`, it is none.
+/// Integer fields. JSON Schema accepts `2500.0` as an integer; a client that decodes into `int64`
+/// does not.
 const INTEGERS: [&str; 8] = [
     "allocatedCredits",
     "alloyFreeCredits",
@@ -38,14 +39,16 @@ pub fn assert_is_invoice(text: &str) -> Value {
         .map(|error| format!("{}: {error}", error.instance_path()))
         .collect();
     assert!(faults.is_empty(), "{faults:#?} in {text}");
+
     for name in INTEGERS {
         for (at, field) in text.match_indices(&format!("\"{name}\":")) {
             let value = text[at + field.len()..].trim_start();
             let written = &value[..value.find([',', '}', '\n']).unwrap()];
-            // A plan has a list of the name that is a number in a product.
+            // A plan has a list under the name of a product's number.
             let is_integer = written.parse::<i64>().is_ok() || written.starts_with('[');
             assert!(is_integer, "{name} is written as {written}");
         }
     }
+
     invoice
 }

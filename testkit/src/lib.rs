@@ -1,4 +1,4 @@
-//! What the tests stand on: a world with a server in it, a database, and the means to talk to both.
+//! Servers, databases, a fake Stripe and fixtures for the tests and benchmarks.
 
 #![expect(clippy::unwrap_used, reason = "a failed step fails the test")]
 
@@ -25,7 +25,7 @@ pub use pooler::Pooler;
 pub use postgres::PostgresServer;
 pub use server::{OLD_SECRET, SECRET, Server, TestServer, invoice_path, signature, uid_and_states};
 
-/// Writes each test once and runs it on every engine: `name::sqlite` and so on.
+/// Defines tests that run on every engine: `name::sqlite` and `name::postgres`.
 #[macro_export]
 macro_rules! each_database {
     ($($(#[$attribute:meta])* async fn $name:ident($server:ident: TestServer) $body:block)*) => {

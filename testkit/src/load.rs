@@ -1,6 +1,8 @@
-//! Deliveries as Stripe makes them: several at a time, some of them twice, and each again until it is acknowledged.
+//! Deliveries as Stripe makes them: several at a time, some of them twice, each repeated until it
+//! is acknowledged.
 //!
-//! What was answered is kept, and held against the log: nothing that was acknowledged is lost, and nothing is there twice.
+//! The answers are recorded and compared with the log: no acknowledged event is missing, and no
+//! event is stored twice.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -16,32 +18,34 @@ use tokio::task::JoinHandle;
 use super::http::{client, try_send};
 use super::server::{SECRET, TestServer, signature};
 
-/// Deliveries under way at a time.
+/// Concurrent connections.
 const CONNECTIONS: usize = 6;
-/// Before a connection delivers the next event: no more load than two cores carry beside all other tests.
+/// Pause of a connection between two events.
+///
+/// Two cores can carry this load together with the other tests.
 const PACE: Duration = Duration::from_millis(3);
-/// Before a delivery that was not acknowledged is made again.
-const AGAIN: Duration = Duration::from_millis(40);
-/// How long one event may take until it is acknowledged, whatever is stopped or killed meanwhile.
+/// Pause before an unacknowledged delivery is repeated.
+const RETRY_DELAY: Duration = Duration::from_millis(40);
+/// Maximum time until an event is acknowledged, whatever is stopped or killed meanwhile.
 const TIMEOUT: Duration = Duration::from_secs(40);
-/// Every so many-th event is delivered twice at the same time, to two servers where there are two.
-const TWICE: usize = 4;
+/// Every n-th event is delivered twice at the same time, to two servers if there are two.
+const DUPLICATED_EVERY: usize = 4;
 
-/// More than any test here delivers events of.
+/// Number of stored invoices, more than any test here delivers events for.
 const INVOICES: usize = 600;
-/// Invoices whose events come mixed.
-const AT_ONCE: usize = 6;
-/// Events that an invoice lives through.
-const LIFE: usize = 8;
+/// Number of invoices whose events are interleaved.
+const INTERLEAVED: usize = 6;
+/// Number of events per invoice.
+const EVENTS_PER_INVOICE: usize = 8;
 
-/// The nth event: of invoices each with a life of its own, a few of them at a time.
+/// Returns the n-th event. The events of [`AT_ONCE`] invoices are interleaved.
 pub fn event(n: usize) -> Value {
     let (invoice, step) = (
-        AT_ONCE * (n / (AT_ONCE * LIFE)) + n % AT_ONCE,
-        (n / AT_ONCE) % LIFE,
+        INTERLEAVED * (n / (INTERLEAVED * EVENTS_PER_INVOICE)) + n % INTERLEAVED,
+        (n / INTERLEAVED) % EVENTS_PER_INVOICE,
     );
     let (kind, object) = match step {
-        LIFE.. => unreachable!("a remainder"),
+        EVENTS_PER_INVOICE.. => unreachable!("a remainder"),
         7 => ("invoice.paid", invoice_object(invoice, "paid", 5000, step)),
         step => match step % 4 {
             0 => (
@@ -64,6 +68,7 @@ pub fn event(n: usize) -> Value {
             ),
         },
     };
+
     json!({"id": event_id(n), "object": "event", "type": kind, "created": 1_769_850_000 + 100 * step, "livemode": true,
         "data": {"object": object}})
 }
@@ -77,19 +82,19 @@ fn event_id(n: usize) -> String {
     format!("evt_{n}")
 }
 
-/// What a delivery was answered.
+/// Answer to a delivery.
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Heard {
-    /// The outcome of a first delivery.
+enum Answered {
+    /// Outcome of a first delivery.
     New(String),
     Duplicate,
-    /// 503, or no answer at all, from this server: it may be kept or not.
-    Nothing(String),
+    /// 503 or no answer from this server. The event may or may not be stored.
+    Refused(String),
 }
 
-impl Heard {
-    fn is_nothing(&self) -> bool {
-        matches!(self, Heard::Nothing(_))
+impl Answered {
+    fn is_refused(&self) -> bool {
+        matches!(self, Answered::Refused(_))
     }
 }
 
@@ -99,48 +104,49 @@ pub struct Load {
 }
 
 struct Shared {
-    /// Where to, in turn.
+    /// Addresses that deliveries go to, in turn.
     bases: RwLock<Vec<String>>,
     next: AtomicUsize,
     is_stopping: AtomicBool,
-    heard: Mutex<BTreeMap<usize, Vec<Heard>>>,
+    answers: Mutex<BTreeMap<usize, Vec<Answered>>>,
     acknowledged: watch::Sender<BTreeSet<String>>,
 }
 
-/// All that was delivered, and answered, to its end.
-pub struct Told(BTreeMap<usize, Vec<Heard>>);
+/// All deliveries with their answers.
+pub struct Delivered(BTreeMap<usize, Vec<Answered>>);
 
 impl Load {
-    /// Stores the invoices that it is about, and begins.
+    /// Stores the invoices and starts delivering.
     pub fn start(server: &TestServer) -> Load {
         import(server);
         let shared = Arc::new(Shared {
             bases: RwLock::new(vec![server.process.base.clone()]),
             next: AtomicUsize::new(0),
             is_stopping: AtomicBool::new(false),
-            heard: Mutex::default(),
+            answers: Mutex::default(),
             acknowledged: watch::Sender::new(BTreeSet::new()),
         });
         let connections = (0..CONNECTIONS)
             .map(|_| tokio::spawn(shared.clone().deliver_on()))
             .collect();
+
         Load {
             shared,
             connections,
         }
     }
 
-    /// Where deliveries go from now on.
-    pub fn aim_at(&self, bases: &[&str]) {
+    /// Sends later deliveries to these addresses.
+    pub fn redirect_to(&self, bases: &[&str]) {
         *self.shared.bases.write().unwrap() = bases.iter().map(|base| (*base).to_owned()).collect();
     }
 
-    /// The ids of what was answered 2xx until now.
+    /// Returns the ids of the events acknowledged so far.
     pub fn acknowledged(&self) -> BTreeSet<String> {
         self.shared.acknowledged.borrow().clone()
     }
 
-    /// Returns when so many more events were acknowledged.
+    /// Waits until this many more events are acknowledged.
     pub async fn acknowledge(&self, more: usize) {
         let mut acknowledged = self.shared.acknowledged.subscribe();
         let enough = acknowledged.borrow().len() + more;
@@ -151,19 +157,21 @@ impl Load {
             .unwrap();
     }
 
-    /// Begins nothing new, and returns when all is acknowledged.
-    pub async fn finish(self) -> Told {
+    /// Stops delivering new events and waits until all events are acknowledged.
+    pub async fn finish(self) -> Delivered {
         self.shared.is_stopping.store(true, Ordering::Relaxed);
         for connection in self.connections {
             connection.await.unwrap();
         }
-        let mut heard = self.shared.heard.lock().unwrap();
+
+        let mut answers = self.shared.answers.lock().unwrap();
         assert!(
-            heard.len() < INVOICES * LIFE,
+            answers.len() < INVOICES * EVENTS_PER_INVOICE,
             "{} events: too few invoices are stored for them",
-            heard.len()
+            answers.len()
         );
-        Told(std::mem::take(&mut heard))
+
+        Delivered(std::mem::take(&mut answers))
     }
 }
 
@@ -184,7 +192,7 @@ impl Shared {
         while !self.is_stopping.load(Ordering::Relaxed) {
             let n = self.next.fetch_add(1, Ordering::Relaxed);
             let body = event(n).to_string();
-            if n.is_multiple_of(TWICE) {
+            if n.is_multiple_of(DUPLICATED_EVERY) {
                 tokio::join!(
                     self.until_acknowledged(&client, n, n, &body),
                     self.until_acknowledged(&client, n, n + 1, &body)
@@ -196,21 +204,27 @@ impl Shared {
         }
     }
 
-    async fn until_acknowledged(&self, client: &HttpClient, n: usize, mut turn: usize, body: &str) {
+    async fn until_acknowledged(
+        &self,
+        client: &HttpClient,
+        n: usize,
+        mut server: usize,
+        body: &str,
+    ) {
         let deadline = Instant::now() + TIMEOUT;
         loop {
             let base = {
                 let bases = self.bases.read().unwrap();
-                bases[turn % bases.len()].clone()
+                bases[server % bases.len()].clone()
             };
-            let heard = deliver(client, &base, body).await;
-            self.heard
+            let answers = deliver(client, &base, body).await;
+            self.answers
                 .lock()
                 .unwrap()
                 .entry(n)
                 .or_default()
-                .push(heard.clone());
-            if !heard.is_nothing() {
+                .push(answers.clone());
+            if !answers.is_refused() {
                 self.acknowledged
                     .send_if_modified(|acknowledged| acknowledged.insert(event_id(n)));
                 return;
@@ -219,13 +233,13 @@ impl Shared {
                 Instant::now() < deadline,
                 "event {n} is not acknowledged within {TIMEOUT:?}"
             );
-            tokio::time::sleep(AGAIN).await;
-            turn += 1;
+            tokio::time::sleep(RETRY_DELAY).await;
+            server += 1;
         }
     }
 }
 
-async fn deliver(client: &HttpClient, base: &str, body: &str) -> Heard {
+async fn deliver(client: &HttpClient, base: &str, body: &str) -> Answered {
     let signature = signature(SECRET, Clock::system().now_s(), body.as_bytes());
     let url = format!("{base}/webhooks/stripe");
     match try_send(
@@ -239,48 +253,52 @@ async fn deliver(client: &HttpClient, base: &str, body: &str) -> Heard {
     {
         Ok(answer) if answer.status == 503 => {
             assert!(!answer.header("retry-after").is_empty(), "{answer:?}");
-            Heard::Nothing(base.to_owned())
+            Answered::Refused(base.to_owned())
         }
         Ok(answer) => match answer.with_status(200).json()["outcome"].as_str().unwrap() {
-            "duplicate" => Heard::Duplicate,
-            outcome => Heard::New(outcome.to_owned()),
+            "duplicate" => Answered::Duplicate,
+            outcome => Answered::New(outcome.to_owned()),
         },
-        Err(_) => Heard::Nothing(base.to_owned()),
+        Err(_) => Answered::Refused(base.to_owned()),
     }
 }
 
-impl Told {
-    /// Events that were delivered.
+impl Delivered {
+    /// Returns the number of delivered events.
     pub fn events(&self) -> usize {
         self.0.len()
     }
 
-    /// The servers that answered 503 or not at all.
+    /// Returns the servers that answered 503 or not at all.
     pub fn refused_by(&self) -> BTreeSet<String> {
-        let refused_by = |heard: &Heard| match heard {
-            Heard::Nothing(base) => Some(base.clone()),
-            Heard::New(_) | Heard::Duplicate => None,
+        let refused_by = |answers: &Answered| match answers {
+            Answered::Refused(base) => Some(base.clone()),
+            Answered::New(_) | Answered::Duplicate => None,
         };
         self.0.values().flatten().filter_map(refused_by).collect()
     }
 
-    /// Whether every event is in the log once, and was answered as new once: to nobody, only where an answer was lost.
-    pub fn check_log(&self, log: &[String], told: &str) {
+    /// Asserts that each event is logged once and was answered as new once.
+    ///
+    /// It may never have been answered as new if an answer was lost.
+    pub fn check_log(&self, log: &[String], context: &str) {
         let kept: BTreeSet<String> = log.iter().cloned().collect();
-        assert_eq!(kept.len(), log.len(), "{told}: an event is there twice");
+        assert_eq!(kept.len(), log.len(), "{context}: an event is there twice");
+
         let delivered: BTreeSet<String> = self.0.keys().map(|n| event_id(*n)).collect();
         assert_eq!(
             kept, delivered,
-            "{told}: what was acknowledged and what is kept are the same"
+            "{context}: what was acknowledged and what is kept are the same"
         );
-        for (n, heard) in &self.0 {
-            let new: Vec<&Heard> = heard
+
+        for (n, answers) in &self.0 {
+            let new: Vec<&Answered> = answers
                 .iter()
-                .filter(|heard| matches!(heard, Heard::New(_)))
+                .filter(|answers| matches!(answers, Answered::New(_)))
                 .collect();
             let is_right = match new[..] {
-                [] => heard.iter().any(Heard::is_nothing),
-                [Heard::New(outcome)] => {
+                [] => answers.iter().any(Answered::is_refused),
+                [Answered::New(outcome)] => {
                     outcome
                         == if event(*n)["type"] == "customer.updated" {
                             "no_payment_fact"
@@ -290,12 +308,12 @@ impl Told {
                 }
                 _ => false,
             };
-            assert!(is_right, "{told}: event {n} was answered {heard:?}");
+            assert!(is_right, "{context}: event {n} was answered {answers:?}");
         }
     }
 
-    /// Whether the histories are what they are where nothing was ever in the way.
-    pub async fn check_histories(&self, histories: &BTreeMap<String, String>, told: &str) {
+    /// Asserts that the histories equal those of an undisturbed server.
+    pub async fn check_histories(&self, histories: &BTreeMap<String, String>, context: &str) {
         let undisturbed = TestServer::start(super::database::Engine::Sqlite).await;
         import(&undisturbed);
         let events: Vec<String> = self.0.keys().map(|n| event(*n).to_string()).collect();
@@ -303,12 +321,14 @@ impl Told {
             .run_with_input(&["replay", "-"], events.join("\n").as_bytes())
             .with_code(0);
         let expected = undisturbed.all_histories();
+
         assert!(
             expected
                 .values()
                 .any(|states| states.contains("PaymentFailed")),
             "{expected:?}"
         );
+
         let other: Vec<_> = expected
             .iter()
             .filter(|(uid, states)| histories.get(*uid) != Some(*states))
@@ -316,7 +336,7 @@ impl Told {
             .collect();
         assert!(
             other.is_empty() && expected.len() == histories.len(),
-            "{told}: expected {other:?}"
+            "{context}: expected {other:?}"
         );
     }
 }

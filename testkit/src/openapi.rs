@@ -1,4 +1,4 @@
-//! Holds an answer against the OpenAPI document: whatever a test asks, what comes is what is written there.
+//! Checks every answer in a test against the OpenAPI document.
 
 use std::collections::HashMap;
 use std::sync::{Arc, LazyLock, Mutex};
@@ -13,7 +13,7 @@ pub static DOCUMENT: LazyLock<Value> =
     LazyLock::new(|| serde_json::from_str(openapi::document()).unwrap());
 static VALIDATORS: LazyLock<Mutex<HashMap<String, Arc<Validator>>>> = LazyLock::new(Mutex::default);
 
-/// A part of the document, or what it refers to.
+/// Follows the `$ref` of a part of the document.
 pub fn resolved(part: &Value) -> &Value {
     match part["$ref"].as_str() {
         Some(path) => resolved(
@@ -25,7 +25,7 @@ pub fn resolved(part: &Value) -> &Value {
     }
 }
 
-/// What is wrong with a value, by a schema of the document.
+/// Returns the violations of a schema of the document.
 pub fn faults(schema: &Value, value: &Value) -> Vec<String> {
     let name = schema.to_string();
     let known = VALIDATORS.lock().unwrap().get(&name).cloned();
@@ -38,17 +38,18 @@ pub fn faults(schema: &Value, value: &Value) -> Vec<String> {
         VALIDATORS.lock().unwrap().insert(name, built.clone());
         built
     });
+
     validator
         .iter_errors(value)
         .map(|error| format!("{}: {error}", error.instance_path()))
         .collect()
 }
 
-/// Checks status, headers and body of an answer to this method and path.
+/// Asserts that status, headers and body of an answer are documented for this method and path.
 #[track_caller]
 pub fn assert_documented(method: &str, path: &str, answer: &Answer) {
     let path = path.split('?').next().unwrap();
-    let told = || format!("{method} {path} is answered {} {answer:?}", answer.status);
+    let context = || format!("{method} {path} is answered {} {answer:?}", answer.status);
     let paths = DOCUMENT["paths"].as_object().unwrap();
     let operation = paths
         .iter()
@@ -62,12 +63,13 @@ pub fn assert_documented(method: &str, path: &str, answer: &Answer) {
             };
             item.get(method)
         });
+
     let undocumented = |status: u16, code: &str| {
-        assert_eq!(answer.status, status, "{}", told());
+        assert_eq!(answer.status, status, "{}", context());
         assert!(
             method == "HEAD" || answer.json()["code"] == code,
             "{}",
-            told()
+            context()
         );
     };
     let operation = match operation {
@@ -77,7 +79,8 @@ pub fn assert_documented(method: &str, path: &str, answer: &Answer) {
     };
     let response = operation["responses"]
         .get(answer.status.as_str())
-        .unwrap_or_else(|| panic!("undocumented: {}", told()));
+        .unwrap_or_else(|| panic!("undocumented: {}", context()));
+
     let response = resolved(response);
     for (name, header) in response["headers"].as_object().into_iter().flatten() {
         let header = resolved(header);
@@ -88,28 +91,31 @@ pub fn assert_documented(method: &str, path: &str, answer: &Answer) {
         assert!(
             value.is_some() || header["required"] != true,
             "{name} is missing: {}",
-            told()
+            context()
         );
         if header["schema"]["type"] == "string" {
             let faults = value
                 .map(|value| faults(&header["schema"], &json!(value)))
                 .unwrap_or_default();
-            assert!(faults.is_empty(), "{name}: {faults:?}: {}", told());
+            assert!(faults.is_empty(), "{name}: {faults:?}: {}", context());
         }
     }
+
     if method == "HEAD" || answer.headers.contains_key("content-encoding") {
         return;
     }
+
     let Some(contents) = response["content"].as_object() else {
-        return assert!(answer.body.is_empty(), "a body: {}", told());
+        return assert!(answer.body.is_empty(), "a body: {}", context());
     };
     let media_type = answer.header("content-type").split(';').next().unwrap();
     let content = contents
         .get(media_type)
-        .unwrap_or_else(|| panic!("another content: {}", told()));
+        .unwrap_or_else(|| panic!("another content: {}", context()));
+
     if media_type == "application/json" {
         let faults = faults(&content["schema"], &answer.json());
-        assert!(faults.is_empty(), "{faults:#?}: {}", told());
+        assert!(faults.is_empty(), "{faults:#?}: {}", context());
     }
 }
 

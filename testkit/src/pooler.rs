@@ -1,4 +1,5 @@
-//! A throw-away PgBouncer in transaction mode: each transaction may find itself on another connection of a few.
+//! A temporary PgBouncer in transaction mode: each transaction may get another of a few
+//! connections.
 
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::process::CommandExt;
@@ -9,13 +10,14 @@ use tempfile::TempDir;
 
 use super::postgres::{PostgresServer, as_nobody, give_to_nobody};
 
-/// Connections to the server, for each database.
+/// Connections to the server per database.
 const CONNECTIONS: u32 = 3;
-/// Debian keeps it where only root looks.
+/// Path of the binary on Debian, which is not in the `PATH` of ordinary users.
 const BINARY: &str = "/usr/sbin/pgbouncer";
 
-/// Runs it until standard input ends, which it does when we die, however we die; then removes the folder.
-const UNTIL_WE_DIE: &str = r#"trap '' INT TERM HUP
+/// Script that runs PgBouncer until standard input ends, which it does when this process dies in
+/// any way, and then removes the folder.
+const SERVE_SCRIPT: &str = r#"trap '' INT TERM HUP
 "$1" -q "$2/pgbouncer.ini" >"$2/log" 2>&1 </dev/null & p=$!
 cat >/dev/null; kill -KILL $p; wait $p 2>/dev/null; rm -rf "$2""#;
 
@@ -26,7 +28,7 @@ pub struct Pooler {
 }
 
 impl Pooler {
-    /// Before this server, on a port of its own: it can be told from the server by that.
+    /// Starts a pooler on its own port, which distinguishes it from the server.
     pub fn start(server: &PostgresServer) -> Pooler {
         let port = TcpListener::bind("127.0.0.1:0")
             .unwrap()
@@ -36,8 +38,8 @@ impl Pooler {
         Pooler::start_at("127.0.0.1", port, server)
     }
 
-    /// Before this server, on the same port, and another address.
-    pub fn start_on_the_same_port(server: &PostgresServer) -> Pooler {
+    /// Starts a pooler on the server's port at another address.
+    pub fn start_on_same_port(server: &PostgresServer) -> Pooler {
         Pooler::start_at("127.0.0.2", server.port(), server)
     }
 
@@ -46,6 +48,7 @@ impl Pooler {
             std::path::Path::new(BINARY).exists(),
             "PgBouncer is needed for the tests: apt-get install pgbouncer"
         );
+
         let folder = tempfile::Builder::new()
             .prefix("stripe-reconciler-pooler-")
             .tempdir()
@@ -62,11 +65,12 @@ impl Pooler {
              auth_type = trust\nauth_file = {users}\npool_mode = transaction\ndefault_pool_size = {CONNECTIONS}\n",
             server.port()
         );
+
         file("pgbouncer.ini", &settings);
         give_to_nobody(folder.path(), 0o700);
         let mut shell = as_nobody(Command::new("sh"));
         shell
-            .args(["-c", UNTIL_WE_DIE, "sh", BINARY])
+            .args(["-c", SERVE_SCRIPT, "sh", BINARY])
             .arg(folder.path());
         let shell = shell
             .stdin(Stdio::piped())
@@ -78,6 +82,7 @@ impl Pooler {
             folder,
             shell,
         };
+
         pooler.wait_until_ready();
         pooler
     }

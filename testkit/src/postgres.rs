@@ -1,4 +1,5 @@
-//! A throw-away PostgreSQL, from the server's binaries alone: no server has to be there before, and none is left behind.
+//! A temporary PostgreSQL started from the server's binaries. It needs no running server and leaves
+//! none behind.
 
 use std::io::{Read, Write};
 use std::net::TcpListener;
@@ -10,14 +11,16 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-/// `nobody`: the server refuses to run as root.
+/// User id of `nobody`, because the server refuses to run as root.
 const NOBODY: u32 = 65534;
-/// How long a server may take to come or to go.
+/// Maximum time for a server to start or to stop.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Starts the server for every line on standard input, until that ends, which it does when we die, however we die; then removes
-/// the folder, once more if somebody was just filling it.
-const UNTIL_WE_DIE: &str = r#"trap '' INT TERM HUP
+/// Script that starts the server for every line on standard input until that ends, which it does
+/// when this process dies in any way.
+///
+/// Then it removes the folder, and tries a second time if a process was still writing into it.
+const SERVE_SCRIPT: &str = r#"trap '' INT TERM HUP
 while read -r _; do
     [ -z "$p" ] || wait $p
     "$1/postgres" -D "$2/d" -p "$3" -c listen_addresses=127.0.0.1 -c unix_socket_directories= $4 >>"$2/log" 2>&1 </dev/null & p=$!
@@ -30,11 +33,11 @@ pub struct PostgresServer {
     folder: PathBuf,
     port: u16,
     databases: AtomicU32,
-    /// Its standard input is what keeps the server alive.
+    /// Shell that keeps the server alive as long as its standard input is open.
     shell: Child,
 }
 
-/// The processes of a server that does nothing; it goes on when this is dropped.
+/// Stopped processes of a server. Dropping this lets them continue.
 pub struct Paused(Vec<u32>);
 
 impl PostgresServer {
@@ -49,7 +52,9 @@ impl PostgresServer {
         SERVER.get_or_init(|| Arc::new(PostgresServer::start(options)))
     }
 
-    /// Starts a server with these options, in memory if there is room; it ends with the process.
+    /// Starts a server with these options, in memory if there is room.
+    ///
+    /// It ends with the process.
     pub fn start(options: &str) -> PostgresServer {
         PostgresServer::start_in(&roomy_folder(), options, |binaries, data| {
             let mut initdb = as_nobody(Command::new(binaries.join("initdb")));
@@ -63,9 +68,9 @@ impl PostgresServer {
                 "--locale=C.UTF-8",
                 "--no-sync",
             ]);
-            succeed(&mut initdb);
-            // Before it is used: what others begin with.
-            succeed(
+            run_to_success(&mut initdb);
+            // A copy of the unused cluster, from which other servers start.
+            run_to_success(
                 as_nobody(Command::new("cp"))
                     .arg("-a")
                     .arg(data)
@@ -74,11 +79,13 @@ impl PostgresServer {
         })
     }
 
-    /// A server for one test, with these options and with these files in its folder: durable, and gone when it is dropped.
-    pub fn of_its_own(options: &str, files: &[(&str, String)]) -> PostgresServer {
+    /// Starts a durable server for one test, with these options and files in its folder.
+    ///
+    /// Dropping it removes it.
+    pub fn start_durable(options: &str, files: &[(&str, String)]) -> PostgresServer {
         let template = PostgresServer::shared().folder.join("template");
         PostgresServer::start_in(&std::env::temp_dir(), options, |_, data| {
-            succeed(
+            run_to_success(
                 as_nobody(Command::new("cp"))
                     .arg("-a")
                     .arg(template)
@@ -92,7 +99,7 @@ impl PostgresServer {
         })
     }
 
-    /// Follows another server, until it is told to lead.
+    /// Starts a standby that follows another server until it is promoted.
     pub fn standby_of(primary: &PostgresServer) -> PostgresServer {
         let temporary = std::env::temp_dir();
         PostgresServer::start_in(&temporary, "-c fsync=on", |binaries, data| {
@@ -105,14 +112,14 @@ impl PostgresServer {
                 "--no-sync",
                 "-d",
             ]);
-            succeed(backup.arg(format!(
+            run_to_success(backup.arg(format!(
                 "host=127.0.0.1 port={} user=postgres",
                 primary.port
             )));
         })
     }
 
-    /// `prepare` is given the server's binaries, and the folder that it shall fill.
+    /// Starts a server. `prepare` gets the folder of the binaries and the data folder to fill.
     fn start_in(
         parent: &Path,
         options: &str,
@@ -127,8 +134,9 @@ impl PostgresServer {
         give_to_nobody(&folder, 0o700);
         let port = free_port();
         let mut shell = as_nobody(Command::new("sh"));
+
         shell
-            .args(["-c", UNTIL_WE_DIE, "sh"])
+            .args(["-c", SERVE_SCRIPT, "sh"])
             .arg(&binaries)
             .arg(&folder)
             .arg(port.to_string())
@@ -138,7 +146,8 @@ impl PostgresServer {
             .process_group(0)
             .spawn()
             .unwrap();
-        // Under the eyes of the shell: it removes what is half prepared, too.
+
+        // The shell runs already, so it also removes a half-prepared folder.
         prepare(&binaries, &folder.join("d"));
         let server = PostgresServer {
             binaries,
@@ -147,12 +156,14 @@ impl PostgresServer {
             databases: AtomicU32::new(0),
             shell,
         };
-        server.start_again();
+        server.restart();
         server
     }
 
-    /// On the same folder and port, after it was stopped. Returns when it takes connections.
-    pub fn start_again(&self) {
+    /// Starts the stopped server again on the same folder and port.
+    ///
+    /// Returns when it accepts connections.
+    pub fn restart(&self) {
         self.shell
             .stdin
             .as_ref()
@@ -161,17 +172,19 @@ impl PostgresServer {
             .unwrap();
         let mut ready = Command::new(self.binaries.join("pg_isready"));
         ready.args(["-q", "-h", "127.0.0.1", "-p", &self.port.to_string()]);
+
         self.wait_until("PostgreSQL does not start", || {
             ready.status().unwrap().success()
         });
     }
 
-    /// As `pg_ctl stop -m immediate`: it ends without a word to anybody, and recovers when it starts again.
-    pub fn stop_at_once(&self) {
+    /// Stops the server like `pg_ctl stop -m immediate`: it aborts all connections and recovers on
+    /// the next start.
+    pub fn stop_immediately(&self) {
         self.end("-QUIT");
     }
 
-    /// SIGKILL: not even its own processes are told. It is not to be started again.
+    /// Kills all processes of the server. It cannot be started again.
     pub fn sigkill(&self) {
         self.end("-KILL");
     }
@@ -182,10 +195,10 @@ impl PostgresServer {
         self.wait_until("PostgreSQL does not end", || has_ended(pid));
     }
 
-    /// Lets no process of the server do anything: connections stay open, and nobody answers.
+    /// Stops all processes of the server: connections stay open and get no answer.
     pub fn pause(&self) -> Paused {
         let mut paused = Paused(vec![self.pid()]);
-        // First the one that starts others.
+        // The postmaster first, so that it starts no further process.
         signal("-STOP", &paused.0);
         let of_server = format!("PPid:\t{}\n", self.pid());
         let is_child = |pid: &u32| {
@@ -198,10 +211,11 @@ impl PostgresServer {
         let children: Vec<u32> = all.filter(is_child).collect();
         signal("-STOP", &children);
         paused.0.extend(children);
+
         paused
     }
 
-    /// The server's own process, whose children serve the connections.
+    /// Returns the process id of the postmaster, whose children serve the connections.
     pub fn pid(&self) -> u32 {
         let text = std::fs::read_to_string(self.folder.join("d/postmaster.pid")).unwrap();
         text.lines()
@@ -228,7 +242,7 @@ impl PostgresServer {
         self.run("dropdb", &["--force", name]);
     }
 
-    /// What a statement answers, in plain text.
+    /// Runs a statement and returns its result as plain text.
     pub fn sql(&self, database: &str, statement: &str) -> String {
         self.run(
             "psql",
@@ -244,13 +258,13 @@ impl PostgresServer {
         )
     }
 
-    /// Sessions of a database that wait for a lock.
+    /// Returns the number of sessions of a database that wait for a lock.
     pub fn waiting_for_locks(&self, database: &str) -> usize {
         let waiting = "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'";
         self.sql(database, waiting).parse().expect("it is a number")
     }
 
-    /// As `pg_dump` and `pg_restore` do it.
+    /// Dumps a database with `pg_dump`.
     pub fn dump(&self, database: &str, file: &Path) {
         self.run(
             "pg_dump",
@@ -275,13 +289,15 @@ impl PostgresServer {
         );
     }
 
-    /// A process that has done this, and neither commits nor rolls back until it is killed.
-    pub fn hold(&self, database: &str, statement: &str) -> Child {
+    /// Starts a process that executes a statement and keeps its transaction open until it is
+    /// killed.
+    pub fn hold_transaction(&self, database: &str, statement: &str) -> Child {
         let mut psql = Command::new(self.binaries.join("psql"));
         psql.args(["-XAtq", "-d", database])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped());
         let mut psql = psql.spawn().unwrap();
+
         writeln!(
             psql.stdin.as_ref().expect("it is piped"),
             "begin; {statement}; select 'done';"
@@ -298,7 +314,7 @@ impl PostgresServer {
 
     fn run(&self, program: &str, arguments: &[&str]) -> String {
         let mut command = Command::new(self.binaries.join(program));
-        succeed(
+        run_to_success(
             command
                 .args([
                     "-h",
@@ -336,7 +352,7 @@ impl Drop for Paused {
 }
 
 fn signal(name: &str, pids: &[u32]) {
-    // One of them may have ended meanwhile.
+    // Some of them may have ended meanwhile.
     let _ = Command::new("kill")
         .arg(name)
         .args(pids.iter().map(u32::to_string))
@@ -345,14 +361,14 @@ fn signal(name: &str, pids: &[u32]) {
         .unwrap();
 }
 
-/// Gone, or waited for by nobody yet.
+/// Returns whether a process has ended or is a zombie.
 fn has_ended(pid: u32) -> bool {
     std::fs::read_to_string(format!("/proc/{pid}/status"))
         .map_or(true, |status| status.contains("State:\tZ"))
 }
 
-/// Its output; it must end well.
-fn succeed(command: &mut Command) -> String {
+/// Runs a command that must succeed and returns its output.
+fn run_to_success(command: &mut Command) -> String {
     let ran = command
         .output()
         .unwrap_or_else(|error| panic!("{command:?}: {error}"));
@@ -368,7 +384,7 @@ fn is_root() -> bool {
     std::fs::metadata("/proc/self").is_ok_and(|me| std::os::unix::fs::MetadataExt::uid(&me) == 0)
 }
 
-/// Where we are root, who must not run a server.
+/// Runs the command as `nobody` if this process is root, because root cannot run a server.
 pub fn as_nobody(mut command: Command) -> Command {
     if is_root() {
         command.uid(NOBODY).gid(NOBODY);
@@ -398,6 +414,7 @@ fn newest_binaries() -> PathBuf {
     let newest = versions
         .filter(|path| path.join("bin/initdb").exists())
         .max_by_key(|path| version(path));
+
     newest
         .expect("PostgreSQL's server is needed for the tests: apt-get install postgresql")
         .join("bin")

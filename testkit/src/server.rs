@@ -1,4 +1,4 @@
-//! A database, a running server on it, keys that open it, and the moves that most tests make.
+//! A running server with its database, its keys and the steps that most tests need.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader};
@@ -19,35 +19,39 @@ use super::openapi::assert_documented;
 pub const SECRET: &str = "whsec_world_live";
 pub const OLD_SECRET: &str = "whsec_world_old";
 
-/// Lines of a server's log that are shown when a test fails.
-const SHOWN: usize = 30;
+/// Lines of the server's log shown when a test fails.
+const LOG_LINES_SHOWN: usize = 30;
 
 pub struct TestServer {
     pub engine: Engine,
     pub database: Database,
     pub operator_key: String,
-    /// Reads tenant `acme`.
+    /// Key that reads tenant `acme`.
     pub acme_key: String,
     pub process: Server,
     client: HttpClient,
 }
 
-/// A running `serve`; killed when it is dropped.
+/// A running `serve`. Dropping it kills the process.
 pub struct Server {
     /// `http://127.0.0.1:PORT`
     pub base: String,
     process: Child,
-    /// Shown when the test fails: where a database goes away, every refusal is logged.
+    /// Standard error, shown when the test fails.
+    ///
+    /// A file, because an outage logs every rejected request.
     log: NamedTempFile,
 }
 
 impl TestServer {
-    /// A server on an empty database; it believes `SECRET` (labelled `live`) and `OLD_SECRET` (labelled `old`).
+    /// Starts a server on an empty database.
+    ///
+    /// It accepts `SECRET` (label `live`) and `OLD_SECRET` (label `old`).
     pub async fn start(engine: Engine) -> TestServer {
         TestServer::on(Database::create(engine)).await
     }
 
-    /// As [`TestServer::start`], on a database that there is already.
+    /// Starts a server on an existing database, with the secrets of [`TestServer::start`].
     pub async fn on(database: Database) -> TestServer {
         let key = |arguments: &[&str]| {
             let arguments = [&["keys", "create"], arguments].concat();
@@ -59,6 +63,7 @@ impl TestServer {
         };
         let (operator_key, acme_key) = (key(&["--operator"]), key(&["--tenant", "acme"]));
         let server = Server::start(&database.url);
+
         TestServer {
             engine: database.engine,
             database,
@@ -69,17 +74,17 @@ impl TestServer {
         }
     }
 
-    /// A world of its own on the same engine, to compare with.
+    /// Starts an independent server on the same engine, for comparison.
     pub async fn another(&self) -> TestServer {
         TestServer::start(self.database.engine).await
     }
 
-    /// An empty database on the same engine.
+    /// Creates an empty database on the same engine.
     pub fn empty_database(&self) -> Database {
         Database::create(self.engine)
     }
 
-    /// Makes a key as `keys create` does with these arguments.
+    /// Creates a key with `keys create` and these arguments.
     pub fn key(&self, arguments: &[&str]) -> String {
         self.run(&[&["keys", "create"], arguments].concat())
             .with_code(0)
@@ -88,41 +93,45 @@ impl TestServer {
             .to_owned()
     }
 
-    /// A key of tenant `acme` that opened this path, and has been revoked.
+    /// Returns a revoked key of tenant `acme` that opened this path before.
     pub async fn revoked_key(&self, path: &str) -> String {
-        let ran = self
+        let output = self
             .run(&["keys", "create", "--tenant", "acme"])
             .with_code(0);
-        let (key, id) = (ran.stdout.trim(), ran.stderr.split_once(':').unwrap().0);
+        let (key, id) = (
+            output.stdout.trim(),
+            output.stderr.split_once(':').unwrap().0,
+        );
         self.get(path, key).await.with_status(200);
         self.run(&["keys", "revoke", id]).with_code(0);
         self.get(path, key).await.with_error(401, "Unauthorized");
         key.to_owned()
     }
 
-    /// A key of tenant `acme` that opened this path to its last moment, and has expired.
+    /// Returns an expired key of tenant `acme` that opened this path until its expiry.
     pub async fn expired_key(&self, path: &str) -> String {
         let created_before = Clock::system().now_ms();
         let key = self.key(&["--tenant", "acme", "--expires-in", "2s"]);
         let created_after = Clock::system().now_ms();
+
         loop {
-            let asked = Clock::system().now_ms();
+            let sent = Clock::system().now_ms();
             let status = self.get(path, &key).await.status;
-            let answered = Clock::system().now_ms();
-            if answered < created_before + 2000 {
+            let received = Clock::system().now_ms();
+            if received < created_before + 2000 {
                 assert_eq!(
                     status,
                     200,
                     "{} ms before it expires",
-                    created_before + 2000 - answered
+                    created_before + 2000 - received
                 );
             }
-            if asked >= created_after + 2000 {
+            if sent >= created_after + 2000 {
                 assert_eq!(
                     status,
                     401,
                     "{} ms after it expired",
-                    asked - created_after - 2000
+                    sent - created_after - 2000
                 );
                 return key;
             }
@@ -130,12 +139,12 @@ impl TestServer {
         }
     }
 
-    /// Another server on the same database, as after a restart or beside the first.
+    /// Starts another server on the same database, after a restart or as a replica.
     pub fn another_server(&self) -> Server {
         Server::start(&self.database.url)
     }
 
-    /// Runs a command on this world's database.
+    /// Runs a command on this database.
     pub fn run(&self, arguments: &[&str]) -> CommandOutput {
         self.run_with_input(arguments, b"")
     }
@@ -151,18 +160,18 @@ impl TestServer {
         )
     }
 
-    /// The same world with another server in it, that is set up in another way.
+    /// Replaces the server by one with these additional settings.
     pub fn with_server(mut self, environment: &[(&str, &str)]) -> TestServer {
         let secrets = format!("live={SECRET},old={OLD_SECRET}");
-        let usual = [
+        let defaults = [
             ("DATABASE_URL", self.database.url.as_str()),
             ("STRIPE_WEBHOOK_SECRET", &secrets),
         ];
-        self.process = Server::start_with(&[&usual, environment].concat());
+        self.process = Server::start_with(&[&defaults, environment].concat());
         self
     }
 
-    /// The answer is checked against the OpenAPI document, whatever it is.
+    /// Sends a request and checks the answer against the OpenAPI document.
     pub async fn send(
         &self,
         method: &str,
@@ -186,7 +195,8 @@ impl TestServer {
         http::send_raw(self.process.authority(), request).await
     }
 
-    /// The payment states of each invoice of tenant `acme` that has any, by its uid, as `invoices list` prints them.
+    /// Returns the payment states of each invoice of tenant `acme` with a history, by uid, as
+    /// `invoices list` prints them.
     pub fn all_histories(&self) -> BTreeMap<String, String> {
         let listed = self
             .run(&["invoices", "list", "--tenant", "acme", "--json"])
@@ -199,7 +209,7 @@ impl TestServer {
             .collect()
     }
 
-    /// The ids of all events that are kept, as often as they are there.
+    /// Returns the ids of all logged events, including repetitions.
     pub fn logged_ids(&self) -> Vec<String> {
         let log = self
             .run(&["events", "list", "--limit", "100000", "--json"])
@@ -214,7 +224,7 @@ impl TestServer {
         self.send("GET", path, &[("ApiKey", key)], Vec::new()).await
     }
 
-    /// As the operator.
+    /// Puts a document as the operator.
     pub async fn put(&self, path: &str, document: &Value) -> Answer {
         self.send(
             "PUT",
@@ -225,7 +235,7 @@ impl TestServer {
         .await
     }
 
-    /// Stores an invoice of tenant `acme` that says nothing but its Stripe invoice.
+    /// Stores an invoice of tenant `acme` that contains only its Stripe invoice.
     pub async fn store(&self, uid: &str, stripe_invoice_id: &str) -> Answer {
         self.put(
             &invoice_path(uid),
@@ -234,7 +244,7 @@ impl TestServer {
         .await
     }
 
-    /// Delivers an event, signed now with the live secret.
+    /// Delivers an event signed with the live secret at the current time.
     pub async fn deliver(&self, event: &Value) -> Answer {
         self.deliver_bytes(event.to_string().as_bytes()).await
     }
@@ -254,7 +264,7 @@ impl TestServer {
         .await
     }
 
-    /// `State time` of each entry of an invoice of tenant `acme`, as its key reads it.
+    /// Returns `State time` for each entry of an invoice of tenant `acme`, read with its key.
     pub async fn history(&self, uid: &str) -> Vec<String> {
         let states = self.states(uid).await;
         let line = |state: &Value| {
@@ -264,6 +274,7 @@ impl TestServer {
                 state["timestamp"].as_str().unwrap()
             )
         };
+
         states
             .as_array()
             .expect("states are always there")
@@ -292,7 +303,7 @@ pub fn invoice_path(uid: &str) -> String {
     format!("/v1/tenants/acme/invoices/{uid}")
 }
 
-/// The header value for a body signed with this secret.
+/// Returns the header value for a body signed with this secret.
 pub fn signature(secret: &str, time_s: i64, body: &[u8]) -> String {
     sign(SigningSecrets::parse(secret).unwrap().first(), time_s, body)
 }
@@ -306,12 +317,12 @@ impl Server {
         ])
     }
 
-    /// Returns when it says that it listens.
+    /// Starts a server with these settings. Returns when it prints its address.
     pub fn start_with(environment: &[(&str, &str)]) -> Server {
         Server::start_command(binary(&[&[("RUST_LOG", "warn")], environment].concat()))
     }
 
-    /// As [`Server::start_with`], by a command that becomes the binary.
+    /// Starts a server with a command that executes the binary.
     pub fn start_command(mut command: Command) -> Server {
         command.env("LISTEN_ADDR", "127.0.0.1:0");
         let log = NamedTempFile::new().unwrap();
@@ -322,10 +333,11 @@ impl Server {
             .spawn()
             .unwrap();
         let mut line = String::new();
+
         BufReader::new(process.stdout.take().unwrap())
             .read_line(&mut line)
             .unwrap();
-        let told = || {
+        let context = || {
             format!(
                 "first line: {line:?}, and {}",
                 std::fs::read_to_string(log.path()).unwrap()
@@ -334,8 +346,9 @@ impl Server {
         let base = line
             .trim()
             .strip_prefix("listening on ")
-            .unwrap_or_else(|| panic!("{}", told()))
+            .unwrap_or_else(|| panic!("{}", context()))
             .to_owned();
+
         Server { base, process, log }
     }
 
@@ -343,7 +356,7 @@ impl Server {
         self.base.trim_start_matches("http://")
     }
 
-    /// What it has logged until now.
+    /// Returns the log written so far.
     pub fn log(&self) -> String {
         std::fs::read_to_string(self.log.path()).unwrap_or_default()
     }
@@ -352,7 +365,7 @@ impl Server {
         self.process.id()
     }
 
-    /// Memory in MB: what it has alone, and its share of what it shares.
+    /// Returns the memory in MB: private memory plus the share of shared memory.
     pub fn memory_mb(&self) -> u64 {
         let text = std::fs::read_to_string(format!("/proc/{}/smaps_rollup", self.pid())).unwrap();
         let kb = text
@@ -364,14 +377,14 @@ impl Server {
         kb.parse::<u64>().unwrap() / 1024
     }
 
-    /// SIGKILL, and no moment more.
+    /// Kills the server and waits for its end.
     pub fn sigkill(&mut self) {
         self.process.kill().unwrap();
         self.process.wait().unwrap();
     }
 
-    /// SIGTERM, without waiting.
-    pub fn ask_to_stop(&self) {
+    /// Sends SIGTERM without waiting.
+    pub fn terminate(&self) {
         let sent = std::process::Command::new("kill")
             .args(["-TERM", &self.pid().to_string()])
             .status()
@@ -379,7 +392,7 @@ impl Server {
         assert!(sent.success());
     }
 
-    /// Waits for its end; none when a signal ended it.
+    /// Waits for the end of the server. Returns `None` if a signal ended it.
     pub fn exit_code(&mut self) -> Option<i32> {
         self.process.wait().unwrap().code()
     }
@@ -387,12 +400,12 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // It may have ended already.
+        // The process may have ended already.
         let _ = self.process.kill();
         let _ = self.process.wait();
         if std::thread::panicking() {
             let log = self.log();
-            let last: Vec<&str> = log.lines().rev().take(SHOWN).collect();
+            let last: Vec<&str> = log.lines().rev().take(LOG_LINES_SHOWN).collect();
             eprintln!(
                 "what {} logged, its last lines:\n{}",
                 self.base,

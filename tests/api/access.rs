@@ -1,4 +1,4 @@
-//! Who may call what: every route with every kind of key; and requests of the oddest kind, from whoever they come.
+//! Access control: every route with every kind of key, and odd requests from every kind of caller.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -8,16 +8,17 @@ use testkit::each_database;
 use testkit::openapi::DOCUMENT;
 use testkit::{Answer, TestServer, invoice_path};
 
-/// Stands in the invoice of another tenant, and in its event.
+/// Text in the invoice and the event of another tenant.
 const SECRET_OF_BETA: &str = "only beta may read this";
 const HIDDEN: &str = "/v1/tenants/beta/invoices/hidden";
 
-/// Invoice `a` of tenant `acme` and invoice `hidden` of tenant `beta`, each with an event.
+/// Stores invoice `a` of tenant `acme` and invoice `hidden` of tenant `beta`, each with an event.
 async fn fill(server: &TestServer) {
     let hidden =
         json!({"metadata": {"name": SECRET_OF_BETA}, "status": {"stripeInvoiceId": "in_hidden"}});
     server.put(HIDDEN, &hidden).await.with_status(201);
     server.store("a", "in_1").await.with_status(201);
+
     for (id, invoice, number) in [
         ("evt_hidden", "in_hidden", SECRET_OF_BETA),
         ("evt_1", "in_1", "ACME-1"),
@@ -28,8 +29,8 @@ async fn fill(server: &TestServer) {
     }
 }
 
-/// A call as the document has it, a path of it, a path of the same form that leads nowhere, and what is answered to: nobody's key,
-/// the tenant's, another tenant's, the operator's.
+/// A documented operation, an existing path of it, a missing path of the same form, and the status
+/// for an unknown key, the tenant's, another tenant's and the operator's key.
 type Row = (&'static str, &'static str, &'static str, [u16; 4]);
 
 const TABLE: [Row; 12] = [
@@ -92,7 +93,7 @@ const TABLE: [Row; 12] = [
     ("get /", "/", "/v1", [404; 4]),
 ];
 
-/// What an answer says, without what only names the request.
+/// Returns an answer without the parts that identify the request.
 fn anonymous(answer: &Answer) -> (u16, BTreeMap<String, String>, String) {
     let headers = answer
         .headers
@@ -101,6 +102,7 @@ fn anonymous(answer: &Answer) -> (u16, BTreeMap<String, String>, String) {
     let headers = headers
         .map(|(name, value)| (name.to_string(), value.to_str().unwrap().to_owned()))
         .collect();
+
     (
         answer.status.as_u16(),
         headers,
@@ -125,7 +127,7 @@ async fn call(server: &TestServer, method: &str, path: &str, key: Option<&str>) 
 }
 
 #[test]
-fn the_table_has_every_call_of_the_document() {
+fn access_table_covers_every_documented_call() {
     let documented = DOCUMENT["paths"]
         .as_object()
         .unwrap()
@@ -138,28 +140,49 @@ fn the_table_has_every_call_of_the_document() {
                 .filter(|method| *method != "parameters");
             methods.map(move |method| format!("{method} {path}"))
         });
-    let told: BTreeSet<String> = TABLE
+    let listed: BTreeSet<String> = TABLE
         .iter()
         .map(|(call, ..)| (*call).to_owned())
         .filter(|call| call != "get /")
         .collect();
-    assert_eq!(told, documented.collect());
+
+    assert_eq!(listed, documented.collect());
 }
 
 each_database! {
-    async fn every_call_answers_each_kind_of_key_as_it_should(server: TestServer) {
+    async fn every_call_checks_each_kind_of_key(server: TestServer) {
         fill(&server).await;
         let path = invoice_path("a");
-        let (beta, revoked, expired) = (server.key(&["--tenant", "beta"]), server.revoked_key(&path).await, server.expired_key(&path).await);
-        let nobodys = [None, Some("wrong"), Some(&*revoked), Some(&*expired), Some("Bearer"), Some("")];
+        let (beta, revoked, expired) = (
+            server.key(&["--tenant", "beta"]),
+            server.revoked_key(&path).await,
+            server.expired_key(&path).await,
+        );
+        let nobodys = [
+            None,
+            Some("wrong"),
+            Some(&*revoked),
+            Some(&*expired),
+            Some("Bearer"),
+            Some(""),
+        ];
+
         for (called, path, elsewhere, expected) in TABLE {
             let method = called.split(' ').next().unwrap().to_uppercase();
-            for (keys, status) in [&nobodys[..], &[Some(&*server.acme_key)], &[Some(&beta)], &[Some(&server.operator_key)]].iter().zip(expected) {
+            for (keys, status) in [
+                &nobodys[..],
+                &[Some(&*server.acme_key)],
+                &[Some(&beta)],
+                &[Some(&server.operator_key)],
+            ]
+            .iter()
+            .zip(expected)
+            {
                 let mut refusals = BTreeSet::new();
                 for key in *keys {
                     let answer = call(&server, &method, path, *key).await.with_status(status);
                     if status >= 400 {
-                        // Whether there is such a thing makes no difference.
+                        // The answer must not depend on whether the resource exists.
                         refusals.insert(anonymous(&answer));
                         refusals.insert(anonymous(&call(&server, &method, elsewhere, *key).await));
                     }
@@ -171,23 +194,48 @@ each_database! {
                 assert!(refusals.len() < 2, "{called} with {keys:?}: {refusals:#?}");
             }
         }
-        // Two keys: any that is valid opens.
-        let both = [("ApiKey", "wrong"), ("Authorization", server.acme_key.as_str())];
-        server.send("GET", &path, &both, vec![]).await.with_status(200);
+
+        // Of two keys, any valid one opens.
+        let both = [
+            ("ApiKey", "wrong"),
+            ("Authorization", server.acme_key.as_str()),
+        ];
+        server
+            .send("GET", &path, &both, vec![])
+            .await
+            .with_status(200);
     }
 
-    async fn a_tenant_sees_nothing_of_another_by_any_call(server: TestServer) {
+    async fn tenant_reads_nothing_of_another_through_any_call(server: TestServer) {
         fill(&server).await;
         for (called, path, ..) in TABLE {
             let method = called.split(' ').next().unwrap().to_uppercase();
-            let path = path.replace("acme/invoices/a", "beta/invoices/hidden").replace("acme", "beta").replace("evt_1", "evt_hidden");
+            let path = path
+                .replace("acme/invoices/a", "beta/invoices/hidden")
+                .replace("acme", "beta")
+                .replace("evt_1", "evt_hidden");
             for key in [None, Some(&*server.acme_key)] {
                 let answer = call(&server, &method, &path, key).await;
-                assert!(!String::from_utf8_lossy(&answer.body).contains(SECRET_OF_BETA), "{method} {path}: {answer:?}");
+                assert!(
+                    !String::from_utf8_lossy(&answer.body).contains(SECRET_OF_BETA),
+                    "{method} {path}: {answer:?}"
+                );
             }
         }
-        let evidence: Value = call(&server, "GET", &format!("{HIDDEN}/evidence"), Some(&server.operator_key)).await.with_status(200).json();
-        assert!(evidence.to_string().contains(SECRET_OF_BETA), "there is something to hide: {evidence}");
+
+        let evidence: Value = call(
+            &server,
+            "GET",
+            &format!("{HIDDEN}/evidence"),
+            Some(&server.operator_key),
+        )
+        .await
+        .with_status(200)
+        .json();
+        assert!(
+            evidence.to_string().contains(SECRET_OF_BETA),
+            "there is something to hide: {evidence}"
+        );
     }
 }
 
@@ -254,7 +302,9 @@ fn odd_paths() -> Vec<String> {
             format!("/v1/tenants/acme/{piece}/hidden"),
         ]);
     }
-    // Query by query, a list of another tenant's invoice is asked for; its cursor says whose it is.
+
+    // A list filtered by every query, with the invoice of another tenant in the query; the cursor
+    // names its owner.
     let cursor: String = r#"[9223372036854775807,"beta","hidden\u0000"]"#.bytes().map(|byte| format!("{byte:02x}")).collect();
     paths.extend([
         format!("/v1/tenants/acme/invoices?cursor={cursor}"),
@@ -269,6 +319,7 @@ fn odd_paths() -> Vec<String> {
         ]
         .map(str::to_owned),
     );
+
     paths.push(format!("/v1/tenants/acme/invoices/{}", "x".repeat(60_000)));
     paths
 }
@@ -300,6 +351,7 @@ fn odd_headers(key: &str) -> Vec<String> {
         "Authorization",
         "X-Tenant",
     ];
+
     let values = [
         "",
         "beta",
@@ -320,6 +372,7 @@ fn odd_headers(key: &str) -> Vec<String> {
         "\u{1}",
         "a,b;c=\"d",
     ];
+
     names
         .iter()
         .flat_map(|name| values.iter().map(move |value| format!("{name}: {value}")))
@@ -332,32 +385,65 @@ fn odd_headers(key: &str) -> Vec<String> {
 }
 
 each_database! {
-    async fn no_odd_request_breaks_the_server_or_tells_of_another_tenant(server: TestServer) {
+    async fn odd_requests_neither_break_server_nor_leak_tenants(server: TestServer) {
         fill(&server).await;
         let key_line = format!("ApiKey: {}\r\n", server.acme_key);
-        let by_path = odd_paths().into_iter().map(|path| format!("GET {path} HTTP/1.1\r\nHost: x\r\n{key_line}"));
-        let without_key = odd_paths().into_iter().map(|path| format!("GET {path} HTTP/1.1\r\nHost: x\r\n"));
-        let paths = [invoice_path("a"), "/v1/tenants/beta/invoices/hidden".to_owned()];
+        let by_path = odd_paths()
+            .into_iter()
+            .map(|path| format!("GET {path} HTTP/1.1\r\nHost: x\r\n{key_line}"));
+        let without_key = odd_paths()
+            .into_iter()
+            .map(|path| format!("GET {path} HTTP/1.1\r\nHost: x\r\n"));
+        let paths = [
+            invoice_path("a"),
+            "/v1/tenants/beta/invoices/hidden".to_owned(),
+        ];
         let by_header = odd_headers(&server.acme_key).into_iter().flat_map(|line| {
-            paths.clone().map(|path| format!("GET {path} HTTP/1.1\r\nHost: x\r\n{key_line}{line}\r\n"))
+            paths
+                .clone()
+                .map(|path| format!("GET {path} HTTP/1.1\r\nHost: x\r\n{key_line}{line}\r\n"))
         });
+
         let mut asked = 0;
         for request in by_path.chain(without_key).chain(by_header) {
-            let answer = server.send_raw(format!("{request}Connection: close\r\n\r\n").as_bytes()).await;
+            let answer = server
+                .send_raw(format!("{request}Connection: close\r\n\r\n").as_bytes())
+                .await;
             let shown = &request[..request.len().min(300)];
-            let status: u16 = answer.get(9..12).and_then(|code| code.parse().ok()).unwrap_or_else(|| panic!("{shown:?} is answered {answer:?}"));
+            let status: u16 = answer
+                .get(9..12)
+                .and_then(|code| code.parse().ok())
+                .unwrap_or_else(|| panic!("{shown:?} is answered {answer:?}"));
             assert!(status < 500, "{shown:?} is answered {answer}");
-            assert!(!answer.contains(SECRET_OF_BETA), "{shown:?} is answered {answer}");
-            assert!(!answer.contains(&server.acme_key), "{shown:?} is answered {answer}");
+            assert!(
+                !answer.contains(SECRET_OF_BETA),
+                "{shown:?} is answered {answer}"
+            );
+            assert!(
+                !answer.contains(&server.acme_key),
+                "{shown:?} is answered {answer}"
+            );
             asked += 1;
         }
+
         assert!(asked > 2_000, "{asked}");
-        // An operator may see all: it must only never break.
+
+        // The operator may see everything, so only failures count.
         for path in odd_paths() {
-            let request = format!("GET {path} HTTP/1.1\r\nHost: x\r\nApiKey: {}\r\nConnection: close\r\n\r\n", server.operator_key);
+            let request = format!(
+                "GET {path} HTTP/1.1\r\nHost: x\r\nApiKey: {}\r\nConnection: close\r\n\r\n",
+                server.operator_key
+            );
             let answer = server.send_raw(request.as_bytes()).await;
-            assert!(answer.starts_with("HTTP/1.1 ") && !answer.starts_with("HTTP/1.1 5"), "{path} is answered {answer}");
+            assert!(
+                answer.starts_with("HTTP/1.1 ") && !answer.starts_with("HTTP/1.1 5"),
+                "{path} is answered {answer}"
+            );
         }
-        server.get(&invoice_path("a"), &server.acme_key).await.with_status(200);
+
+        server
+            .get(&invoice_path("a"), &server.acme_key)
+            .await
+            .with_status(200);
     }
 }

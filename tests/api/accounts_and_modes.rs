@@ -53,6 +53,7 @@ fn attack(name: &str, origin: &Value) -> Vec<Value> {
         ("refund.created", 300, with(refund, part.clone())),
         ("charge.dispute.created", 400, with(dispute, part)),
     ];
+
     events
         .into_iter()
         .map(|(event_type, second, object)| {
@@ -76,7 +77,10 @@ async fn shown(server: &TestServer) -> (Value, Value) {
 each_database! {
     async fn other_accounts_and_modes_write_nothing_into_an_invoice(server: TestServer) {
         server.store("inv-1", "in_1Q").await.with_status(201);
-        server.deliver(&event("evt_1", "invoice.finalized", 0, invoice("open"))).await.with_status(200);
+        server
+            .deliver(&event("evt_1", "invoice.finalized", 0, invoice("open")))
+            .await
+            .with_status(200);
         let origins = [
             ("connected", json!({"account": "acct_evil"})),
             ("test", json!({"livemode": false})),
@@ -91,7 +95,10 @@ each_database! {
         }
         assert_eq!(shown(&server).await, open);
 
-        server.deliver(&event("evt_2", "invoice.paid", 100, invoice("paid"))).await.with_status(200);
+        server
+            .deliver(&event("evt_2", "invoice.paid", 100, invoice("paid")))
+            .await
+            .with_status(200);
         let paid = shown(&server).await;
         for (name, origin) in &origins {
             for event in attack(&format!("{name}2"), origin) {
@@ -105,8 +112,16 @@ each_database! {
     async fn linked_event_shows_once_its_account_and_mode_are_known(server: TestServer) {
         server.store("inv-1", "in_1Q").await.with_status(201);
         let origin = json!({"account": "acct_9", "livemode": false});
-        let submitted = event("evt_1", "payment_intent.processing", 10, intent("pi_1", json!({})));
-        server.deliver(&with(submitted, origin.clone())).await.with_status(200);
+        let submitted = event(
+            "evt_1",
+            "payment_intent.processing",
+            10,
+            intent("pi_1", json!({})),
+        );
+        server
+            .deliver(&with(submitted, origin.clone()))
+            .await
+            .with_status(200);
         assert_eq!(server.history("inv-1").await, Vec::<String>::new());
 
         // The invoice's own event, but of another mode.
@@ -115,12 +130,18 @@ each_database! {
         server.deliver(&of_live_mode).await.with_status(200);
         assert_eq!(server.history("inv-1").await, Vec::<String>::new());
 
-        let of_same_mode = with(created, json!({"id": "evt_3", "account": "acct_9", "livemode": false}));
+        let of_same_mode = with(
+            created,
+            json!({"id": "evt_3", "account": "acct_9", "livemode": false}),
+        );
         server.deliver(&of_same_mode).await.with_status(200);
         let states = server.states("inv-1").await;
         assert_eq!(states[0]["state"], "PaymentInProgress");
         let message = states[0]["paymentMsg"].as_str().unwrap();
-        assert!(message.ends_with("Test mode. Connected account acct_9."), "{message}");
+        assert!(
+            message.ends_with("Test mode. Connected account acct_9."),
+            "{message}"
+        );
     }
 
     async fn thousands_of_declined_tries_share_one_entry(server: TestServer) {
@@ -131,16 +152,26 @@ each_database! {
                 "id": format!("ch_{number:05}"), "object": "charge", "invoice": "in_1Q",
                 "amount": 5000, "currency": "eur", "failure_code": "card_declined",
             });
-            let failed = event(&format!("evt_f{number:05}"), "charge.failed", 100 + 2 * number, charge);
+            let failed = event(
+                &format!("evt_f{number:05}"),
+                "charge.failed",
+                100 + 2 * number,
+                charge,
+            );
             lines.push_str(&format!("\n{failed}"));
         }
-        server.run_with_input(&["replay", "-"], lines.as_bytes()).with_code(0);
+        server
+            .run_with_input(&["replay", "-"], lines.as_bytes())
+            .with_code(0);
 
         let (states, evidence) = shown(&server).await;
         let states = states.as_array().unwrap();
         assert_eq!(states.len(), 102);
         let message = states[51]["paymentMsg"].as_str().unwrap();
-        assert!(message.contains("and 1,900 more attempts failed between"), "{message}");
+        assert!(
+            message.contains("and 1,900 more attempts failed between"),
+            "{message}"
+        );
         let proofs = |entry: &Value| {
             let listed = entry["proofs"].as_array().unwrap().len() as u64;
             listed + entry["moreProofs"].as_u64().unwrap_or_default()
@@ -150,6 +181,9 @@ each_database! {
 
         let paid = event("evt_2", "invoice.paid", 9_000, invoice("paid"));
         server.deliver(&paid).await.with_status(200);
-        assert_eq!(server.history("inv-1").await.last().unwrap(), "Paid 2026-01-31T11:30:00.000Z");
+        assert_eq!(
+            server.history("inv-1").await.last().unwrap(),
+            "Paid 2026-01-31T11:30:00.000Z"
+        );
     }
 }

@@ -1,4 +1,4 @@
-//! A database is restored from a backup: what it had acknowledged after that comes back from Stripe.
+//! Restores a database from a backup. Events acknowledged after the backup come back from Stripe.
 
 use std::collections::BTreeMap;
 
@@ -30,7 +30,7 @@ fn histories(database: &Database) -> BTreeMap<String, String> {
         .collect()
 }
 
-/// A copy that the database makes itself while others use it, and a database made of it.
+/// Makes an online copy of the database and a new database from that copy.
 async fn backed_up_and_restored(database: &Database, files: &Files) -> Database {
     let restored = Database::create(database.engine);
     match database.engine {
@@ -49,33 +49,57 @@ async fn backed_up_and_restored(database: &Database, files: &Files) -> Database 
             restored.restore(&dump);
         }
     }
+
     restored
 }
 
 each_database! {
-    async fn what_came_after_the_backup_is_fetched_from_stripe_when_it_is_restored(server: TestServer) {
+    async fn restored_backup_fetches_later_events_from_stripe(server: TestServer) {
         let (stripe, files) = (Stripe::start(), Files::new());
-        let invoices = story::tell(&stripe, INVOICES);
-        let documents: Vec<String> = invoices.iter().map(|invoice| invoice.document().to_string()).collect();
+        let invoices = story::play(&stripe, INVOICES);
+        let documents: Vec<String> = invoices
+            .iter()
+            .map(|invoice| invoice.document().to_string())
+            .collect();
         let mut events = stripe.events();
         events.sort_by_key(|event| event.created);
-        let delivered: Vec<String> = events.iter().map(|event| event.as_delivered().to_string()).collect();
+        let delivered: Vec<String> = events
+            .iter()
+            .map(|event| event.as_delivered().to_string())
+            .collect();
         let (before, after) = delivered.split_at(delivered.len() / 2);
 
         let database = &server.database;
-        command(database, &["invoices", "import", "--tenant", "acme", "-"], &documents.join("\n")).with_code(0);
+        command(
+            database,
+            &["invoices", "import", "--tenant", "acme", "-"],
+            &documents.join("\n"),
+        )
+        .with_code(0);
         command(database, &["replay", "-"], &before.join("\n")).with_code(0);
         let restored = backed_up_and_restored(database, &files).await;
         command(database, &["replay", "-"], &after.join("\n")).with_code(0);
         let whole = histories(database);
         assert!(histories(&restored) != whole, "something was lost");
 
-        let environment = [("DATABASE_URL", &*restored.url), ("STRIPE_API_KEY", LIVE_KEY), ("STRIPE_API_BASE", &stripe.base),
-            ("STRIPE_API_RATE", "1000"), ("RUST_LOG", "warn")];
+        let environment = [
+            ("DATABASE_URL", &*restored.url),
+            ("STRIPE_API_KEY", LIVE_KEY),
+            ("STRIPE_API_BASE", &stripe.base),
+            ("STRIPE_API_RATE", "1000"),
+            ("RUST_LOG", "warn"),
+        ];
         testkit::run(&environment, &["reconcile", "--since", "30d"], b"").with_code(3);
         let found = histories(&restored);
-        let other: Vec<_> = whole.iter().filter(|(uid, states)| found.get(*uid) != Some(*states)).take(2).collect();
-        assert!(other.is_empty() && found.len() == whole.len(), "expected {other:?}");
+        let other: Vec<_> = whole
+            .iter()
+            .filter(|(uid, states)| found.get(*uid) != Some(*states))
+            .take(2)
+            .collect();
+        assert!(
+            other.is_empty() && found.len() == whole.len(),
+            "expected {other:?}"
+        );
         testkit::run(&environment, &["reconcile"], b"").with_code(0);
     }
 }

@@ -76,16 +76,30 @@ each_database! {
     async fn import_commits_while_it_reads(server: TestServer) {
         let arguments = ["invoices", "import", "--tenant", "acme", "-"];
         let mut command = binary(&[("DATABASE_URL", &server.database.url)]);
-        let mut import = command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
+        let mut import = command
+            .args(arguments)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
         let mut input = import.stdin.take().unwrap();
         for n in 0..60 {
             writeln!(input, "{}", invoice(n)).unwrap();
         }
 
         let deadline = Instant::now() + TIMEOUT;
-        let stored = || server.run(&["invoices", "list", "--json"]).with_code(0).json_lines().len();
+        let stored = || {
+            server
+                .run(&["invoices", "list", "--json"])
+                .with_code(0)
+                .json_lines()
+                .len()
+        };
         while stored() < 50 {
-            assert!(Instant::now() < deadline, "a transaction must hold fifty invoices at most");
+            assert!(
+                Instant::now() < deadline,
+                "a transaction must hold fifty invoices at most"
+            );
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         drop(input);
@@ -98,13 +112,19 @@ each_database! {
         let worked = Duration::from_millis(30);
         let started = Instant::now();
         let pause = store.pause_after_write(worked);
+
         match server.engine {
-            Engine::Postgres => assert_eq!(pause.now_or_never(), Some(()), "rows are locked, not the database"),
+            Engine::Postgres => assert_eq!(
+                pause.now_or_never(),
+                Some(()),
+                "rows are locked, not the database"
+            ),
             Engine::Sqlite => {
                 pause.await;
                 assert!(started.elapsed() >= worked, "{:?}", started.elapsed());
             }
         }
+
         store.close().await;
     }
 }

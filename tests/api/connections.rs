@@ -38,11 +38,13 @@ struct Relay {
 impl Relay {
     async fn start(server: &PostgresServer) -> Relay {
         static NEXT: AtomicU8 = AtomicU8::new(1);
+
         let host = format!("127.0.3.{}", NEXT.fetch_add(1, Ordering::Relaxed));
         let address = format!("{host}:{}", server.port());
         let listener = TcpListener::bind(&address).await.unwrap();
         let (port, fault) = (server.port(), watch::Sender::new(Fault::None));
         let faults = fault.clone();
+
         tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
                 tokio::spawn(forward(client, port, faults.subscribe()));
@@ -61,6 +63,7 @@ async fn forward(mut client: TcpStream, port: u16, mut faults: watch::Receiver<F
     let mut server = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
     client.set_nodelay(true).unwrap();
     server.set_nodelay(true).unwrap();
+
     tokio::select! {
         _ = tokio::io::copy_bidirectional(&mut client, &mut server) => {}
         Ok(()) = faults.changed() => {
@@ -98,6 +101,7 @@ impl<'s> Deliveries<'s> {
         for read in reads {
             read.with_status(200);
         }
+
         took
     }
 
@@ -117,7 +121,7 @@ fn check_breaker_stayed_closed(server: &TestServer) {
 async fn survive(fault: Fault) -> Duration {
     let database = Database::create(Engine::Postgres);
     let relay = Relay::start(PostgresServer::shared()).await;
-    let server = TestServer::on(database.by_way_of(|name| relay.url(name))).await;
+    let server = TestServer::on(database.with_url(|name| relay.url(name))).await;
     server.store("inv-0", "in_0").await.with_status(201);
     let mut deliveries = Deliveries::to(&server);
 
@@ -205,7 +209,7 @@ async fn terminated_backends_of_pooler_refuse_no_delivery() {
     let pooler = Pooler::start(PostgresServer::shared());
     let database = Database::create(Engine::Postgres);
     let name = database.url.rsplit('/').next().unwrap().to_owned();
-    let server = TestServer::on(database.by_way_of(|name| pooler.url(name))).await;
+    let server = TestServer::on(database.with_url(|name| pooler.url(name))).await;
     terminate_backends(&server, &name).await;
 }
 
@@ -216,7 +220,7 @@ async fn cancelled_statement_does_not_open_breaker() {
     let name = database.url.rsplit('/').next().unwrap().to_owned();
     let server = Arc::new(TestServer::on(database).await);
     server.store("inv-0", "in_0").await.with_status(201);
-    let lock = server.database.hold().await;
+    let lock = server.database.lock().await;
 
     let event = json!({"id": "evt_1", "object": "event", "type": "customer.updated",
         "created": 1_769_850_000, "data": {"object": {"id": "cus_1", "object": "customer"}}});

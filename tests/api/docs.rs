@@ -1,4 +1,5 @@
-//! What the pages and the files for deployment say, held against the program: commands, flags, settings, and where links lead.
+//! Checks the docs and the deployment files against the program: commands, flags, settings and
+//! links.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -8,7 +9,7 @@ use stripe_reconciler::domain::invoice::document;
 use testkit::run;
 
 const CONFIG: &str = include_str!("../../src/config.rs");
-/// Settings of others, of the shell and of the tests, that pages and files name.
+/// Settings of other programs, of the shell and of the tests, which docs and files name.
 const OTHERS: [&str; 10] = [
     "BROWSER_REQUIRED",
     "IMAGE_REGISTRY",
@@ -26,7 +27,7 @@ fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// The files below a folder, by their paths from the root.
+/// Returns the files below a folder by their paths from the root.
 fn files_below(folder: &str, endings: &[&str]) -> BTreeMap<String, String> {
     let (mut folders, mut files) = (vec![root().join(folder)], BTreeMap::new());
     while let Some(folder) = folders.pop() {
@@ -48,6 +49,7 @@ fn files_below(folder: &str, endings: &[&str]) -> BTreeMap<String, String> {
             }
         }
     }
+
     files
 }
 
@@ -77,7 +79,7 @@ fn files_for_deployment() -> BTreeMap<String, String> {
     files
 }
 
-/// Each command, by the words that lead to it: its flags, and the commands below it.
+/// Flags and subcommands of each command, by the words that lead to it.
 struct Commands(BTreeMap<Vec<String>, (BTreeSet<String>, BTreeSet<String>)>);
 
 impl Commands {
@@ -123,6 +125,7 @@ impl Commands {
             );
             found.insert(command, (flags.collect(), names));
         }
+
         Commands(found)
     }
 
@@ -130,8 +133,8 @@ impl Commands {
         &self.0[&Vec::new()].1
     }
 
-    /// What is wrong with the words that follow the program's name.
-    fn fault(&self, words: &[&str]) -> Option<String> {
+    /// Returns an error in the words that follow the program's name, or `None`.
+    fn find_error(&self, words: &[&str]) -> Option<String> {
         let mut command: Vec<String> = Vec::new();
         for word in words {
             let (flags, below) = &self.0[&command];
@@ -149,11 +152,12 @@ impl Commands {
                 command.push((*word).to_owned());
             }
         }
+
         None
     }
 }
 
-/// Code of a page: what stands between backticks, and the lines of its blocks.
+/// Returns the code of a page: text between backticks and the lines of code blocks.
 fn code(page: &str) -> Vec<String> {
     let mut found = Vec::new();
     for (n, part) in page.split("```").enumerate() {
@@ -168,12 +172,13 @@ fn code(page: &str) -> Vec<String> {
             );
         }
     }
+
     found
 }
 
-/// The words of every command of ours in a line of code.
-fn shown<'l>(line: &'l str, commands: &Commands) -> Vec<Vec<&'l str>> {
-    let ends = |word: &&str| {
+/// Returns the words of every command of the program in a line of code.
+fn commands_in<'l>(line: &'l str, commands: &Commands) -> Vec<Vec<&'l str>> {
+    let is_command_word = |word: &&str| {
         !word.starts_with(['|', '>', '<', '&', ';', '#', '2', '·'])
             && *word != "see"
             && *word != "beside"
@@ -183,11 +188,11 @@ fn shown<'l>(line: &'l str, commands: &Commands) -> Vec<Vec<&'l str>> {
             .next()
             .unwrap()
             .split_whitespace()
-            .take_while(ends)
+            .take_while(is_command_word)
             .collect()
     };
     let named = line.match_indices("stripe-reconciler ");
-    // At the beginning of a command, and not the name of a user, an image or a service.
+    // At the start of a command, and not the name of a user, an image or a service.
     let is_ours = |at: usize| {
         let before = line[..at]
             .split_whitespace()
@@ -213,13 +218,13 @@ fn shown<'l>(line: &'l str, commands: &Commands) -> Vec<Vec<&'l str>> {
 }
 
 #[test]
-fn every_command_that_a_page_shows_is_one_with_the_flags_that_it_shows() {
+fn commands_and_flags_in_docs_exist() {
     let (commands, mut seen) = (Commands::ask(), 0);
     for (name, page) in pages() {
         for line in code(&page) {
-            for words in shown(&line, &commands) {
+            for words in commands_in(&line, &commands) {
                 seen += 1;
-                assert_eq!(commands.fault(&words), None, "{name}: {line}");
+                assert_eq!(commands.find_error(&words), None, "{name}: {line}");
             }
         }
     }
@@ -232,13 +237,13 @@ fn every_command_that_a_page_shows_is_one_with_the_flags_that_it_shows() {
     ];
     assert!(faulty.iter().all(|line| {
         commands
-            .fault(&line.split(' ').collect::<Vec<_>>())
+            .find_error(&line.split(' ').collect::<Vec<_>>())
             .is_some()
     }));
 }
 
 #[test]
-fn every_command_and_every_setting_is_in_the_pages() {
+fn docs_mention_every_command_and_setting() {
     let (index, table) = (file("docs/README.md").1, file("docs/configuration.md").1);
     for (command, (_, below)) in Commands::ask().0 {
         let name = command.join(" ");
@@ -283,7 +288,7 @@ fn every_page_is_linked_from_the_index() {
     assert!(pages.len() > 15, "{:?}", pages.keys());
 }
 
-/// As `src/config.rs` reads them.
+/// Returns the settings that `src/config.rs` reads.
 fn settings() -> BTreeSet<&'static str> {
     CONFIG
         .split(".setting(\"")
@@ -293,7 +298,7 @@ fn settings() -> BTreeSet<&'static str> {
 }
 
 #[test]
-fn every_setting_that_a_page_or_a_file_for_deployment_names_is_one() {
+fn settings_in_docs_and_deployment_files_exist() {
     let settings = settings();
     let is_known = |word: &str| {
         let name = word.strip_suffix("_FILE").unwrap_or(word);
@@ -308,7 +313,7 @@ fn every_setting_that_a_page_or_a_file_for_deployment_names_is_one() {
     for (name, text) in texts {
         let words =
             text.split(|c: char| !c.is_ascii_uppercase() && !c.is_ascii_digit() && c != '_');
-        // Of letters alone, a word may be anything; a setting is given a value.
+        // A word of letters only counts as a setting if it is assigned a value.
         for word in words.filter(|word| {
             word.trim_matches('_').contains('_')
                 && word.starts_with(|c: char| c.is_ascii_uppercase())
@@ -320,7 +325,7 @@ fn every_setting_that_a_page_or_a_file_for_deployment_names_is_one() {
     assert!(seen > 50, "{seen}");
 }
 
-/// As a heading is linked to.
+/// Returns the anchor that links to a heading use.
 fn anchor(heading: &str) -> String {
     let kept = heading.trim_start_matches('#').trim().to_lowercase();
     kept.chars()
@@ -330,7 +335,7 @@ fn anchor(heading: &str) -> String {
 }
 
 #[test]
-fn every_link_of_a_page_leads_somewhere() {
+fn links_in_docs_resolve() {
     let (pages, mut seen) = (pages(), 0);
     for (name, page) in &pages {
         for link in page
@@ -363,7 +368,7 @@ fn every_link_of_a_page_leads_somewhere() {
 }
 
 #[test]
-fn the_image_is_built_from_all_that_the_code_includes() {
+fn image_build_context_contains_every_included_file() {
     let ignored = file(".dockerignore").1;
     let kept: BTreeSet<&str> = ignored
         .lines()
@@ -377,15 +382,15 @@ fn the_image_is_built_from_all_that_the_code_includes() {
             .map(|rest| rest.split('"').nth(1).unwrap())
         {
             seen += 1;
-            let mut place = Path::new(&name).parent().unwrap().to_path_buf();
+            let mut target = Path::new(&name).parent().unwrap().to_path_buf();
             for part in path.split('/') {
-                place = if part == ".." {
-                    place.parent().unwrap().to_path_buf()
+                target = if part == ".." {
+                    target.parent().unwrap().to_path_buf()
                 } else {
-                    place.join(part)
+                    target.join(part)
                 };
             }
-            let top = place
+            let top = target
                 .components()
                 .next()
                 .unwrap()
@@ -431,7 +436,7 @@ fn image_contains_manifest_of_every_local_crate() {
 }
 
 #[test]
-fn the_document_that_is_to_be_moved_is_read_whole() {
+fn moved_document_is_read_completely() {
     let (_, page) = file("docs/moving-from-a-handler.md");
     let document = page
         .split("```json")
@@ -440,6 +445,7 @@ fn the_document_that_is_to_be_moved_is_read_whole() {
         .split("```")
         .next()
         .unwrap();
+
     let valid = document::validate(serde_json::from_str(document).unwrap()).unwrap();
     assert_eq!(
         valid.imported_states[0].message.as_deref(),

@@ -1,4 +1,5 @@
-//! `doctor`, as the person on call meets it: things are broken one by one, and it says which, and what to do.
+//! `doctor` as an operator sees it: each test breaks something, and `doctor` names the problem and
+//! the remedy.
 
 mod stripe;
 
@@ -22,7 +23,7 @@ use testkit::{
 const TIMEOUT: Duration = Duration::from_secs(30);
 const BOTH: &str = "live=whsec_world_live,old=whsec_world_old";
 
-/// What it says, by the names of its checks.
+/// Findings of `doctor` by the name of their check.
 struct DoctorOutput {
     code: i32,
     checks: Vec<Value>,
@@ -31,9 +32,9 @@ struct DoctorOutput {
 
 impl DoctorOutput {
     #[track_caller]
-    fn of(ran: &CommandOutput) -> DoctorOutput {
-        let said = ran.json();
-        let checks = said["checks"].as_array().unwrap().clone();
+    fn of(output: &CommandOutput) -> DoctorOutput {
+        let report = output.json();
+        let checks = report["checks"].as_array().unwrap().clone();
         for check in &checks {
             assert!(
                 check["finding"]
@@ -47,10 +48,11 @@ impl DoctorOutput {
                 "every check that is not ok has a remedy: {check}"
             );
         }
+
         DoctorOutput {
-            code: ran.code,
+            code: output.code,
             checks,
-            state: said["state"].as_str().unwrap().to_owned(),
+            state: report["state"].as_str().unwrap().to_owned(),
         }
     }
 
@@ -61,9 +63,9 @@ impl DoctorOutput {
             .unwrap_or_else(|| panic!("{name} is not in {:#?}", self.checks))
     }
 
-    /// That only these are wrong, and so.
+    /// Asserts that exactly these checks fail, with these states.
     #[track_caller]
-    fn assert_wrong(&self, wrong: &[(&str, &str)]) -> &DoctorOutput {
+    fn assert_findings(&self, wrong: &[(&str, &str)]) -> &DoctorOutput {
         let found: Vec<(&str, &str)> = self
             .checks
             .iter()
@@ -76,6 +78,7 @@ impl DoctorOutput {
             .filter(|(_, state)| !["ok", "unknown"].contains(state))
             .collect();
         assert_eq!(found, wrong, "{:#?}", self.checks);
+
         let overall = if wrong.iter().any(|(_, state)| *state == "failing") {
             "failing"
         } else if wrong.is_empty() {
@@ -84,42 +87,47 @@ impl DoctorOutput {
             "warning"
         };
         assert_eq!(self.state, overall);
+
         self
     }
 
-    /// That a check says all of this, in what it found or in its cure.
+    /// Asserts that the finding or the remedy of a check contains all of these texts.
     #[track_caller]
-    fn assert_says(&self, name: &str, words: &[&str]) -> &DoctorOutput {
+    fn assert_mentions(&self, name: &str, expected: &[&str]) -> &DoctorOutput {
         let check = self.check(name);
         let text = format!(
             "{} {}",
             check["finding"].as_str().unwrap(),
             check["cure"].as_str().unwrap_or_default()
         );
-        let missing: Vec<&&str> = words.iter().filter(|word| !text.contains(**word)).collect();
+        let missing: Vec<&&str> = expected
+            .iter()
+            .filter(|part| !text.contains(**part))
+            .collect();
         assert!(missing.is_empty(), "{missing:?} is not in {text}");
+
         self
     }
 }
 
-/// With these settings beside the database's.
+/// Runs `doctor` with these settings in addition to the database's.
 fn doctor(server: &TestServer, settings: &[(&str, &str)]) -> DoctorOutput {
     let environment = [&[("DATABASE_URL", server.database.url.as_str())], settings].concat();
     DoctorOutput::of(&testkit::run(&environment, &["doctor", "--json"], b""))
 }
 
-/// Asks until a check is so: a server notes what it refused within some seconds.
+/// Polls until a check has this state: a server records its rejections within seconds.
 async fn doctor_until(server: &TestServer, name: &str, state: &str) -> DoctorOutput {
     let deadline = Instant::now() + TIMEOUT;
     loop {
-        let said = doctor(server, &[]);
-        if said.check(name)["state"] == state {
-            return said;
+        let report = doctor(server, &[]);
+        if report.check(name)["state"] == state {
+            return report;
         }
         assert!(
             Instant::now() < deadline,
             "{name} is not {state} in {:#?}",
-            said.checks
+            report.checks
         );
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
@@ -134,8 +142,8 @@ fn of_invoice(id: &str, invoice: &str) -> Value {
         "data": {"object": {"id": invoice, "object": "invoice", "status": "paid", "currency": "eur", "amount_due": 5000, "amount_paid": 5000}}})
 }
 
-/// Puts webhooks into the log that came so many milliseconds ago.
-async fn came(server: &TestServer, ago_ms: impl IntoIterator<Item = i64>) {
+/// Inserts webhooks into the log that were received this many milliseconds ago.
+async fn insert_deliveries(server: &TestServer, ago_ms: impl IntoIterator<Item = i64>) {
     let store = Store::connect(&server.database.url).await.unwrap();
     let now_ms = Clock::system().now_ms();
     let events: Vec<_> = ago_ms
@@ -154,9 +162,11 @@ async fn came(server: &TestServer, ago_ms: impl IntoIterator<Item = i64>) {
             })
         })
         .collect();
+
     for some in events.chunks(200) {
         store.append(some).await.unwrap();
     }
+
     store.close().await;
 }
 
@@ -165,189 +175,427 @@ const HOUR_MS: i64 = 60 * MINUTE_MS;
 const DAY_MS: i64 = 24 * HOUR_MS;
 
 each_database! {
-    async fn when_nothing_is_wrong_it_says_so(server: TestServer) {
-        let said = doctor(&server, &[]);
-        said.assert_wrong(&[]);
-        assert_eq!(said.code, 0);
+    async fn healthy_system_passes_every_check(server: TestServer) {
+        let report = doctor(&server, &[]);
+        report.assert_findings(&[]);
+        assert_eq!(report.code, 0);
+
         server.store("a", "in_1").await.with_status(201);
-        server.deliver(&of_invoice("evt_1", "in_1")).await.with_status(200);
-        let said = doctor(&server, &secrets("live=whsec_world_live"));
-        said.assert_wrong(&[]).assert_says("deliveries", &["The last webhook was received 0 s ago"]);
+        server
+            .deliver(&of_invoice("evt_1", "in_1"))
+            .await
+            .with_status(200);
+        let report = doctor(&server, &secrets("live=whsec_world_live"));
+        report
+            .assert_findings(&[])
+            .assert_mentions("deliveries", &["The last webhook was received 0 s ago"]);
         let for_a_person = server.run(&["doctor"]).with_code(0).stdout;
-        assert!(for_a_person.contains("Nothing is wrong.") && for_a_person.contains("ok       database"), "{for_a_person}");
+
+        assert!(
+            for_a_person.contains("Nothing is wrong.")
+                && for_a_person.contains("ok       database"),
+            "{for_a_person}"
+        );
         assert_eq!(server.run(&["doctor", "--quiet"]).with_code(0).stdout, "");
     }
 
-    async fn a_database_that_is_not_migrated_or_by_a_newer_version_is_said_and_not_migrated(server: TestServer) {
+    async fn doctor_reports_wrong_schema_and_does_not_migrate(server: TestServer) {
         let empty = server.empty_database();
         let there = Store::connect(&empty.url).await.unwrap();
         there.close().await;
         for _ in 0..2 {
-            let ran = testkit::run(&[("DATABASE_URL", &empty.url)], &["doctor", "--json"], b"").with_code(4);
-            DoctorOutput::of(&ran).assert_wrong(&[("database", "failing")]).assert_says("database", &["migrate", "restore the backup"]);
+            let output = testkit::run(&[("DATABASE_URL", &empty.url)], &["doctor", "--json"], b"")
+                .with_code(4);
+            DoctorOutput::of(&output)
+                .assert_findings(&[("database", "failing")])
+                .assert_mentions("database", &["migrate", "restore the backup"]);
         }
-        let text = testkit::run(&[("DATABASE_URL", &empty.url)], &["doctor"], b"").with_code(4).stdout;
-        assert!(text.contains("FAILING  database") && text.contains("stripe-reconciler migrate"), "{text}");
-        // Whoever does that all the same, or starts `serve`, is told again that this may not be what was there.
+
+        let text = testkit::run(&[("DATABASE_URL", &empty.url)], &["doctor"], b"")
+            .with_code(4)
+            .stdout;
+        assert!(
+            text.contains("FAILING  database") && text.contains("stripe-reconciler migrate"),
+            "{text}"
+        );
+
+        // A `serve` or another command that creates the file warns that it may not be the intended
+        // database.
         let process = Server::start(&empty.url);
-        assert!(process.log().contains("the database holds no API key"), "{}", process.log());
-        let ran = testkit::run(&[("DATABASE_URL", &empty.url)], &["doctor", "--json"], b"").with_code(3);
-        DoctorOutput::of(&ran).assert_wrong(&[("database", "warning")]).assert_says("database", &["no API key", "keys create", "restore the backup"]);
-        // What a newer version has migrated, this one cannot.
-        server.database.execute("update _sqlx_migrations set version = version + 1000").await;
-        let said = doctor(&server, &[]);
-        said.assert_says("database", &["newer version", "Run that version"]);
-        assert!(!said.check("database").to_string().contains("stripe-reconciler migrate"));
+        assert!(
+            process.log().contains("the database holds no API key"),
+            "{}",
+            process.log()
+        );
+
+        let output =
+            testkit::run(&[("DATABASE_URL", &empty.url)], &["doctor", "--json"], b"").with_code(3);
+        DoctorOutput::of(&output)
+            .assert_findings(&[("database", "warning")])
+            .assert_mentions(
+                "database",
+                &["no API key", "keys create", "restore the backup"],
+            );
+
+        // The migration of a newer version, which this version cannot undo.
+        server
+            .database
+            .execute("update _sqlx_migrations set version = version + 1000")
+            .await;
+        let report = doctor(&server, &[]);
+        report.assert_mentions("database", &["newer version", "Run that version"]);
+        assert!(
+            !report
+                .check("database")
+                .to_string()
+                .contains("stripe-reconciler migrate")
+        );
     }
 
-    async fn a_database_that_takes_nothing_is_said_with_what_can_be_read(server: TestServer) {
-        came(&server, [10 * MINUTE_MS]).await;
+    async fn read_only_database_is_reported_with_readable_checks(server: TestServer) {
+        insert_deliveries(&server, [10 * MINUTE_MS]).await;
         match server.engine {
             Engine::Sqlite => {
-                let held = server.database.hold().await;
-                let said = doctor(&server, &[]);
-                said.assert_wrong(&[("database", "failing")]).assert_says("database", &["rejects writes", "locked", "503"]);
-                said.assert_says("deliveries", &["10 min ago"]).assert_says("unmatched", &["has not been read yet"]);
-                assert_eq!(said.code, 4);
-                held.release().await;
+                let lock = server.database.lock().await;
+                let report = doctor(&server, &[]);
+                report
+                    .assert_findings(&[("database", "failing")])
+                    .assert_mentions("database", &["rejects writes", "locked", "503"]);
+                report
+                    .assert_mentions("deliveries", &["10 min ago"])
+                    .assert_mentions("unmatched", &["has not been read yet"]);
+                assert_eq!(report.code, 4);
+                lock.release().await;
             }
             Engine::Postgres => {
                 let name = server.database.url.rsplit('/').next().unwrap();
-                server.database.execute(&format!("alter database {name} set default_transaction_read_only = on")).await;
-                let said = doctor(&server, &[]);
-                said.assert_wrong(&[("database", "failing")]).assert_says("database", &["Readable, but rejects writes", "read-only", "503"]);
-                said.assert_says("deliveries", &["10 min ago"]);
-                assert_eq!(said.code, 4);
+                server
+                    .database
+                    .execute(&format!(
+                        "alter database {name} set default_transaction_read_only = on"
+                    ))
+                    .await;
+                let report = doctor(&server, &[]);
+                report
+                    .assert_findings(&[("database", "failing")])
+                    .assert_mentions(
+                        "database",
+                        &["Readable, but rejects writes", "read-only", "503"],
+                    );
+                report.assert_mentions("deliveries", &["10 min ago"]);
+                assert_eq!(report.code, 4);
             }
         }
     }
 
-    async fn deliveries_that_are_answered_503_are_said_before_any_was_accepted(server: TestServer) {
-        let held = server.database.hold().await;
-        server.deliver(&of_invoice("evt_1", "in_1")).await.with_status(503);
-        held.release().await;
-        let said = doctor_until(&server, "deliveries", "failing").await;
-        said.assert_wrong(&[("deliveries", "failing")]).assert_says("deliveries", &["are answered 503", "none was accepted yet"]);
+    async fn rejected_deliveries_are_reported_before_any_is_accepted(server: TestServer) {
+        let lock = server.database.lock().await;
+        server
+            .deliver(&of_invoice("evt_1", "in_1"))
+            .await
+            .with_status(503);
+        lock.release().await;
+        let report = doctor_until(&server, "deliveries", "failing").await;
+        report
+            .assert_findings(&[("deliveries", "failing")])
+            .assert_mentions("deliveries", &["are answered 503", "none was accepted yet"]);
         server.store("a", "in_1").await.with_status(201);
-        server.deliver(&of_invoice("evt_1", "in_1")).await.with_status(200);
-        // As if it had been refused half a minute before.
-        server.database.execute("update moments set at_ms = at_ms - 31000 where name like 'refused%'").await;
-        doctor_until(&server, "deliveries", "ok").await.assert_wrong(&[]);
+        server
+            .deliver(&of_invoice("evt_1", "in_1"))
+            .await
+            .with_status(200);
+
+        // Move the rejection half a minute into the past.
+        server
+            .database
+            .execute("update moments set at_ms = at_ms - 31000 where name like 'refused%'")
+            .await;
+        doctor_until(&server, "deliveries", "ok")
+            .await
+            .assert_findings(&[]);
     }
 
-    async fn a_silence_is_wrong_when_the_same_hours_were_busy_in_the_weeks_before(server: TestServer) {
+    async fn delivery_gap_fails_if_same_hours_were_busy_before(server: TestServer) {
         server.store("a", "in_1").await.with_status(201);
-        // Every hour of four weeks, but for the last 30 hours.
-        came(&server, (30..28 * 24).map(|hours| hours * HOUR_MS)).await;
-        let said = doctor(&server, &[]);
-        said.assert_wrong(&[("deliveries", "warning")]);
-        said.assert_says("deliveries", &["1.3 days ago", "had webhooks in each of the last three weeks", "Dashboard", "reconcile"]);
-        assert_eq!(said.code, 3);
-        // By night there were none in the other weeks, either.
+        // Every hour of four weeks except the last 30 hours.
+        insert_deliveries(&server, (30..28 * 24).map(|hours| hours * HOUR_MS)).await;
+        let report = doctor(&server, &[]);
+        report.assert_findings(&[("deliveries", "warning")]);
+        report.assert_mentions(
+            "deliveries",
+            &[
+                "1.3 days ago",
+                "had webhooks in each of the last three weeks",
+                "Dashboard",
+                "reconcile",
+            ],
+        );
+
+        assert_eq!(report.code, 3);
+
+        // There were no deliveries at night in the other weeks either.
         let night = server.another().await;
         night.store("a", "in_1").await.with_status(201);
-        came(&night, (5..28 * 24).filter(|hours| hours % 24 >= 5).map(|hours| hours * HOUR_MS)).await;
-        doctor(&night, &[]).assert_wrong(&[]);
+        insert_deliveries(
+            &night,
+            (5..28 * 24)
+                .filter(|hours| hours % 24 >= 5)
+                .map(|hours| hours * HOUR_MS),
+        )
+        .await;
+        doctor(&night, &[]).assert_findings(&[]);
     }
 
-    async fn secrets_that_were_rotated_are_told_apart(server: TestServer) {
+    async fn rotated_secrets_are_reported_separately(server: TestServer) {
         server.store("a", "in_1").await.with_status(201);
         let deliver = async |secret: &str, id: &str| {
             let body = of_invoice(id, "in_1").to_string();
-            server.deliver_signed(&signature(secret, now_s(), body.as_bytes()), body.as_bytes()).await.status.as_u16()
+            server
+                .deliver_signed(
+                    &signature(secret, now_s(), body.as_bytes()),
+                    body.as_bytes(),
+                )
+                .await
+                .status
+                .as_u16()
         };
         assert_eq!(deliver(OLD_SECRET, "evt_1").await, 200);
-        let said = doctor(&server, &secrets(BOTH));
-        said.assert_wrong(&[("secrets", "warning")]).assert_says("secrets", &["`old` (0 s ago", "still sign", "Dashboard"]);
-        let said = doctor(&server, &secrets("live=whsec_world_live,first=whsec_world_old"));
-        said.assert_wrong(&[]);
-        // Nothing in the log tells of a delivery that brings what is known.
+
+        let report = doctor(&server, &secrets(BOTH));
+        report
+            .assert_findings(&[("secrets", "warning")])
+            .assert_mentions("secrets", &["`old` (0 s ago", "still sign", "Dashboard"]);
+        let report = doctor(
+            &server,
+            &secrets("live=whsec_world_live,first=whsec_world_old"),
+        );
+        report.assert_findings(&[]);
+
+        // The log has no trace of a delivery that repeats a known event.
         assert_eq!(deliver(SECRET, "evt_1").await, 200);
-        until(&server, "it is noted", |scrape| scrape.value("secret_last_used_timestamp_seconds{label=\"live\"}") > 0.0).await;
+
+        until(&server, "it is noted", |scrape| {
+            scrape.value("secret_last_used_timestamp_seconds{label=\"live\"}") > 0.0
+        })
+        .await;
         doctor(&server, &secrets("live=whsec_world_live,new=whsec_new"))
-            .assert_wrong(&[("secrets", "warning")])
-            .assert_says("secrets", &["`new` (never)", "compare it with the Dashboard"]);
-        doctor(&server, &secrets("live=whsec_world_live,old-2025=whsec_world_older"))
-            .assert_wrong(&[("secrets", "warning")])
-            .assert_says("secrets", &["`old-2025` (never)", "Remove"]);
-        doctor(&server, &[]).assert_wrong(&[]).assert_says("secrets", &["`live` (", "`old` ("]);
+            .assert_findings(&[("secrets", "warning")])
+            .assert_mentions(
+                "secrets",
+                &["`new` (never)", "compare it with the Dashboard"],
+            );
+        doctor(
+            &server,
+            &secrets("live=whsec_world_live,old-2025=whsec_world_older"),
+        )
+        .assert_findings(&[("secrets", "warning")])
+        .assert_mentions("secrets", &["`old-2025` (never)", "Remove"]);
+
+        doctor(&server, &[])
+            .assert_findings(&[])
+            .assert_mentions("secrets", &["`live` (", "`old` ("]);
     }
 
-    async fn a_label_that_names_another_secret_now_does_not_speak_for_the_one_before(server: TestServer) {
+    async fn reused_label_does_not_inherit_use_of_old_secret(server: TestServer) {
         server.store("a", "in_1").await.with_status(201);
         let body = of_invoice("evt_1", "in_1").to_string();
-        server.deliver(&of_invoice("evt_1", "in_1")).await.with_status(200);
+        server
+            .deliver(&of_invoice("evt_1", "in_1"))
+            .await
+            .with_status(200);
         let rolled = "live=whsec_rolled,old=whsec_world_live";
         let server = server.with_server(&[("STRIPE_WEBHOOK_SECRET", rolled)]);
-        until(&server, "it is known that nothing is signed with the new one yet", |scrape| scrape.value("secret_last_used_timestamp_seconds{label=\"live\"}") == 0.0).await;
-        // What signed until now is called old: it may not go yet.
-        doctor(&server, &secrets(rolled)).assert_wrong(&[]).assert_says("secrets", &["`live` (never)", "`old` (never)"]);
-        server.deliver_signed(&signature(SECRET, now_s(), body.as_bytes()), body.as_bytes()).await.with_status(200);
-        until(&server, "the old one is used", |scrape| scrape.value("secret_last_used_timestamp_seconds{label=\"old\"}") > 0.0).await;
-        let said = doctor(&server, &secrets(rolled));
-        said.assert_wrong(&[("secrets", "warning")]).assert_says("secrets", &["`old` (", "still sign", "None is signed with `live` (never)", "compare it"]);
-        // Stripe signs with the new one; after a day, the old one can go.
-        server.deliver_signed(&signature("whsec_rolled", now_s(), body.as_bytes()), body.as_bytes()).await.with_status(200);
-        until(&server, "the new one is used", |scrape| scrape.value("secret_last_used_timestamp_seconds{label=\"live\"}") > 0.0).await;
-        server.database.execute(&format!("update moments set at_ms = at_ms - {} where name like '%old%'", 26 * HOUR_MS)).await;
-        doctor(&server, &secrets(rolled)).assert_wrong(&[("secrets", "warning")]).assert_says("secrets", &["`old` (1.1 days ago", "Remove"]);
+
+        until(
+            &server,
+            "it is known that nothing is signed with the new one yet",
+            |scrape| scrape.value("secret_last_used_timestamp_seconds{label=\"live\"}") == 0.0,
+        )
+        .await;
+
+        // The secret that signed until now is labelled old and must not be removed yet.
+        doctor(&server, &secrets(rolled))
+            .assert_findings(&[])
+            .assert_mentions("secrets", &["`live` (never)", "`old` (never)"]);
+        server
+            .deliver_signed(
+                &signature(SECRET, now_s(), body.as_bytes()),
+                body.as_bytes(),
+            )
+            .await
+            .with_status(200);
+        until(&server, "the old one is used", |scrape| {
+            scrape.value("secret_last_used_timestamp_seconds{label=\"old\"}") > 0.0
+        })
+        .await;
+
+        let report = doctor(&server, &secrets(rolled));
+        report
+            .assert_findings(&[("secrets", "warning")])
+            .assert_mentions(
+                "secrets",
+                &[
+                    "`old` (",
+                    "still sign",
+                    "None is signed with `live` (never)",
+                    "compare it",
+                ],
+            );
+
+        // Stripe signs with the new secret. After a day the old one can be removed.
+        server
+            .deliver_signed(
+                &signature("whsec_rolled", now_s(), body.as_bytes()),
+                body.as_bytes(),
+            )
+            .await
+            .with_status(200);
+        until(&server, "the new one is used", |scrape| {
+            scrape.value("secret_last_used_timestamp_seconds{label=\"live\"}") > 0.0
+        })
+        .await;
+        server
+            .database
+            .execute(&format!(
+                "update moments set at_ms = at_ms - {} where name like '%old%'",
+                26 * HOUR_MS
+            ))
+            .await;
+
+        doctor(&server, &secrets(rolled))
+            .assert_findings(&[("secrets", "warning")])
+            .assert_mentions("secrets", &["`old` (1.1 days ago", "Remove"]);
     }
 
-    async fn a_secret_that_was_rolled_without_us_is_said(server: TestServer) {
+    async fn secret_rolled_only_at_stripe_is_reported(server: TestServer) {
         server.store("a", "in_1").await.with_status(201);
-        came(&server, [HOUR_MS]).await;
+        insert_deliveries(&server, [HOUR_MS]).await;
         let body = of_invoice("evt_rolled", "in_1").to_string();
-        server.deliver_signed(&signature("whsec_rolled", now_s(), body.as_bytes()), body.as_bytes()).await.with_status(400);
-        let said = doctor_until(&server, "signatures", "failing").await;
-        said.assert_wrong(&[("signatures", "failing")]);
-        said.assert_says("signatures", &["no configured secret", "1.0 hours ago", "STRIPE_WEBHOOK_SECRET", "rolled"]);
-        server.deliver(&of_invoice("evt_right", "in_1")).await.with_status(200);
-        doctor(&server, &[]).assert_wrong(&[]).assert_says("signatures", &["Others were rejected"]);
-        server.deliver_signed(&signature(SECRET, now_s() + 1000, body.as_bytes()), body.as_bytes()).await.with_status(400);
-        doctor_until(&server, "signatures", "warning").await.assert_wrong(&[("signatures", "warning")]).assert_says("signatures", &["clock is behind", "NTP"]);
-        // Set wrong the other way: what is said is of the last.
-        server.database.execute("update moments set at_ms = at_ms - 60000 where name = 'refused future'").await;
-        server.deliver_signed(&signature(SECRET, now_s() - 1000, body.as_bytes()), body.as_bytes()).await.with_status(400);
-        until(&server, "it is noted", |_| doctor(&server, &[]).check("signatures").to_string().contains("clock is ahead")).await;
-        // The clock was set: as if that had been some time before the last that was accepted.
-        server.database.execute("update moments set at_ms = at_ms - 660000 where name like 'refused %'").await;
-        doctor(&server, &[]).assert_wrong(&[]);
+        server
+            .deliver_signed(
+                &signature("whsec_rolled", now_s(), body.as_bytes()),
+                body.as_bytes(),
+            )
+            .await
+            .with_status(400);
+        let report = doctor_until(&server, "signatures", "failing").await;
+        report.assert_findings(&[("signatures", "failing")]);
+        report.assert_mentions(
+            "signatures",
+            &[
+                "no configured secret",
+                "1.0 hours ago",
+                "STRIPE_WEBHOOK_SECRET",
+                "rolled",
+            ],
+        );
+
+        server
+            .deliver(&of_invoice("evt_right", "in_1"))
+            .await
+            .with_status(200);
+        doctor(&server, &[])
+            .assert_findings(&[])
+            .assert_mentions("signatures", &["Others were rejected"]);
+        server
+            .deliver_signed(
+                &signature(SECRET, now_s() + 1000, body.as_bytes()),
+                body.as_bytes(),
+            )
+            .await
+            .with_status(400);
+
+        doctor_until(&server, "signatures", "warning")
+            .await
+            .assert_findings(&[("signatures", "warning")])
+            .assert_mentions("signatures", &["clock is behind", "NTP"]);
+
+        // Wrong in the other way: the last problem is reported.
+        server
+            .database
+            .execute("update moments set at_ms = at_ms - 60000 where name = 'refused future'")
+            .await;
+        server
+            .deliver_signed(
+                &signature(SECRET, now_s() - 1000, body.as_bytes()),
+                body.as_bytes(),
+            )
+            .await
+            .with_status(400);
+        until(&server, "it is noted", |_| {
+            doctor(&server, &[])
+                .check("signatures")
+                .to_string()
+                .contains("clock is ahead")
+        })
+        .await;
+
+        // Move the rejection before the last accepted delivery, as a clock change would.
+        server
+            .database
+            .execute("update moments set at_ms = at_ms - 660000 where name like 'refused %'")
+            .await;
+        doctor(&server, &[]).assert_findings(&[]);
     }
 
-    async fn what_waits_for_its_invoice_is_wrong_when_it_ages_and_what_cannot_be_read_is(server: TestServer) {
-        came(&server, [10 * MINUTE_MS]).await;
-        doctor(&server, &[]).assert_wrong(&[]).assert_says("unmatched", &["1 event", "1 invoice", "10 min ago"]);
+    async fn aged_unmatched_and_unreadable_events_are_reported(server: TestServer) {
+        insert_deliveries(&server, [10 * MINUTE_MS]).await;
+        doctor(&server, &[])
+            .assert_findings(&[])
+            .assert_mentions("unmatched", &["1 event", "1 invoice", "10 min ago"]);
         let server = server.another().await;
-        came(&server, [20 * MINUTE_MS, 10 * MINUTE_MS, 3 * HOUR_MS]).await;
-        let said = doctor(&server, &[]);
-        said.assert_wrong(&[("unmatched", "warning")]).assert_says("unmatched", &["3 events", "1 invoice", "3.0 hours ago", "invoices import"]);
+        insert_deliveries(&server, [20 * MINUTE_MS, 10 * MINUTE_MS, 3 * HOUR_MS]).await;
+        let report = doctor(&server, &[]);
+
+        report
+            .assert_findings(&[("unmatched", "warning")])
+            .assert_mentions(
+                "unmatched",
+                &["3 events", "1 invoice", "3.0 hours ago", "invoices import"],
+            );
         server.store("a", "in_1").await.with_status(201);
-        doctor(&server, &[]).assert_wrong(&[]);
+        doctor(&server, &[]).assert_findings(&[]);
         server.deliver_bytes(b"no json").await.with_status(200);
-        doctor(&server, &[]).assert_wrong(&[("unreadable", "warning")]).assert_says("unreadable", &["1 event", "events list --outcome unreadable", "rebuild"]);
-        // Nobody can do more about it than to look at it.
-        server.database.execute(&format!("update events set received_ms = received_ms - {} where outcome = 'unreadable'", 30 * DAY_MS)).await;
-        doctor(&server, &[]).assert_wrong(&[]);
+        doctor(&server, &[])
+            .assert_findings(&[("unreadable", "warning")])
+            .assert_mentions(
+                "unreadable",
+                &["1 event", "events list --outcome unreadable", "rebuild"],
+            );
+
+        // All that an operator can do about these events is to read them.
+        server
+            .database
+            .execute(&format!(
+                "update events set received_ms = received_ms - {} where outcome = 'unreadable'",
+                30 * DAY_MS
+            ))
+            .await;
+        doctor(&server, &[]).assert_findings(&[]);
     }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_database_that_is_away_is_said_and_what_can_be_told_without_it() {
-    let process = Arc::new(PostgresServer::of_its_own("-c fsync=on", &[]));
+async fn unreachable_database_leaves_other_checks_running() {
+    let process = Arc::new(PostgresServer::start_durable("-c fsync=on", &[]));
     let server = TestServer::on(Database::create_on(&process)).await;
     let stripe = Stripe::start();
     stripe.register(Endpoint::enabled(&format!(
         "{}/webhooks/stripe",
         server.process.base
     )));
-    block_in_place(|| process.stop_at_once());
-    let said = doctor(&server, &stripe.settings());
-    assert_eq!(said.code, 4);
-    said.assert_wrong(&[("database", "failing")])
-        .assert_says("database", &["cannot be reached", "503", "DATABASE_URL"]);
-    said.assert_says("endpoint", &["It is enabled"])
-        .assert_says("clock", &["It agrees with Stripe's"]);
-    block_in_place(|| process.start_again());
+    block_in_place(|| process.stop_immediately());
+    let report = doctor(&server, &stripe.settings());
+
+    assert_eq!(report.code, 4);
+
+    report
+        .assert_findings(&[("database", "failing")])
+        .assert_mentions("database", &["cannot be reached", "503", "DATABASE_URL"]);
+    report
+        .assert_mentions("endpoint", &["It is enabled"])
+        .assert_mentions("clock", &["It agrees with Stripe's"]);
+    block_in_place(|| process.restart());
     assert_eq!(
         doctor(&server, &stripe.settings()).check("database")["state"],
         "ok"
@@ -355,14 +603,16 @@ async fn a_database_that_is_away_is_said_and_what_can_be_told_without_it() {
 }
 
 #[test]
-fn a_file_that_is_not_there_is_said_and_not_made() {
+fn missing_file_is_reported_and_not_created() {
     let folder = tempfile::tempdir().unwrap();
     let url = format!("sqlite://{}/no.db", folder.path().display());
-    let ran = testkit::run(&[("DATABASE_URL", &url)], &["doctor", "--json"], b"").with_code(4);
-    DoctorOutput::of(&ran)
-        .assert_wrong(&[("database", "failing")])
-        .assert_says("database", &["no.db", "DATABASE_URL"]);
+    let output = testkit::run(&[("DATABASE_URL", &url)], &["doctor", "--json"], b"").with_code(4);
+    DoctorOutput::of(&output)
+        .assert_findings(&[("database", "failing")])
+        .assert_mentions("database", &["no.db", "DATABASE_URL"]);
+
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+
     let unfit = testkit::run(
         &[("DATABASE_URL", &url), ("STRIPE_WEBHOOK_SECRET", "a=x,a=y")],
         &["doctor"],

@@ -53,6 +53,7 @@ async fn commit_synchronously(cluster: &PostgresServer, server: &TestServer) {
     ];
     let end_all = "select count(pg_terminate_backend(pid)) from pg_stat_activity \
                    where datname = current_database() and pid <> pg_backend_pid()";
+
     for unsafe_setting in switches {
         sql(&unsafe_setting);
         sql("select pg_reload_conf()");
@@ -73,13 +74,14 @@ async fn commit_synchronously(cluster: &PostgresServer, server: &TestServer) {
             sql(end_all);
         }
     }
+
     let seen = "select string_agg(distinct value, ','), count(*) from settings_seen";
     assert_eq!(sql(seen), format!("on|{count}"));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn deliveries_commit_synchronously_whatever_is_set() {
-    let cluster = Arc::new(PostgresServer::of_its_own("-c fsync=on", &[]));
+    let cluster = Arc::new(PostgresServer::start_durable("-c fsync=on", &[]));
     let server = TestServer::on(Database::create_on(&cluster)).await;
     commit_synchronously(&cluster, &server).await;
 
@@ -98,16 +100,16 @@ async fn deliveries_commit_synchronously_whatever_is_set() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn deliveries_through_pooler_commit_synchronously() {
-    let cluster = Arc::new(PostgresServer::of_its_own("-c fsync=on", &[]));
+    let cluster = Arc::new(PostgresServer::start_durable("-c fsync=on", &[]));
     let pooler = Pooler::start(&cluster);
-    let database = Database::create_on(&cluster).by_way_of(|name| pooler.url(name));
+    let database = Database::create_on(&cluster).with_url(|name| pooler.url(name));
     let server = TestServer::on(database).await;
     commit_synchronously(&cluster, &server).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn server_that_does_not_flush_is_refused() {
-    let cluster = Arc::new(PostgresServer::of_its_own("", &[]));
+    let cluster = Arc::new(PostgresServer::start_durable("", &[]));
     let server = TestServer::on(Database::create_on(&cluster)).await;
     // While the database is unavailable, only a key that has scraped before may scrape.
     let metrics = server.get("/metrics", &server.operator_key).await;

@@ -1,4 +1,5 @@
-//! A primary dies, and its synchronous standby takes over behind the same address: nothing that was acknowledged is lost.
+//! A synchronous standby replaces its dead primary at the same address. No acknowledged event is
+//! lost.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
@@ -10,8 +11,9 @@ use tokio::task::block_in_place;
 
 use testkit::{Database, Load, PostgresServer, TestServer, invoice_path};
 
-/// The address that stays: whoever comes is taken to the server that it points to. It has the port of the first one, so that it
-/// is not taken for a pooler.
+/// A proxy at a fixed address that connects to the current server.
+///
+/// It listens on the port of the first server, so that the program does not take it for a pooler.
 struct Forwarder {
     to: Arc<AtomicU16>,
 }
@@ -27,7 +29,7 @@ impl Forwarder {
             while let Ok((mut from, _)) = listener.accept().await {
                 let to = target.load(Ordering::Relaxed);
                 tokio::spawn(async move {
-                    // Whichever side goes away takes the other with it.
+                    // When one side closes, the other is closed too.
                     let mut to = TcpStream::connect(("127.0.0.1", to)).await?;
                     to.set_nodelay(true)?;
                     from.set_nodelay(true)?;
@@ -35,13 +37,14 @@ impl Forwarder {
                 });
             }
         });
+
         Forwarder { to }
     }
 }
 
-/// A primary that acknowledges only what its standby has on disk too.
-fn pair() -> (Arc<PostgresServer>, PostgresServer) {
-    let primary = Arc::new(PostgresServer::of_its_own(
+/// Starts a primary that acknowledges only what its standby has written to disk, and the standby.
+fn start_pair() -> (Arc<PostgresServer>, PostgresServer) {
+    let primary = Arc::new(PostgresServer::start_durable(
         "-c fsync=on -c synchronous_commit=on",
         &[],
     ));
@@ -52,24 +55,25 @@ fn pair() -> (Arc<PostgresServer>, PostgresServer) {
     );
     primary.sql("postgres", "select pg_reload_conf()");
     let state = "select string_agg(sync_state, ',') from pg_stat_replication";
+
     primary.wait_until("the standby does not follow", || {
         primary.sql("postgres", state) == "sync"
     });
     (primary, standby)
 }
 
-/// A world on the primary, by an address that can lead to the standby.
-async fn world_of(primary: &Arc<PostgresServer>) -> (TestServer, Forwarder) {
+/// Starts a test server on the primary behind a forwarder.
+async fn start_behind_forwarder(primary: &Arc<PostgresServer>) -> (TestServer, Forwarder) {
     let forwarder = Forwarder::start(primary.port()).await;
     let url = |name: &str| format!("postgres://postgres@127.0.0.2:{}/{name}", primary.port());
     (
-        TestServer::on(Database::create_on(primary).by_way_of(url)).await,
+        TestServer::on(Database::create_on(primary).with_url(url)).await,
         forwarder,
     )
 }
 
-/// Returns when service is back, by itself.
-async fn until_back(server: &TestServer) {
+/// Waits until the service has recovered by itself.
+async fn wait_for_recovery(server: &TestServer) {
     let since = Instant::now();
     while server.get("/readyz", "").await.status != 200 {
         assert!(
@@ -81,19 +85,19 @@ async fn until_back(server: &TestServer) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_failover_to_a_synchronous_standby_loses_nothing_and_service_comes_back_by_itself() {
-    let (primary, standby) = block_in_place(pair);
-    let (server, forwarder) = world_of(&primary).await;
+async fn failover_to_synchronous_standby_loses_nothing() {
+    let (primary, standby) = block_in_place(start_pair);
+    let (server, forwarder) = start_behind_forwarder(&primary).await;
     let load = Load::start(&server);
     load.acknowledge(200).await;
     block_in_place(|| primary.sigkill());
     let acknowledged = load.acknowledged();
     assert_eq!(server.get("/readyz", "").await.status, 503);
 
-    // What an operator does, or whoever does it for one: the standby leads, then the address leads to it.
+    // The steps of an operator or of failover software: promote the standby, then move the address.
     block_in_place(|| standby.sql("postgres", "select pg_promote(true, 60)"));
     forwarder.to.store(standby.port(), Ordering::Relaxed);
-    until_back(&server).await;
+    wait_for_recovery(&server).await;
     let kept = server.logged_ids();
     let lost: Vec<&String> = acknowledged
         .iter()
@@ -101,22 +105,25 @@ async fn a_failover_to_a_synchronous_standby_loses_nothing_and_service_comes_bac
         .collect();
     assert!(lost.is_empty(), "acknowledged and lost: {lost:?}");
     load.acknowledge(100).await;
-    let told = load.finish().await;
-    assert!(!told.refused_by().is_empty(), "it happened under load");
-    told.check_log(&server.logged_ids(), "after the failover");
-    told.check_histories(&server.all_histories(), "after the failover")
+    let deliveries = load.finish().await;
+    assert!(
+        !deliveries.refused_by().is_empty(),
+        "it happened under load"
+    );
+    deliveries.check_log(&server.logged_ids(), "after the failover");
+    deliveries
+        .check_histories(&server.all_histories(), "after the failover")
         .await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_address_that_leads_to_a_standby_too_early_shows_nothing_that_may_be_old_until_that_leads()
- {
-    let (primary, standby) = block_in_place(pair);
-    let (server, forwarder) = world_of(&primary).await;
+async fn standby_is_refused_until_promoted() {
+    let (primary, standby) = block_in_place(start_pair);
+    let (server, forwarder) = start_behind_forwarder(&primary).await;
     let document = server.store("inv-0", "in_0").await.with_status(201).json();
     let path = invoice_path("inv-0");
 
-    // Connections that are open go on leading to the primary; so many at once need others.
+    // Open connections still lead to the primary; this many concurrent requests need new ones.
     forwarder.to.store(standby.port(), Ordering::Relaxed);
     let since = Instant::now();
     while server.get("/readyz", "").await.status != 503 {
@@ -137,6 +144,6 @@ async fn an_address_that_leads_to_a_standby_too_early_shows_nothing_that_may_be_
     );
 
     block_in_place(|| standby.sql("postgres", "select pg_promote(true, 60)"));
-    until_back(&server).await;
+    wait_for_recovery(&server).await;
     server.put(&path, &document).await.with_status(200);
 }

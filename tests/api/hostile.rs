@@ -1,4 +1,4 @@
-//! Who wants to keep others from being served: connections that do nothing, come slowly, or never read; floods of forgeries.
+//! Denial of service: idle, slow and unread connections, and floods of forged deliveries.
 
 use std::process::Command;
 use std::sync::Arc;
@@ -24,21 +24,22 @@ fn event(id: &str, bytes: usize) -> Vec<u8> {
     event.to_string().into_bytes()
 }
 
-/// Plausible, and wrong.
+/// Returns a well-formed signature that is wrong.
 fn forged() -> String {
     format!("t={},v1={}", Clock::system().now_s(), "0".repeat(64))
 }
 
-/// The head of a delivery.
+/// Returns the head of a delivery.
 fn head(signature: &str, framing: &str) -> Vec<u8> {
     format!("POST /webhooks/stripe HTTP/1.1\r\nHost: x\r\nStripe-Signature: {signature}\r\n{framing}\r\n\r\n").into_bytes()
 }
 
-/// Delivers a new event on a connection of its own.
+/// Delivers a new event on its own connection.
 async fn deliver(server: &Server, id: &str, bytes: usize) -> u16 {
     let body = event(id, bytes);
     let signature = signature(SECRET, Clock::system().now_s(), &body);
     let url = format!("{}/webhooks/stripe", server.base);
+
     send(
         &client(),
         "POST",
@@ -60,12 +61,12 @@ async fn connections(server: &TestServer, count: usize, bytes: &[u8]) -> Vec<Wir
     .await
 }
 
-/// Forgeries without end, of one kind, on so many connections.
+/// An endless flood of forged deliveries of one kind on several connections.
 struct Flood {
     connections: usize,
-    /// What is sent on one connection.
+    /// Bytes sent on one connection.
     bytes: Arc<Vec<u8>>,
-    /// Whether an answer is waited for, or the end of the connection.
+    /// Whether each connection waits for an answer rather than for its end.
     answered: bool,
 }
 
@@ -81,7 +82,7 @@ impl Flood {
     async fn run(&self, authority: &str, stop: &AtomicBool, refused: &AtomicUsize) {
         join_all((0..self.connections).map(async |_| {
             while !stop.load(Ordering::Relaxed) {
-                // Whatever becomes of it: it comes again.
+                // The next round follows whatever the result.
                 let _ = tokio::time::timeout(Duration::from_secs(1), self.once(authority, refused))
                     .await;
             }
@@ -98,7 +99,7 @@ impl Flood {
             if !self.answered || read == 0 {
                 return Ok(());
             }
-            // Where all compete for the processor, some who read are told to come again.
+            // While all compete for the processor, some readers get 503.
             let is_refused =
                 answer.starts_with(b"HTTP/1.1 4") || answer.starts_with(b"HTTP/1.1 503 ");
             assert!(is_refused, "{}", String::from_utf8_lossy(&answer[..read]));
@@ -108,53 +109,83 @@ impl Flood {
 }
 
 each_database! {
-    async fn connections_that_only_hold_their_place_hold_nobody_out(server: TestServer) {
+    async fn idle_connections_shut_nobody_out(server: TestServer) {
         let server = server.with_server(&[("MAX_CONNECTIONS", "16")]);
         let kinds: [&[u8]; 4] = [
             b"",
             b"POST /webhooks/stripe HTTP/1.1\r\nHost: x\r\nStripe-Signature: t=1",
             &head(&forged(), "Content-Length: 1000"),
-            &[&head(&forged(), "Transfer-Encoding: chunked")[..], b"10\r\n0123"].concat(),
+            &[
+                &head(&forged(), "Transfer-Encoding: chunked")[..],
+                b"10\r\n0123",
+            ]
+            .concat(),
         ];
+
         for (kind, bytes) in kinds.into_iter().enumerate() {
-            let held = connections(&server, 40, bytes).await;
+            let idle = connections(&server, 40, bytes).await;
             for n in 0..20 {
                 let started = Instant::now();
-                assert_eq!(deliver(&server.process, &format!("evt_{kind}_{n}"), 10).await, 200);
-                assert!(started.elapsed() < Duration::from_secs(2), "{kind}: {:?}", started.elapsed());
+                assert_eq!(
+                    deliver(&server.process, &format!("evt_{kind}_{n}"), 10).await,
+                    200
+                );
+                assert!(
+                    started.elapsed() < Duration::from_secs(2),
+                    "{kind}: {:?}",
+                    started.elapsed()
+                );
             }
-            drop(held);
+            drop(idle);
         }
+
         assert_eq!(server.logged_ids().len(), 80);
     }
 
-    async fn answers_that_nobody_reads_hold_nobody_out(server: TestServer) {
+    async fn unread_answers_shut_nobody_out(server: TestServer) {
         let server = server.with_server(&[("MAX_CONNECTIONS", "16")]);
-        let long = json!({"status": {"stripeInvoiceId": "in_1"}, "spec": {"note": "x".repeat(900_000)}});
-        server.put(&invoice_path("long"), &long).await.with_status(201);
-        let request = format!("GET {} HTTP/1.1\r\nHost: x\r\nApiKey: {}\r\n\r\n", invoice_path("long"), server.acme_key);
+        let long =
+            json!({"status": {"stripeInvoiceId": "in_1"}, "spec": {"note": "x".repeat(900_000)}});
+        server
+            .put(&invoice_path("long"), &long)
+            .await
+            .with_status(201);
+        let request = format!(
+            "GET {} HTTP/1.1\r\nHost: x\r\nApiKey: {}\r\n\r\n",
+            invoice_path("long"),
+            server.acme_key
+        );
         let _held = connections(&server, 40, request.repeat(20).as_bytes()).await;
         for n in 0..20 {
             assert_eq!(deliver(&server.process, &format!("evt_{n}"), 10).await, 200);
         }
-        assert!(server.process.memory_mb() < 120, "{} MB", server.process.memory_mb());
+
+        assert!(
+            server.process.memory_mb() < 120,
+            "{} MB",
+            server.process.memory_mb()
+        );
     }
 
-    async fn a_connection_that_is_used_outlives_those_that_are_not(server: TestServer) {
+    async fn busy_connection_outlives_idle_ones(server: TestServer) {
         let server = server.with_server(&[("MAX_CONNECTIONS", "16")]);
         let (mut used, mut others) = (Wire::connect(server.process.authority()).await, Vec::new());
+
         for n in 0..60 {
             let body = event(&format!("evt_{n}"), 10);
-            let head = head(&signature(SECRET, Clock::system().now_s(), &body), &format!("Content-Length: {}", body.len()));
+            let head = head(
+                &signature(SECRET, Clock::system().now_s(), &body),
+                &format!("Content-Length: {}", body.len()),
+            );
             used.write(&[head, body].concat()).await;
             let answer = used.read_answer().await;
             assert!(answer.starts_with("http/1.1 200 "), "{answer}");
-            // Another that does nothing comes between any two requests.
+            // An idle connection arrives between any two requests.
             others.extend(connections(&server, 1, b"").await);
         }
     }
 
-    async fn during_a_flood_of_forgeries_authentic_deliveries_are_served_and_memory_and_log_stay_small(server: TestServer) {
+    async fn forgery_flood_does_not_block_authentic_deliveries(server: TestServer) {
         let stop = AtomicBool::new(false);
         let refused = AtomicUsize::new(0);
         let (small, large) = (event("evt_forged", 2000), event("evt_forged", MIB - 1000));
@@ -171,25 +202,40 @@ each_database! {
             Flood::new(30, &[&[0xff; 100]], false),
             Flood::new(60, &[b"GET /v1/tenants/acme/invoices/a HTTP/1.1\r\nHost: x\r\nApiKey: forged\r\n\r\n"], true),
         ];
+
         let authority = server.process.authority();
-        let flooding = join_all(floods.iter().map(|flood| flood.run(authority, &stop, &refused)));
+        let flooding = join_all(
+            floods
+                .iter()
+                .map(|flood| flood.run(authority, &stop, &refused)),
+        );
         let delivering = async {
             let (mut most_mb, mut slowest) = (0, Duration::ZERO);
             for n in 0..30 {
-                // Most are small; an invoice with many lines is not.
+                // Most events are small; an invoice with many lines is not.
                 let bytes = if n % 10 == 9 { 60_000 } else { 4000 };
                 let started = Instant::now();
-                assert_eq!(deliver(&server.process, &format!("evt_{n}"), bytes).await, 200);
+                assert_eq!(
+                    deliver(&server.process, &format!("evt_{n}"), bytes).await,
+                    200
+                );
                 slowest = slowest.max(started.elapsed());
                 most_mb = most_mb.max(server.process.memory_mb());
             }
             stop.store(true, Ordering::Relaxed);
             (most_mb, slowest)
         };
+
         let (_, (most_mb, slowest)) = tokio::join!(flooding, delivering);
         let log = server.process.log();
-        println!("refused {refused:?}, {most_mb} MB, slowest {slowest:?}, log {} lines", log.lines().count());
-        assert!(refused.load(Ordering::Relaxed) > 500, "it is a flood: {refused:?}");
+        println!(
+            "refused {refused:?}, {most_mb} MB, slowest {slowest:?}, log {} lines",
+            log.lines().count()
+        );
+        assert!(
+            refused.load(Ordering::Relaxed) > 500,
+            "it is a flood: {refused:?}"
+        );
         assert!(most_mb < 250, "{most_mb} MB");
         assert!(log.lines().count() < 200, "{} lines", log.lines().count());
         assert_eq!(server.logged_ids().len(), 30);
@@ -197,13 +243,13 @@ each_database! {
 }
 
 #[tokio::test]
-async fn a_head_and_a_body_have_to_come_in_time() {
+async fn slow_head_and_slow_body_time_out() {
     let server = TestServer::start(testkit::Engine::Sqlite).await;
     let authority = server.process.authority();
     let slow_head = async {
         let mut wire = Wire::connect(authority).await;
         wire.write(b"GET /healthz HTTP/1.1\r\n").await;
-        // Each byte comes soon after the last; all of them do not.
+        // Each byte arrives soon after the last, but the whole head takes too long.
         while wire.try_write(b"X").await {
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
@@ -213,6 +259,7 @@ async fn a_head_and_a_body_have_to_come_in_time() {
         wire.write(&head(&forged(), "Content-Length: 1000")).await;
         wire.read_to_end().await
     };
+
     let started = Instant::now();
     let (took, answer) = tokio::join!(
         async {
@@ -234,7 +281,7 @@ async fn a_head_and_a_body_have_to_come_in_time() {
 }
 
 #[tokio::test]
-async fn where_few_files_may_be_opened_there_are_fewer_connections() {
+async fn low_open_file_limit_lowers_connection_limit() {
     let server = TestServer::start(testkit::Engine::Sqlite).await;
     let secrets = format!("live={SECRET},old={OLD_SECRET}");
     let limited = |script: &str| {
@@ -250,16 +297,19 @@ async fn where_few_files_may_be_opened_there_are_fewer_connections() {
         ]);
         Server::start_command(command)
     };
+
     let soft = limited(r#"ulimit -Sn 120; exec "$0" "$@""#);
     assert!(
         !soft.log().contains("fewer connections"),
         "the soft limit is raised: {}",
         soft.log()
     );
+
     let hard = limited(r#"ulimit -n 120; exec "$0" "$@""#);
     assert!(hard.log().contains("fewer connections"), "{}", hard.log());
+
     for server in [soft, hard] {
-        let held = join_all((0..300).map(|_| Wire::connect(server.authority()))).await;
+        let idle = join_all((0..300).map(|_| Wire::connect(server.authority()))).await;
         for n in 0..20 {
             assert_eq!(
                 deliver(&server, &format!("evt_{}_{n}", server.pid()), 10).await,
@@ -271,12 +321,12 @@ async fn where_few_files_may_be_opened_there_are_fewer_connections() {
             "{}",
             server.log()
         );
-        drop(held);
+        drop(idle);
     }
 }
 
 #[tokio::test]
-async fn who_is_refused_before_its_body_is_read_sees_the_answer() {
+async fn client_rejected_before_its_body_reads_the_answer() {
     let server = TestServer::start(testkit::Engine::Sqlite).await;
     let kinds = [
         (head("nonsense", &format!("Content-Length: {MIB}")), 400),
@@ -285,6 +335,7 @@ async fn who_is_refused_before_its_body_is_read_sees_the_answer() {
             413,
         ),
     ];
+
     for (head, status) in kinds {
         for _ in 0..30 {
             let mut wire = Wire::connect(server.process.authority()).await;
@@ -299,6 +350,7 @@ async fn who_is_refused_before_its_body_is_read_sees_the_answer() {
             );
         }
     }
+
     let endless = async {
         let mut wire = Wire::connect(server.process.authority()).await;
         wire.write(&head("nonsense", "Content-Length: 1000000000"))
@@ -307,6 +359,7 @@ async fn who_is_refused_before_its_body_is_read_sees_the_answer() {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     };
+
     tokio::time::timeout(Duration::from_secs(6), endless)
         .await
         .expect("it may not go on for ever");

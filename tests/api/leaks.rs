@@ -1,7 +1,8 @@
-//! Nothing that is secret or personal is ever shown: the program does all that it can do, with every log line that there is, and its
-//! whole output is searched for every secret, key, password, e-mail address and name that it was given.
+//! Output never contains secrets or personal data.
 //!
-//! Looked at are the log and the spans of `serve`, what commands print beside what they are asked for, and the bodies of errors.
+//! The tests make the program do everything it can, with every log line enabled, and search all of
+//! its output for every secret, key, password, e-mail address and name that they gave it. They
+//! search the log and the spans of `serve`, the diagnostics of commands and the bodies of errors.
 
 use std::collections::BTreeSet;
 
@@ -20,7 +21,7 @@ const PASSWORD: &str = "passwordOfTheDatabase5";
 const COLLECTOR_KEY: &str = "keyOfTheCollector6";
 const FORGED_KEY: &str = "forgedKeyOfAReader7";
 const INVOICES: &str = include_str!("../../fixtures/invoices.jsonl");
-/// Fields of payloads and documents whose values are secret, or say who somebody is.
+/// Fields of payloads and documents with secret or personal values.
 const PERSONAL: [&str; 15] = [
     "email",
     "customer_email",
@@ -39,23 +40,23 @@ const PERSONAL: [&str; 15] = [
     "phone",
 ];
 
-/// What was shown, and where.
+/// Output by its source.
 #[derive(Default)]
-struct Shown(Vec<(String, String)>);
+struct Output(Vec<(String, String)>);
 
-impl Shown {
-    fn add(&mut self, place: impl Into<String>, shown: impl AsRef<[u8]>) {
+impl Output {
+    fn add(&mut self, source: impl Into<String>, output: impl AsRef<[u8]>) {
         self.0.push((
-            place.into(),
-            String::from_utf8_lossy(shown.as_ref()).into_owned(),
+            source.into(),
+            String::from_utf8_lossy(output.as_ref()).into_owned(),
         ));
     }
 
-    /// Panics with the place and the surroundings of what should not be there.
+    /// Panics with the source and the context of text that must not be there.
     fn assert_without(&self, hidden: &str) {
-        for (place, shown) in &self.0 {
-            if let Some(line) = shown.lines().find(|line| line.contains(hidden)) {
-                panic!("{hidden} stands in {place}: {line}");
+        for (source, output) in &self.0 {
+            if let Some(line) = output.lines().find(|line| line.contains(hidden)) {
+                panic!("{hidden} stands in {source}: {line}");
             }
         }
     }
@@ -66,7 +67,7 @@ fn personal(value: &Value, found: &mut BTreeSet<String>) {
         Value::Object(fields) => fields
             .iter()
             .for_each(|(name, value)| match value.as_str() {
-                // Shorter ones stand in words that mean something else.
+                // Shorter texts occur in words with another meaning.
                 Some(text) if PERSONAL.contains(&name.as_str()) && text.len() > 6 => {
                     let _ = found.insert(text.to_owned());
                 }
@@ -77,7 +78,7 @@ fn personal(value: &Value, found: &mut BTreeSet<String>) {
     }
 }
 
-/// Every recorded event.
+/// Returns every recorded event.
 fn events() -> Vec<String> {
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/fixtures/stories");
     let files = std::fs::read_dir(folder)
@@ -88,16 +89,16 @@ fn events() -> Vec<String> {
         .collect()
 }
 
-/// A running program of its own, and all that it was told.
-struct Told {
+/// A running program and all inputs that it was given.
+struct TestProgram {
     server: TestServer,
     collector: Collector,
     stripe: Stripe,
-    shown: Shown,
+    output: Output,
     hidden: BTreeSet<String>,
 }
 
-impl Told {
+impl TestProgram {
     fn environment(&self) -> Vec<(&str, &str)> {
         vec![
             ("DATABASE_URL", &self.server.database.url),
@@ -111,19 +112,20 @@ impl Told {
         ]
     }
 
-    async fn start(database: Database, format: &str) -> Told {
+    async fn start(database: Database, format: &str) -> TestProgram {
         let (collector, stripe) = (Collector::start(), Stripe::start());
-        let mut told = Told {
+        let mut given = TestProgram {
             server: TestServer::on(database).await,
             collector,
             stripe,
-            shown: Shown::default(),
+            output: Output::default(),
             hidden: BTreeSet::new(),
         };
         let server = testkit::Server::start_with(
-            &[told.environment(), vec![("LOG_FORMAT", format)]].concat(),
+            &[given.environment(), vec![("LOG_FORMAT", format)]].concat(),
         );
-        told.server.process = server;
+        given.server.process = server;
+
         for hidden in [
             SECRET,
             OTHER_SECRET,
@@ -133,28 +135,31 @@ impl Told {
             COLLECTOR_KEY,
             FORGED_KEY,
         ] {
-            told.hidden.insert(hidden.to_owned());
+            given.hidden.insert(hidden.to_owned());
         }
+
         let keys = [
-            told.server.operator_key.clone(),
-            told.server.acme_key.clone(),
+            given.server.operator_key.clone(),
+            given.server.acme_key.clone(),
         ];
-        told.hidden.extend(keys);
-        told
+        given.hidden.extend(keys);
+        given
     }
 
-    /// Runs a command; what it prints beside its result is looked at, and its result where that shows nothing by intent.
+    /// Runs a command and keeps its diagnostics.
+    ///
+    /// Keeps its result too if that intentionally shows nothing.
     fn command(&mut self, arguments: &[&str], input: &str, result_too: bool) {
-        let ran = run(&self.environment(), arguments, input.as_bytes());
-        self.shown
-            .add(format!("what {arguments:?} prints beside"), ran.stderr);
+        let output = run(&self.environment(), arguments, input.as_bytes());
+        self.output
+            .add(format!("what {arguments:?} prints beside"), output.stderr);
         if result_too {
-            self.shown
-                .add(format!("the result of {arguments:?}"), ran.stdout);
+            self.output
+                .add(format!("the result of {arguments:?}"), output.stdout);
         }
     }
 
-    /// An answer that may not be what was asked for.
+    /// Sends a request and keeps the answer if it is an error.
     async fn request(
         &mut self,
         method: &str,
@@ -164,7 +169,7 @@ impl Told {
     ) {
         let answer = self.server.send(method, path, headers, body.into()).await;
         if !answer.status.is_success() {
-            self.shown.add(
+            self.output.add(
                 format!("the answer {} to {method} {path}", answer.status),
                 &answer.body,
             );
@@ -188,21 +193,24 @@ impl Told {
         let now_s = Clock::system().now_s();
         let events = events();
         for event in &events {
-            // One of them is cut short on purpose.
+            // One of them is truncated on purpose.
             personal(
                 &serde_json::from_str(event).unwrap_or_default(),
                 &mut self.hidden,
             );
         }
+
         for event in &events {
             self.deliver(SECRET, now_s, event).await;
         }
+
         let event = &events[0];
         self.deliver(OTHER_SECRET, now_s, event).await;
         self.deliver(STRANGERS_SECRET, now_s, event).await;
         self.deliver(SECRET, now_s - 1000, event).await;
         self.deliver(SECRET, now_s + 1000, event).await;
-        // Authentic, and no event: kept, and its reason is logged nowhere.
+
+        // Authentic bytes that are not an event are stored, and no log line has their reason.
         for unreadable in [
             &event[..event.len() / 2],
             "unreadable@example.com",
@@ -211,6 +219,7 @@ impl Told {
         ] {
             self.deliver(SECRET, now_s, unreadable).await;
         }
+
         self.hidden.insert("unreadable@example.com".to_owned());
         self.deliver(SECRET, now_s, &format!("{event}{}", " ".repeat(1 << 20)))
             .await;
@@ -227,6 +236,7 @@ impl Told {
             )
             .await;
         }
+
         self.hidden.insert("oddSignatureOf8".to_owned());
     }
 
@@ -245,10 +255,12 @@ impl Told {
         self.hidden
             .extend(["Somebody in Particular", "somebody@example.com"].map(str::to_owned));
         let mut faulty = document.clone();
+
         faulty["status"]["billableAmount"] = json!("somebody@example.com");
         faulty["metadata"]["uid"] = json!("somebody@example.com");
         faulty["status"]["states"] =
             json!([{"state": "somebody@example.com", "timestamp": "somebody@example.com"}]);
+
         for key in [
             ("ApiKey", operator.as_str()),
             ("ApiKey", &acme),
@@ -298,11 +310,12 @@ impl Told {
         documents.iter().for_each(|document| {
             personal(&serde_json::from_str(document).unwrap(), &mut self.hidden)
         });
-        // Titles that stand in annotations and commands as well.
+
+        // Titles that also occur in annotations and commands.
         self.hidden
             .retain(|hidden| !hidden.starts_with("January 2026"));
         documents.extend(
-            story::tell(&self.stripe, 15)
+            story::play(&self.stripe, 15)
                 .iter()
                 .map(|invoice| invoice.document().to_string()),
         );
@@ -314,6 +327,7 @@ impl Told {
             &documents.join("\n"),
             true,
         );
+
         let recorded = files.add(
             "events.jsonl",
             format!("{}\nnot JSON: somebody@example.com", events().join("\n")),
@@ -321,6 +335,7 @@ impl Told {
         self.command(&["replay", &recorded], "", true);
         let url = format!("{}/webhooks/stripe", self.server.process.base);
         self.command(&["replay", &recorded, "--to", &url], "", true);
+
         for arguments in [
             &["rebuild"][..],
             &["reconcile"],
@@ -335,6 +350,7 @@ impl Told {
         ] {
             self.command(arguments, "", true);
         }
+
         for arguments in [
             &["events", "export"][..],
             &["events", "show", "evt_1Q001Fx001"],
@@ -345,7 +361,7 @@ impl Told {
         }
     }
 
-    /// Databases and collectors that cannot be reached, and settings that are wrong.
+    /// Runs commands with unreachable databases and collectors and with invalid settings.
     fn failures(&mut self) {
         let mut environment = |name: &str, value: &str, arguments: &[&str]| {
             let environment: Vec<_> = self
@@ -354,13 +370,14 @@ impl Told {
                 .filter(|(known, _)| *known != name)
                 .chain([(name, value)])
                 .collect();
-            let ran = run(&environment, arguments, b"");
-            assert_ne!(ran.code, 0, "{name}={value}");
-            self.shown.add(
+            let output = run(&environment, arguments, b"");
+            assert_ne!(output.code, 0, "{name}={value}");
+            self.output.add(
                 format!("{name}={value}"),
-                format!("{}{}", ran.stdout, ran.stderr),
+                format!("{}{}", output.stdout, output.stderr),
             );
         };
+
         for url in [
             format!("postgres://postgres:{PASSWORD}@127.0.0.1:1/none"),
             format!("postgres://postgres:{PASSWORD}@127.0.0.1:port/none"),
@@ -374,6 +391,7 @@ impl Told {
         ] {
             environment("DATABASE_URL", &url, &["keys", "list"]);
         }
+
         environment(
             "STRIPE_WEBHOOK_SECRET",
             &format!("{SECRET},{SECRET}"),
@@ -389,6 +407,7 @@ impl Told {
             &format!("odd {STRIPE_KEY}"),
             &["reconcile"],
         );
+
         environment("OTEL_EXPORTER_OTLP_HEADERS", COLLECTOR_KEY, &["serve"]);
         environment(
             "OTEL_EXPORTER_OTLP_ENDPOINT",
@@ -397,10 +416,11 @@ impl Told {
         );
     }
 
-    /// Searches all of it.
+    /// Searches all collected output.
     fn end(mut self) {
-        self.server.process.ask_to_stop();
+        self.server.process.terminate();
         assert_eq!(self.server.process.exit_code(), Some(0));
+
         let log = self.server.process.log();
         assert!(
             ["DEBUG", "durable", "request"]
@@ -408,19 +428,22 @@ impl Told {
                 .all(|said| log.contains(said)),
             "it says what it does"
         );
-        self.shown.add("the log", log);
+
+        self.output.add("the log", log);
         let raw = self.collector.raw();
         assert!(
             raw.iter()
                 .any(|(headers, _)| headers["x-key"] == COLLECTOR_KEY)
                 && self.collector.spans().len() > 1000
         );
+
         raw.into_iter()
-            .for_each(|(_, body)| self.shown.add("the spans", &body));
+            .for_each(|(_, body)| self.output.add("the spans", &body));
         assert!(self.hidden.len() > 150, "{}", self.hidden.len());
+
         self.hidden
             .iter()
-            .for_each(|hidden| self.shown.assert_without(hidden));
+            .for_each(|hidden| self.output.assert_without(hidden));
     }
 }
 
@@ -428,22 +451,22 @@ const SECRETS: &str = "live=whsec_ofTheLiveEndpoint1,old=whsec_ofTheOldEndpoint2
 const HEADERS: &str = "x-key=keyOfTheCollector6";
 
 async fn nothing_is_shown(database: Database, format: &str) {
-    let mut told = Told::start(database, format).await;
-    told.deliveries().await;
-    told.calls().await;
-    told.commands();
-    told.failures();
-    told.end();
+    let mut given = TestProgram::start(database, format).await;
+    given.deliveries().await;
+    given.calls().await;
+    given.commands();
+    given.failures();
+    given.end();
 }
 
 #[tokio::test]
-async fn nothing_secret_or_personal_is_ever_shown_with_sqlite() {
+async fn output_never_contains_secrets_or_personal_data_in_sqlite() {
     nothing_is_shown(Database::create(Engine::Sqlite), "text").await;
 }
 
 #[tokio::test]
-async fn nothing_secret_or_personal_is_ever_shown_with_postgres() {
+async fn output_never_contains_secrets_or_personal_data_in_postgres() {
     let port = PostgresServer::shared().port();
     let url = |name: &str| format!("postgres://postgres:{PASSWORD}@127.0.0.1:{port}/{name}");
-    nothing_is_shown(Database::create(Engine::Postgres).by_way_of(url), "json").await;
+    nothing_is_shown(Database::create(Engine::Postgres).with_url(url), "json").await;
 }

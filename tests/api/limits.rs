@@ -47,27 +47,49 @@ each_database! {
         server.store("inv-1", "in_1").await.with_status(201);
         server.deliver(&wide_event(10_000)).await.with_status(200);
         let log = server.process.log();
-        let line = log.lines().find(|line| line.contains("event names too many objects")).expect("it is logged");
-        assert!(line.contains("evt_wide") && line.contains("10001") && line.contains("9001"), "{line}");
+        let line = log
+            .lines()
+            .find(|line| line.contains("event names too many objects"))
+            .expect("it is logged");
+        assert!(
+            line.contains("evt_wide") && line.contains("10001") && line.contains("9001"),
+            "{line}"
+        );
 
         let started = Instant::now();
         assert_eq!(server.history("inv-1").await, Vec::<String>::new());
-        assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
+        assert!(
+            started.elapsed() < Duration::from_secs(5),
+            "{:?}",
+            started.elapsed()
+        );
     }
 
     async fn page_of_large_documents_ends_after_four_mebibytes(server: TestServer) {
         store_large(&server, 12, MIB - 1000).await;
-        let (mut path, mut uids, mut pages) = ("/v1/tenants/acme/invoices?limit=500".to_owned(), Vec::new(), 0);
+        let (mut path, mut uids, mut pages) = (
+            "/v1/tenants/acme/invoices?limit=500".to_owned(),
+            Vec::new(),
+            0,
+        );
+
         loop {
             let answer = server.get(&path, &server.acme_key).await.with_status(200);
             assert!(answer.body.len() < 5 * MIB, "{}", answer.body.len());
             let page = answer.json();
             let items = page["items"].as_array().unwrap();
-            uids.extend(items.iter().map(|invoice| invoice["metadata"]["uid"].as_str().unwrap().to_owned()));
+            uids.extend(
+                items
+                    .iter()
+                    .map(|invoice| invoice["metadata"]["uid"].as_str().unwrap().to_owned()),
+            );
             pages += 1;
-            let Some(cursor) = page["nextCursor"].as_str() else { break };
+            let Some(cursor) = page["nextCursor"].as_str() else {
+                break;
+            };
             path = format!("/v1/tenants/acme/invoices?limit=500&cursor={cursor}");
         }
+
         uids.sort();
         let expected: Vec<String> = (0..12).map(|n| format!("inv-{n:03}")).collect();
         assert_eq!((uids, pages), (expected, 3));
@@ -80,16 +102,24 @@ each_database! {
         for answer in join_all(reads).await {
             // A debug build on a busy machine may be too slow for sixteen pages in time. What they
             // need at once, they have needed by then.
-            assert!([200, 503].contains(&answer.status.as_u16()), "{}", answer.status);
+            assert!(
+                [200, 503].contains(&answer.status.as_u16()),
+                "{}",
+                answer.status
+            );
         }
+
         let peak = peak_memory(&server);
         assert!(peak < 200 * MIB, "{} MiB", peak / MIB);
     }
 
     async fn bodies_in_tiny_chunks_cost_their_size(server: TestServer) {
         const BYTES: usize = 64 * 1024;
+
         let forged = format!("t=1,v1={}", "0".repeat(64));
-        let head = format!("POST /webhooks/stripe HTTP/1.1\r\nHost: x\r\nStripe-Signature: {forged}\r\nTransfer-Encoding: chunked\r\n\r\n");
+        let head = format!(
+            "POST /webhooks/stripe HTTP/1.1\r\nHost: x\r\nStripe-Signature: {forged}\r\nTransfer-Encoding: chunked\r\n\r\n"
+        );
         let chunks = "1\r\nx\r\n".repeat(4096);
         let before = peak_memory(&server);
         let sent = (0..16).map(async |_| {
@@ -100,12 +130,14 @@ each_database! {
             }
             wire
         });
+
         let wires = join_all(sent).await;
         // The last chunk of a body is answered when everything before it was read.
         for mut wire in wires {
             wire.write(b"0\r\n\r\n").await;
             assert!(wire.read_head().await.starts_with("HTTP/1.1 4"));
         }
+
         // 1 MiB of bodies, each in a buffer of at most twice its size; not 25 times that.
         let grown = peak_memory(&server).saturating_sub(before);
         assert!(grown < 12 * MIB, "{} MiB", grown / MIB);
@@ -114,12 +146,21 @@ each_database! {
     async fn abandoned_read_ends_in_database(server: TestServer) {
         server.store("inv-1", "in_1").await.with_status(201);
         server.store("inv-2", "in_2").await.with_status(201);
-        let request = format!("GET {} HTTP/1.1\r\nHost: x\r\nApiKey: {}\r\n\r\n", invoice_path("inv-1"), server.acme_key);
+        let request = format!(
+            "GET {} HTTP/1.1\r\nHost: x\r\nApiKey: {}\r\n\r\n",
+            invoice_path("inv-1"),
+            server.acme_key
+        );
+
         match server.engine {
             Engine::Sqlite => abandon_in_sqlite(&server, request.as_bytes()).await,
             Engine::Postgres => abandon_in_postgres(&server, request.as_bytes()).await,
         }
-        server.get(&invoice_path("inv-2"), &server.acme_key).await.with_status(200);
+
+        server
+            .get(&invoice_path("inv-2"), &server.acme_key)
+            .await
+            .with_status(200);
     }
 }
 
@@ -207,6 +248,7 @@ fn cpu_ms(server: &TestServer) -> u64 {
         .1
         .split_whitespace()
         .collect();
+
     // The system counts in hundredths of a second.
     [fields[11], fields[12]]
         .iter()

@@ -77,7 +77,7 @@ async fn check_damage(damage: impl FnOnce(&Files), loses_log: bool, cause: &str)
     assert!(lost.is_empty(), "{cause}: {lost:?} were acknowledged");
     assert!(!kept.contains(&"evt_later".to_owned()), "{cause}");
 
-    load.aim_at(&[&server.process.base]);
+    load.redirect_to(&[&server.process.base]);
     load.finish().await.check_log(&kept_of_load(&server), cause);
 }
 
@@ -170,6 +170,7 @@ async fn truncating_checkpoint_of_another_process_is_accepted() {
     for n in 0..20 {
         assert_eq!(deliver(&server, &format!("evt_{n}")).await, 200);
     }
+
     let mut other = SqliteConnection::connect(&server.database.url)
         .await
         .unwrap();

@@ -1,6 +1,6 @@
-//! The program from outside: the real binary, over real sockets, on a real database. One file per thing a user meets.
+//! End-to-end tests: the real binary over real sockets on a real database, one file per subject.
 //!
-//! A test that is written with `each_database!` runs once on each engine, with a world of its own.
+//! A test written with `each_database!` runs on both engines, each with its own server.
 
 #![expect(clippy::unwrap_used, reason = "what goes wrong in a test fails it")]
 

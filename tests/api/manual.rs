@@ -1,5 +1,5 @@
-//! What is made from the help for others to read: completions, in a real bash, and manual pages; and the question that containers
-//! ask.
+//! Output generated from the help, which is shell completions (in a real bash) and manual pages,
+//! and the health check of containers.
 
 use std::io::{Read, Write};
 use std::net::TcpListener;
@@ -9,21 +9,29 @@ use testkit::binary;
 use testkit::each_database;
 
 each_database! {
-    async fn a_container_learns_whether_the_server_in_it_is_ready(server: TestServer) {
+    async fn healthcheck_reports_readiness_of_local_server(server: TestServer) {
         let mut server = server;
         let authority = server.process.authority().to_owned();
-        let ready = testkit::run(&[("LISTEN_ADDR", &authority)], &["healthcheck"], b"").with_code(0);
+        let ready =
+            testkit::run(&[("LISTEN_ADDR", &authority)], &["healthcheck"], b"").with_code(0);
         assert_eq!((&*ready.stdout, &*ready.stderr), ("ready\n", ""));
+
         let everywhere = authority.replace("127.0.0.1", "0.0.0.0");
-        testkit::run(&[("LISTEN_ADDR", "127.0.0.1:1")], &["healthcheck", "--listen-addr", &everywhere], b"").with_code(0);
+        testkit::run(
+            &[("LISTEN_ADDR", "127.0.0.1:1")],
+            &["healthcheck", "--listen-addr", &everywhere],
+            b"",
+        )
+        .with_code(0);
         server.process.sigkill();
         let gone = testkit::run(&[("LISTEN_ADDR", &authority)], &["healthcheck"], b"").with_code(4);
+
         assert!(gone.stderr.contains("did not answer"), "{gone:?}");
     }
 }
 
 #[test]
-fn a_server_that_is_not_ready_is_told_from_one_that_is_away() {
+fn healthcheck_distinguishes_unready_from_unreachable() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap().to_string();
     let answering = std::thread::spawn(move || {
@@ -35,18 +43,20 @@ fn a_server_that_is_not_ready_is_told_from_one_that_is_away() {
             .unwrap();
         String::from_utf8_lossy(&request[..read]).into_owned()
     });
-    let ran = testkit::run(&[("LISTEN_ADDR", &address)], &["healthcheck"], b"").with_code(1);
-    assert!(ran.stderr.contains("503"), "{ran:?}");
+    let output = testkit::run(&[("LISTEN_ADDR", &address)], &["healthcheck"], b"").with_code(1);
+
+    assert!(output.stderr.contains("503"), "{output:?}");
     assert!(
         answering
             .join()
             .unwrap()
             .starts_with("GET /readyz HTTP/1.1")
     );
+
     testkit::run(&[("LISTEN_ADDR", "nowhere")], &["healthcheck"], b"").with_code(2);
 }
 
-/// What bash offers for the last of these words.
+/// Returns the completions that bash offers for the last of these words.
 fn offered(words: &[&str]) -> Vec<String> {
     let script = r#"
         source <("$PROGRAM" completions bash)
@@ -55,18 +65,19 @@ fn offered(words: &[&str]) -> Vec<String> {
         "$function" stripe-reconciler "${COMP_WORDS[COMP_CWORD]}" "${COMP_WORDS[COMP_CWORD-1]}"
         printf '%s\n' "${COMPREPLY[@]}""#;
     let program = binary(&[]).get_program().to_owned();
-    let ran = Command::new("bash")
+    let output = Command::new("bash")
         .args(["-c", script, "bash"])
         .args(words)
         .env("PROGRAM", program)
         .output()
         .unwrap();
     assert!(
-        ran.status.success() && ran.stderr.is_empty(),
+        output.status.success() && output.stderr.is_empty(),
         "{}",
-        String::from_utf8_lossy(&ran.stderr)
+        String::from_utf8_lossy(&output.stderr)
     );
-    String::from_utf8(ran.stdout)
+
+    String::from_utf8(output.stdout)
         .unwrap()
         .lines()
         .map(str::to_owned)
@@ -74,7 +85,7 @@ fn offered(words: &[&str]) -> Vec<String> {
 }
 
 #[test]
-fn bash_completes_commands_what_is_below_them_and_their_flags() {
+fn bash_completes_commands_subcommands_and_flags() {
     assert_eq!(
         offered(&["stripe-reconciler", "re"]),
         ["replay", "rebuild", "reconcile"]
@@ -85,6 +96,7 @@ fn bash_completes_commands_what_is_below_them_and_their_flags() {
         ["--expires-in"]
     );
     assert!(offered(&["stripe-reconciler", "copy", "--"]).contains(&"--to".to_owned()));
+
     for shell in ["zsh", "fish"] {
         assert!(
             testkit::run(&[], &["completions", shell], b"")
@@ -93,15 +105,17 @@ fn bash_completes_commands_what_is_below_them_and_their_flags() {
                 .contains("reconcile")
         );
     }
+
     testkit::run(&[], &["completions", "cmd"], b"").with_code(2);
 }
 
 #[test]
-fn every_command_has_its_manual_page() {
+fn every_command_has_a_manual_page() {
     let folder = tempfile::tempdir().unwrap();
     let pages = folder.path().join("man1");
     testkit::run(&[], &["man", pages.to_str().unwrap()], b"").with_code(0);
     let page = |name: &str| std::fs::read_to_string(pages.join(format!("{name}.1"))).unwrap();
+
     for name in [
         "stripe-reconciler",
         "stripe-reconciler-serve",
@@ -116,9 +130,11 @@ fn every_command_has_its_manual_page() {
             "{name}:\n{text}"
         );
     }
+
     assert!(
         page("stripe-reconciler-copy").contains(r"  stripe\-reconciler copy \-\-to postgres://")
     );
+
     let file = folder.path().join("file");
     std::fs::write(&file, "").unwrap();
     testkit::run(&[], &["man", file.to_str().unwrap()], b"").with_code(1);

@@ -1,4 +1,5 @@
-//! `/metrics`, as Prometheus and the person on call meet it; and what is deployed beside the program, held against what it exports.
+//! `/metrics` as Prometheus and an operator see it, and the deployed alerts and dashboard compared
+//! with the exported metrics.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -16,13 +17,13 @@ use testkit::{
     invoice_path, send, signature,
 };
 
-/// What is seen of the database is at most this old; with time for a machine that has much else to do.
+/// Maximum age of database metrics, with time for a busy machine.
 const TIMEOUT: Duration = Duration::from_secs(30);
 const A_MOMENT: Duration = Duration::from_millis(100);
 const PREFIX: &str = "stripe_reconciler_";
 const SIGNED_AT: &str = "Stripe-Signature";
 
-/// All series of a scrape, by their text: `name{label="value"}`.
+/// All series of a scrape by their text: `name{label="value"}`.
 #[derive(Debug)]
 pub struct Scrape(BTreeMap<String, f64>);
 
@@ -36,6 +37,7 @@ impl Scrape {
                 .starts_with("text/plain; version=0.0.4"),
             "{answer:?}"
         );
+
         let text = std::str::from_utf8(&answer.body).unwrap();
         let series = text
             .lines()
@@ -51,7 +53,7 @@ impl Scrape {
         Scrape::read(server.get("/metrics", &server.operator_key).await)
     }
 
-    /// A series of ours.
+    /// Returns the value of one of our series.
     #[track_caller]
     pub fn value(&self, series: &str) -> f64 {
         *self
@@ -60,7 +62,7 @@ impl Scrape {
             .unwrap_or_else(|| panic!("there is no {series} in {:#?}", self.0))
     }
 
-    /// The names, without labels.
+    /// Returns the names without labels.
     fn names(&self) -> BTreeSet<&str> {
         self.0
             .keys()
@@ -79,12 +81,16 @@ impl Scrape {
     }
 }
 
-/// Scrapes until it is so.
-pub async fn until(server: &TestServer, what: &str, is_so: impl Fn(&Scrape) -> bool) -> Scrape {
+/// Scrapes until the condition holds.
+pub async fn until(
+    server: &TestServer,
+    what: &str,
+    condition_holds: impl Fn(&Scrape) -> bool,
+) -> Scrape {
     let deadline = Instant::now() + TIMEOUT;
     loop {
         let scrape = Scrape::of(server).await;
-        if is_so(&scrape) {
+        if condition_holds(&scrape) {
             return scrape;
         }
         assert!(Instant::now() < deadline, "{what}: {scrape:#?}");
@@ -101,7 +107,7 @@ fn paid(id: &str, livemode: bool) -> Value {
         "data": {"object": {"id": "in_1", "object": "invoice", "status": "paid", "currency": "eur", "amount_due": 5000, "amount_paid": 5000}}})
 }
 
-/// Says nothing about a payment.
+/// Returns an event that asserts nothing about a payment.
 fn customer(id: &str, livemode: bool) -> Value {
     json!({"id": id, "object": "event", "type": "customer.updated", "created": 1_769_850_000, "livemode": livemode,
         "data": {"object": {"id": "cus_1", "object": "customer"}}})
@@ -127,165 +133,428 @@ async fn another(process: &Server, path: &str, headers: &[(&str, &str)]) -> Answ
 }
 
 each_database! {
-    async fn every_delivery_is_counted_once_by_what_became_of_it(server: TestServer) {
+    async fn every_delivery_is_counted_once_by_outcome(server: TestServer) {
         let start = Scrape::of(&server).await;
         assert_eq!(start.family("deliveries_total").len(), 4);
         assert_eq!(start.family("rejected_total").len(), 13);
-        assert!(start.family("deliveries_total").values().chain(start.family("rejected_total").values()).all(|count| *count == 0.0));
+        assert!(
+            start
+                .family("deliveries_total")
+                .values()
+                .chain(start.family("rejected_total").values())
+                .all(|count| *count == 0.0)
+        );
 
         let (body, now) = (paid("evt_1", true).to_string(), now_s());
         assert_eq!(deliver(&server, SECRET, now, &body).await, 200);
         assert_eq!(deliver(&server, SECRET, now, &body).await, 200);
-        assert_eq!(deliver(&server, SECRET, now, &customer("evt_2", true).to_string()).await, 200);
+        assert_eq!(
+            deliver(&server, SECRET, now, &customer("evt_2", true).to_string()).await,
+            200
+        );
         assert_eq!(deliver(&server, SECRET, now, "no json").await, 200);
         assert_eq!(deliver(&server, "whsec_other", now, &body).await, 400);
         assert_eq!(deliver(&server, SECRET, now - 400, &body).await, 400);
         assert_eq!(deliver(&server, SECRET, now + 400, &body).await, 400);
-        server.deliver_signed("t=1", body.as_bytes()).await.with_status(400);
+        server
+            .deliver_signed("t=1", body.as_bytes())
+            .await
+            .with_status(400);
         let signed = signature(SECRET, now, body.as_bytes());
-        server.send("POST", "/webhooks/stripe", &[], body.clone().into()).await.with_status(400);
-        server.send("POST", "/webhooks/stripe", &[(SIGNED_AT, &signed), (SIGNED_AT, &signed)], body.clone().into()).await.with_status(400);
-        server.deliver_bytes(&vec![b' '; 2 << 20]).await.with_status(413);
+        server
+            .send("POST", "/webhooks/stripe", &[], body.clone().into())
+            .await
+            .with_status(400);
+        server
+            .send(
+                "POST",
+                "/webhooks/stripe",
+                &[(SIGNED_AT, &signed), (SIGNED_AT, &signed)],
+                body.clone().into(),
+            )
+            .await
+            .with_status(400);
+        server
+            .deliver_bytes(&vec![b' '; 2 << 20])
+            .await
+            .with_status(413);
         let mut cut_short = Wire::connect(server.process.authority()).await;
-        let head = format!("POST /webhooks/stripe HTTP/1.1\r\nHost: x\r\n{SIGNED_AT}: {signed}\r\nContent-Length: 100\r\n\r\nonly this");
+        let head = format!(
+            "POST /webhooks/stripe HTTP/1.1\r\nHost: x\r\n{SIGNED_AT}: {signed}\r\nContent-Length: 100\r\n\r\nonly this"
+        );
         cut_short.write(head.as_bytes()).await;
         cut_short.hang_up().await;
         cut_short.read_to_end().await;
 
-        let scrape = until(&server, "all are counted", |scrape| scrape.family("rejected_total").values().sum::<f64>() == 8.0).await;
-        let once = BTreeMap::from_iter(["recorded", "duplicate", "no_payment_fact", "unreadable"].map(|outcome| (format!("outcome=\"{outcome}\""), 1.0)));
-        assert_eq!(scrape.family("deliveries_total"), once.iter().map(|(outcome, count)| (outcome.as_str(), *count)).collect());
-        for reason in ["missing", "several", "malformed", "mismatch", "stale", "future", "too_large", "incomplete"] {
-            assert_eq!(scrape.value(&format!("rejected_total{{reason=\"{reason}\"}}")), 1.0, "{reason}");
+        let scrape = until(&server, "all are counted", |scrape| {
+            scrape.family("rejected_total").values().sum::<f64>() == 8.0
+        })
+        .await;
+        let once = BTreeMap::from_iter(
+            ["recorded", "duplicate", "no_payment_fact", "unreadable"]
+                .map(|outcome| (format!("outcome=\"{outcome}\""), 1.0)),
+        );
+        assert_eq!(
+            scrape.family("deliveries_total"),
+            once.iter()
+                .map(|(outcome, count)| (outcome.as_str(), *count))
+                .collect()
+        );
+        for reason in [
+            "missing",
+            "several",
+            "malformed",
+            "mismatch",
+            "stale",
+            "future",
+            "too_large",
+            "incomplete",
+        ] {
+            assert_eq!(
+                scrape.value(&format!("rejected_total{{reason=\"{reason}\"}}")),
+                1.0,
+                "{reason}"
+            );
         }
-        assert_eq!(scrape.value("ack_seconds_count"), 4.0, "what was refused is not acknowledged");
-        assert_eq!((scrape.value("commit_seconds_count"), scrape.value("batch_size_sum")), (4.0, 4.0));
-        assert!(scrape.value("ack_seconds_sum") >= scrape.value("commit_seconds_sum"), "{scrape:?}");
-        assert_eq!((scrape.value("queue_depth"), scrape.value("queue_capacity")), (0.0, 1024.0));
+        assert_eq!(
+            scrape.value("ack_seconds_count"),
+            4.0,
+            "what was refused is not acknowledged"
+        );
+        assert_eq!(
+            (
+                scrape.value("commit_seconds_count"),
+                scrape.value("batch_size_sum")
+            ),
+            (4.0, 4.0)
+        );
+        assert!(
+            scrape.value("ack_seconds_sum") >= scrape.value("commit_seconds_sum"),
+            "{scrape:?}"
+        );
+        assert_eq!(
+            (scrape.value("queue_depth"), scrape.value("queue_capacity")),
+            (0.0, 1024.0)
+        );
     }
 
-    async fn reads_are_counted_by_route_and_status_and_no_series_names_a_customer(server: TestServer) {
+    async fn reads_are_counted_by_route_without_customer_labels(server: TestServer) {
         server.store("inv-a", "in_1").await.with_status(201);
-        server.get(&invoice_path("inv-a"), &server.acme_key).await.with_status(200);
-        server.send("HEAD", &invoice_path("inv-a"), &[("ApiKey", &server.acme_key)], vec![]).await.with_status(200);
-        server.get(&invoice_path("inv-b"), &server.acme_key).await.with_status(404);
-        server.get(&invoice_path("inv-a"), "nobody").await.with_status(401);
-        server.get("/v1/tenants/acme/invoices", &server.acme_key).await.with_status(200);
-        let tag = server.get(&invoice_path("inv-a"), &server.acme_key).await.header("etag").to_owned();
-        server.send("GET", &invoice_path("inv-a"), &[("ApiKey", &server.acme_key), ("If-None-Match", &tag)], vec![]).await.with_status(304);
+        server
+            .get(&invoice_path("inv-a"), &server.acme_key)
+            .await
+            .with_status(200);
+        server
+            .send(
+                "HEAD",
+                &invoice_path("inv-a"),
+                &[("ApiKey", &server.acme_key)],
+                vec![],
+            )
+            .await
+            .with_status(200);
+
+        server
+            .get(&invoice_path("inv-b"), &server.acme_key)
+            .await
+            .with_status(404);
+        server
+            .get(&invoice_path("inv-a"), "nobody")
+            .await
+            .with_status(401);
+        server
+            .get("/v1/tenants/acme/invoices", &server.acme_key)
+            .await
+            .with_status(200);
+        let tag = server
+            .get(&invoice_path("inv-a"), &server.acme_key)
+            .await
+            .header("etag")
+            .to_owned();
+
+        server
+            .send(
+                "GET",
+                &invoice_path("inv-a"),
+                &[("ApiKey", &server.acme_key), ("If-None-Match", &tag)],
+                vec![],
+            )
+            .await
+            .with_status(304);
         let scrape = Scrape::of(&server).await;
         let invoice = "reads_total{route=\"/v1/tenants/{tenantUid}/invoices/{invoiceUid}\",status=";
+
         for (status, count) in [("200", 3.0), ("404", 1.0), ("401", 1.0), ("304", 1.0)] {
-            assert_eq!(scrape.value(&format!("{invoice}\"{status}\"}}")), count, "{status}");
+            assert_eq!(
+                scrape.value(&format!("{invoice}\"{status}\"}}")),
+                count,
+                "{status}"
+            );
         }
-        assert_eq!(scrape.value("read_seconds_count"), 7.0, "what is written is no read, and neither is a scrape");
-        assert!(!format!("{scrape:?}").contains("acme") && !format!("{scrape:?}").contains("inv-a"));
+
+        assert_eq!(
+            scrape.value("read_seconds_count"),
+            7.0,
+            "what is written is no read, and neither is a scrape"
+        );
+        assert!(
+            !format!("{scrape:?}").contains("acme") && !format!("{scrape:?}").contains("inv-a")
+        );
     }
 
-    async fn metrics_are_for_the_operators_key_or_on_a_listener_of_their_own(server: TestServer) {
-        server.get("/metrics", "").await.with_error(401, "Unauthorized");
-        server.get("/metrics", &server.acme_key).await.with_error(403, "Forbidden");
-        server.send("GET", "/metrics", &[("Authorization", &format!("Bearer {}", server.operator_key))], vec![]).await.with_status(200);
-        server.send("POST", "/metrics", &[("ApiKey", &server.operator_key)], vec![]).await.with_error(405, "MethodNotAllowed");
+    async fn metrics_need_operator_key_or_their_own_listener(server: TestServer) {
+        server
+            .get("/metrics", "")
+            .await
+            .with_error(401, "Unauthorized");
+        server
+            .get("/metrics", &server.acme_key)
+            .await
+            .with_error(403, "Forbidden");
+        server
+            .send(
+                "GET",
+                "/metrics",
+                &[("Authorization", &format!("Bearer {}", server.operator_key))],
+                vec![],
+            )
+            .await
+            .with_status(200);
+        server
+            .send(
+                "POST",
+                "/metrics",
+                &[("ApiKey", &server.operator_key)],
+                vec![],
+            )
+            .await
+            .with_error(405, "MethodNotAllowed");
 
-        let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
-        let environment = [("DATABASE_URL", server.database.url.as_str()), ("STRIPE_WEBHOOK_SECRET", SECRET), ("METRICS_ADDR", &address)];
+        let address = std::net::TcpListener::bind("127.0.0.1:0")
+            .unwrap()
+            .local_addr()
+            .unwrap()
+            .to_string();
+        let environment = [
+            ("DATABASE_URL", server.database.url.as_str()),
+            ("STRIPE_WEBHOOK_SECRET", SECRET),
+            ("METRICS_ADDR", &address),
+        ];
         let process = Server::start_with(&environment);
-        another(&process, "/metrics", &[("ApiKey", &server.operator_key)]).await.with_error(404, "ResourceNotFound");
-        let apart = async |path: &str| send(&client(), "GET", &format!("http://{address}{path}"), &[], vec![]).await;
-        assert_eq!(Scrape::read(apart("/metrics").await).value("database_up"), 1.0);
+        another(&process, "/metrics", &[("ApiKey", &server.operator_key)])
+            .await
+            .with_error(404, "ResourceNotFound");
+        let apart = async |path: &str| {
+            send(
+                &client(),
+                "GET",
+                &format!("http://{address}{path}"),
+                &[],
+                vec![],
+            )
+            .await
+        };
+        assert_eq!(
+            Scrape::read(apart("/metrics").await).value("database_up"),
+            1.0
+        );
         for path in ["/", "/readyz", "/v1/tenants/acme/invoices"] {
             apart(path).await.with_error(404, "ResourceNotFound");
         }
-        let taken = testkit::run(&environment, &["serve", "--listen-addr", "127.0.0.1:0"], b"").with_code(2);
+        let taken = testkit::run(
+            &environment,
+            &["serve", "--listen-addr", "127.0.0.1:0"],
+            b"",
+        )
+        .with_code(2);
         assert!(taken.stderr.contains(&address), "{taken:?}");
     }
 
-    async fn what_the_log_says_is_told_by_every_replica_and_after_a_restart(server: TestServer) {
+    async fn log_metrics_agree_across_replicas_and_restarts(server: TestServer) {
         let mut server = server;
         let before = now_s() as f64;
-        assert_eq!(deliver(&server, OLD_SECRET, now_s(), &paid("evt_1", true).to_string()).await, 200);
-        assert_eq!(deliver(&server, SECRET, now_s(), &customer("evt_2", false).to_string()).await, 200);
-        let told = |scrape: &Scrape| {
-            let names = ["last_delivery_timestamp_seconds{mode=\"live\"}", "last_delivery_timestamp_seconds{mode=\"test\"}",
-                "secret_last_used_timestamp_seconds{label=\"live\"}", "secret_last_used_timestamp_seconds{label=\"old\"}",
-                "events_without_invoice", "unreadable_events"];
+        assert_eq!(
+            deliver(
+                &server,
+                OLD_SECRET,
+                now_s(),
+                &paid("evt_1", true).to_string()
+            )
+            .await,
+            200
+        );
+        assert_eq!(
+            deliver(
+                &server,
+                SECRET,
+                now_s(),
+                &customer("evt_2", false).to_string()
+            )
+            .await,
+            200
+        );
+        let exported = |scrape: &Scrape| {
+            let names = [
+                "last_delivery_timestamp_seconds{mode=\"live\"}",
+                "last_delivery_timestamp_seconds{mode=\"test\"}",
+                "secret_last_used_timestamp_seconds{label=\"live\"}",
+                "secret_last_used_timestamp_seconds{label=\"old\"}",
+                "events_without_invoice",
+                "unreadable_events",
+            ];
             names.map(|name| scrape.value(name))
         };
-        let scrape = until(&server, "both are seen", |scrape| told(scrape)[..5].iter().all(|value| *value > 0.0)).await;
-        let seen = told(&scrape);
-        assert!(seen[..4].iter().all(|at| (before..=before + 60.0).contains(at)), "{seen:?}");
+        let scrape = until(&server, "both are seen", |scrape| {
+            exported(scrape)[..5].iter().all(|value| *value > 0.0)
+        })
+        .await;
+        let seen = exported(&scrape);
+        assert!(
+            seen[..4]
+                .iter()
+                .all(|at| (before..=before + 60.0).contains(at)),
+            "{seen:?}"
+        );
         assert_eq!(scrape.value("events_without_invoice"), 1.0);
 
         let replica = server.another_server();
-        let elsewhere = Scrape::read(another(&replica, "/metrics", &[("ApiKey", &server.operator_key)]).await);
-        assert_eq!(told(&elsewhere), seen);
-        assert_eq!(elsewhere.value("deliveries_total{outcome=\"recorded\"}"), 0.0, "it counts its own");
+        let elsewhere =
+            Scrape::read(another(&replica, "/metrics", &[("ApiKey", &server.operator_key)]).await);
+        assert_eq!(exported(&elsewhere), seen);
+        assert_eq!(
+            elsewhere.value("deliveries_total{outcome=\"recorded\"}"),
+            0.0,
+            "it counts its own"
+        );
         server.process.sigkill();
         server.process = server.another_server();
-        assert_eq!(told(&Scrape::of(&server).await), seen);
-        let environment = [("DATABASE_URL", server.database.url.as_str()), ("STRIPE_WEBHOOK_SECRET", "new=whsec_new")];
+        assert_eq!(exported(&Scrape::of(&server).await), seen);
+        let environment = [
+            ("DATABASE_URL", server.database.url.as_str()),
+            ("STRIPE_WEBHOOK_SECRET", "new=whsec_new"),
+        ];
         let rotated = Server::start_with(&environment);
-        let rotated = Scrape::read(another(&rotated, "/metrics", &[("ApiKey", &server.operator_key)]).await);
-        assert_eq!(rotated.family("secret_last_used_timestamp_seconds"), BTreeMap::from([("label=\"new\"", 0.0)]));
+        let rotated =
+            Scrape::read(another(&rotated, "/metrics", &[("ApiKey", &server.operator_key)]).await);
+        assert_eq!(
+            rotated.family("secret_last_used_timestamp_seconds"),
+            BTreeMap::from([("label=\"new\"", 0.0)])
+        );
     }
 
-    async fn what_waits_for_its_invoice_and_what_cannot_be_read_is_counted(server: TestServer) {
+    async fn unmatched_and_unreadable_events_are_counted(server: TestServer) {
         server.deliver(&paid("evt_1", true)).await.with_status(200);
         server.deliver(&paid("evt_2", true)).await.with_status(200);
         server.deliver_bytes(b"no json").await.with_status(200);
-        let waiting = until(&server, "they wait", |scrape| scrape.value("events_without_invoice") == 2.0).await;
+        let waiting = until(&server, "they wait", |scrape| {
+            scrape.value("events_without_invoice") == 2.0
+        })
+        .await;
+
         assert_eq!(waiting.value("unreadable_events"), 1.0);
-        until(&server, "they age", |scrape| scrape.value("oldest_event_without_invoice_age_seconds") > 0.5).await;
+
+        until(&server, "they age", |scrape| {
+            scrape.value("oldest_event_without_invoice_age_seconds") > 0.5
+        })
+        .await;
         server.store("a", "in_1").await.with_status(201);
-        let none = until(&server, "it is stored", |scrape| scrape.value("events_without_invoice") == 0.0).await;
+        let none = until(&server, "it is stored", |scrape| {
+            scrape.value("events_without_invoice") == 0.0
+        })
+        .await;
         assert_eq!(none.value("oldest_event_without_invoice_age_seconds"), 0.0);
+
         server.deliver(&paid("evt_3", true)).await.with_status(200);
-        until(&server, "it is seen", |scrape| scrape.value("deliveries_total{outcome=\"recorded\"}") == 3.0).await;
-        assert_eq!(Scrape::of(&server).await.value("events_without_invoice"), 0.0);
+        until(&server, "it is seen", |scrape| {
+            scrape.value("deliveries_total{outcome=\"recorded\"}") == 3.0
+        })
+        .await;
+        assert_eq!(
+            Scrape::of(&server).await.value("events_without_invoice"),
+            0.0
+        );
     }
 
-    async fn passes_are_counted_and_what_they_found_is_told(server: TestServer) {
+    async fn runs_and_their_findings_are_exported(server: TestServer) {
         let mut server = server;
         let stripe = Stripe::start();
-        stripe.register(Endpoint { status: "disabled", ..Endpoint::enabled(&format!("{}/webhooks/stripe", server.process.base)) });
+        stripe.register(Endpoint {
+            status: "disabled",
+            ..Endpoint::enabled(&format!("{}/webhooks/stripe", server.process.base))
+        });
         let mut life = stripe.draft(Terms::automatic(now_s() - DAY, CLOVER));
         life.later(HOUR).finalized();
         let url = server.database.url.clone();
         let with_key = |key: &str| {
-            let environment = [("DATABASE_URL", url.as_str()), ("STRIPE_WEBHOOK_SECRET", SECRET), ("STRIPE_API_BASE", &stripe.base), ("STRIPE_API_KEY", key)];
+            let environment = [
+                ("DATABASE_URL", url.as_str()),
+                ("STRIPE_WEBHOOK_SECRET", SECRET),
+                ("STRIPE_API_BASE", &stripe.base),
+                ("STRIPE_API_KEY", key),
+            ];
             Server::start_with(&environment)
         };
+
         server.process = with_key(LIVE_KEY);
-        let found = until(&server, "a pass ends", |scrape| scrape.value("reconcile_endpoint_remarks") == 1.0).await;
+        let found = until(&server, "a pass ends", |scrape| {
+            scrape.value("reconcile_endpoint_remarks") == 1.0
+        })
+        .await;
         assert_eq!(found.value("reconcile_enabled"), 1.0);
         assert_eq!(found.value("reconcile_runs_total{result=\"agrees\"}"), 1.0);
         assert!(found.value("reconcile_api_calls_total") >= 2.0, "{found:?}");
+
         let listed = stripe.events();
-        let need_not_be_sent = listed.iter().filter(|event| ["invoice.created", "payment_intent.created"].contains(&event.kind)).count();
+        let need_not_be_sent = listed
+            .iter()
+            .filter(|event| ["invoice.created", "payment_intent.created"].contains(&event.kind))
+            .count();
         assert!(need_not_be_sent > 0, "it tells them apart");
-        assert_eq!(found.value("reconcile_api_only_events_total"), (listed.len() - need_not_be_sent) as f64);
-        assert!(found.value("reconcile_last_success_age_seconds") < 60.0, "{found:?}");
-        assert!((found.value("reconcile_last_success_timestamp_seconds") - now_s() as f64).abs() < 60.0, "{found:?}");
+        assert_eq!(
+            found.value("reconcile_api_only_events_total"),
+            (listed.len() - need_not_be_sent) as f64
+        );
+        assert!(
+            found.value("reconcile_last_success_age_seconds") < 60.0,
+            "{found:?}"
+        );
+
+        assert!(
+            (found.value("reconcile_last_success_timestamp_seconds") - now_s() as f64).abs() < 60.0,
+            "{found:?}"
+        );
+
         server.process = with_key("sk_live_of_somebody_else");
-        let failed = until(&server, "a pass fails", |scrape| scrape.value("reconcile_runs_total{result=\"failed\"}") >= 1.0).await;
-        assert_eq!(failed.value("reconcile_runs_total{result=\"agrees\"}"), 0.0, "each process counts its own");
-        assert_eq!(failed.value("reconcile_endpoint_remarks"), 1.0, "what the last pass that ended found");
+        let failed = until(&server, "a pass fails", |scrape| {
+            scrape.value("reconcile_runs_total{result=\"failed\"}") >= 1.0
+        })
+        .await;
+        assert_eq!(
+            failed.value("reconcile_runs_total{result=\"agrees\"}"),
+            0.0,
+            "each process counts its own"
+        );
+        assert_eq!(
+            failed.value("reconcile_endpoint_remarks"),
+            1.0,
+            "what the last pass that ended found"
+        );
     }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn while_the_database_is_away_a_scrape_is_answered_and_says_so() {
-    let process = Arc::new(PostgresServer::of_its_own("-c fsync=on", &[]));
+async fn scrape_answers_and_reports_unreachable_database() {
+    let process = Arc::new(PostgresServer::start_durable("-c fsync=on", &[]));
     let server = TestServer::on(Database::create_on(&process)).await;
     server.deliver(&paid("evt_1", true)).await.with_status(200);
     until(&server, "it is up", |scrape| {
         scrape.value("database_up") == 1.0 && scrape.value("events_without_invoice") == 1.0
     })
     .await;
-    block_in_place(|| process.stop_at_once());
+    block_in_place(|| process.stop_immediately());
     server.deliver(&paid("evt_2", true)).await.with_status(503);
     let away = Scrape::of(&server).await;
+
     assert_eq!(away.value("database_up"), 0.0);
     assert_eq!(
         away.value("events_without_invoice"),
@@ -294,6 +563,7 @@ async fn while_the_database_is_away_a_scrape_is_answered_and_says_so() {
     );
     assert_eq!(away.value("rejected_total{reason=\"unavailable\"}"), 1.0);
     assert!(away.value("commit_failures_total") >= 1.0);
+
     server
         .get("/metrics", &server.acme_key)
         .await
@@ -306,15 +576,16 @@ async fn while_the_database_is_away_a_scrape_is_answered_and_says_so() {
         .get("/metrics", "")
         .await
         .with_error(401, "Unauthorized");
-    block_in_place(|| process.start_again());
+    block_in_place(|| process.restart());
+
     until(&server, "it is back", |scrape| {
         scrape.value("database_up") == 1.0
     })
     .await;
 }
 
-/// The metrics that a text asks for: our names, without what a histogram adds to its own.
-fn asked_for(text: &str) -> BTreeSet<String> {
+/// Returns our metrics named in a text, without the suffixes of histograms.
+fn metrics_in(text: &str) -> BTreeSet<String> {
     let is_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
     let mut names = BTreeSet::new();
     for prefix in [PREFIX, "process_"] {
@@ -325,6 +596,7 @@ fn asked_for(text: &str) -> BTreeSet<String> {
             names.insert(text[at..].chars().take_while(|c| is_name(*c)).collect());
         }
     }
+
     names
 }
 
@@ -333,7 +605,7 @@ fn project_file(path: &str) -> String {
 }
 
 #[tokio::test]
-async fn the_rules_the_dashboard_and_the_documents_ask_for_what_is_exported() {
+async fn alerts_dashboard_and_docs_use_exported_metrics() {
     let server = TestServer::start(Engine::Sqlite).await;
     server
         .get("/v1/tenants/acme/invoices", &server.acme_key)
@@ -341,11 +613,12 @@ async fn the_rules_the_dashboard_and_the_documents_ask_for_what_is_exported() {
         .with_status(200);
     let scrape = Scrape::of(&server).await;
     let exported = scrape.names();
+
     for path in [
         "deploy/prometheus/alerts.yml",
         "deploy/grafana/dashboard.json",
     ] {
-        let asked = asked_for(&project_file(path));
+        let asked = metrics_in(&project_file(path));
         assert!(asked.len() > 15, "{path}: {asked:?}");
         let unknown: Vec<&String> = asked
             .iter()
@@ -356,6 +629,7 @@ async fn the_rules_the_dashboard_and_the_documents_ask_for_what_is_exported() {
             "{path} asks for {unknown:?}, which nobody exports"
         );
     }
+
     let documents = project_file("docs/operations.md");
     for name in exported.iter().filter_map(|name| name.strip_prefix(PREFIX)) {
         let histogram = ["_bucket", "_sum", "_count"]
@@ -372,7 +646,7 @@ async fn the_rules_the_dashboard_and_the_documents_ask_for_what_is_exported() {
 }
 
 #[test]
-fn every_alarm_has_its_section_and_every_section_its_alarm() {
+fn every_alert_has_a_docs_section_and_vice_versa() {
     let (rules, documents) = (
         project_file("deploy/prometheus/alerts.yml"),
         project_file("docs/operations.md"),
@@ -390,6 +664,7 @@ fn every_alarm_has_its_section_and_every_section_its_alarm() {
         alarms.iter().collect::<BTreeSet<_>>(),
         sections.iter().collect::<BTreeSet<_>>()
     );
+
     let runbooks: Vec<&str> = rules
         .lines()
         .filter_map(|line| line.trim().strip_prefix("runbook: docs/operations.md#"))
@@ -402,12 +677,14 @@ fn every_alarm_has_its_section_and_every_section_its_alarm() {
             .collect::<Vec<_>>(),
         "each leads to its own"
     );
+
     for part in rules.split("- alert: ").skip(1) {
         assert!(
             part.contains("severity: ") && part.contains("summary: "),
             "{part}"
         );
     }
+
     for section in documents.split("\n### ").skip(1) {
         let of_alarm = section.split("\n## ").next().unwrap();
         assert!(
@@ -417,6 +694,7 @@ fn every_alarm_has_its_section_and_every_section_its_alarm() {
             "{of_alarm}"
         );
     }
+
     let dashboard: Value =
         serde_json::from_str(&project_file("deploy/grafana/dashboard.json")).unwrap();
     let titles: Vec<&str> = dashboard["panels"]

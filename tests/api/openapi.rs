@@ -1,5 +1,6 @@
-//! The OpenAPI document, held against the program: nothing is missing in it, and nothing in it is not so. That real answers are as it
-//! says is checked wherever a test asks for one: `support/documented.rs`.
+//! The OpenAPI document compared with the program: nothing is missing, and nothing in it is wrong.
+//!
+//! `testkit::openapi` checks the answers of all other tests against it.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -12,14 +13,14 @@ use testkit::openapi::{DOCUMENT, faults, resolved};
 const ROUTER: &str = include_str!("../../src/http/mod.rs");
 const ERRORS: &str = include_str!("../../src/http/error.rs");
 const V1_INVOICE: &str = testkit::V1_INVOICE_SCHEMA;
-/// What the document says nothing about: paths whose last id is empty are only refused.
+/// Undocumented paths: their last id is empty, and they are always rejected.
 const REFUSED: [&str; 2] = ["/v1/tenants/{tenantUid}/invoices/", "/v1/events/"];
 
 fn paths() -> &'static serde_json::Map<String, Value> {
     DOCUMENT["paths"].as_object().unwrap()
 }
 
-/// What stands between these, wherever it stands.
+/// Returns every text between the two markers.
 fn between<'a>(text: &'a str, before: &str, after: &str) -> BTreeSet<&'a str> {
     text.split(before)
         .skip(1)
@@ -34,7 +35,7 @@ fn unwrapped(source: &str) -> String {
 }
 
 #[test]
-fn every_route_is_in_the_document_and_no_other() {
+fn document_lists_exactly_the_routes() {
     let router = unwrapped(ROUTER);
     let routes = between(&router, ".route(\"", "\"");
     assert!(routes.len() > 8, "{routes:?}");
@@ -43,18 +44,19 @@ fn every_route_is_in_the_document_and_no_other() {
 }
 
 #[test]
-fn every_code_of_an_error_is_in_the_document_and_no_other() {
+fn document_lists_exactly_the_error_codes() {
     let errors = unwrapped(ERRORS);
-    let told = errors
+    let source = errors
         .split("fn code_and_message")
         .nth(1)
         .and_then(|rest| rest.split("fn details").next())
         .unwrap();
-    let codes = between(told, "(\"", "\"");
+    let codes = between(source, "(\"", "\"");
     assert!(
         codes.len() > 12 && codes.contains("InvalidInvoice"),
         "{codes:?}"
     );
+
     let documented = DOCUMENT["components"]["schemas"]["Error"]["properties"]["code"]["enum"]
         .as_array()
         .unwrap();
@@ -67,23 +69,28 @@ fn every_code_of_an_error_is_in_the_document_and_no_other() {
     );
 }
 
-/// Every example, with its schema and its place.
-fn examples<'a>(part: &'a Value, place: String, found: &mut Vec<(String, &'a Value, &'a Value)>) {
+/// Collects every example with its schema and its path.
+fn examples<'a>(
+    part: &'a Value,
+    location: String,
+    found: &mut Vec<(String, &'a Value, &'a Value)>,
+) {
     if let Some(schema) = part.get("schema") {
         found.extend(
             part.get("example")
-                .map(|example| (place.clone(), schema, example)),
+                .map(|example| (location.clone(), schema, example)),
         );
         let named = part["examples"].as_object().into_iter().flatten();
         found.extend(
-            named.map(|(name, example)| (format!("{place}/{name}"), schema, &example["value"])),
+            named.map(|(name, example)| (format!("{location}/{name}"), schema, &example["value"])),
         );
     }
+
     if let Some(values) = part["examples"]
         .as_array()
         .filter(|_| part["type"].is_string())
     {
-        found.extend(values.iter().map(|value| (place.clone(), part, value)));
+        found.extend(values.iter().map(|value| (location.clone(), part, value)));
     }
     let inside: Vec<(String, &Value)> = match part {
         Value::Object(fields) => fields
@@ -97,20 +104,23 @@ fn examples<'a>(part: &'a Value, place: String, found: &mut Vec<(String, &'a Val
             .collect(),
         _ => return,
     };
+
     for (name, inner) in inside {
-        examples(inner, format!("{place}/{name}"), found);
+        examples(inner, format!("{location}/{name}"), found);
     }
 }
 
 #[test]
-fn every_example_fits_its_schema_and_every_answer_has_one() {
+fn every_answer_has_an_example_that_fits_its_schema() {
     let mut found = Vec::new();
     examples(&DOCUMENT, String::new(), &mut found);
     assert!(found.len() > 40, "{}", found.len());
-    for (place, schema, example) in &found {
+
+    for (location, schema, example) in &found {
         let faults = faults(schema, example);
-        assert!(faults.is_empty(), "{place}: {faults:?}");
+        assert!(faults.is_empty(), "{location}: {faults:?}");
     }
+
     for (path, item) in paths() {
         for operation in item
             .as_object()
@@ -134,7 +144,7 @@ fn every_example_fits_its_schema_and_every_answer_has_one() {
     }
 }
 
-/// What each field of an invoice may hold, by its path.
+/// Collects the allowed values of each field of an invoice by its path.
 fn fields(schema: &Value, root: &Value, path: &str, found: &mut BTreeMap<String, String>) {
     if let Some(reference) = schema["$ref"].as_str() {
         return fields(
@@ -144,12 +154,15 @@ fn fields(schema: &Value, root: &Value, path: &str, found: &mut BTreeMap<String,
             found,
         );
     }
+
     for (name, field) in schema["properties"].as_object().into_iter().flatten() {
         fields(field, root, &format!("{path}/{name}"), found);
     }
+
     if let Some(items) = schema.get("items") {
         return fields(items, root, &format!("{path}/*"), found);
     }
+
     let kind = match schema {
         _ if schema.get("enum").is_some() => schema["enum"].to_string(),
         _ if schema.get("properties").is_some() => return,
@@ -168,11 +181,12 @@ fn fields(schema: &Value, root: &Value, path: &str, found: &mut BTreeMap<String,
             )
         }
     };
+
     found.insert(path.to_owned(), kind);
 }
 
 #[test]
-fn an_invoice_has_the_fields_that_the_api_says() {
+fn documented_invoice_has_the_fields_of_its_schema() {
     let of_the_api: Value = serde_json::from_str(V1_INVOICE).unwrap();
     let (mut expected, mut found) = (BTreeMap::new(), BTreeMap::new());
     fields(&of_the_api, &of_the_api, "", &mut expected);
@@ -182,11 +196,12 @@ fn an_invoice_has_the_fields_that_the_api_says() {
         "",
         &mut found,
     );
+
     assert!(expected.len() > 50, "{}", expected.len());
     assert_eq!(found, expected);
 }
 
-/// Documents that are just right, and just wrong.
+/// Returns documents at the limits of validity, on both sides.
 fn documents() -> Vec<Value> {
     let time = |time: &str| json!({"spec": {"month": time}});
     let mut documents: Vec<Value> = include_str!("../../fixtures/invoices.jsonl")
@@ -203,6 +218,7 @@ fn documents() -> Vec<Value> {
         ]
         .map(time),
     );
+
     documents.extend(
         [
             "2026-01-31T09:15:60Z",
@@ -247,32 +263,66 @@ fn documents() -> Vec<Value> {
         json!({"status": {"states": [{"state": "paid", "timestamp": "2026-01-31T09:15:00Z"}]}}),
         json!({"status": {"projects": [{"usage": {"pure": {"amount": null}}}]}}),
     ]);
+
     documents
 }
 
 each_database! {
-    async fn every_path_takes_the_methods_that_the_document_says(server: TestServer) {
+    async fn every_path_accepts_exactly_the_documented_methods(server: TestServer) {
         for (path, item) in paths() {
-            let methods = item.as_object().unwrap().keys().filter(|name| *name != "parameters").map(|name| name.to_uppercase());
-            let documented: BTreeSet<String> = methods.flat_map(|method| if method == "GET" { vec![method, "HEAD".to_owned()] } else { vec![method] }).collect();
+            let methods = item
+                .as_object()
+                .unwrap()
+                .keys()
+                .filter(|name| *name != "parameters")
+                .map(|name| name.to_uppercase());
+            let documented: BTreeSet<String> = methods
+                .flat_map(|method| {
+                    if method == "GET" {
+                        vec![method, "HEAD".to_owned()]
+                    } else {
+                        vec![method]
+                    }
+                })
+                .collect();
             let path = path.replace(['{', '}'], "");
-            let answer = server.send("BREW", &path, &[("ApiKey", &server.operator_key)], vec![]).await.with_error(405, "MethodNotAllowed");
-            assert_eq!(answer.header("allow").split(',').map(str::to_owned).collect::<BTreeSet<_>>(), documented, "{path}");
+            let answer = server
+                .send("BREW", &path, &[("ApiKey", &server.operator_key)], vec![])
+                .await
+                .with_error(405, "MethodNotAllowed");
+            assert_eq!(
+                answer
+                    .header("allow")
+                    .split(',')
+                    .map(str::to_owned)
+                    .collect::<BTreeSet<_>>(),
+                documented,
+                "{path}"
+            );
         }
     }
 
-    async fn the_document_is_answered_without_a_key_and_printed_by_the_command(server: TestServer) {
-        let answer = server.send("GET", "/openapi.json", &[], vec![]).await.with_status(200);
+    async fn document_is_public_and_printed_by_command(server: TestServer) {
+        let answer = server
+            .send("GET", "/openapi.json", &[], vec![])
+            .await
+            .with_status(200);
         assert_eq!(answer.header("content-type"), "application/json");
+
         let document = answer.json();
         assert_eq!(document["info"]["version"], env!("CARGO_PKG_VERSION"));
         assert!(document["openapi"].as_str().unwrap().starts_with("3.1."));
+
         let printed = testkit::run(&[], &["openapi"], b"").with_code(0);
         assert_eq!(printed.stdout.trim_end().as_bytes(), answer.body);
-        server.send("HEAD", "/openapi.json", &[], vec![]).await.with_status(200);
+
+        server
+            .send("HEAD", "/openapi.json", &[], vec![])
+            .await
+            .with_status(200);
     }
 
-    async fn what_the_document_says_may_be_stored_is_stored_and_nothing_else(server: TestServer) {
+    async fn put_accepts_exactly_what_the_document_allows(server: TestServer) {
         let schema = json!({"$ref": "#/components/schemas/InvoiceInput"});
         let (mut stored, mut refused) = (0, 0);
         for (n, mut document) in documents().into_iter().enumerate() {
@@ -281,9 +331,20 @@ each_database! {
             }
             let is_right = faults(&schema, &document).is_empty();
             let answer = server.put(&invoice_path(&format!("{n}")), &document).await;
-            assert_eq!(answer.status.is_success(), is_right, "{document} is answered {answer:?}");
-            (stored, refused) = (stored + usize::from(is_right), refused + usize::from(!is_right));
+            assert_eq!(
+                answer.status.is_success(),
+                is_right,
+                "{document} is answered {answer:?}"
+            );
+            (stored, refused) = (
+                stored + usize::from(is_right),
+                refused + usize::from(!is_right),
+            );
         }
-        assert!(stored > 15 && refused > 15, "{stored} stored, {refused} refused");
+
+        assert!(
+            stored > 15 && refused > 15,
+            "{stored} stored, {refused} refused"
+        );
     }
 }

@@ -1,4 +1,5 @@
-//! The database goes away: everything that needs it is refused at once, and it all goes on by itself when it is back.
+//! Outages of the database: requests that need it are rejected at once, and service recovers by
+//! itself.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -9,17 +10,18 @@ use tokio::task::block_in_place;
 
 use testkit::{Answer, Database, Engine, Load, PostgresServer, TestServer, invoice_path};
 
-/// "At once".
+/// Maximum duration of an immediate answer.
 const AT_ONCE: Duration = Duration::from_millis(400);
-/// What the first delivery may take that meets a server that is gone.
+/// Maximum duration of the first delivery after a server has disappeared.
 const FIRST: Duration = Duration::from_millis(1500);
-/// What it may take until a server counts as away that answers nothing: a statement that takes long, and then a question.
+/// Maximum time until an unresponsive server counts as unavailable: one slow statement and one
+/// probe.
 const NOTICED: Duration = Duration::from_secs(4);
 const BACK: Duration = Duration::from_secs(2);
-/// Within which a server notes what it refused, and it is no longer news.
+/// Maximum time until a server has recorded its rejections.
 const NOTED: Duration = Duration::from_secs(60);
 
-/// Deliveries beside the load, one after the other, each of them new.
+/// Single deliveries of new events, in addition to the load.
 struct Probe<'w> {
     server: &'w TestServer,
     count: usize,
@@ -27,7 +29,7 @@ struct Probe<'w> {
 }
 
 impl Probe<'_> {
-    /// What it is answered, and in which time.
+    /// Delivers an event. Returns the answer and its duration.
     async fn deliver(&mut self) -> (Answer, Duration) {
         self.count += 1;
         let id = format!("evt_probe_{}", self.count);
@@ -36,14 +38,16 @@ impl Probe<'_> {
         let asked = Instant::now();
         let answer = self.server.deliver(&event).await;
         let took = asked.elapsed();
+
         if answer.status == 503 {
             assert!(!answer.header("retry-after").is_empty(), "{answer:?}");
             self.refused.push(id);
         }
+
         (answer, took)
     }
 
-    /// Returns when a delivery is answered 503 at once.
+    /// Waits until a delivery is answered 503 at once.
     async fn until_refused_at_once(&mut self, within: Duration) {
         let deadline = Instant::now() + within;
         loop {
@@ -58,7 +62,7 @@ impl Probe<'_> {
         }
     }
 
-    /// Returns when it is taken again, and the server is ready.
+    /// Waits until deliveries are accepted and the server is ready.
     async fn until_taken(&mut self, within: Duration) {
         let asked = Instant::now();
         while self.deliver().await.0.status != 200
@@ -71,7 +75,7 @@ impl Probe<'_> {
     }
 }
 
-/// More at a time than a server has connections to its database.
+/// Reads with more concurrent requests than the server has database connections.
 async fn read_on_all_connections(server: &TestServer) {
     let path = invoice_path("inv-0");
     for read in join_all((0..20).map(|_| server.get(&path, &server.acme_key))).await {
@@ -79,7 +83,7 @@ async fn read_on_all_connections(server: &TestServer) {
     }
 }
 
-/// Everything that needs the database is refused; what does not is answered.
+/// Asserts that everything that needs the database is rejected and everything else is answered.
 async fn check_refused(server: &TestServer) {
     let asked = Instant::now();
     for path in [
@@ -93,6 +97,7 @@ async fn check_refused(server: &TestServer) {
             .with_error(503, "Unavailable");
         assert!(!answer.header("retry-after").is_empty(), "{answer:?}");
     }
+
     server
         .put(&invoice_path("inv-0"), &json!({}))
         .await
@@ -102,8 +107,8 @@ async fn check_refused(server: &TestServer) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_database_that_is_stopped_is_answered_503_at_once_and_it_goes_on_by_itself() {
-    let cluster = Arc::new(PostgresServer::of_its_own("-c fsync=on", &[]));
+async fn stopped_database_answers_503_and_service_recovers() {
+    let cluster = Arc::new(PostgresServer::start_durable("-c fsync=on", &[]));
     let server = TestServer::on(Database::create_on(&cluster)).await;
     let (load, mut probe) = (
         Load::start(&server),
@@ -118,7 +123,7 @@ async fn a_database_that_is_stopped_is_answered_503_at_once_and_it_goes_on_by_it
         assert_eq!(probe.deliver().await.0.status, 200);
         read_on_all_connections(&server).await;
         let acknowledged = load.acknowledged();
-        block_in_place(|| cluster.stop_at_once());
+        block_in_place(|| cluster.stop_immediately());
 
         let (answer, took) = probe.deliver().await;
         assert!(
@@ -134,14 +139,14 @@ async fn a_database_that_is_stopped_is_answered_503_at_once_and_it_goes_on_by_it
         }
         check_refused(&server).await;
 
-        block_in_place(|| cluster.start_again());
+        block_in_place(|| cluster.restart());
         probe.until_taken(BACK).await;
         let kept = server.logged_ids();
         assert!(
             acknowledged.iter().all(|id| kept.contains(id)),
             "round {round}: what was acknowledged is there"
         );
-        // No connection that led to the server before is used again: each would be taken for another outage.
+        // No old connection is used again: each would count as another outage.
         assert_eq!(
             server
                 .process
@@ -162,8 +167,8 @@ async fn a_database_that_is_stopped_is_answered_503_at_once_and_it_goes_on_by_it
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_database_that_is_paused_is_answered_503_and_what_was_in_doubt_is_there_at_most_once() {
-    let cluster = Arc::new(PostgresServer::of_its_own("-c fsync=on", &[]));
+async fn paused_database_answers_503_and_duplicates_nothing() {
+    let cluster = Arc::new(PostgresServer::start_durable("-c fsync=on", &[]));
     let server = TestServer::on(Database::create_on(&cluster)).await;
     let (load, mut probe) = (
         Load::start(&server),
@@ -192,19 +197,20 @@ async fn a_database_that_is_paused_is_answered_503_and_what_was_in_doubt_is_ther
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_server_without_a_connection_to_spare_is_not_away() {
+async fn exhausted_connections_do_not_count_as_outage() {
     let cluster = PostgresServer::shared();
     cluster.sql("postgres", "create role few login");
     let database = Database::create(Engine::Postgres);
     let name = database.url.rsplit('/').next().unwrap();
     cluster.sql("postgres", &format!("alter database {name} owner to few"));
     let server =
-        TestServer::on(database.by_way_of(|name| cluster.url(name).replace("postgres@", "few@")))
+        TestServer::on(database.with_url(|name| cluster.url(name).replace("postgres@", "few@")))
             .await;
     server.store("inv-0", "in_0").await.with_status(201);
     cluster.sql("postgres", "alter role few connection limit 2");
     let path = invoice_path("inv-0");
     let reads = join_all((0..30).map(|_| server.get(&path, &server.acme_key))).await;
+
     assert!(
         reads.iter().any(|read| read.status == 503),
         "there are too few connections"
@@ -213,6 +219,7 @@ async fn a_server_without_a_connection_to_spare_is_not_away() {
         reads.iter().any(|read| read.status == 200),
         "those that there are go on"
     );
+
     let since = Instant::now();
     while server.get(&path, &server.acme_key).await.status != 200 {
         assert!(since.elapsed() < 2 * BACK, "it is not back");
@@ -220,21 +227,26 @@ async fn a_server_without_a_connection_to_spare_is_not_away() {
 }
 
 async fn check_at_the_end(server: &TestServer, load: Load) {
-    let told = load.finish().await;
+    let logged_outages = load.finish().await;
     let (probes, log): (Vec<String>, Vec<String>) = server
         .logged_ids()
         .into_iter()
         .partition(|id| id.starts_with("evt_probe"));
     let different: std::collections::BTreeSet<&String> = probes.iter().collect();
     assert_eq!(different.len(), probes.len(), "a delivery is there twice");
-    assert!(!told.refused_by().is_empty(), "it happened under load");
-    told.check_log(&log, "the database was away");
-    told.check_histories(&server.all_histories(), "the database was away")
+    assert!(
+        !logged_outages.refused_by().is_empty(),
+        "it happened under load"
+    );
+
+    logged_outages.check_log(&log, "the database was away");
+    logged_outages
+        .check_histories(&server.all_histories(), "the database was away")
         .await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_disk_that_is_full_takes_no_delivery_and_is_still_read_and_the_doctor_says_what_to_do() {
+async fn full_disk_rejects_deliveries_and_still_serves_reads() {
     let server = TestServer::start(Engine::Postgres).await;
     server.store("inv-0", "in_0").await.with_status(201);
     let mut probe = Probe {
@@ -243,16 +255,19 @@ async fn a_disk_that_is_full_takes_no_delivery_and_is_still_read_and_the_doctor_
         refused: Vec::new(),
     };
     assert_eq!(probe.deliver().await.0.status, 200);
-    // As if that were a minute ago.
+
+    // Move the time one minute into the past.
     server
         .database
         .execute("update events set received_ms = received_ms - 60000")
         .await;
-    // What has room in a page is still written, as on a disk that is full.
+
+    // Updates within existing pages still succeed, as on a full disk.
     let full = "create function disk_full() returns trigger language plpgsql as $$ begin
         raise exception using errcode = 'disk_full', message = 'could not extend file: No space left on device'; end $$;
         create trigger disk_full after insert on events for each row execute function disk_full()";
     server.database.execute(full).await;
+
     for _ in 0..20 {
         assert_eq!(probe.deliver().await.0.status, 503);
         server
@@ -260,11 +275,13 @@ async fn a_disk_that_is_full_takes_no_delivery_and_is_still_read_and_the_doctor_
             .await
             .with_status(200);
     }
+
     let log = server.process.log();
     assert!(
         log.contains("No space left on device") && !log.contains("database unavailable"),
         "{log}"
     );
+
     let until_doctor = async |code: i32, words: &str| {
         let deadline = Instant::now() + NOTED;
         loop {
@@ -279,11 +296,13 @@ async fn a_disk_that_is_full_takes_no_delivery_and_is_still_read_and_the_doctor_
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
     };
+
     until_doctor(3, "FAILING  deliveries      Deliveries are answered 503").await;
-    // What is known already needs no room.
+    // Known events need no space.
     probe.count = 0;
     assert_eq!(probe.deliver().await.0.status, 200);
     assert_eq!(probe.deliver().await.0.status, 503);
+
     until_doctor(
         3,
         "warning  deliveries      Some deliveries are answered 503",
@@ -294,12 +313,13 @@ async fn a_disk_that_is_full_takes_no_delivery_and_is_still_read_and_the_doctor_
         .execute("drop trigger disk_full on events")
         .await;
     assert_eq!(probe.deliver().await.0.status, 200);
+
     until_doctor(0, "").await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_database_that_is_read_only_takes_no_delivery_and_is_still_read_in_a_calm_log() {
-    let cluster = Arc::new(PostgresServer::of_its_own("-c fsync=on", &[]));
+async fn read_only_database_rejects_deliveries_and_serves_reads() {
+    let cluster = Arc::new(PostgresServer::start_durable("-c fsync=on", &[]));
     let server = TestServer::on(Database::create_on(&cluster)).await;
     server.store("inv-0", "in_0").await.with_status(201);
     let mut probe = Probe {
@@ -307,14 +327,17 @@ async fn a_database_that_is_read_only_takes_no_delivery_and_is_still_read_in_a_c
         count: 0,
         refused: Vec::new(),
     };
+
     assert_eq!(probe.deliver().await.0.status, 200);
+
     let name = server.database.url.rsplit('/').next().unwrap();
     let sessions = "select pg_terminate_backend(pid) from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()";
     cluster.sql(
         name,
         &format!("alter database {name} set default_transaction_read_only = on; {sessions}"),
     );
-    // Those that were open when their sessions ended are gone first.
+
+    // Wait until the connections of ended sessions are closed.
     let deadline = Instant::now() + NOTED;
     while !server.process.log().contains("in a read-only transaction")
         || server.get("/readyz", "").await.status != 503
@@ -326,13 +349,14 @@ async fn a_database_that_is_read_only_takes_no_delivery_and_is_still_read_in_a_c
             server.process.log()
         );
     }
-    let told = |log: &str| {
+    let logged_outages = |log: &str| {
         (
             log.matches("database unavailable").count(),
             log.matches("database available again").count(),
         )
     };
-    let before = told(&server.process.log());
+
+    let before = logged_outages(&server.process.log());
     for _ in 0..20 {
         assert_eq!(probe.deliver().await.0.status, 503);
         server
@@ -341,8 +365,10 @@ async fn a_database_that_is_read_only_takes_no_delivery_and_is_still_read_in_a_c
             .with_status(200);
         server.get("/readyz", "").await.with_status(503);
     }
+
     let log = server.process.log();
-    assert_eq!(told(&log), before, "{log}");
+    assert_eq!(logged_outages(&log), before, "{log}");
+
     cluster.sql(
         "postgres",
         &format!("alter database {name} reset default_transaction_read_only"),
@@ -351,7 +377,7 @@ async fn a_database_that_is_read_only_takes_no_delivery_and_is_still_read_in_a_c
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_file_that_is_moved_away_or_replaced_takes_nothing_that_would_be_lost() {
+async fn moved_or_replaced_file_accepts_no_delivery() {
     let server = TestServer::start(Engine::Sqlite).await;
     let mut probe = Probe {
         server: &server,
@@ -359,6 +385,7 @@ async fn a_file_that_is_moved_away_or_replaced_takes_nothing_that_would_be_lost(
         refused: Vec::new(),
     };
     assert_eq!(probe.deliver().await.0.status, 200);
+
     let file = server.database.url.trim_start_matches("sqlite://");
     let moved = format!("{file}.moved");
     std::fs::rename(file, &moved).unwrap();
@@ -373,11 +400,13 @@ async fn a_file_that_is_moved_away_or_replaced_takes_nothing_that_would_be_lost(
     refused(&mut probe).await;
     std::fs::copy(&moved, file).unwrap();
     refused(&mut probe).await;
+
     let log = server.process.log();
     assert!(
         log.contains("is no longer there") && log.contains("is no longer the file that was opened"),
         "{log}"
     );
+
     std::fs::rename(&moved, file).unwrap();
     assert_eq!(probe.deliver().await.0.status, 200);
 }

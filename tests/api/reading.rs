@@ -1,4 +1,5 @@
-//! `GET /v1/tenants/{tenantUid}/invoices/{invoiceUid}`: who may read, what is answered, and what nobody gets to know.
+//! `GET /v1/tenants/{tenantUid}/invoices/{invoiceUid}`: access, answers, and what callers cannot
+//! find out.
 
 use serde_json::{Value, json};
 
@@ -12,7 +13,7 @@ fn paid(id: &str, created: i64) -> Value {
         "id": "in_1", "object": "invoice", "status": "paid", "currency": "usd", "amount_due": 5000, "amount_paid": 5000}}})
 }
 
-/// Header lines that carry a key, each as it stands in a request.
+/// Returns header lines that carry a key, in every accepted style.
 fn with_key(key: &str) -> Vec<String> {
     let names = [
         "ApiKey",
@@ -27,6 +28,7 @@ fn with_key(key: &str) -> Vec<String> {
     let bearer = names[4..]
         .iter()
         .flat_map(|name| ["Bearer", "bearer"].map(|scheme| format!("{name}: {scheme} {key}")));
+
     plain
         .chain(bearer)
         .chain([
@@ -36,7 +38,7 @@ fn with_key(key: &str) -> Vec<String> {
         .collect()
 }
 
-/// Header lines that carry none, although they look like it.
+/// Returns header lines that resemble a key and carry no valid one.
 fn without_key(key: &str, spent: &[String]) -> Vec<String> {
     let (shorter, upper) = (&key[..key.len() - 1], key.to_uppercase());
     let values = [
@@ -52,6 +54,7 @@ fn without_key(key: &str, spent: &[String]) -> Vec<String> {
         shorter,
         &upper,
     ];
+
     let mut lines = vec![
         "Accept: */*".to_owned(),
         format!("X-Api-Key: {key}"),
@@ -68,7 +71,8 @@ fn without_key(key: &str, spent: &[String]) -> Vec<String> {
         format!("ApiKey: Bearer {key}"),
         format!("ApiKey: {key}x"),
     ]);
-    // Which of two another party looked at, nobody knows.
+
+    // A proxy may have checked either of two keys.
     lines.push(format!("ApiKey: {key}\r\nApiKey: {key}"));
     lines.extend(
         spent
@@ -78,7 +82,7 @@ fn without_key(key: &str, spent: &[String]) -> Vec<String> {
     lines
 }
 
-/// The answer to one request with these header lines: head and body.
+/// Sends one request with these header lines and returns head and body.
 async fn answered(server: &TestServer, path: &str, lines: &str) -> (String, String) {
     let request = format!("GET {path} HTTP/1.1\r\nHost: x\r\n{lines}\r\nConnection: close\r\n\r\n");
     let answer = server.send_raw(request.as_bytes()).await;
@@ -88,7 +92,7 @@ async fn answered(server: &TestServer, path: &str, lines: &str) -> (String, Stri
     (head.to_owned(), body.to_owned())
 }
 
-/// What an answer says, without what only names the request.
+/// Returns an answer without the parts that identify the request.
 fn anonymous(answer: &Answer) -> (u16, Vec<(String, String)>, String) {
     let of_the_request = ["x-request-id", "date"];
     let headers = answer
@@ -103,71 +107,169 @@ fn anonymous(answer: &Answer) -> (u16, Vec<(String, String)>, String) {
 }
 
 each_database! {
-    async fn a_key_opens_its_tenant_in_every_style_of_header(server: TestServer) {
+    async fn key_is_accepted_in_every_header_style(server: TestServer) {
         server.store("a", "in_1").await.with_status(201);
         for key in [&server.acme_key, &server.operator_key] {
             for lines in with_key(key) {
                 let (head, body) = answered(&server, &invoice_path("a"), &lines).await;
-                assert!(head.starts_with("HTTP/1.1 200 "), "{lines:?} is answered {head} {body}");
+                assert!(
+                    head.starts_with("HTTP/1.1 200 "),
+                    "{lines:?} is answered {head} {body}"
+                );
             }
         }
     }
 
-    async fn without_a_valid_key_everything_is_401_and_nothing_is_said(server: TestServer) {
+    async fn requests_without_valid_key_get_opaque_401(server: TestServer) {
         server.store("a", "in_1").await.with_status(201);
         let path = invoice_path("a");
-        let spent = [server.revoked_key(&path).await, server.expired_key(&path).await];
+        let spent = [
+            server.revoked_key(&path).await,
+            server.expired_key(&path).await,
+        ];
+
         for lines in without_key(&server.acme_key, &spent) {
-            for path in [&path, &invoice_path("missing"), &invoice_path("%ff"), "/v1/tenants/beta/invoices/a", "/v1/tenants/acme/invoices"] {
+            for path in [
+                &path,
+                &invoice_path("missing"),
+                &invoice_path("%ff"),
+                "/v1/tenants/beta/invoices/a",
+                "/v1/tenants/acme/invoices",
+            ] {
                 let (head, body) = answered(&server, path, &lines).await;
-                assert!(head.starts_with("HTTP/1.1 401 "), "{lines:?} to {path} is answered {head} {body}");
+                assert!(
+                    head.starts_with("HTTP/1.1 401 "),
+                    "{lines:?} to {path} is answered {head} {body}"
+                );
                 let error: Value = serde_json::from_str(&body).unwrap();
                 assert_eq!(error["code"], "Unauthorized");
                 assert!(!body.contains(&server.acme_key[..8]), "{body}");
             }
         }
-        server.send("GET", &path, &[], vec![]).await.with_error(401, "Unauthorized");
-        server.send("HEAD", &path, &[], vec![]).await.with_status(401);
+
+        server
+            .send("GET", &path, &[], vec![])
+            .await
+            .with_error(401, "Unauthorized");
+        server
+            .send("HEAD", &path, &[], vec![])
+            .await
+            .with_status(401);
     }
 
-    async fn a_missing_invoice_and_another_tenants_cannot_be_told_apart(server: TestServer) {
-        server.put("/v1/tenants/beta/invoices/there", &json!({})).await.with_status(201);
-        let missing = server.get(&invoice_path("missing"), &server.acme_key).await.with_error(404, "ResourceNotFound");
-        for path in ["/v1/tenants/beta/invoices/there", "/v1/tenants/beta/invoices/missing", "/v1/tenants/nobody/invoices/there"] {
-            let answer = server.get(path, &server.acme_key).await.with_error(404, "ResourceNotFound");
+    async fn foreign_invoice_looks_like_a_missing_one(server: TestServer) {
+        server
+            .put("/v1/tenants/beta/invoices/there", &json!({}))
+            .await
+            .with_status(201);
+        let missing = server
+            .get(&invoice_path("missing"), &server.acme_key)
+            .await
+            .with_error(404, "ResourceNotFound");
+
+        for path in [
+            "/v1/tenants/beta/invoices/there",
+            "/v1/tenants/beta/invoices/missing",
+            "/v1/tenants/nobody/invoices/there",
+        ] {
+            let answer = server
+                .get(path, &server.acme_key)
+                .await
+                .with_error(404, "ResourceNotFound");
             assert_eq!(anonymous(&answer), anonymous(&missing), "{path}");
-            let put = server.send("PUT", path, &[("ApiKey", &server.acme_key)], b"{}".to_vec()).await;
+            let put = server
+                .send("PUT", path, &[("ApiKey", &server.acme_key)], b"{}".to_vec())
+                .await;
             assert_eq!(anonymous(&put), anonymous(&missing), "PUT {path}");
         }
-        server.get("/v1/tenants/beta/invoices/there", &server.operator_key).await.with_status(200);
-        server.get("/v1/tenants/beta/invoices/missing", &server.operator_key).await.with_error(404, "ResourceNotFound");
-        server.get("/v1/elsewhere", &server.acme_key).await.with_error(404, "ResourceNotFound");
+
+        server
+            .get("/v1/tenants/beta/invoices/there", &server.operator_key)
+            .await
+            .with_status(200);
+        server
+            .get("/v1/tenants/beta/invoices/missing", &server.operator_key)
+            .await
+            .with_error(404, "ResourceNotFound");
+
+        server
+            .get("/v1/elsewhere", &server.acme_key)
+            .await
+            .with_error(404, "ResourceNotFound");
     }
 
-    async fn an_id_that_cannot_be_one_is_an_invalid_path_and_only_a_key_gets_to_know(server: TestServer) {
+    async fn malformed_id_is_invalid_path_only_with_a_key(server: TestServer) {
         let (longest, too_long) = ("x".repeat(255), "x".repeat(256));
         let (wide, too_wide) = ("%C3%A9".repeat(127), "%C3%A9".repeat(128));
-        for uid in [&longest, &wide, "..", "%2e%2e", "a%2Fb", "%20", "a+b", "*", "%25", "%F0%9F%92%A5", "null"] {
-            server.get(&invoice_path(uid), &server.acme_key).await.with_error(404, "ResourceNotFound");
+        for uid in [
+            &longest,
+            &wide,
+            "..",
+            "%2e%2e",
+            "a%2Fb",
+            "%20",
+            "a+b",
+            "*",
+            "%25",
+            "%F0%9F%92%A5",
+            "null",
+        ] {
+            server
+                .get(&invoice_path(uid), &server.acme_key)
+                .await
+                .with_error(404, "ResourceNotFound");
         }
-        for id in ["", "%ff", "%C3", "%ED%A0%80", "%00", "a%00b", "%0A", "%0d%0a", "%1b", "%7f", "%C2%85", &too_long, &too_wide] {
-            for path in [format!("/v1/tenants/acme/invoices/{id}"), format!("/v1/tenants/{id}/invoices/a"), format!("/v1/tenants/{id}/invoices")] {
+
+        for id in [
+            "",
+            "%ff",
+            "%C3",
+            "%ED%A0%80",
+            "%00",
+            "a%00b",
+            "%0A",
+            "%0d%0a",
+            "%1b",
+            "%7f",
+            "%C2%85",
+            &too_long,
+            &too_wide,
+        ] {
+            for path in [
+                format!("/v1/tenants/acme/invoices/{id}"),
+                format!("/v1/tenants/{id}/invoices/a"),
+                format!("/v1/tenants/{id}/invoices"),
+            ] {
                 for key in [&server.acme_key, &server.operator_key] {
                     server.get(&path, key).await.with_error(400, "InvalidPath");
                 }
-                server.get(&path, "wrong").await.with_error(401, "Unauthorized");
+                server
+                    .get(&path, "wrong")
+                    .await
+                    .with_error(401, "Unauthorized");
             }
-            for path in [format!("/v1/tenants/acme/invoices/{id}"), format!("/v1/tenants/{id}/invoices/a")] {
-                server.put(&path, &json!({})).await.with_error(400, "InvalidPath");
+            for path in [
+                format!("/v1/tenants/acme/invoices/{id}"),
+                format!("/v1/tenants/{id}/invoices/a"),
+            ] {
+                server
+                    .put(&path, &json!({}))
+                    .await
+                    .with_error(400, "InvalidPath");
             }
         }
     }
 
-    async fn another_method_is_405_and_says_which_there_are(server: TestServer) {
+    async fn unsupported_method_answers_405_with_allow_header(server: TestServer) {
         server.store("a", "in_1").await.with_status(201);
-        for (path, allowed) in [(invoice_path("a"), "GET,HEAD,PUT"), ("/v1/tenants/acme/invoices".to_owned(), "GET,HEAD")] {
+        for (path, allowed) in [
+            (invoice_path("a"), "GET,HEAD,PUT"),
+            ("/v1/tenants/acme/invoices".to_owned(), "GET,HEAD"),
+        ] {
             for method in ["POST", "DELETE", "PATCH", "OPTIONS", "TRACE", "BREW"] {
-                let answer = server.send(method, &path, &[("ApiKey", &server.operator_key)], vec![]).await;
+                let answer = server
+                    .send(method, &path, &[("ApiKey", &server.operator_key)], vec![])
+                    .await;
                 let answer = answer.with_error(405, "MethodNotAllowed");
                 assert_eq!(answer.header("allow"), allowed, "{method} {path}");
             }
@@ -176,126 +278,287 @@ each_database! {
 }
 
 each_database! {
-    async fn the_tag_of_an_answer_changes_when_a_state_is_appended(server: TestServer) {
+    async fn etag_changes_if_a_state_is_appended(server: TestServer) {
         server.store("a", "in_1").await.with_status(201);
         let path = invoice_path("a");
         let ask = async |named: &str| {
-            server.send("GET", &path, &[("ApiKey", &server.acme_key), ("If-None-Match", named)], vec![]).await
+            server
+                .send(
+                    "GET",
+                    &path,
+                    &[("ApiKey", &server.acme_key), ("If-None-Match", named)],
+                    vec![],
+                )
+                .await
         };
-        let tag = server.get(&path, &server.acme_key).await.with_status(200).header("etag").to_owned();
-        assert!(tag.starts_with('"') && tag.ends_with('"') && tag.len() > 8, "{tag}");
-        for named in [tag.clone(), format!("W/{tag}"), format!("\"other\", {tag}"), format!("\"other\" ,W/{tag},\"third\""), "*".to_owned()] {
+        let tag = server
+            .get(&path, &server.acme_key)
+            .await
+            .with_status(200)
+            .header("etag")
+            .to_owned();
+
+        assert!(
+            tag.starts_with('"') && tag.ends_with('"') && tag.len() > 8,
+            "{tag}"
+        );
+
+        for named in [
+            tag.clone(),
+            format!("W/{tag}"),
+            format!("\"other\", {tag}"),
+            format!("\"other\" ,W/{tag},\"third\""),
+            "*".to_owned(),
+        ] {
             let answer = ask(&named).await.with_status(304);
-            assert_eq!((answer.header("etag"), answer.body.len()), (&*tag, 0), "{named}");
+            assert_eq!(
+                (answer.header("etag"), answer.body.len()),
+                (&*tag, 0),
+                "{named}"
+            );
         }
-        for named in ["", "\"other\"", "W/\"other\"", tag.trim_matches('"'), "\"\"", "\u{e9}"] {
-            assert_eq!(ask(named).await.with_status(200).header("etag"), tag, "{named}");
+
+        for named in [
+            "",
+            "\"other\"",
+            "W/\"other\"",
+            tag.trim_matches('"'),
+            "\"\"",
+            "\u{e9}",
+        ] {
+            assert_eq!(
+                ask(named).await.with_status(200).header("etag"),
+                tag,
+                "{named}"
+            );
         }
-        // Says nothing about this payment.
+
+        // An event that asserts nothing about this payment.
         let mut other = paid("evt_other", 1_769_850_000);
         other["data"]["object"]["id"] = "in_other".into();
         server.deliver(&other).await.with_status(200);
         ask(&tag).await.with_status(304);
-        server.deliver(&paid("evt_1", 1_769_850_000)).await.with_status(200);
+        server
+            .deliver(&paid("evt_1", 1_769_850_000))
+            .await
+            .with_status(200);
         let newer = ask(&tag).await.with_status(200).header("etag").to_owned();
+
         assert_ne!(newer, tag);
-        server.deliver(&paid("evt_1", 1_769_850_000)).await.with_status(200);
+
+        server
+            .deliver(&paid("evt_1", 1_769_850_000))
+            .await
+            .with_status(200);
         ask(&newer).await.with_status(304);
-        server.put(&path, &json!({"metadata": {"name": "another"}})).await.with_status(200);
+        server
+            .put(&path, &json!({"metadata": {"name": "another"}}))
+            .await
+            .with_status(200);
         assert_ne!(ask(&newer).await.with_status(200).header("etag"), newer);
     }
 
-    async fn head_answers_what_get_does_without_the_body(server: TestServer) {
+    async fn head_answers_like_get_without_body(server: TestServer) {
         server.store("a", "in_1").await.with_status(201);
         let key = [("ApiKey", server.acme_key.as_str())];
-        let get = server.send("GET", &invoice_path("a"), &key, vec![]).await.with_status(200);
-        let head = server.send("HEAD", &invoice_path("a"), &key, vec![]).await.with_status(200);
+        let get = server
+            .send("GET", &invoice_path("a"), &key, vec![])
+            .await
+            .with_status(200);
+        let head = server
+            .send("HEAD", &invoice_path("a"), &key, vec![])
+            .await
+            .with_status(200);
+
         assert_eq!(head.header("content-length"), get.body.len().to_string());
-        assert_eq!((head.header("etag"), head.header("content-type")), (get.header("etag"), "application/json"));
+        assert_eq!(
+            (head.header("etag"), head.header("content-type")),
+            (get.header("etag"), "application/json")
+        );
         assert!(head.body.is_empty());
-        server.send("HEAD", &invoice_path("missing"), &key, vec![]).await.with_status(404);
+
+        server
+            .send("HEAD", &invoice_path("missing"), &key, vec![])
+            .await
+            .with_status(404);
     }
 
-    async fn an_answer_is_compressed_when_asked_for_and_only_then(server: TestServer) {
+    async fn answer_is_compressed_only_on_request(server: TestServer) {
         let path = invoice_path("inv-2026-01-001");
-        server.put(&path, &serde_json::from_str(FIXTURES.lines().next().unwrap()).unwrap()).await.with_status(201);
+        server
+            .put(
+                &path,
+                &serde_json::from_str(FIXTURES.lines().next().unwrap()).unwrap(),
+            )
+            .await
+            .with_status(201);
         let key = ("ApiKey", server.acme_key.as_str());
-        let plain = server.send("GET", &path, &[key], vec![]).await.with_status(200);
+        let plain = server
+            .send("GET", &path, &[key], vec![])
+            .await
+            .with_status(200);
+
         assert_eq!(plain.header("content-encoding"), "");
-        let packed = server.send("GET", &path, &[key, ("Accept-Encoding", "br, gzip")], vec![]).await.with_status(200);
-        assert_eq!((packed.header("content-encoding"), packed.header("vary")), ("gzip", "accept-encoding"));
+
+        let packed = server
+            .send(
+                "GET",
+                &path,
+                &[key, ("Accept-Encoding", "br, gzip")],
+                vec![],
+            )
+            .await
+            .with_status(200);
+        assert_eq!(
+            (packed.header("content-encoding"), packed.header("vary")),
+            ("gzip", "accept-encoding")
+        );
         assert!(packed.body.len() < plain.body.len());
+
         assert_eq!(unpack(&packed.body), plain.body);
-        // The tag of other bytes is a weaker one, and still names the answer.
+
+        // The compressed answer has a weak tag that still identifies the answer.
         let tag = packed.header("etag");
         assert_eq!(tag, format!("W/{}", plain.header("etag")));
+
         for encoding in ["gzip", "identity"] {
             let headers = [key, ("Accept-Encoding", encoding), ("If-None-Match", tag)];
-            server.send("GET", &path, &headers, vec![]).await.with_status(304);
+            server
+                .send("GET", &path, &headers, vec![])
+                .await
+                .with_status(304);
         }
     }
 
-    async fn who_takes_no_encoding_that_there_is_is_answered_without_one(server: TestServer) {
+    async fn unsupported_encodings_get_an_uncompressed_answer(server: TestServer) {
         let none = ("Accept-Encoding", "gzip;q=0, identity;q=0");
-        let (operator, acme) = (("ApiKey", server.operator_key.as_str()), ("ApiKey", server.acme_key.as_str()));
+        let (operator, acme) = (
+            ("ApiKey", server.operator_key.as_str()),
+            ("ApiKey", server.acme_key.as_str()),
+        );
         let path = invoice_path("a");
-        server.send("PUT", &path, &[operator, none], b"{}".to_vec()).await.with_status(201);
-        let read = server.send("GET", &path, &[acme, none], vec![]).await.with_status(200);
-        assert_eq!((read.header("content-encoding"), read.invoice()), ("", json!({"status": {"states": []}})));
+
+        server
+            .send("PUT", &path, &[operator, none], b"{}".to_vec())
+            .await
+            .with_status(201);
+        let read = server
+            .send("GET", &path, &[acme, none], vec![])
+            .await
+            .with_status(200);
+        assert_eq!(
+            (read.header("content-encoding"), read.invoice()),
+            ("", json!({"status": {"states": []}}))
+        );
+
         let known = ("If-None-Match", read.header("etag"));
-        server.send("GET", &path, &[acme, none, known], vec![]).await.with_status(304);
-        server.send("GET", &invoice_path("missing"), &[acme, none], vec![]).await.with_error(404, "ResourceNotFound");
+        server
+            .send("GET", &path, &[acme, none, known], vec![])
+            .await
+            .with_status(304);
+        server
+            .send("GET", &invoice_path("missing"), &[acme, none], vec![])
+            .await
+            .with_error(404, "ResourceNotFound");
     }
 
-    async fn documents_come_back_as_they_were_stored(server: TestServer) {
-        server.run_with_input(&["invoices", "import", "--tenant", "acme", "-"], FIXTURES.as_bytes()).with_code(0);
+    async fn documents_are_returned_as_stored(server: TestServer) {
+        server
+            .run_with_input(
+                &["invoices", "import", "--tenant", "acme", "-"],
+                FIXTURES.as_bytes(),
+            )
+            .with_code(0);
+
         for line in FIXTURES.lines() {
             let stored: Value = serde_json::from_str(line).unwrap();
-            let answer = server.get(&invoice_path(stored["metadata"]["uid"].as_str().unwrap()), &server.acme_key).await.with_status(200);
+            let answer = server
+                .get(
+                    &invoice_path(stored["metadata"]["uid"].as_str().unwrap()),
+                    &server.acme_key,
+                )
+                .await
+                .with_status(200);
             assert_eq!(answer.header("content-type"), "application/json");
             assert_eq!(answer.invoice(), stored);
         }
     }
 
-    async fn an_answer_has_the_forms_that_strict_clients_need(server: TestServer) {
+    async fn answer_has_the_types_that_strict_clients_need(server: TestServer) {
         let stored = r#"{
             "metadata": {"uid": "a", "creationTimestamp": "2026-01-31T10:15:00+01:00", "deletionTimestamp": null, "labels": {}},
             "spec": {"credits": {"pureFreeCredits": 2500.0, "alloyFreeCredits": -9223372036854775808}, "address": null,
                      "plan": {"freeCredits": [], "slaCredits": [{"totalCpuCoreHours": 1e3, "planCredit": {"type": "Pure", "cpuCoreHours": 0.0}}]}},
             "status": {"billableAmount": 0.1, "projects": [], "productInvoice": {"pure": {"overageLimitPercentage": 10.0, "tierPrice": 0.05}}}}"#;
-        server.put(&invoice_path("a"), &serde_json::from_str(stored).unwrap()).await.with_status(201).invoice();
-        let answer = server.get(&invoice_path("a"), &server.acme_key).await.with_status(200);
-        assert_eq!(answer.invoice(), json!({
-            "metadata": {"uid": "a", "creationTimestamp": "2026-01-31T09:15:00.000Z", "labels": {}},
-            "spec": {"credits": {"pureFreeCredits": 2500, "alloyFreeCredits": i64::MIN},
-                     "plan": {"freeCredits": [], "slaCredits": [{"totalCpuCoreHours": 1000, "planCredit": {"type": "Pure", "cpuCoreHours": 0}}]}},
-            "status": {"billableAmount": 0.1, "projects": [], "states": [],
-                       "productInvoice": {"pure": {"overageLimitPercentage": 10, "tierPrice": 0.05}}},
-        }));
+        server
+            .put(&invoice_path("a"), &serde_json::from_str(stored).unwrap())
+            .await
+            .with_status(201)
+            .invoice();
+        let answer = server
+            .get(&invoice_path("a"), &server.acme_key)
+            .await
+            .with_status(200);
+
+        assert_eq!(
+            answer.invoice(),
+            json!({
+                "metadata": {"uid": "a", "creationTimestamp": "2026-01-31T09:15:00.000Z", "labels": {}},
+                "spec": {"credits": {"pureFreeCredits": 2500, "alloyFreeCredits": i64::MIN},
+                         "plan": {"freeCredits": [], "slaCredits": [{"totalCpuCoreHours": 1000, "planCredit": {"type": "Pure", "cpuCoreHours": 0}}]}},
+                "status": {"billableAmount": 0.1, "projects": [], "states": [],
+                           "productInvoice": {"pure": {"overageLimitPercentage": 10, "tierPrice": 0.05}}},
+            })
+        );
         assert!(!answer.body.windows(4).any(|four| four == b"null"));
-        for smallest in [json!({}), json!({"status": {}}), json!({"status": null}), json!({"metadata": null, "status": {"states": null}})] {
+
+        for smallest in [
+            json!({}),
+            json!({"status": {}}),
+            json!({"status": null}),
+            json!({"metadata": null, "status": {"states": null}}),
+        ] {
             server.put(&invoice_path("b"), &smallest).await;
             let states = json!({"status": {"states": []}});
-            assert_eq!(server.get(&invoice_path("b"), &server.acme_key).await.with_status(200).invoice(), states, "{smallest}");
+            assert_eq!(
+                server
+                    .get(&invoice_path("b"), &server.acme_key)
+                    .await
+                    .with_status(200)
+                    .invoice(),
+                states,
+                "{smallest}"
+            );
         }
     }
 
-    async fn unknown_fields_come_back_as_they_came(server: TestServer) {
+    async fn unknown_fields_are_returned_unchanged(server: TestServer) {
         let odd = json!({"": null, "n": [1.0, -0.5, 1e300, u64::MAX], "text": "\u{0}\u{1}\u{7f}é💥\u{2028}\"\\/", "deep": [[[{"a~b/c": {}}]]]});
         let document = json!({
             "zzz": odd, "aaa": odd, "metadata": {"uid": "a", "odd": odd}, "spec": {"odd": odd, "address": {"odd": odd}},
             "status": {"odd": odd, "projects": [{"odd": odd}], "productInvoice": {"pure": {"odd": odd}}}});
-        server.put(&invoice_path("a"), &document).await.with_status(201);
-        let answer = server.get(&invoice_path("a"), &server.acme_key).await.with_status(200);
+        server
+            .put(&invoice_path("a"), &document)
+            .await
+            .with_status(201);
+        let answer = server
+            .get(&invoice_path("a"), &server.acme_key)
+            .await
+            .with_status(200);
         let mut expected = document;
         expected["status"]["states"] = json!([]);
+
         assert_eq!(answer.invoice(), expected);
-        let (first, second) = (answer.body.windows(5).position(|w| w == b"\"zzz\""), answer.body.windows(5).position(|w| w == b"\"aaa\""));
+
+        let (first, second) = (
+            answer.body.windows(5).position(|w| w == b"\"zzz\""),
+            answer.body.windows(5).position(|w| w == b"\"aaa\""),
+        );
         assert!(first < second, "fields keep their order");
     }
 }
 
-/// By a decoder that is not ours.
+/// Decompresses with an independent decoder.
 fn unpack(packed: &[u8]) -> Vec<u8> {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("answer.gz");
@@ -305,10 +568,12 @@ fn unpack(packed: &[u8]) -> Vec<u8> {
         .arg(&file)
         .output()
         .unwrap();
+
     assert!(
         output.status.success(),
         "{}",
         String::from_utf8_lossy(&output.stderr)
     );
+
     output.stdout
 }

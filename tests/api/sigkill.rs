@@ -1,4 +1,4 @@
-//! What was answered 2xx survives SIGKILL under load, and nothing is told twice after it.
+//! Acknowledged events survive SIGKILL under load, and no event is recorded twice.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -21,7 +21,7 @@ const INVOICES: usize = 6;
 /// Answers before a server is killed: enough in all rounds for a failed payment on each invoice.
 const MIN_ANSWERS: usize = 20;
 
-/// The nth event: invoice after invoice, each with a life of its own.
+/// Returns the n-th event. The lives of the invoices follow one another.
 fn event(n: usize) -> Value {
     let (invoice, step) = (n % INVOICES, n / INVOICES);
     let object = match step % 4 {
@@ -39,6 +39,7 @@ fn event(n: usize) -> Value {
         }
         _ => json!({"id": format!("cus_{invoice}"), "object": "customer"}),
     };
+
     let kind = [
         "payment_intent.processing",
         "charge.failed",
@@ -49,7 +50,9 @@ fn event(n: usize) -> Value {
         "data": {"object": object}})
 }
 
-/// Delivers new events over several connections until the server is gone; the ids of those that were answered 2xx.
+/// Delivers new events over several connections until the server dies.
+///
+/// Returns the ids of those answered 2xx.
 async fn load(base: &str, next: &AtomicUsize, answered: mpsc::UnboundedSender<()>) -> Vec<String> {
     let connections = (0..CONNECTIONS).map(|_| async {
         let (client, mut acknowledged) = (client(), Vec::new());
@@ -71,18 +74,20 @@ async fn load(base: &str, next: &AtomicUsize, answered: mpsc::UnboundedSender<()
                 Err(_) => break acknowledged,
             }
             acknowledged.push(event["id"].as_str().unwrap().to_owned());
-            // When it has heard enough, nobody listens any more.
+            // The receiver is dropped once enough answers have arrived.
             let _ = answered.send(());
         }
     });
+
     join_all(connections).await.concat()
 }
 
-/// Kills it after so many answers, and a moment more: wherever the deliveries under way happen to be by then.
+/// Kills the server after this many answers and a random delay, so that the kill hits deliveries at
+/// any stage.
 async fn kill_after(
     server: &mut Server,
     answers: usize,
-    moment: Duration,
+    delay: Duration,
     mut answered: mpsc::UnboundedReceiver<()>,
 ) {
     for _ in 0..answers {
@@ -91,7 +96,7 @@ async fn kill_after(
             .await
             .expect("the server is there until it is killed");
     }
-    tokio::time::sleep(moment).await;
+    tokio::time::sleep(delay).await;
     server.sigkill();
 }
 
@@ -106,29 +111,48 @@ fn logged_ids(server: &TestServer) -> Vec<String> {
 }
 
 each_database! {
-    async fn what_was_acknowledged_survives_sigkill_under_load_and_is_there_once(server: TestServer) {
+    async fn sigkill_under_load_loses_no_acknowledged_event(server: TestServer) {
         let mut server = server;
         let seed = seed();
-        let (mut random, next, mut acknowledged) = (StdRng::seed_from_u64(seed), AtomicUsize::new(0), BTreeSet::new());
+        let (mut random, next, mut acknowledged) = (
+            StdRng::seed_from_u64(seed),
+            AtomicUsize::new(0),
+            BTreeSet::new(),
+        );
         for invoice in 0..INVOICES {
-            server.store(&format!("inv-{invoice}"), &format!("in_{invoice}")).await.with_status(201);
+            server
+                .store(&format!("inv-{invoice}"), &format!("in_{invoice}"))
+                .await
+                .with_status(201);
         }
         for round in 0..ROUNDS {
-            let told = format!("round {round}, seed {seed}");
-            let (answers, moment) = (random.random_range(MIN_ANSWERS..120), Duration::from_micros(random.random_range(0..3000)));
-            let (answered, heard) = mpsc::unbounded_channel();
+            let context = format!("round {round}, seed {seed}");
+            let (answers, delay) = (
+                random.random_range(MIN_ANSWERS..120),
+                Duration::from_micros(random.random_range(0..3000)),
+            );
+            let (answered, received) = mpsc::unbounded_channel();
             let base = server.process.base.clone();
-            let (ids, ()) = tokio::join!(load(&base, &next, answered), kill_after(&mut server.process, answers, moment, heard));
+            let (ids, ()) = tokio::join!(
+                load(&base, &next, answered),
+                kill_after(&mut server.process, answers, delay, received)
+            );
             acknowledged.extend(ids);
             server.process = server.another_server();
             let log = logged_ids(&server);
             let kept: BTreeSet<String> = log.iter().cloned().collect();
-            assert_eq!(kept.len(), log.len(), "{told}: an event is there twice");
+            assert_eq!(kept.len(), log.len(), "{context}: an event is there twice");
             let lost: Vec<&String> = acknowledged.difference(&kept).collect();
-            assert!(lost.is_empty(), "{told}: acknowledged and lost: {lost:?}");
-            assert!(kept.len() <= next.load(Ordering::Relaxed), "{told}");
+            assert!(
+                lost.is_empty(),
+                "{context}: acknowledged and lost: {lost:?}"
+            );
+            assert!(kept.len() <= next.load(Ordering::Relaxed), "{context}");
         }
-        assert!(acknowledged.len() >= ROUNDS * MIN_ANSWERS, "{acknowledged:?}");
+        assert!(
+            acknowledged.len() >= ROUNDS * MIN_ANSWERS,
+            "{acknowledged:?}"
+        );
 
         let undisturbed = server.another().await;
         let exported = server.run(&["events", "export"]).with_code(0);
@@ -139,9 +163,19 @@ each_database! {
         }
         for invoice in 0..INVOICES {
             let uid = format!("inv-{invoice}");
-            undisturbed.store(&uid, &format!("in_{invoice}")).await.with_status(201);
-            let (states, expected) = (server.states(&uid).await.to_string(), undisturbed.states(&uid).await.to_string());
-            assert!(expected.contains("PaymentFailed"), "{}: {expected}", invoice_path(&uid));
+            undisturbed
+                .store(&uid, &format!("in_{invoice}"))
+                .await
+                .with_status(201);
+            let (states, expected) = (
+                server.states(&uid).await.to_string(),
+                undisturbed.states(&uid).await.to_string(),
+            );
+            assert!(
+                expected.contains("PaymentFailed"),
+                "{}: {expected}",
+                invoice_path(&uid)
+            );
             assert_eq!(states, expected, "seed {seed}");
         }
     }

@@ -1,4 +1,4 @@
-//! What the store promises, on both engines: one suite that calls everything public in it.
+//! Conformance suite of the store: calls every public method on both engines.
 
 mod copy;
 mod events;
@@ -15,7 +15,7 @@ use stripe_reconciler::store::{NewEvent, NewInvoice, Outcome, PackedBody, Source
 
 use testkit::{Database, Engine};
 
-/// A migrated store on a database of its own.
+/// A migrated store on its own database.
 struct TestStore {
     database: Database,
     store: Store,
@@ -30,16 +30,16 @@ impl TestStore {
     }
 }
 
-/// Writes each promise once, and holds both engines to it.
+/// Defines tests that run on both engines.
 macro_rules! each_store {
-    ($($(#[$attribute:meta])* async fn $name:ident($place:ident: TestStore) $body:block)*) => {
+    ($($(#[$attribute:meta])* async fn $name:ident($test:ident: TestStore) $body:block)*) => {
         $(
             $(#[$attribute])*
             mod $name {
                 #[allow(unused_imports)]
                 use super::*;
 
-                async fn run($place: TestStore) $body
+                async fn run($test: TestStore) $body
 
                 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
                 async fn sqlite() {
@@ -56,7 +56,7 @@ macro_rules! each_store {
 }
 use each_store;
 
-/// Text that no engine may change.
+/// Texts that every engine must preserve.
 const ODD: [&str; 7] = [
     "it's",
     "\"quoted\"",
@@ -67,7 +67,7 @@ const ODD: [&str; 7] = [
     "{},\"$1\"\n\t",
 ];
 
-/// A key as an event of this id may have it: of this rendering.
+/// Returns the key of a rendering of the event with this id.
 fn key(id: &str, rendering: u8) -> EventKey {
     let (EventKey(mut key), EventKey(last)) = EventKey::range(id);
     for (byte, last) in key
@@ -80,7 +80,7 @@ fn key(id: &str, rendering: u8) -> EventKey {
     EventKey(key)
 }
 
-/// An event that names an invoice.
+/// Returns an event that names an invoice.
 fn event(id: &str, rendering: u8, invoice: &str, received_ms: i64) -> NewEvent {
     NewEvent {
         key: key(id, rendering),
@@ -100,7 +100,7 @@ fn event(id: &str, rendering: u8, invoice: &str, received_ms: i64) -> NewEvent {
     }
 }
 
-/// The nth of many, in order of receipt.
+/// Returns the n-th of many events in order of receipt.
 fn nth(n: usize) -> NewEvent {
     event(
         &format!("evt_{n}"),
@@ -131,7 +131,7 @@ fn invoice(tenant: &str, uid: &str, stripe_invoice_id: Option<&str>) -> NewInvoi
     }
 }
 
-/// The public functions of the public types in `src/store/`.
+/// Returns the public functions of the public types in `src/store/`.
 fn public_functions() -> BTreeSet<String> {
     let mut folders = vec![Path::new(env!("CARGO_MANIFEST_DIR")).join("src/store")];
     let mut text = String::new();
@@ -168,7 +168,7 @@ fn public_functions() -> BTreeSet<String> {
 }
 
 #[test]
-fn nothing_public_in_the_store_is_left_out_here() {
+fn every_public_store_method_is_tested() {
     let suite = [
         include_str!("store/copy.rs"),
         include_str!("store/events.rs"),
@@ -183,6 +183,7 @@ fn nothing_public_in_the_store_is_left_out_here() {
     for known in ["connect", "append", "put_invoice", "unpack"] {
         assert!(functions.contains(known), "{functions:?}");
     }
+
     let is_called = |name: &&String| {
         suite
             .iter()

@@ -1,4 +1,5 @@
-//! What is recorded of Stripe, told to the real server: every payload, and every story in whatever order, by whatever way.
+//! Recorded Stripe events sent to the real server: every payload, and every story in any order and
+//! from any source.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -14,10 +15,10 @@ use crate::seed::seed;
 use testkit::each_database;
 use testkit::{TestServer, run};
 
-/// Deliveries under way at a time, as Stripe makes several.
-const AT_ONCE: usize = 8;
+/// Concurrent deliveries, as Stripe makes several.
+const CONCURRENT: usize = 8;
 
-/// Types that say nothing about a payment, unless the invoice inside shows something.
+/// Event types that assert nothing about a payment unless the invoice inside does.
 const NO_PAYMENT_FACT: [&str; 13] = [
     "charge.captured",
     "charge.expired",
@@ -53,7 +54,7 @@ fn files_in(folder: &str) -> Vec<PathBuf> {
     files
 }
 
-/// What each story has to come to, by the name of its file.
+/// Returns the expected result of each story by its file name.
 fn expected() -> BTreeMap<String, Value> {
     serde_json::from_str(&read(&fixtures("stories/expected.json"))).unwrap()
 }
@@ -71,7 +72,7 @@ fn story_files() -> Vec<PathBuf> {
     files
 }
 
-/// Every delivery of every story, in order of arrival.
+/// Returns every delivery of every story in order of arrival.
 fn deliveries() -> Vec<String> {
     let lines = |file: &PathBuf| read(file).lines().map(str::to_owned).collect::<Vec<_>>();
     let deliveries: Vec<String> = story_files().iter().flat_map(lines).collect();
@@ -92,14 +93,14 @@ fn import_invoices(server: &TestServer) {
         .with_code(0);
 }
 
-/// The histories by uid, as they are answered, checked against what the stories have to come to.
-async fn histories(server: &TestServer, told: &str) -> BTreeMap<String, String> {
+/// Returns the histories by uid after comparing them with the expected results.
+async fn histories(server: &TestServer, context: &str) -> BTreeMap<String, String> {
     let mut histories = BTreeMap::new();
     for (name, expected) in expected() {
         let uid = expected["invoice"].as_str().unwrap();
         let states = server.states(uid).await;
         let entries: Vec<[String; 3]> = states.as_array().unwrap().iter().map(entry).collect();
-        check(&entries, &expected, &format!("{name}, {told}"));
+        assert_entries(&entries, &expected, &format!("{name}, {context}"));
         histories.insert(uid.to_owned(), states.to_string());
     }
     histories
@@ -110,11 +111,11 @@ fn entry(state: &Value) -> [String; 3] {
         .map(|field| state[field].as_str().unwrap_or_default().to_owned())
 }
 
-/// `expected` lists for each entry its state, its time, and what its message has to say.
+/// Asserts state, time and parts of the message for each entry in `expected`.
 #[track_caller]
-fn check(entries: &[[String; 3]], expected: &Value, told: &str) {
+fn assert_entries(entries: &[[String; 3]], expected: &Value, context: &str) {
     let expected: Vec<Vec<String>> = serde_json::from_value(expected["states"].clone()).unwrap();
-    let shown = || format!("{told}\nexpected: {expected:#?}\nfound: {entries:#?}");
+    let shown = || format!("{context}\nexpected: {expected:#?}\nfound: {entries:#?}");
     assert_eq!(entries.len(), expected.len(), "{}", shown());
     for ([state, time, message], expected) in entries.iter().zip(&expected) {
         assert_eq!([state, time], [&expected[0], &expected[1]], "{}", shown());
@@ -124,26 +125,28 @@ fn check(entries: &[[String; 3]], expected: &Value, told: &str) {
     }
 }
 
-/// Delivers them, several at a time, and counts the outcomes.
+/// Delivers events concurrently and counts the outcomes.
 async fn deliver_all(
     server: &TestServer,
     deliveries: &[String],
-    told: &str,
+    context: &str,
 ) -> BTreeMap<String, usize> {
     let answers = stream::iter(deliveries)
         .map(|body| server.deliver_bytes(body.as_bytes()))
-        .buffer_unordered(AT_ONCE);
+        .buffer_unordered(CONCURRENT);
     let mut outcomes = BTreeMap::new();
+
     for answer in answers.collect::<Vec<_>>().await {
-        assert_eq!(answer.status, 200, "{told}: {answer:?}");
+        assert_eq!(answer.status, 200, "{context}: {answer:?}");
         *outcomes
             .entry(answer.json()["outcome"].as_str().unwrap().to_owned())
             .or_default() += 1;
     }
+
     outcomes
 }
 
-/// Each at least once, some up to three times, in any order.
+/// Returns each delivery one to three times in random order.
 fn shuffled(deliveries: &[String], random: &mut StdRng) -> Vec<String> {
     let mut shuffled: Vec<String> = Vec::new();
     for delivery in deliveries {
@@ -157,23 +160,40 @@ fn shuffled(deliveries: &[String], random: &mut StdRng) -> Vec<String> {
 }
 
 each_database! {
-    async fn every_recorded_payload_is_taken_and_answered_by_what_it_says(server: TestServer) {
+    async fn every_recorded_payload_gets_its_outcome(server: TestServer) {
         let mut kinds = Vec::new();
-        for file in files_in("events").iter().flat_map(|folder| std::fs::read_dir(folder).unwrap()) {
+        for file in files_in("events")
+            .iter()
+            .flat_map(|folder| std::fs::read_dir(folder).unwrap())
+        {
             let file = file.unwrap().path();
             let body = read(&file);
             let event: Value = serde_json::from_str(&body).unwrap();
             let kind = event["type"].as_str().unwrap().to_owned();
-            let expected = if NO_PAYMENT_FACT.contains(&&*kind) { "no_payment_fact" } else { "recorded" };
-            let answer = server.deliver_bytes(body.as_bytes()).await.with_status(200).json();
+            let expected = if NO_PAYMENT_FACT.contains(&&*kind) {
+                "no_payment_fact"
+            } else {
+                "recorded"
+            };
+            let answer = server
+                .deliver_bytes(body.as_bytes())
+                .await
+                .with_status(200)
+                .json();
             assert_eq!(answer["outcome"], expected, "{}", file.display());
             kinds.push(kind);
         }
+
         assert!(kinds.len() > 130, "{}", kinds.len());
-        assert!(NO_PAYMENT_FACT.iter().all(|kind| kinds.iter().any(|k| k == kind)), "the table has a type without a payload");
+        assert!(
+            NO_PAYMENT_FACT
+                .iter()
+                .all(|kind| kinds.iter().any(|k| k == kind)),
+            "the table has a type without a payload"
+        );
     }
 
-    async fn a_story_comes_to_the_same_in_whatever_order_and_by_whatever_way_it_is_told(server: TestServer) {
+    async fn story_result_is_independent_of_order_and_source(server: TestServer) {
         let deliveries = deliveries();
         import_invoices(&server);
         for body in &deliveries {
@@ -182,34 +202,65 @@ each_database! {
         let in_order = histories(&server, "in order of arrival").await;
 
         let (seed, other) = (seed(), server.another().await);
-        let told = format!("shuffled with seed {seed}");
+        let context = format!("shuffled with seed {seed}");
         let mut random = StdRng::seed_from_u64(seed);
         let shuffled = shuffled(&deliveries, &mut random);
         let (before, after) = shuffled.split_at(random.random_range(0..shuffled.len()));
-        let mut outcomes = deliver_all(&other, before, &told).await;
+        let mut outcomes = deliver_all(&other, before, &context).await;
         import_invoices(&other);
-        for (outcome, count) in deliver_all(&other, after, &told).await {
+        for (outcome, count) in deliver_all(&other, after, &context).await {
             *outcomes.entry(outcome).or_default() += count;
         }
-        assert_eq!(histories(&other, &told).await, in_order, "{told}");
-        let log = other.run(&["events", "list", "--limit", "10000", "--json"]).with_code(0).json_lines();
-        let kept = |outcome: &str| log.iter().filter(|event| event["outcome"] == outcome).count();
-        let (recorded, no_fact, again) = (kept("recorded"), kept("no_payment_fact"), shuffled.len() - log.len());
-        let expected = [("recorded", recorded), ("no_payment_fact", no_fact), ("duplicate", again)];
-        assert_eq!(outcomes, expected.map(|(outcome, count)| (outcome.to_owned(), count)).into(), "{told}");
+        assert_eq!(histories(&other, &context).await, in_order, "{context}");
+        let log = other
+            .run(&["events", "list", "--limit", "10000", "--json"])
+            .with_code(0)
+            .json_lines();
+        let kept = |outcome: &str| {
+            log.iter()
+                .filter(|event| event["outcome"] == outcome)
+                .count()
+        };
+        let (recorded, no_fact, again) = (
+            kept("recorded"),
+            kept("no_payment_fact"),
+            shuffled.len() - log.len(),
+        );
+        let expected = [
+            ("recorded", recorded),
+            ("no_payment_fact", no_fact),
+            ("duplicate", again),
+        ];
+        assert_eq!(
+            outcomes,
+            expected
+                .map(|(outcome, count)| (outcome.to_owned(), count))
+                .into(),
+            "{context}"
+        );
 
         let replayed = server.another().await;
-        let files: Vec<String> = story_files().iter().map(|file| file.to_str().unwrap().to_owned()).collect();
-        let arguments: Vec<&str> = ["replay", "--json"].into_iter().chain(files.iter().map(String::as_str)).collect();
+        let files: Vec<String> = story_files()
+            .iter()
+            .map(|file| file.to_str().unwrap().to_owned())
+            .collect();
+        let arguments: Vec<&str> = ["replay", "--json"]
+            .into_iter()
+            .chain(files.iter().map(String::as_str))
+            .collect();
         let counts = replayed.run(&arguments).with_code(0).json();
         import_invoices(&replayed);
         assert_eq!(histories(&replayed, "replayed").await, in_order);
-        assert_eq!((&counts["recorded"], &counts["refused"]), (&recorded.into(), &0.into()), "{counts}");
+        assert_eq!(
+            (&counts["recorded"], &counts["refused"]),
+            (&recorded.into(), &0.into()),
+            "{counts}"
+        );
     }
 }
 
 #[test]
-fn the_demo_shows_what_its_stories_come_to() {
+fn demo_prints_the_results_of_its_stories() {
     let shown = run(&[], &["demo"], b"").with_code(0).stdout;
     let expected = expected();
     let mut samples = 0;
@@ -225,16 +276,17 @@ fn the_demo_shows_what_its_stories_come_to() {
             .filter(|row| !row.trim().is_empty())
             .map(row)
             .collect();
-        check(&entries, expected, &format!("{name} in\n{shown}"));
+        assert_entries(&entries, expected, &format!("{name} in\n{shown}"));
         samples += 1;
     }
+
     assert!(
         samples >= 12 && shown.contains(&format!("{samples} invoices stored")),
         "{shown}"
     );
 }
 
-/// `TIME  STATE  MESSAGE`
+/// Splits a line `TIME  STATE  MESSAGE`.
 fn row(line: &str) -> [String; 3] {
     let (time, rest) = line.trim().split_once("  ").unwrap();
     let (state, message) = rest.split_once("  ").unwrap();

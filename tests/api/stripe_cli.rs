@@ -1,4 +1,5 @@
-//! The real Stripe CLI forwards to the real server; only Stripe's side of its protocol is stood in for.
+//! The real Stripe CLI forwards events to the real server. Only Stripe's side of its protocol is a
+//! stand-in.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -20,17 +21,19 @@ use testkit::{SECRET, signature};
 
 const INVOICES: usize = 8;
 const EVENTS: usize = 200;
-/// All 200 take about a second; this is for a machine that has much else to do.
+/// Maximum time for 200 events, which take about a second on an idle machine.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Where `./test` installs it. None where it is not installed: then nothing is tested, unless the environment says that it must.
+/// Returns the path where `./test` installs it, or `None`, which skips the test unless the
+/// environment requires it.
 fn stripe_cli() -> Option<PathBuf> {
     let path =
         Path::new(env!("CARGO_MANIFEST_DIR")).join("node_modules/@stripe/cli-linux-x64/bin/stripe");
     if path.is_file() {
         return Some(path);
     }
-    let said = format!(
+
+    let reason = format!(
         "the Stripe CLI is not at {}: run ./test, which installs it from npm",
         path.display()
     );
@@ -39,12 +42,13 @@ fn stripe_cli() -> Option<PathBuf> {
         reason = "not a setting of the program: ./test says that nothing may be left out"
     )]
     let required = std::env::var_os("STRIPE_CLI_REQUIRED").is_some_and(|value| value == "1");
-    assert!(!required, "{said}");
-    println!("not tested: {said}");
+    assert!(!required, "{reason}");
+
+    println!("not tested: {reason}");
     None
 }
 
-/// Stripe's side: a session, and a socket that events go down and answers come up.
+/// Stripe's side: a session, and a socket that sends events and receives answers.
 struct StandIn {
     base: String,
     responses: mpsc::UnboundedReceiver<Value>,
@@ -52,7 +56,7 @@ struct StandIn {
 }
 
 impl StandIn {
-    /// Pushes these events, back to back, as soon as a CLI connects.
+    /// Starts a server that pushes these events back to back as soon as a CLI connects.
     async fn start(events: Vec<Value>) -> StandIn {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -68,6 +72,7 @@ impl StandIn {
         let router = Router::new()
             .route("/v1/stripecli/sessions", post(async move || Json(session)))
             .route("/ws", get(socket));
+
         let server = tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
         StandIn {
             base: format!("http://{address}"),
@@ -83,7 +88,7 @@ impl Drop for StandIn {
     }
 }
 
-/// Sends all, then hands on what the endpoint answered.
+/// Sends all events, then forwards the endpoint's answers.
 async fn push(mut socket: WebSocket, events: Vec<Value>, responses: mpsc::UnboundedSender<Value>) {
     for (number, event) in events.iter().enumerate() {
         let body = serde_json::to_string_pretty(event).unwrap();
@@ -97,6 +102,7 @@ async fn push(mut socket: WebSocket, events: Vec<Value>, responses: mpsc::Unboun
             .await
             .unwrap();
     }
+
     while let Some(Ok(message)) = socket.recv().await {
         if let Message::Text(text) = message {
             let message: Value = serde_json::from_str(&text).unwrap();
@@ -107,7 +113,7 @@ async fn push(mut socket: WebSocket, events: Vec<Value>, responses: mpsc::Unboun
     }
 }
 
-/// A running `stripe listen`; killed when it is dropped.
+/// A running `stripe listen`. Dropping it kills the process.
 struct Listen {
     process: Child,
     home: TempDir,
@@ -132,6 +138,7 @@ impl Listen {
             "--no-wss",
             "--skip-update",
         ]);
+
         command.args(["--all-snapshot", "--forward-to", forward_to]);
         let process = command
             .stdin(Stdio::null())
@@ -149,13 +156,13 @@ impl Listen {
 
 impl Drop for Listen {
     fn drop(&mut self) {
-        // It may have ended already.
+        // The process may have ended already.
         let _ = self.process.kill();
         let _ = self.process.wait();
     }
 }
 
-/// The nth event: invoice after invoice, each one finalized, then failing over and over, and paid at last.
+/// Returns the n-th event. Each invoice is finalized, fails repeatedly and is paid last.
 fn event(n: usize) -> Value {
     let (invoice, step, last) = (n % INVOICES, n / INVOICES, EVENTS / INVOICES - 1);
     let (kind, status, paid) = match step {
@@ -169,7 +176,7 @@ fn event(n: usize) -> Value {
             "amount_remaining": 5000 - paid, "attempt_count": step}}})
 }
 
-/// What becomes of each invoice.
+/// Returns the expected history of each invoice.
 fn history() -> Vec<String> {
     let steps = EVENTS / INVOICES;
     let state = |step| match step {
@@ -183,27 +190,54 @@ fn history() -> Vec<String> {
 }
 
 each_database! {
-    async fn two_hundred_events_through_the_real_stripe_cli_are_recorded(server: TestServer) {
+    async fn real_stripe_cli_delivers_two_hundred_events(server: TestServer) {
         let Some(cli) = stripe_cli() else { return };
         for invoice in 0..INVOICES {
-            server.store(&format!("inv-{invoice}"), &format!("in_{invoice}")).await.with_status(201);
+            server
+                .store(&format!("inv-{invoice}"), &format!("in_{invoice}"))
+                .await
+                .with_status(201);
         }
+
         let mut stripe = StandIn::start((0..EVENTS).map(event).collect()).await;
-        let listen = Listen::start(&cli, &stripe.base, &format!("{}/webhooks/stripe", server.process.base));
+        let listen = Listen::start(
+            &cli,
+            &stripe.base,
+            &format!("{}/webhooks/stripe", server.process.base),
+        );
         let mut answers = BTreeMap::new();
+
         while answers.len() < EVENTS {
-            let heard = tokio::time::timeout(TIMEOUT, stripe.responses.recv()).await.ok().flatten();
-            let response = heard.unwrap_or_else(|| panic!("{} answers came. The CLI says:\n{}", answers.len(), listen.stderr()));
+            let answer = tokio::time::timeout(TIMEOUT, stripe.responses.recv())
+                .await
+                .ok()
+                .flatten();
+            let response = answer.unwrap_or_else(|| {
+                panic!(
+                    "{} answers came. The CLI says:\n{}",
+                    answers.len(),
+                    listen.stderr()
+                )
+            });
             let webhook = response["webhook_id"].as_str().unwrap().to_owned();
-            let body: Value = serde_json::from_str(response["body"].as_str().unwrap()).unwrap_or_else(|_| panic!("{response}"));
+            let body: Value = serde_json::from_str(response["body"].as_str().unwrap())
+                .unwrap_or_else(|_| panic!("{response}"));
             assert_eq!(response["status"], 200, "{response}");
             assert_eq!(body, json!({"received": true, "outcome": "recorded"}));
-            assert!(answers.insert(webhook, body).is_none(), "answered twice: {response}");
+            assert!(
+                answers.insert(webhook, body).is_none(),
+                "answered twice: {response}"
+            );
         }
+
         for invoice in 0..INVOICES {
             assert_eq!(server.history(&format!("inv-{invoice}")).await, history());
         }
-        let log = server.run(&["events", "list", "--limit", "1000", "--json"]).with_code(0).json_lines();
+
+        let log = server
+            .run(&["events", "list", "--limit", "1000", "--json"])
+            .with_code(0)
+            .json_lines();
         assert_eq!(log.len(), EVENTS);
     }
 }

@@ -1,15 +1,15 @@
-//! The fake itself: what the tests of reconciliation lean on.
+//! Tests of the fake Stripe, on which the reconciliation tests depend.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Value, json};
 
 use testkit::stripe::{
-    BASIL, CLOVER, DAY, ENDIVE, HOUR, LIVE_KEY, OLD, Stripe, TEST_KEY, Terms, Troubles, now_s,
+    BASIL, CLOVER, DAY, ENDIVE, Faults, HOUR, LIVE_KEY, OLD, Stripe, TEST_KEY, Terms, now_s,
 };
 use testkit::{client, try_send};
 
-/// Status and body; none when no whole answer came.
+/// Returns status and body, or `None` if no complete answer came.
 async fn call(stripe: &Stripe, path: &str, headers: &[(&str, &str)]) -> Option<(u16, Value)> {
     let key = format!("Bearer {LIVE_KEY}");
     let mut all = vec![("Authorization", key.as_str()), ("Stripe-Version", ENDIVE)];
@@ -24,6 +24,7 @@ async fn call(stripe: &Stripe, path: &str, headers: &[(&str, &str)]) -> Option<(
     )
     .await
     .ok()?;
+
     Some((
         answer.status.as_u16(),
         serde_json::from_slice(&answer.body).unwrap_or(Value::Null),
@@ -45,7 +46,7 @@ fn ids(page: &Value) -> Vec<String> {
         .collect()
 }
 
-/// All pages from a cursor on, as the list stands: newest first.
+/// Returns the ids of all pages from a cursor on, in list order: newest first.
 async fn pages(stripe: &Stripe, path: &str, cursor: &str, from: Option<String>) -> Vec<String> {
     let (mut all, mut at): (Vec<String>, Option<String>) = (Vec::new(), from);
     loop {
@@ -76,7 +77,7 @@ async fn pages(stripe: &Stripe, path: &str, cursor: &str, from: Option<String>) 
 }
 
 #[tokio::test]
-async fn pages_of_equal_seconds_show_each_event_once_from_either_end() {
+async fn fake_pages_show_each_event_once_in_both_directions() {
     let stripe = Stripe::start();
     for _ in 0..30 {
         stripe
@@ -85,13 +86,16 @@ async fn pages_of_equal_seconds_show_each_event_once_from_either_end() {
             .finalized()
             .paid_by_card();
     }
+
     let path = "/v1/events?limit=7&type=invoice.*";
     let forward = pages(&stripe, path, "starting_after", None).await;
     let backward = pages(&stripe, path, "ending_before", forward.last().cloned()).await;
     assert_eq!(forward.len(), 30 * 6);
     assert_eq!(backward[..], forward[..forward.len() - 1]);
+
     let unique: BTreeSet<&String> = forward.iter().collect();
     assert_eq!(unique.len(), forward.len());
+
     let two = get(
         &stripe,
         "/v1/events?types[]=invoice.paid&types[1]=charge.succeeded&limit=100",
@@ -101,12 +105,13 @@ async fn pages_of_equal_seconds_show_each_event_once_from_either_end() {
         (two["data"].as_array().unwrap().len(), &two["has_more"]),
         (60, &json!(false))
     );
+
     let none = get(&stripe, &format!("/v1/events?created%5Bgte%5D={}", now_s())).await;
     assert_eq!(none["data"], json!([]));
 }
 
 #[tokio::test]
-async fn an_object_is_shown_in_the_version_that_is_asked_for_and_an_event_in_its_own() {
+async fn fake_renders_objects_and_events_in_their_versions() {
     let stripe = Stripe::start();
     let mut life = stripe.draft(Terms::automatic(now_s() - DAY, OLD));
     life.later(HOUR).finalized().later(2).paid_by_card();
@@ -115,6 +120,7 @@ async fn an_object_is_shown_in_the_version_that_is_asked_for_and_an_event_in_its
         .await
         .unwrap();
     let new = get(&stripe, &invoice).await;
+
     assert_eq!(
         (
             &old["paid"],
@@ -123,6 +129,7 @@ async fn an_object_is_shown_in_the_version_that_is_asked_for_and_an_event_in_its
         ),
         (&json!(true), &true, &Value::Null)
     );
+
     let intent = format!(
         "/v1/payment_intents/{}",
         old["payment_intent"].as_str().unwrap()
@@ -131,12 +138,15 @@ async fn an_object_is_shown_in_the_version_that_is_asked_for_and_an_event_in_its
         get(&stripe, &intent).await["payment_details"]["order_reference"],
         life.id()
     );
+
     let (_, basil) = call(&stripe, &intent, &[("Stripe-Version", BASIL)])
         .await
         .unwrap();
     assert!(!basil.to_string().contains(life.id()));
+
     let events = get(&stripe, "/v1/events?type=payment_intent.succeeded").await;
     assert_eq!(events["data"][0]["data"]["object"]["invoice"], life.id());
+
     let joined = get(
         &stripe,
         &format!(
@@ -152,13 +162,13 @@ async fn an_object_is_shown_in_the_version_that_is_asked_for_and_an_event_in_its
 }
 
 #[tokio::test]
-async fn what_stripe_refuses_is_refused_in_its_words() {
+async fn fake_rejects_calls_with_stripes_messages() {
     let stripe = Stripe::start();
     let mut life = stripe.draft(Terms {
         livemode: false,
         ..Terms::automatic(now_s() - DAY, CLOVER)
     });
-    life.silence(&["invoice.finalized"]).finalized();
+    life.omit_events(&["invoice.finalized"]).finalized();
     stripe
         .draft(Terms {
             account: Some("acct_1Connected"),
@@ -212,6 +222,7 @@ async fn what_stripe_refuses_is_refused_in_its_words() {
             "no Stripe-Version",
         ),
     ];
+
     for (path, headers, status, words) in refused {
         let (found, body) = call(&stripe, path, &headers).await.unwrap();
         let message = body["error"]["message"].as_str().unwrap();
@@ -220,8 +231,10 @@ async fn what_stripe_refuses_is_refused_in_its_words() {
             "{path}: {found} {body}"
         );
     }
+
     assert!(stripe.has("in_1F000001") && !stripe.has("in_none"));
-    assert_eq!(stripe.faults().len(), 1, "{:?}", stripe.faults());
+    assert_eq!(stripe.violations().len(), 1, "{:?}", stripe.violations());
+
     let of_account = [("Stripe-Account", "acct_1Connected")];
     assert_eq!(
         call(&stripe, "/v1/invoices/in_1F000002", &of_account)
@@ -230,6 +243,7 @@ async fn what_stripe_refuses_is_refused_in_its_words() {
             .0,
         200
     );
+
     let in_test_mode = [("Authorization", &*format!("Bearer {TEST_KEY}"))];
     let (_, events) = call(
         &stripe,
@@ -246,20 +260,21 @@ async fn what_stripe_refuses_is_refused_in_its_words() {
 }
 
 #[tokio::test]
-async fn troubles_come_in_every_form_and_never_three_times_in_a_row() {
+async fn fake_fails_in_every_way_but_not_thrice_in_a_row() {
     let stripe = Stripe::start();
     stripe
         .draft(Terms::automatic(now_s() - DAY, CLOVER))
         .finalized();
-    stripe.trouble(Troubles {
+    stripe.set_faults(Faults {
         rate_limited: 0.2,
         failing: 0.2,
         resets: 0.2,
         truncated: 0.2,
         slow: 0.1,
-        ..Troubles::all(7)
+        ..Faults::all(7)
     });
     let (mut answers, mut in_a_row) = (BTreeMap::new(), 0);
+
     for _ in 0..60 {
         let status = call(&stripe, "/v1/events", &[])
             .await
@@ -268,10 +283,12 @@ async fn troubles_come_in_every_form_and_never_three_times_in_a_row() {
         assert!(in_a_row <= 2);
         *answers.entry(status).or_insert(0) += 1;
     }
+
     assert_eq!(
         answers.into_keys().collect::<Vec<_>>(),
         [0, 200, 429, 500, 502]
     );
+
     let calls = stripe.calls();
     assert_eq!(calls.len(), 60);
     assert!(

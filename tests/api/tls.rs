@@ -1,4 +1,4 @@
-//! TLS to PostgreSQL, as the URL asks for it: a certificate is believed if its authority and its name are right.
+//! TLS to PostgreSQL: the URL decides how authority and name of a certificate are checked.
 
 use std::path::Path;
 use std::process::Command;
@@ -9,7 +9,7 @@ use tempfile::TempDir;
 
 use testkit::{Database, PostgresServer, TestServer, run};
 
-/// Certificates, made for this test.
+/// A certificate authority created for this test.
 struct Authority(TempDir);
 
 impl Authority {
@@ -28,7 +28,7 @@ impl Authority {
         authority
     }
 
-    /// A certificate for a server of this name, and its key.
+    /// Returns a certificate for a server of this name and its key.
     fn certificate(&self, name: &str) -> (String, String) {
         let named = format!("subjectAltName=DNS:{name}");
         let subject = [
@@ -49,6 +49,7 @@ impl Authority {
             "-CAkey",
             "ca.key",
         ];
+
         self.openssl(&[&subject[..], &signed].concat());
         let read = |name: &str| std::fs::read_to_string(self.0.path().join(name)).unwrap();
         (read("server.crt"), read("server.key"))
@@ -58,7 +59,7 @@ impl Authority {
         self.0.path().join("ca.crt").display().to_string()
     }
 
-    /// Comes with Debian's PostgreSQL.
+    /// Runs OpenSSL, which Debian's PostgreSQL depends on.
     fn openssl(&self, arguments: &[&str]) {
         let mut openssl = Command::new("openssl");
         let of_all = [
@@ -72,33 +73,34 @@ impl Authority {
             "-days",
             "2",
         ];
-        let ran = openssl
+        let output = openssl
             .args(of_all)
             .args(arguments)
             .current_dir(self.0.path())
             .output()
             .expect("openssl is needed for the tests");
+
         assert!(
-            ran.status.success(),
+            output.status.success(),
             "{}",
-            String::from_utf8_lossy(&ran.stderr)
+            String::from_utf8_lossy(&output.stderr)
         );
     }
 }
 
-/// Why a database is refused: code 4, and words.
+/// Returns the error for a rejected database, after asserting exit code 4.
 #[track_caller]
 fn refused(url: &str) -> String {
-    let ran = run(&[("DATABASE_URL", url)], &["keys", "list"], b"").with_code(4);
-    assert_eq!(ran.stdout, "");
-    ran.stderr
+    let output = run(&[("DATABASE_URL", url)], &["keys", "list"], b"").with_code(4);
+    assert_eq!(output.stdout, "");
+    output.stderr
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_server_is_believed_by_its_authority_and_its_name_as_the_url_asks() {
+async fn tls_mode_in_url_controls_certificate_checks() {
     let (authority, stranger) = (Authority::new(), Authority::new());
     let (certificate, key) = authority.certificate("localhost");
-    // Whoever comes without TLS finds no door.
+    // The server rejects connections without TLS.
     let files = [
         ("server.crt", certificate),
         ("server.key", key),
@@ -107,7 +109,7 @@ async fn a_server_is_believed_by_its_authority_and_its_name_as_the_url_asks() {
             "hostssl all all 127.0.0.1/32 trust\n".to_owned(),
         ),
     ];
-    let cluster = Arc::new(PostgresServer::of_its_own("-c ssl=on", &files));
+    let cluster = Arc::new(PostgresServer::start_durable("-c ssl=on", &files));
     let name = cluster.create_database();
     let url = |host: &str, mode: &str, root: Option<&str>| {
         let root = root
@@ -130,23 +132,23 @@ async fn a_server_is_believed_by_its_authority_and_its_name_as_the_url_asks() {
         let listed = run(&[("DATABASE_URL", &right)], &["keys", "list"], b"");
         assert_eq!(listed.code, 0, "{right}: {}", listed.stderr);
     }
-    let told = refused(&url("localhost", "verify-full", Some(&other)));
-    assert!(told.contains("certificate"), "another authority: {told}");
-    let told = refused(&url("127.0.0.1", "verify-full", Some(&root)));
+    let error = refused(&url("localhost", "verify-full", Some(&other)));
+    assert!(error.contains("certificate"), "another authority: {error}");
+    let error = refused(&url("127.0.0.1", "verify-full", Some(&root)));
     assert!(
-        told.contains("certificate") && told.contains("name"),
-        "another name: {told}"
+        error.contains("certificate") && error.contains("name"),
+        "another name: {error}"
     );
-    let told = refused(&url("localhost", "verify-full", Some("/no/such/file")));
+    let error = refused(&url("localhost", "verify-full", Some("/no/such/file")));
     assert!(
-        told.contains("/no/such/file") || told.contains("No such file"),
-        "no authority: {told}"
+        error.contains("/no/such/file") || error.contains("No such file"),
+        "no authority: {error}"
     );
-    let told = refused(&url("localhost", "disable", None));
-    assert!(told.contains("no encryption"), "without TLS: {told}");
+    let error = refused(&url("localhost", "disable", None));
+    assert!(error.contains("no encryption"), "without TLS: {error}");
 
     let server = TestServer::on(
-        Database::create_on(&cluster).by_way_of(|_| url("localhost", "verify-full", Some(&root))),
+        Database::create_on(&cluster).with_url(|_| url("localhost", "verify-full", Some(&root))),
     )
     .await;
     server.store("a", "in_1").await.with_status(201);

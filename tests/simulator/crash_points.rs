@@ -1,87 +1,93 @@
-//! The same small story again and again, with a crash at one moment after the other: wherever the program waits for the world, and in
-//! the middle of what it was told.
+//! Repeats one small story with a crash at each possible point: wherever the program waits, and in
+//! the middle of a statement.
 
 use stripe_reconciler::reconcile::{Extent, Plan, WriteMode};
 
-use super::busy::{Busy, End};
 use super::ending::{calm_down, check_truth, read_all};
 use super::rounds::{ROUNDS, rounds};
 use super::script::Script;
-use super::world::{AT_ONCE, Trace, World, quiet};
+use super::simulation::{CONCURRENT, Simulation, Trace, quiet};
+use super::work::{End, Work};
 use testkit::Engine;
-use testkit::stripe::Troubles;
+use testkit::stripe::Faults;
 
-/// Moments of a pass at which it crashes in a short run: a pass has some 300.
-const MOMENTS: usize = 12;
-const APART: usize = 48;
-/// The story has come to its end so often in a row: there are no more moments. How often it waits is not quite the same each time,
-/// since a database may answer before anybody waits for it.
-const OVER: usize = 3;
+/// Number of crashes in a short run. A reconcile run has about 300 crash points.
+const CRASHES: usize = 12;
+const MAX_GAP: usize = 48;
+/// Number of consecutive completed runs after which no crash point is left.
+///
+/// The number of waits varies slightly, because a database may answer before the program waits for
+/// it.
+const COMPLETED_IN_A_ROW: usize = 3;
 
-/// Two invoices, much of whose lives is still under way to the program.
-fn story(engine: Engine) -> World {
+/// Creates two invoices with most of their deliveries still queued.
+fn story(engine: Engine) -> Simulation {
     let script = Script {
         seed: 7,
         invoices: 2,
         steps: Vec::new(),
         is_watched: false,
     };
-    let mut world = World::new(engine, &script, Trace::default());
+    let mut simulation = Simulation::new(engine, &script, Trace::default());
     let mut random = quiet();
     for _ in 0..14 {
-        world.live(&mut random);
+        simulation.live(&mut random);
     }
-    world.store_invoice(0, End::Whole, &mut random);
-    world
+
+    simulation.store_invoice(0, End::Whole, &mut random);
+    simulation
 }
 
-/// True: it was over before that.
+/// Crashes after this many waits. Returns whether the work completed before.
 fn crash_after(engine: Engine, waits: usize, plan: Option<Plan>) -> bool {
-    let mut world = story(engine);
+    let mut simulation = story(engine);
     let mut random = quiet();
-    let parcels = world.delivery.take(&mut random, AT_ONCE);
-    let done = world.make_busy(
-        Busy {
-            parcels,
+    let deliveries = simulation.delivery.take(&mut random, CONCURRENT);
+    let done = simulation.run_concurrently(
+        Work {
+            deliveries,
             plan,
             end: End::Crash(waits),
             is_watched: false,
         },
         &mut random,
     );
-    calm_down(&mut world, 1);
-    let histories = read_all(&mut world);
-    check_truth(&world, &histories);
+    calm_down(&mut simulation, 1);
+    let histories = read_all(&mut simulation);
+
+    check_truth(&simulation, &histories);
     done.is_whole
 }
 
-fn crash_at_every_moment(engine: Engine, plan: Option<Plan>) {
-    let (mut waits, mut over) = (0, 0);
-    while over < OVER {
-        over = if crash_after(engine, waits, plan) {
-            over + 1
+fn crash_at_every_point(engine: Engine, plan: Option<Plan>) {
+    let (mut waits, mut completed) = (0, 0);
+    while completed < COMPLETED_IN_A_ROW {
+        completed = if crash_after(engine, waits, plan) {
+            completed + 1
         } else {
             0
         };
         waits += 1;
     }
-    println!("{} moments", waits - OVER);
-    assert!(waits > OVER, "it waits for the disk");
+
+    println!("{} moments", waits - COMPLETED_IN_A_ROW);
+    assert!(waits > COMPLETED_IN_A_ROW, "it waits for the disk");
 }
 
-/// At all moments in a long run, at some in a short one.
-fn crash_at_moments_of_a_pass(engine: Engine) {
+/// Crashes at every point in a long run and at some in a short one.
+fn crash_at_points_of_a_run(engine: Engine) {
     let plan = Some(Plan {
         extent: Extent::All,
         mode: WriteMode::Save,
         since_s: None,
     });
     if rounds() > ROUNDS {
-        return crash_at_every_moment(engine, plan);
+        return crash_at_every_point(engine, plan);
     }
+
     let mut waits = 0;
-    for _ in 0..MOMENTS {
-        waits += rand::random_range(1..APART);
+    for _ in 0..CRASHES {
+        waits += rand::random_range(1..MAX_GAP);
         println!("after {waits} waits");
         waits = if crash_after(engine, waits, plan) {
             0
@@ -91,19 +97,21 @@ fn crash_at_moments_of_a_pass(engine: Engine) {
     }
 }
 
-/// Deliveries, and a pass beside them, which nothing disturbs; at every moment, what is durable is what a crash would leave.
-fn watch_every_moment(engine: Engine) {
-    let mut world = story(engine);
+/// Makes deliveries and a run without disturbance, and checks the database at every point where a
+/// crash could happen.
+fn watch_every_point(engine: Engine) {
+    let mut simulation = story(engine);
     let mut random = quiet();
     let plan = Some(Plan {
         extent: Extent::All,
         mode: WriteMode::Save,
         since_s: None,
     });
-    let parcels = world.delivery.take(&mut random, AT_ONCE);
-    world.make_busy(
-        Busy {
-            parcels,
+    let deliveries = simulation.delivery.take(&mut random, CONCURRENT);
+
+    simulation.run_concurrently(
+        Work {
+            deliveries,
             plan,
             end: End::Whole,
             is_watched: true,
@@ -112,77 +120,84 @@ fn watch_every_moment(engine: Engine) {
     );
 }
 
-/// The same of what thin events point to, before Stripe lists their twins.
-fn watch_every_moment_of_fetching(engine: Engine) {
-    let mut world = story(engine);
+/// Does the same for the objects of thin events before Stripe lists their twins.
+fn watch_every_point_of_fetching(engine: Engine) {
+    let mut simulation = story(engine);
     let mut random = quiet();
-    world.delivery.under_way.clear();
-    for event in world.stripe.events().iter().filter(|event| event.generated) {
-        world.delivery.post_thin(event, &mut random);
+    simulation.delivery.queued.clear();
+    for event in simulation
+        .stripe
+        .events()
+        .iter()
+        .filter(|event| event.generated)
+    {
+        simulation.delivery.post_thin(event, &mut random);
     }
-    world.deliver_the_rest();
-    world.stripe.trouble(Troubles {
+    simulation.deliver_the_rest();
+    simulation.stripe.set_faults(Faults {
         lagging: 1.0,
-        ..Troubles::default()
+        ..Faults::default()
     });
     let plan = Some(Plan {
         extent: Extent::Due,
         mode: WriteMode::Save,
         since_s: None,
     });
-    world.make_busy(
-        Busy {
-            parcels: Vec::new(),
+
+    simulation.run_concurrently(
+        Work {
+            deliveries: Vec::new(),
             plan,
             end: End::Whole,
             is_watched: true,
         },
         &mut random,
     );
-    let is_fetched = world
+    let is_fetched = simulation
         .ledger
         .logged()
         .iter()
         .any(|identity| identity.starts_with("fetched"));
+
     assert!(is_fetched, "there was something to fetch");
 }
 
 #[test]
-fn at_every_moment_of_a_pass_what_is_durable_is_whole_in_sqlite() {
-    watch_every_moment(Engine::Sqlite);
+fn database_is_consistent_throughout_a_run_in_sqlite() {
+    watch_every_point(Engine::Sqlite);
 }
 
 #[test]
-fn at_every_moment_of_a_pass_what_is_durable_is_whole_in_postgres() {
-    watch_every_moment(Engine::Postgres);
+fn database_is_consistent_throughout_a_run_in_postgres() {
+    watch_every_point(Engine::Postgres);
 }
 
 #[test]
-fn a_thin_event_is_crossed_off_when_its_object_is_durable_in_sqlite() {
-    watch_every_moment_of_fetching(Engine::Sqlite);
+fn lookup_ends_only_once_its_object_is_durable_in_sqlite() {
+    watch_every_point_of_fetching(Engine::Sqlite);
 }
 
 #[test]
-fn a_thin_event_is_crossed_off_when_its_object_is_durable_in_postgres() {
-    watch_every_moment_of_fetching(Engine::Postgres);
+fn lookup_ends_only_once_its_object_is_durable_in_postgres() {
+    watch_every_point_of_fetching(Engine::Postgres);
 }
 
 #[test]
-fn a_crash_at_every_moment_of_deliveries_loses_nothing_in_sqlite() {
-    crash_at_every_moment(Engine::Sqlite, None);
+fn crash_at_any_point_of_deliveries_loses_nothing_in_sqlite() {
+    crash_at_every_point(Engine::Sqlite, None);
 }
 
 #[test]
-fn a_crash_at_every_moment_of_deliveries_loses_nothing_in_postgres() {
-    crash_at_every_moment(Engine::Postgres, None);
+fn crash_at_any_point_of_deliveries_loses_nothing_in_postgres() {
+    crash_at_every_point(Engine::Postgres, None);
 }
 
 #[test]
-fn a_crash_at_a_moment_of_a_pass_is_made_good_by_the_next_one_in_sqlite() {
-    crash_at_moments_of_a_pass(Engine::Sqlite);
+fn next_run_repairs_a_crash_at_any_point_of_a_run_in_sqlite() {
+    crash_at_points_of_a_run(Engine::Sqlite);
 }
 
 #[test]
-fn a_crash_at_a_moment_of_a_pass_is_made_good_by_the_next_one_in_postgres() {
-    crash_at_moments_of_a_pass(Engine::Postgres);
+fn next_run_repairs_a_crash_at_any_point_of_a_run_in_postgres() {
+    crash_at_points_of_a_run(Engine::Postgres);
 }

@@ -1,4 +1,5 @@
-//! What becomes of Stripe's deliveries: lost, doubled, thin, in another version, late, in any order; and what they are signed with.
+//! Deliveries of the fake Stripe and their signatures. Deliveries are lost, duplicated, thin, late,
+//! in another version and in any order.
 
 use hmac::{Hmac, KeyInit, Mac};
 use rand::RngExt;
@@ -10,49 +11,53 @@ use sha2::Sha256;
 use super::ledger::identity;
 use testkit::stripe::{BASIL, CLOVER, DAY, ENDIVE, Event, OLD};
 
-/// How far the time of a signature may lie from ours, in seconds.
+/// Maximum difference between the time of a signature and ours, in seconds.
 const TOLERANCE_S: i64 = 300;
 
-/// A delivery on its way.
+/// A queued delivery.
 #[derive(Clone)]
-pub struct Parcel {
+pub struct Delivery {
     pub body: Vec<u8>,
     pub identity: String,
-    /// For who reads what happened.
-    pub told: String,
+    /// Description for the trace.
+    pub description: String,
 }
 
 #[derive(Default)]
-pub struct Wire {
-    pub under_way: Vec<Parcel>,
+pub struct Deliveries {
+    pub queued: Vec<Delivery>,
     serial: usize,
 }
 
-impl Wire {
-    /// Stripe has made an event; whatever is delivered of it is under way from now on. `is_kept`: some of it has to be.
-    pub fn post(&mut self, event: &Event, is_kept: bool, random: &mut StdRng) {
-        if !is_kept && random.random_bool(0.25) {
+impl Deliveries {
+    /// Queues the deliveries of a new event. If `is_kept` is set, at least one of them is queued.
+    pub fn post(&mut self, event: &Event, is_required: bool, random: &mut StdRng) {
+        if !is_required && random.random_bool(0.25) {
             return;
         }
+
         let delivered = event.as_delivered();
         let (thin, snapshot) = match random.random_range(0..10) {
-            0 if !is_kept => (true, false),
+            0 if !is_required => (true, false),
             0..3 => (true, true),
             _ => (false, true),
         };
         if thin {
             self.post_thin(event, random);
         }
+
         if !snapshot {
             return;
         }
+
         self.send(&delivered, random);
         if random.random_bool(0.15) {
-            // Once more, as Stripe writes it by now.
+            // Deliver it once more, as Stripe renders it by now.
             let mut again = delivered;
             again["pending_webhooks"] = json!(random.random_range(0..9));
             self.send(&again, random);
         }
+
         if random.random_bool(0.1) {
             // A second endpoint of the same merchant, or one that was moved to another version.
             self.send(
@@ -66,7 +71,7 @@ impl Wire {
         self.send(&event.as_thin(), random);
     }
 
-    /// Authentic, and no event.
+    /// Queues an authentic body that is not an event.
     pub fn garble(&mut self, random: &mut StdRng) {
         self.serial += 1;
         let n = self.serial;
@@ -83,11 +88,12 @@ impl Wire {
                 "{{\"id\":\"evt_garbled{n}\",\"type\":\"invoice.paid\",\"created\":-1,\"data\":{{\"object\":{{}}}}}}"
             ),
         ];
+
         let body = bodies.choose(random).unwrap().clone().into_bytes();
-        self.under_way.push(Parcel {
+        self.queued.push(Delivery {
             identity: identity(&body),
             body,
-            told: format!("something garbled, {n}"),
+            description: format!("something garbled, {n}"),
         });
     }
 
@@ -99,31 +105,32 @@ impl Wire {
         };
         let body = body.unwrap();
         let version = event["api_version"].as_str().unwrap_or("thin");
-        let told = format!(
+        let description = format!(
             "{} {} ({version})",
             event["id"].as_str().unwrap(),
             event["type"].as_str().unwrap()
         );
-        self.under_way.push(Parcel {
+
+        self.queued.push(Delivery {
             identity: identity(&body),
             body,
-            told,
+            description,
         });
     }
 
-    /// Some of what is under way, at random.
-    pub fn take(&mut self, random: &mut StdRng, most: usize) -> Vec<Parcel> {
-        let count = random.random_range(1..=most).min(self.under_way.len());
+    /// Takes some of the queued deliveries at random.
+    pub fn take(&mut self, random: &mut StdRng, most: usize) -> Vec<Delivery> {
+        let count = random.random_range(1..=most).min(self.queued.len());
         (0..count)
             .map(|_| {
-                self.under_way
-                    .swap_remove(random.random_range(0..self.under_way.len()))
+                self.queued
+                    .swap_remove(random.random_range(0..self.queued.len()))
             })
             .collect()
     }
 }
 
-/// The signing secrets of the endpoint: those of Stripe, and those that the program is told.
+/// Signing secrets of the endpoint: Stripe's, and those in the program's configuration.
 pub struct Secrets {
     all: Vec<Secret>,
     configured: Vec<usize>,
@@ -131,14 +138,14 @@ pub struct Secrets {
 
 struct Secret {
     key: String,
-    /// Unix seconds; none: until the next one is made.
+    /// Unix seconds at which the secret ends. `None` until the next one is created.
     ends: Option<i64>,
 }
 
-/// A delivery, signed.
+/// A signed delivery.
 pub struct Signed {
     pub header: String,
-    /// The labels of the secrets by which it is authentic to the program now; none: it is not.
+    /// Labels of the secrets that make the delivery authentic to the program. Empty if it is not.
     pub labels: Vec<String>,
 }
 
@@ -169,15 +176,15 @@ impl Secrets {
             .collect()
     }
 
-    /// The program is to believe those that Stripe signs with; those that ended may stay a while.
+    /// Configures the secrets that Stripe signs with. Ended secrets may stay for a while.
     pub fn configure(&mut self, now: i64, random: &mut StdRng) {
         let active = self.active(now);
-        let is_kept = |n: &usize| active.contains(n) || random.random_bool(0.3);
-        self.configured = (0..self.all.len()).filter(is_kept).collect();
+        let is_required = |n: &usize| active.contains(n) || random.random_bool(0.3);
+        self.configured = (0..self.all.len()).filter(is_required).collect();
         self.configured.shuffle(random);
     }
 
-    /// As the program is configured with them.
+    /// Returns the value of the program's setting.
     pub fn setting(&self) -> String {
         let named: Vec<String> = self
             .configured
@@ -187,7 +194,7 @@ impl Secrets {
         named.join(",")
     }
 
-    /// Signs at one time what is delivered at another, which the program believes to be a third.
+    /// Signs a delivery. Signing time, delivery time and the program's time may all differ.
     pub fn sign(
         &self,
         body: &[u8],
@@ -204,17 +211,18 @@ impl Secrets {
         if random.random_bool(0.2) {
             parts.push(format!("v0={}", mac("nobody", signed_at, body)));
         }
+
         let is_timely = (programs_now - signed_at).abs() <= TOLERANCE_S;
-        let believed = active
+        let accepted = active
             .iter()
             .filter(|n| is_timely && self.configured.contains(n));
         Signed {
-            labels: believed.map(|n| label(*n)).collect(),
+            labels: accepted.map(|n| label(*n)).collect(),
             header: format!("t={signed_at},{}", parts.join(",")),
         }
     }
 
-    /// A header that no one must believe for this body, and the body; in words, what is wrong.
+    /// Returns an invalid header for the body, the body, and a description of the error.
     pub fn forge(
         &self,
         body: Vec<u8>,
@@ -224,6 +232,7 @@ impl Secrets {
         let n = *self.active(now).choose(random).unwrap();
         let right = mac(&self.all[n].key, now, &body);
         let header = |text: String| vec![text];
+
         match random.random_range(0..8) {
             0 => ("no signature", Vec::new(), body),
             1 => (

@@ -1,6 +1,9 @@
-//! What must be true of what is durable, at every moment, since a crash leaves just that: what a row of the log says beside its bytes, and
-//! the objects by which it is found, are what reading the bytes anew tells; what Stripe listed until where the passes say that
-//! they have come is in the log; and so is the object of a thin event for which nothing is to be fetched any more.
+//! Invariants of the database that must hold at every point, because a crash leaves exactly that
+//! state.
+//!
+//! The observation and the objects of each logged event equal those of reading its bytes again. The
+//! log has everything that Stripe listed up to the saved progress, and the object of every thin
+//! event without a pending lookup.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -12,50 +15,56 @@ use stripe_reconciler::store::{
 
 use testkit::stripe::{Event, Stripe};
 
-/// Events read from the log at a time.
+/// Events read from the log per page.
 const PAGE: u32 = 500;
-/// Thin events that may wait for their object.
+/// Limit on thin events with a pending lookup.
 const WAITING: u32 = 10_000;
-/// What comes into Stripe's list late by no more than this is found by the next pass.
+/// The next run still finds events that are listed late by at most this many seconds.
 const OVERLAP_S: i64 = 3600;
 
-/// What another process sees in the database.
+/// State of the database as another process sees it.
 pub struct Durable {
-    /// By account (none: ours), until when a pass has read Stripe's list of events, in seconds.
+    /// Progress of the runs in Stripe's list of events, in Unix seconds, by account (`None` is
+    /// ours).
     progress: Vec<(Option<String>, i64)>,
     /// Thin events whose object is still to be fetched.
     waiting: BTreeSet<EventKey>,
-    /// Oldest receipt first.
+    /// Logged events, oldest receipt first.
     pub log: Vec<StoredBody>,
-    /// Objects, and the keys of the events by which each is mentioned.
+    /// Objects with the keys of the events that mention them.
     mentions: BTreeSet<(String, Vec<u8>)>,
 }
 
 impl Durable {
-    /// What promises something is read before what was promised: meanwhile, the program may go on.
+    /// Reads the state. Promises are read before the data they promise, because the program may
+    /// continue meanwhile.
     pub async fn read(store: &Store) -> Durable {
         let mut progress = Vec::new();
         if let Some(until) = store.progress(&ProgressKey::Events).await.unwrap() {
             progress.push((None, until));
         }
+
         for account in store.known_accounts(u32::MAX).await.unwrap() {
             let key = ProgressKey::AccountEvents(account.clone());
             if let Some(until) = store.progress(&key).await.unwrap() {
                 progress.push((Some(account), until));
             }
         }
+
         let waiting = store
             .due_lookups(LookupKind::Object, i64::MAX, WAITING)
             .await
             .unwrap();
         let waiting = waiting.into_iter().map(|event| event.key).collect();
         let (mut log, mut after) = (Vec::new(), None);
+
         loop {
             let page = store.stored_bodies(after, PAGE).await.unwrap();
             let Some(last) = page.last() else { break };
             after = Some((last.logged.received_ms, last.logged.key));
             log.extend(page);
         }
+
         Durable {
             progress,
             waiting,
@@ -71,6 +80,7 @@ async fn mentions(store: &Store) -> BTreeSet<(String, Vec<u8>)> {
         .find(|table| table.name == "mentions")
         .expect("it is one of them");
     let (mut mentions, mut after) = (BTreeSet::new(), None);
+
     loop {
         let page = store.rows_after(table, after.as_deref()).await.unwrap();
         for row in &page.rows {
@@ -88,21 +98,22 @@ async fn mentions(store: &Store) -> BTreeSet<(String, Vec<u8>)> {
 
 #[derive(Default)]
 pub struct Invariants {
-    /// The rows of the log, which stay as they are, and what each mentions.
+    /// Immutable rows of the log, and the objects that each mentions.
     rows: BTreeMap<EventKey, (StoredBody, Vec<String>)>,
-    /// Stripe's events when the last pass began that may have noted anything.
-    at_stripe: Vec<Event>,
-    /// Those that its list lacked, since it lagged, when a pass began that may have been the last to ask for them.
+    /// Stripe's events at the start of the last run that may have saved progress.
+    listed_at_stripe: Vec<Event>,
+    /// Events missing from the lagging list at the start of a run that may have been the last to
+    /// request them.
     unlisted: BTreeSet<String>,
-    /// A pass was given up: what it told the database at last may be done later.
+    /// Whether a run was abandoned whose last statement may still be executed.
     is_given_up: bool,
     progress: BTreeMap<Option<String>, i64>,
-    /// What the passes have come past, by key: event and type.
-    passed: BTreeMap<EventKey, String>,
+    /// Events that the runs have passed, by key: event and type.
+    result: BTreeMap<EventKey, String>,
 }
 
 impl Invariants {
-    pub fn begin_pass(&mut self, stripe: &Stripe) {
+    pub fn begin_run(&mut self, stripe: &Stripe) {
         let events = stripe.events();
         let listed: BTreeSet<String> = stripe.listed().into_iter().map(|event| event.id).collect();
         for event in &events {
@@ -114,23 +125,26 @@ impl Invariants {
             if !listed.contains(&event.id) {
                 self.unlisted.insert(event.id.clone());
             } else if !self.is_given_up && event.created >= known.saturating_sub(OVERLAP_S) {
-                // It came into the list late, and not too late.
+                // The event was listed late, but within the overlap.
                 self.unlisted.remove(&event.id);
             }
         }
+
         if !self.is_given_up {
-            self.at_stripe = events;
+            self.listed_at_stripe = events;
         }
     }
 
-    pub fn end_pass(&mut self, is_given_up: bool) {
+    pub fn end_run(&mut self, is_given_up: bool) {
         self.is_given_up = is_given_up;
     }
 
+    /// Checks the state against everything seen before.
+    ///
     /// # Errors
-    /// What is not true of it, in words.
+    /// A description of the violated invariant.
     pub fn check(&mut self, durable: &Durable) -> Result<(), String> {
-        // Those that are new may have come after what waits was read.
+        // New events may have arrived after the pending lookups were read.
         let crossed_off: Vec<EventKey> = self
             .rows
             .keys()
@@ -140,6 +154,7 @@ impl Invariants {
         for row in &durable.log {
             self.check_row(row)?;
         }
+
         self.check_fetched(&crossed_off)?;
         for (key, (row, objects)) in &self.rows {
             let missing = objects.iter().find(|object| {
@@ -154,6 +169,7 @@ impl Invariants {
                 ));
             }
         }
+
         self.check_progress(&durable.progress)
     }
 
@@ -169,6 +185,7 @@ impl Invariants {
                 ))
             };
         }
+
         let (source, secret_label) = (row.logged.source, row.logged.secret_label.clone());
         let body = row
             .body
@@ -180,12 +197,14 @@ impl Invariants {
             secret_label,
             received_ms: row.logged.received_ms,
         });
+
         if (&row.logged, &row.telling) != (&logged(&event), &event.telling) {
             return Err(format!(
                 "in the log is {:?} {:?}, and its bytes say {event:?}",
                 row.logged, row.telling
             ));
         }
+
         let objects = event
             .mentions
             .into_iter()
@@ -195,7 +214,7 @@ impl Invariants {
         Ok(())
     }
 
-    /// What a thin event points to is there, or the event's twin, which has it.
+    /// Checks that the object of a thin event, or the event's twin with that object, is logged.
     fn check_fetched(&self, crossed_off: &[EventKey]) -> Result<(), String> {
         for row in crossed_off
             .iter()
@@ -221,6 +240,7 @@ impl Invariants {
                 ));
             }
         }
+
         Ok(())
     }
 
@@ -233,7 +253,7 @@ impl Invariants {
                 event.account == account.as_deref() && event.created < *until && event.generated
             };
             for event in self
-                .at_stripe
+                .listed_at_stripe
                 .iter()
                 .filter(is_passed)
                 .filter(|event| !self.unlisted.contains(&event.id))
@@ -241,13 +261,14 @@ impl Invariants {
                 if let Reading::Event(read) = read(event.as_listed().to_string().as_bytes())
                     && read.telling.is_some()
                 {
-                    self.passed
+                    self.result
                         .insert(read.key, format!("{} {}", event.id, event.kind));
                 }
             }
         }
+
         match self
-            .passed
+            .result
             .iter()
             .find(|(key, _)| !self.rows.contains_key(key))
         {
@@ -276,7 +297,7 @@ fn named(row: &StoredBody) -> String {
     )
 }
 
-/// As its row says it.
+/// Returns the event as its row describes it.
 fn logged(event: &NewEvent) -> LoggedEvent {
     LoggedEvent {
         key: event.key,

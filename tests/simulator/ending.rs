@@ -1,5 +1,5 @@
-//! How a round ends: the world is calm again, a pass is made, and what is shown then is what happened at Stripe; the same as if nothing
-//! had been lost, and the same as from the log alone.
+//! End of a round: faults stop, a run is made, and the histories equal what happened at Stripe,
+//! what an undisturbed program shows, and what the log alone produces.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -11,36 +11,40 @@ use stripe_reconciler::jobs::rebuild;
 use stripe_reconciler::reconcile::{self, Extent, Plan, WriteMode};
 use stripe_reconciler::store::Source;
 
-use super::busy::End;
 use super::process::{Process, Setup};
 use super::reading::entries;
 use super::script::Script;
-use super::world::{KEY, Stored, Trace, World, database, make_key, quiet};
+use super::simulation::{KEY, Simulation, Stored, Trace, database, make_key, quiet};
+use super::work::End;
 use testkit::stripe::DAY;
 use testkit::{Engine, invoice_path};
 
-/// `status.states` of each invoice, as they stand, by its uid.
+/// `status.states` of each invoice as text, by uid.
 pub type Histories = BTreeMap<String, String>;
 
-/// A whole round on one engine. The histories that must be the same on every engine: which deliveries a crash took may differ.
+/// Plays a round on one engine.
+///
+/// Returns the histories that must be equal on both engines: which deliveries a crash loses may
+/// differ.
 pub fn round(engine: Engine, script: &Script, trace: Trace) -> Histories {
-    let mut world = World::new(engine, script, trace);
+    let mut simulation = Simulation::new(engine, script, trace);
     for step in &script.steps {
-        world.step(*step);
+        simulation.step(*step);
     }
-    calm_down(&mut world, script.seed);
-    let histories = read_all(&mut world);
-    check_truth(&world, &histories);
-    check_log_alone(&world, &histories);
-    check_undisturbed(&world, &histories);
-    world.check_reads();
-    check_rebuild(&world);
-    alike(&world, histories)
+
+    calm_down(&mut simulation, script.seed);
+    let histories = read_all(&mut simulation);
+    check_truth(&simulation, &histories);
+    check_log_alone(&simulation, &histories);
+    check_undisturbed(&simulation, &histories);
+    simulation.check_reads();
+    check_rebuild(&simulation);
+    alike(&simulation, histories)
 }
 
-/// Without those in which what is true is said more or less surely, by what was heard of it and how.
-fn alike(world: &World, mut histories: Histories) -> Histories {
-    for invoice in world
+/// Returns the histories without those whose certainty depends on which observations arrived.
+fn alike(simulation: &Simulation, mut histories: Histories) -> Histories {
+    for invoice in simulation
         .invoices
         .iter()
         .filter(|invoice| invoice.is_paid_outside())
@@ -50,34 +54,40 @@ fn alike(world: &World, mut histories: Histories) -> Histories {
     histories
 }
 
-/// Nothing is wrong any more; what was lost on the way is only at Stripe.
-pub fn calm_down(world: &mut World, seed: u64) {
-    world.configure(&mut quiet());
-    world.set_clock_right();
-    world.say("the world is calm again");
-    let needs_account = world.invoices.iter().any(|invoice| invoice.is_connected());
-    if !seed.is_multiple_of(2) || (needs_account && world.accounts_logged().is_empty()) {
-        world.deliver_the_rest();
+/// Stops all faults. Lost deliveries remain available at Stripe only.
+pub fn calm_down(simulation: &mut Simulation, seed: u64) {
+    simulation.configure(&mut quiet());
+    simulation.set_clock_right();
+    simulation.trace_line("the world is calm again");
+    let needs_account = simulation
+        .invoices
+        .iter()
+        .any(|invoice| invoice.is_connected());
+    if !seed.is_multiple_of(2) || (needs_account && simulation.accounts_logged().is_empty()) {
+        simulation.deliver_the_rest();
     }
-    for n in 0..world.invoices.len() {
-        world.store_invoice(n, End::Whole, &mut quiet());
+
+    for n in 0..simulation.invoices.len() {
+        simulation.store_invoice(n, End::Whole, &mut quiet());
     }
-    // What the API lags behind, and whatever the program put off while its clock was wrong, is a matter of time.
-    world.later(2 * DAY * 1000);
-    if seed.is_multiple_of(3) && !world.has_lagged {
+
+    // Enough time for the API to catch up and for work that a skewed clock postponed.
+    simulation.later(2 * DAY * 1000);
+    if seed.is_multiple_of(3) && !simulation.has_lagged {
         let plan = Plan {
             extent: Extent::Due,
             mode: WriteMode::Save,
             since_s: None,
         };
         for _ in 0..3 {
-            world.quiet_pass(plan);
-            world.later(DAY * 500);
+            simulation.quiet_run(plan);
+            simulation.later(DAY * 500);
         }
     } else {
-        check_healing(world);
+        check_healing(simulation);
     }
-    let report = world.quiet_pass(Plan {
+
+    let report = simulation.quiet_run(Plan {
         extent: Extent::All,
         mode: WriteMode::Save,
         since_s: None,
@@ -89,23 +99,23 @@ pub fn calm_down(world: &mut World, seed: u64) {
     );
     assert_eq!(
         report.agreeing.len(),
-        world.invoices.len(),
+        simulation.invoices.len(),
         "{}",
         report.to_json()
     );
 }
 
-/// A pass says of all that it changes, and of nothing else, that it healed it.
-fn check_healing(world: &mut World) {
-    let before = read_all(world);
-    let since_s = world.has_lagged.then_some(30 * DAY);
-    let report = world.quiet_pass(Plan {
+/// Asserts that a run reports exactly the changes that it makes as healed.
+fn check_healing(simulation: &mut Simulation) {
+    let before = read_all(simulation);
+    let since_s = simulation.has_lagged.then_some(30 * DAY);
+    let report = simulation.quiet_run(Plan {
         extent: Extent::All,
         mode: WriteMode::Save,
         since_s,
     });
-    world.later(60_000);
-    let after = read_all(world);
+    simulation.later(60_000);
+    let after = read_all(simulation);
     let changed: BTreeSet<&String> = after
         .keys()
         .filter(|uid| before[*uid] != after[*uid])
@@ -115,21 +125,29 @@ fn check_healing(world: &mut World) {
         .iter()
         .map(|healed| &healed.invoice.invoice_uid)
         .collect();
+
     assert_eq!(healed, changed, "{}", report.to_json());
 }
 
-pub fn read_all(world: &mut World) -> Histories {
+pub fn read_all(simulation: &mut Simulation) -> Histories {
     let mut histories = Histories::new();
-    for n in 0..world.invoices.len() {
-        let states = world.read(n).expect("all are stored");
-        histories.insert(world.invoices[n].uid.clone(), states.to_string());
+    for n in 0..simulation.invoices.len() {
+        let states = simulation.read(n).expect("all are stored");
+        histories.insert(simulation.invoices[n].uid.clone(), states.to_string());
     }
-    assert!(world.stored.values().all(|stored| *stored == Stored::Yes));
+
+    assert!(
+        simulation
+            .stored
+            .values()
+            .all(|stored| *stored == Stored::Yes)
+    );
+
     histories
 }
 
-pub fn check_truth(world: &World, histories: &Histories) {
-    for invoice in &world.invoices {
+pub fn check_truth(simulation: &Simulation, histories: &Histories) {
+    for invoice in &simulation.invoices {
         let truth: Vec<(String, i64)> = invoice
             .truth()
             .iter()
@@ -147,50 +165,53 @@ pub fn check_truth(world: &World, histories: &Histories) {
     }
 }
 
-/// The log alone, in the order of its keys, into an empty database: the same, byte for byte.
-fn check_log_alone(world: &World, histories: &Histories) {
-    let mut log: Vec<(EventKey, Vec<u8>)> = world
+/// Asserts that the log alone, replayed in key order into an empty database, gives the same
+/// histories byte for byte.
+fn check_log_alone(simulation: &Simulation, histories: &Histories) {
+    let mut log: Vec<(EventKey, Vec<u8>)> = simulation
         .process()
         .durable()
         .log
         .into_iter()
         .map(|row| (row.logged.key, row.body.expect("nothing is pruned")))
         .collect();
+
     log.sort();
     let bodies = log.into_iter().map(|(_, body)| body).collect();
     assert_eq!(
-        &replayed(world, bodies, false),
+        &replayed(simulation, bodies, false),
         histories,
         "what the log tells alone is not what is shown"
     );
 }
 
-/// Every event as Stripe delivers it, and a pass: the same, byte for byte.
-fn check_undisturbed(world: &World, histories: &Histories) {
-    let generated = world
+/// Asserts that all events as delivered and one run give the same histories byte for byte.
+fn check_undisturbed(simulation: &Simulation, histories: &Histories) {
+    let generated = simulation
         .stripe
         .events()
         .into_iter()
         .filter(|event| event.generated);
+
     let bodies = generated
         .map(|event| event.as_delivered().to_string().into_bytes())
         .collect();
-    let undisturbed = replayed(world, bodies, true);
+    let undisturbed = replayed(simulation, bodies, true);
     assert_eq!(
-        alike(world, histories.clone()),
-        alike(world, undisturbed),
+        alike(simulation, histories.clone()),
+        alike(simulation, undisturbed),
         "shown, and in an undisturbed run"
     );
 }
 
-/// What comes of these events and nothing else.
-fn replayed(world: &World, bodies: Vec<Vec<u8>>, and_a_pass: bool) -> Histories {
+/// Returns the histories of exactly these events.
+fn replayed(simulation: &Simulation, bodies: Vec<Vec<u8>>, and_a_pass: bool) -> Histories {
     let database = database(Engine::Sqlite);
     let setup = Setup {
         database_url: &database.url,
-        clock: &Clock::fixed(world.now_s() * 1000),
+        clock: &Clock::fixed(simulation.now_s() * 1000),
         secrets: "whsec_none",
-        stripe_base: &world.stripe.base,
+        stripe_base: &simulation.stripe.base,
         replicas: 1,
     };
     let process = Process::start(&setup);
@@ -207,7 +228,7 @@ fn replayed(world: &World, bodies: Vec<Vec<u8>>, and_a_pass: bool) -> Histories 
             ingest(&replica.inbox, delivery).await.unwrap();
         }
         let mut histories = Histories::new();
-        for invoice in &world.invoices {
+        for invoice in &simulation.invoices {
             replica
                 .put(&invoice_path(&invoice.uid), KEY, &invoice.document())
                 .await
@@ -221,7 +242,7 @@ fn replayed(world: &World, bodies: Vec<Vec<u8>>, and_a_pass: bool) -> Histories 
             };
             reconcile::run(&replica.tools(), plan).await.unwrap();
         }
-        for invoice in &world.invoices {
+        for invoice in &simulation.invoices {
             let stored: Value = replica
                 .get(&invoice_path(&invoice.uid), KEY)
                 .await
@@ -231,15 +252,16 @@ fn replayed(world: &World, bodies: Vec<Vec<u8>>, and_a_pass: bool) -> Histories 
         }
         histories
     });
+
     drop(replica);
     process.stop();
     histories
 }
 
-/// What is stored beside the bytes is what the bytes say.
-fn check_rebuild(world: &World) {
-    let replica = world.process().replica(0);
-    let report = world
+/// Asserts that the stored observations equal those read from the bodies.
+fn check_rebuild(simulation: &Simulation) {
+    let replica = simulation.process().replica(0);
+    let report = simulation
         .process()
         .run(rebuild::rebuild(
             &replica.store,

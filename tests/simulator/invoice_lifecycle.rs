@@ -1,5 +1,5 @@
-//! Lives of invoices: what happens next is drawn, and what a merchant should be shown of it is written down at once, by the rules of
-//! what a payment is and not by what any event says.
+//! Lives of invoices: the next change is drawn at random, and the entries that a merchant should
+//! see are recorded at once, by the rules of payments and independently of any event.
 
 use rand::RngExt;
 use rand::rngs::StdRng;
@@ -9,34 +9,35 @@ use serde_json::{Value, json};
 use testkit::stripe::{BASIL, CLOVER, DAY, ENDIVE, Life, OLD, Stripe, Terms};
 
 pub const CONNECTED: &str = "acct_1Connected";
-/// Moves of one invoice this close, in seconds, are hard to tell apart, and may be shown as one until all is known.
+/// Changes of one invoice within this many seconds are hard to tell apart and may be shown as one
+/// until all is known.
 pub const NEAR_S: i64 = 61;
 
-/// Stripe fails to make events whose type begins so: all of them, or none.
+/// Event types that Stripe fails to generate: all of them.
 const EVERYTHING: &[&str] = &[""];
 const NOTHING: &[&str] = &[];
 
-/// One of the three tells enough of it.
-const OF_AN_ATTEMPT: &[&[&str]] = &[&["charge."], &["payment_intent."], &["invoice."]];
+/// Event types of an attempt. One of the three suffices to reconstruct it.
+const OF_ATTEMPT: &[&[&str]] = &[&["charge."], &["payment_intent."], &["invoice."]];
 
-/// An invoice at Stripe, and what is true of it.
+/// An invoice at Stripe and its true history.
 pub struct Invoice {
     pub uid: String,
     pub life: Life,
     account: Option<&'static str>,
     currency: &'static str,
     due: i64,
-    /// Several payments of one invoice are there since basil.
+    /// Whether the invoice can have several payments, as since basil.
     is_payable_in_parts: bool,
     stage: Stage,
-    /// Attempts that failed.
+    /// Number of failed attempts.
     failed: usize,
     is_overdue: bool,
     is_credited: bool,
     refunded: i64,
     dispute: Dispute,
     truth: Vec<Entry>,
-    /// What is no entry of its own: shown at its time as long as nobody has heard of the first.
+    /// Repetitions of an entry, shown at their own time while the first one is unknown.
     repeated: Vec<Entry>,
 }
 
@@ -59,18 +60,18 @@ enum Dispute {
     Won,
 }
 
-/// One entry of a true history.
+/// An entry of a true history.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Entry {
     pub fact: Fact,
-    /// Unix seconds.
+    /// Time in Unix seconds.
     pub at: i64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fact {
     Finalized,
-    /// In which round: how many attempts had failed before.
+    /// Authentication required after this many failed attempts.
     ActionRequired(usize),
     InFlight(usize),
     Part,
@@ -79,7 +80,7 @@ pub enum Fact {
     WrittenOff,
     Voided,
     Paid,
-    /// Money returned or contested, a credit note.
+    /// Money returned or disputed, or a credit note.
     Information,
 }
 
@@ -93,7 +94,7 @@ impl Fact {
         }
     }
 
-    /// What leads to the end, the end, and what comes after it.
+    /// Returns the sort rank: before the end, the end, after it.
     fn chapter(self) -> usize {
         match self {
             Fact::Paid | Fact::Voided => 1,
@@ -128,6 +129,7 @@ impl Invoice {
             delivered,
             order_reference: random.random_bool(0.15).then_some("PO 17"),
         };
+
         Invoice {
             uid: format!("inv-{number}"),
             account,
@@ -146,10 +148,10 @@ impl Invoice {
         }
     }
 
-    /// A `v1Invoice` that agrees with Stripe's.
+    /// Returns a `v1Invoice` that agrees with Stripe's invoice.
     pub fn document(&self) -> Value {
         let units = if self.currency == "jpy" { 1.0 } else { 100.0 };
-        // There is no other unit than this to store.
+        // The document supports no other unit.
         let spec = if self.currency == "usd" {
             json!({"paymentUnit": "usd"})
         } else {
@@ -159,7 +161,7 @@ impl Invoice {
             "status": {"billableAmount": self.due as f64 / units, "stripeInvoiceId": self.life.id()}})
     }
 
-    /// What really happened, in the order in which it is to be shown.
+    /// Returns the true history in display order.
     pub fn truth(&self) -> Vec<Entry> {
         let mut truth = self.truth.clone();
         truth.sort_by_key(|entry| (entry.fact.chapter(), entry.at));
@@ -170,36 +172,41 @@ impl Invoice {
         &self.repeated
     }
 
-    /// Whether it is a connected account's.
+    /// Returns whether the invoice belongs to a connected account.
     pub fn is_connected(&self) -> bool {
         self.account.is_some()
     }
 
-    /// Whether it was paid outside Stripe: how surely that is told depends on the version of the API.
+    /// Returns whether the invoice was paid outside Stripe.
+    ///
+    /// The certainty of that depends on the API version.
     pub fn is_paid_outside(&self) -> bool {
         self.life.invoice.paid_outside > 0
     }
 
-    /// Something happens to it now. In words; none: nothing can.
+    /// Makes a random change at this time.
+    ///
+    /// Returns its description, or `None` if no change is possible.
     pub fn live(&mut self, now: i64, random: &mut StdRng) -> Option<&'static str> {
-        self.life.t = now;
-        let told = self.next(random);
-        self.life.silence(NOTHING);
-        told
+        self.life.now_s = now;
+        let description = self.next(random);
+        self.life.omit_events(NOTHING);
+        description
     }
 
-    /// Now and then Stripe fails to make one kind of events or another. What it fails to tell can always be found out: by the other
-    /// events of the same move, or from the object as it is.
-    fn silence(&mut self, gaps: &[&'static [&'static str]], random: &mut StdRng) {
+    /// Occasionally makes Stripe fail to generate some kinds of events.
+    ///
+    /// Other events of the same change or the object still show what they would assert.
+    fn omit_events(&mut self, gaps: &[&'static [&'static str]], random: &mut StdRng) {
         if random.random_bool(0.1) {
-            self.life.silence(gaps.choose(random).unwrap());
+            self.life.omit_events(gaps.choose(random).unwrap());
         }
     }
 
     fn next(&mut self, random: &mut StdRng) -> Option<&'static str> {
         match self.stage {
             Stage::Draft if self.due == 0 => {
-                self.silence(&[EVERYTHING], random);
+                self.omit_events(&[EVERYTHING], random);
                 self.life.paid_at_zero();
                 Some(self.to(
                     Stage::PaidOtherwise,
@@ -208,14 +215,14 @@ impl Invoice {
                 ))
             }
             Stage::Draft => {
-                self.silence(&[EVERYTHING], random);
+                self.omit_events(&[EVERYTHING], random);
                 self.life.finalized();
                 Some(self.to(Stage::Open, Fact::Finalized, "is finalized"))
             }
             Stage::Open => Some(self.collect(random)),
             Stage::Debit if random.random_bool(0.4) => {
-                self.silence(OF_AN_ATTEMPT, random);
-                self.life.returned();
+                self.omit_events(OF_ATTEMPT, random);
+                self.life.debit_returned();
                 self.failed += 1;
                 Some(self.to(Stage::Open, Fact::Failed, "has its debit returned"))
             }
@@ -234,7 +241,7 @@ impl Invoice {
     fn collect(&mut self, random: &mut StdRng) -> &'static str {
         match random.random_range(0..100) {
             0..28 => {
-                self.silence(OF_AN_ATTEMPT, random);
+                self.omit_events(OF_ATTEMPT, random);
                 let reason = *["insufficient_funds", "expired_card", "generic"]
                     .choose(random)
                     .unwrap();
@@ -244,7 +251,7 @@ impl Invoice {
                 self.to(Stage::Open, Fact::Failed, "is declined")
             }
             28..42 => {
-                self.silence(&[&["payment_intent."], &["invoice."]], random);
+                self.omit_events(&[&["payment_intent."], &["invoice."]], random);
                 self.life.action_required();
                 self.once(
                     Fact::ActionRequired(self.failed),
@@ -252,7 +259,7 @@ impl Invoice {
                 )
             }
             42..58 => {
-                self.silence(&[&["payment_intent."], &["charge."]], random);
+                self.omit_events(&[&["payment_intent."], &["charge."]], random);
                 self.life.processing();
                 self.stage = Stage::Debit;
                 self.once(Fact::InFlight(self.failed), "has a debit submitted")
@@ -264,7 +271,7 @@ impl Invoice {
                 self.to(Stage::Open, Fact::Overdue, "is overdue")
             }
             72..78 => {
-                self.silence(&[EVERYTHING], random);
+                self.omit_events(&[EVERYTHING], random);
                 self.life.written_off();
                 self.to(Stage::WrittenOff, Fact::WrittenOff, "is written off")
             }
@@ -275,7 +282,7 @@ impl Invoice {
     }
 
     fn pay_by_card(&mut self, random: &mut StdRng) -> &'static str {
-        self.silence(
+        self.omit_events(
             &[
                 EVERYTHING,
                 &["invoice."],
@@ -289,13 +296,13 @@ impl Invoice {
     }
 
     fn pay_outside(&mut self, random: &mut StdRng) -> &'static str {
-        self.silence(&[EVERYTHING], random);
+        self.omit_events(&[EVERYTHING], random);
         self.life.paid_outside();
         self.to(Stage::PaidOtherwise, Fact::Paid, "is paid outside Stripe")
     }
 
     fn void(&mut self, random: &mut StdRng) -> &'static str {
-        self.silence(&[EVERYTHING], random);
+        self.omit_events(&[EVERYTHING], random);
         self.life.voided();
         self.to(Stage::Voided, Fact::Voided, "is voided")
     }
@@ -308,9 +315,10 @@ impl Invoice {
         } else {
             random.random_range(1..rest)
         };
-        self.silence(&[&["invoice."]], random);
-        self.life.part(amount);
+        self.omit_events(&[&["invoice."]], random);
+        self.life.pay_part(amount);
         self.to(Stage::PaidInParts, Fact::Part, "");
+
         match amount == rest {
             true => self.to(
                 Stage::PaidOtherwise,
@@ -327,7 +335,7 @@ impl Invoice {
             0 if by_card && self.refunded < self.due => {
                 let amount = random.random_range(1..=self.due - self.refunded);
                 self.refunded += amount;
-                self.silence(&[&["refund."], &["charge."]], random);
+                self.omit_events(&[&["refund."], &["charge."]], random);
                 self.life.refunded(amount);
                 Some(self.to(
                     self.stage,
@@ -364,17 +372,17 @@ impl Invoice {
         }
     }
 
-    fn to(&mut self, stage: Stage, fact: Fact, told: &'static str) -> &'static str {
+    fn to(&mut self, stage: Stage, fact: Fact, description: &'static str) -> &'static str {
         self.stage = stage;
         self.truth.push(Entry {
             fact,
-            at: self.life.t,
+            at: self.life.now_s,
         });
-        told
+        description
     }
 
-    /// What is one entry however often it happens.
-    fn once(&mut self, fact: Fact, told: &'static str) -> &'static str {
+    /// Records an entry that appears once however often it happens.
+    fn once(&mut self, fact: Fact, description: &'static str) -> &'static str {
         let is_first = self.truth.iter().all(|entry| entry.fact != fact);
         let entries = if is_first {
             &mut self.truth
@@ -383,8 +391,8 @@ impl Invoice {
         };
         entries.push(Entry {
             fact,
-            at: self.life.t,
+            at: self.life.now_s,
         });
-        told
+        description
     }
 }

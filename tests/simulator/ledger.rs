@@ -1,5 +1,5 @@
-//! What must be true of the log, whatever happened: all that was acknowledged is in it, byte for byte, nothing that is not Stripe's,
-//! and nothing twice.
+//! Invariants of the log: it has every acknowledged body byte for byte, nothing that Stripe did not
+//! send, and no duplicates.
 
 use std::cell::LazyCell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -11,19 +11,19 @@ use stripe_reconciler::store::{Source, StoredBody};
 use testkit::Answer;
 use testkit::stripe::{Event, Stripe};
 
-/// What is known of the deliveries, by their identity.
+/// Knowledge about the deliveries by their identity.
 #[derive(Default)]
 pub struct Ledger {
-    /// Authentic bodies that were delivered, whatever came of it, with the secrets they were signed with.
+    /// Authentic bodies that were delivered, with the labels of their secrets.
     sent: BTreeMap<String, Sent>,
-    /// Answered 2xx.
+    /// Deliveries answered 2xx.
     acknowledged: BTreeSet<String>,
-    /// The rows of the log that were checked, and what they are.
+    /// Checked rows of the log with their identities.
     rows: BTreeMap<EventKey, String>,
-    /// In the log when it was read last.
+    /// Identities in the log when it was last read.
     logged: BTreeSet<String>,
-    /// Nobody waited for the answer, and the program that was told may still write it.
-    left: BTreeSet<String>,
+    /// Deliveries without an answer that the running program may still write.
+    unanswered: BTreeSet<String>,
 }
 
 #[derive(Default)]
@@ -32,7 +32,8 @@ struct Sent {
     labels: BTreeSet<String>,
 }
 
-/// What a delivery is, as the contract says when it is one that is known: id, type, version and object, or the bytes.
+/// Returns the identity by which the contract recognises a delivery: id, type, version and object,
+/// or the bytes.
 pub fn identity(body: &[u8]) -> String {
     let json: Value = serde_json::from_slice(body).unwrap_or_default();
     let text = |pointer: &str| json.pointer(pointer).and_then(Value::as_str);
@@ -43,6 +44,7 @@ pub fn identity(body: &[u8]) -> String {
             json["data"]["object"]
         );
     }
+
     let is_thin = json["object"] == "v2.core.event";
     let has_time = json["created"].as_i64().is_some_and(|created| created >= 0) || is_thin;
     let object = if is_thin {
@@ -50,6 +52,7 @@ pub fn identity(body: &[u8]) -> String {
     } else {
         "/data/object/id"
     };
+
     match (text("/id"), text("/type")) {
         (Some(id), Some(kind)) if has_time && (is_thin || json["data"]["object"].is_object()) => {
             format!(
@@ -63,26 +66,27 @@ pub fn identity(body: &[u8]) -> String {
 }
 
 impl Ledger {
-    /// An authentic body goes out.
-    pub fn note_sent(&mut self, identity: &str, body: &[u8], labels: &[String]) {
+    /// Records an authentic body that is about to be delivered.
+    pub fn record_sent(&mut self, identity: &str, body: &[u8], labels: &[String]) {
         let sent = self.sent.entry(identity.to_owned()).or_default();
         sent.bodies.insert(body.to_vec());
         sent.labels.extend(labels.iter().cloned());
     }
 
-    /// What was in the log when it was read last.
+    /// Returns the identities in the log when it was last read.
     pub fn logged(&self) -> &BTreeSet<String> {
         &self.logged
     }
 
-    /// The program that was told anything has ended, and the log was read since.
-    pub fn note_end(&mut self) {
-        self.left.clear();
+    /// Records that the program has ended and that the log was read since.
+    pub fn record_end(&mut self) {
+        self.unanswered.clear();
     }
 
-    /// Deliveries that were under way together: each with its identity, and its answer if there was one. `alone`: nothing else
-    /// could have brought the same.
-    pub fn judge(&mut self, answered: &[(String, Option<Answer>)], alone: bool) {
+    /// Checks the answers of concurrent deliveries, each with its identity.
+    ///
+    /// If `alone` is set, no other source could have brought the same events.
+    pub fn check_answers(&mut self, answered: &[(String, Option<Answer>)], alone: bool) {
         let mut firsts: BTreeMap<&str, (usize, bool)> = BTreeMap::new();
         for (identity, answer) in answered {
             let (new, unanswered) = firsts.entry(identity).or_default();
@@ -100,24 +104,26 @@ impl Ledger {
             }
             self.acknowledged.insert(identity.clone());
         }
+
         for (identity, (new, unanswered)) in firsts {
             let was_logged = self.logged.contains(identity);
             assert!(
                 new <= usize::from(!was_logged),
                 "{identity} was new {new} times, and {was_logged} that it was known"
             );
-            let must_be_new = !was_logged && !unanswered && !self.left.contains(identity) && alone;
+            let must_be_new =
+                !was_logged && !unanswered && !self.unanswered.contains(identity) && alone;
             assert!(
                 new == 1 || !must_be_new,
                 "{identity} is answered as a duplicate, and nobody had brought it before"
             );
             if unanswered {
-                self.left.insert(identity.to_owned());
+                self.unanswered.insert(identity.to_owned());
             }
         }
     }
 
-    /// Holds the log against what was delivered, and what Stripe has. Its rows stay as they are.
+    /// Checks the log against the deliveries and Stripe's events. Rows never change.
     pub fn check(&mut self, log: &[StoredBody], stripe: &Stripe) {
         let events = LazyCell::new(|| stripe.events());
         for row in log {
@@ -126,6 +132,7 @@ impl Ledger {
                 self.rows.insert(row.logged.key, identity);
             }
         }
+
         let mut logged = BTreeSet::new();
         for identity in log.iter().map(|row| &self.rows[&row.logged.key]) {
             assert!(
@@ -133,14 +140,17 @@ impl Ledger {
                 "twice in the log: {identity}"
             );
         }
+
         let lost: Vec<&String> = self.acknowledged.difference(&logged).collect();
         assert!(lost.is_empty(), "acknowledged and lost: {lost:#?}");
+
         let gone: Vec<&String> = self.logged.difference(&logged).collect();
         assert!(gone.is_empty(), "no longer in the log: {gone:#?}");
+
         self.logged = logged;
     }
 
-    /// What it is.
+    /// Returns the identity of a row after checking it.
     fn check_row(&self, row: &StoredBody, stripe: &Stripe, events: &[Event]) -> String {
         let body = row.body.as_ref().expect("nothing is pruned");
         let identity = identity(body);
@@ -177,11 +187,12 @@ impl Ledger {
             }
             Source::Replay => panic!("nobody replayed anything: {identity}"),
         }
+
         identity
     }
 }
 
-/// What a 2xx says, in the one form that it has.
+/// Returns the outcome in a 2xx answer, which has exactly one form.
 fn outcome(answer: &Answer) -> String {
     let body: Value = serde_json::from_slice(&answer.body).unwrap_or_default();
     let outcome = body["outcome"].as_str().unwrap_or_default().to_owned();

@@ -1,22 +1,27 @@
-//! The program against a wicked Stripe, by a seed: random lives of invoices, deliveries that are dropped, doubled, late, in any order, thin
-//! or in another version of the API, forged or of an old secret, a clock that jumps, an API that lags and fails, and crashes at
-//! any moment. Whatever happens, the histories end as what really happened at Stripe, on both engines.
+//! Simulation of the program against faults, by seed.
 //!
-//! `SIMULATOR_SEED` says which round is first, `SIMULATOR_ROUNDS` how many there are. A failure names its seed and prints all that happened,
-//! after it has left out what is not needed for it. A long run, and a failure once more:
+//! Invoices live randomly. Deliveries are dropped, duplicated, late, reordered, thin, in another
+//! version, forged or signed with an old secret. Clocks jump, the API lags and fails, and the
+//! program crashes at any point. In the end the histories equal what happened at Stripe, on both
+//! engines.
+//!
+//! `SIMULATOR_SEED` sets the first round, `SIMULATOR_ROUNDS` their number. A failure names its seed
+//! and prints all steps, after removing those that it does not need. A long run, and a failure once
+//! more:
 //!
 //! ```sh
 //! SIMULATOR_ROUNDS=1000 cargo test --test simulator -- --nocapture
 //! SIMULATOR_SEED=1234 SIMULATOR_ROUNDS=1 cargo test --test simulator random_lives
 //! ```
 //!
-//! `script` is what shall happen, drawn from the seed; `world` makes it happen; `process` is the program, which can crash; `invoice_lifecycle` is
-//! what is true at Stripe, `delivery` what becomes of its deliveries, `busy` what happens at the same time; `durable` is what must be true of the
-//! database at every moment, at which `watch` looks, `ledger` of the log, `reading` of what is shown, `ending` of how it ends.
+//! `script` draws the steps from the seed and `simulation` plays them. `process` is the program,
+//! which can crash. `invoice_lifecycle` is the truth at Stripe, `delivery` its webhooks and `busy`
+//! the concurrent work. `durable` has the invariants of the database, which `watch` checks at every
+//! point, `ledger` those of the log and `reading` those of reads. `ending` checks the end of a
+//! round.
 
 #![expect(clippy::unwrap_used, reason = "what goes wrong in a test fails it")]
 
-mod busy;
 mod crash_points;
 mod delivery;
 mod durable;
@@ -27,5 +32,6 @@ mod process;
 mod reading;
 mod rounds;
 mod script;
+mod simulation;
 mod watch;
-mod world;
+mod work;

@@ -1,5 +1,5 @@
-//! The program as a process that can crash: all of it lives on one runtime, and a crash drops that at once, in the middle of
-//! whatever it waits for. What the database was told by then may be done or not.
+//! The program as a process that can crash: it runs on one runtime, and a crash drops the runtime
+//! at any await point. A statement sent before may or may not be executed.
 
 use std::cell::RefCell;
 use std::pin::pin;
@@ -29,17 +29,17 @@ use super::watch::Watch;
 use testkit::stripe::LIVE_KEY;
 use testkit::{Answer, Database, Engine};
 
-/// How long the database may take to notice that somebody is gone.
+/// Maximum time for the database to notice that a client is gone.
 const TIMEOUT: Duration = Duration::from_secs(20);
 
-/// What a process is started with.
+/// Configuration of a process.
 pub struct Setup<'s> {
     pub database_url: &'s str,
     pub clock: &'s Clock,
-    /// As `STRIPE_WEBHOOK_SECRET` has them.
+    /// Value of `STRIPE_WEBHOOK_SECRET`.
     pub secrets: &'s str,
     pub stripe_base: &'s str,
-    /// As many servers on the same database, which crash together.
+    /// Number of servers on the same database, which crash together.
     pub replicas: usize,
 }
 
@@ -50,7 +50,7 @@ pub struct Process {
     writers: Vec<Writer>,
 }
 
-/// One server of a process; cheap to clone.
+/// One server of a process. Cheap to clone.
 #[derive(Clone)]
 pub struct Replica {
     pub store: Store,
@@ -61,11 +61,13 @@ pub struct Replica {
     stopping: CancellationToken,
 }
 
-/// Counts the moments at which a crash makes a difference: whenever the runtime has nothing left to do but to wait for the world, and
-/// whenever something that was waited for has come. Of the first there may be none, when the world is quick; of the second, one at least.
+/// Counts the points at which a crash makes a difference: whenever the runtime has nothing to do
+/// but wait for I/O, and whenever the awaited result has arrived.
+///
+/// There may be none of the first kind if I/O is fast, and there is at least one of the second.
 #[derive(Default)]
 struct Waits {
-    left: Option<usize>,
+    unanswered: Option<usize>,
     are_over: bool,
     waker: Option<Waker>,
     watch: Option<Watch>,
@@ -73,13 +75,13 @@ struct Waits {
 
 impl Waits {
     fn one_more(&mut self) {
-        self.watch.iter_mut().for_each(Watch::look);
-        match self.left {
+        self.watch.iter_mut().for_each(Watch::check);
+        match self.unanswered {
             Some(0) => {
-                (self.left, self.are_over) = (None, true);
+                (self.unanswered, self.are_over) = (None, true);
                 self.waker.take().into_iter().for_each(Waker::wake);
             }
-            Some(left) => self.left = Some(left - 1),
+            Some(unanswered) => self.unanswered = Some(unanswered - 1),
             None => {}
         }
     }
@@ -96,6 +98,7 @@ impl Process {
             .unwrap();
         let started = (0..setup.replicas).map(|_| runtime.block_on(Replica::start(setup)));
         let (replicas, writers) = started.unzip();
+
         Process {
             runtime,
             waits,
@@ -104,7 +107,7 @@ impl Process {
         }
     }
 
-    /// One of its servers, whichever this number names.
+    /// Returns one of the servers, chosen by the number.
     pub fn replica(&self, number: usize) -> Replica {
         self.replicas[number % self.replicas.len()].clone()
     }
@@ -113,16 +116,19 @@ impl Process {
         self.run_until(None, work).expect("nothing disturbs it")
     }
 
-    /// Runs it to the first of its moments, and then past so many more; none: it was left where it was then.
+    /// Runs the work to its first crash point and then past this many more.
+    ///
+    /// Returns `None` if it was interrupted there.
     pub fn run_until<T>(&self, waits: Option<usize>, work: impl Future<Output = T>) -> Option<T> {
         {
             let mut counted = locked(&self.waits);
             *counted = Waits {
-                left: waits,
+                unanswered: waits,
                 watch: counted.watch.take(),
                 ..Waits::default()
             };
         }
+
         self.runtime.block_on(async {
             let (mut work, mut has_begun) = (pin!(work), false);
             std::future::poll_fn(|context| {
@@ -139,12 +145,12 @@ impl Process {
         })
     }
 
-    /// From now on, what is durable is looked at whenever a moment has come.
+    /// Checks the database at every crash point from now on.
     pub fn watch(&self, watch: Watch) {
         locked(&self.waits).watch = Some(watch);
     }
 
-    /// No longer. None: it was not watched.
+    /// Stops checking. Returns `None` if the process was not watched.
     pub fn end_watch(&self) -> Option<Watch> {
         locked(&self.waits).watch.take()
     }
@@ -154,7 +160,7 @@ impl Process {
         self.run(Durable::read(&store))
     }
 
-    /// Everything in it is gone; returns when the database has noticed.
+    /// Drops the process. Returns when the database has noticed.
     pub fn crash(self, database: &Database) {
         {
             let _inside = self.runtime.enter();
@@ -164,7 +170,7 @@ impl Process {
         wait_until_left(database);
     }
 
-    /// As on SIGTERM: what is under way is finished.
+    /// Stops the process like SIGTERM, which finishes work in progress.
     pub fn stop(self) {
         let Process {
             runtime,
@@ -172,6 +178,7 @@ impl Process {
             writers,
             ..
         } = self;
+
         runtime.block_on(async {
             let stores: Vec<Store> = replicas
                 .iter()
@@ -195,7 +202,7 @@ fn locked(waits: &Mutex<Waits>) -> MutexGuard<'_, Waits> {
     waits.lock().unwrap()
 }
 
-/// What the last of its connections had begun is done then, or never.
+/// Waits until the last statement of every connection is executed or aborted.
 fn wait_until_left(database: &Database) {
     thread_local! {
         static RUNTIME: Runtime = Builder::new_current_thread().enable_all().build().unwrap();
@@ -214,6 +221,7 @@ fn wait_until_left(database: &Database) {
             })
         })
     };
+
     let deadline = Instant::now() + TIMEOUT;
     while match database.engine {
         Engine::Sqlite => is_open(database.url.trim_start_matches("sqlite://")),
@@ -227,7 +235,7 @@ fn wait_until_left(database: &Database) {
     }
 }
 
-/// Whether this process has the file open.
+/// Returns whether this process has the file open.
 fn is_open(path: &str) -> bool {
     let open = std::fs::read_dir("/proc/self/fd")
         .unwrap()
@@ -258,6 +266,7 @@ impl Replica {
             Arc::default(),
             stopping.clone(),
         );
+
         let router =
             TowerToHyperService::new(http::router(state, MetricsAt::MainListener, Ui::Absent));
         (
@@ -280,6 +289,7 @@ impl Replica {
             self.api.clone(),
             self.clock.clone(),
         );
+
         ReconcileContext {
             store,
             inbox,
@@ -300,6 +310,7 @@ impl Replica {
         for (name, value) in headers {
             request = request.header(*name, *value);
         }
+
         let request: Request<Full<Bytes>> = request.body(Full::from(body)).unwrap();
         let (head, body) = self.router.call(request).await.unwrap().into_parts();
         Answer {

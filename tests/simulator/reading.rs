@@ -1,5 +1,5 @@
-//! What is shown of the invoices: never what is not true, nothing that was shown goes away again, and later it can still be asked
-//! what was shown at a moment.
+//! Invariants of reads: no wrong entry is shown, no shown entry disappears, and the evidence can
+//! reproduce every earlier read.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -8,30 +8,30 @@ use serde_json::{Value, json};
 
 use super::invoice_lifecycle::{Fact, NEAR_S};
 use super::ledger::identity;
-use super::world::{KEY, Stored, World, assert_is_error};
+use super::simulation::{KEY, Simulation, Stored, assert_is_error};
 use testkit::{assert_is_invoice, invoice_path};
 
 /// State and second of an entry.
-pub type Shown = (String, i64);
+pub type ShownEntry = (String, i64);
 
-/// What was read.
+/// Record of all reads.
 #[derive(Default)]
 pub struct Reads {
-    /// Of each invoice, when it was read last.
-    last: BTreeMap<String, Vec<Shown>>,
+    /// Entries of each invoice when it was last read.
+    last: BTreeMap<String, Vec<ShownEntry>>,
     all: Vec<Read>,
 }
 
 struct Read {
     uid: String,
-    /// By the program's clock, in Unix milliseconds.
+    /// Unix milliseconds by the program's clock.
     at_ms: i64,
     logged: BTreeSet<String>,
     states: Value,
 }
 
-impl World {
-    /// None: it is not stored.
+impl Simulation {
+    /// Reads an invoice. Returns `None` if it is not stored.
     pub fn read(&mut self, n: usize) -> Option<Value> {
         self.check_log();
         let uid = self.invoices[n].uid.clone();
@@ -39,27 +39,30 @@ impl World {
         let answer = self
             .process()
             .run(async { replica.get(&invoice_path(&uid), KEY).await });
+
         match (self.stored.get(&uid), answer.status.as_u16()) {
             (Some(_), 200) => {}
             (None | Some(Stored::Perhaps), 404) => {
                 assert_is_error(&answer, "ResourceNotFound");
-                self.say(format!("{uid} is not there"));
+                self.trace_line(format!("{uid} is not there"));
                 return None;
             }
             (stored, _) => panic!("{uid} ({stored:?}) is answered {answer:?}"),
         }
+
         let states =
             assert_is_invoice(std::str::from_utf8(&answer.body).unwrap())["status"]["states"]
                 .clone();
         let shown = entries(&states);
-        let told: Vec<String> = shown
+        let description: Vec<String> = shown
             .iter()
             .map(|(state, at)| format!("{state} {at}"))
             .collect();
-        self.say(format!("{uid} is shown as [{}]", told.join(", ")));
+        self.trace_line(format!("{uid} is shown as [{}]", description.join(", ")));
         self.check_shown(n, &shown);
         self.reads.last.insert(uid.clone(), shown);
         let logged = self.ledger.logged().clone();
+
         self.reads.all.push(Read {
             uid,
             at_ms: self.clock.now_ms(),
@@ -69,19 +72,21 @@ impl World {
         Some(states)
     }
 
-    fn check_shown(&self, n: usize, shown: &[Shown]) {
+    fn check_shown(&self, n: usize, shown: &[ShownEntry]) {
         let invoice = &self.invoices[n];
         let truth = invoice.truth();
         let paid = truth
             .iter()
             .find(|entry| entry.fact == Fact::Paid)
             .map(|entry| entry.at);
+
         for (state, at) in shown {
             let is_true = truth
                 .iter()
                 .chain(invoice.repeated())
                 .any(|entry| entry.fact.state() == state && entry.at == *at);
-            // Until it is known that it is all, a payment is a part; thin, what has nothing to collect is finalized.
+            // A payment counts as partial until it is known to be complete; in thin events, an
+            // invoice without an amount counts as finalized.
             let is_early =
                 paid == Some(*at) && (state == "PaymentInProgress" || state == "PaymentPending");
             assert!(
@@ -90,20 +95,22 @@ impl World {
                 invoice.uid
             );
         }
+
         let stays = |state: &str, at: i64| {
             truth
                 .iter()
                 .filter(|entry| entry.fact.state() == state && entry.at == at)
                 .any(|entry| match entry.fact {
-                    // They are told apart by what failed between them.
+                    // The failures between them distinguish these.
                     Fact::ActionRequired(_) | Fact::InFlight(_) => false,
-                    // What is near may be taken for one, until all is known.
+                    // Entries close in time may be merged until all is known.
                     Fact::Failed => truth.iter().all(|e| {
                         e.fact != Fact::Failed || e.at == at || (e.at - at).abs() > NEAR_S
                     }),
                     _ => true,
                 })
         };
+
         let before = self.reads.last.get(&invoice.uid).into_iter().flatten();
         let gone: Vec<_> = before
             .filter(|entry| !shown.contains(entry) && stays(&entry.0, entry.1))
@@ -115,8 +122,9 @@ impl World {
         );
     }
 
-    /// What was read at any moment is what the evidence says now as of that moment. Where the clock jumped meanwhile, the program cannot
-    /// know what came before a moment, and what after it.
+    /// Asserts that the evidence as of each earlier read equals that read.
+    ///
+    /// If the clock jumped meanwhile, the program cannot know the order.
     pub fn check_reads(&self) {
         let log = self.process().durable().log;
         let received: Vec<(i64, String)> = log
@@ -129,6 +137,7 @@ impl World {
             })
             .collect();
         let replica = self.process().replica(0);
+
         for Read {
             uid,
             at_ms,
@@ -173,8 +182,8 @@ impl World {
     }
 }
 
-/// State and second of each entry.
-pub fn entries(states: &Value) -> Vec<Shown> {
+/// Returns state and second of each entry.
+pub fn entries(states: &Value) -> Vec<ShownEntry> {
     let entry = |state: &Value| {
         let time: Timestamp = state["timestamp"].as_str().unwrap().parse().unwrap();
         assert_eq!(time.as_millisecond() % 1000, 0, "{state}");
@@ -183,6 +192,7 @@ pub fn entries(states: &Value) -> Vec<Shown> {
             time.as_second(),
         )
     };
+
     states
         .as_array()
         .expect("states are always there")

@@ -1,4 +1,4 @@
-//! Rounds, one after the other, each on both engines; what one of them finds is told with all that led to it.
+//! Rounds, each played on both engines. A failure is reported with all steps that led to it.
 
 use std::cell::RefCell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -6,21 +6,21 @@ use std::sync::Once;
 
 use super::ending::{Histories, round};
 use super::script::Script;
-use super::world::Trace;
+use super::simulation::Trace;
 use testkit::Engine;
 
-/// Without a word from `SIMULATOR_ROUNDS`.
+/// Default of `SIMULATOR_ROUNDS`.
 pub const ROUNDS: u64 = 8;
-/// Rounds after which a long run says that it goes on.
-const NEWS: u64 = 20;
-/// A failure that is looked for again by its seed alone is given so many chances, every second of them watched: how often the program
-/// waits until a crash comes is not quite the same each time.
-const CHANCES: usize = 12;
-/// Rounds that are made to tell a failure in fewer steps.
-const TRIES: usize = 60;
+/// Number of rounds between progress lines of a long run.
+const PROGRESS_EVERY: u64 = 20;
+/// Number of attempts to reproduce a failure by its seed, every second of them watched, because the
+/// number of waits before a crash varies slightly.
+const REPRODUCTION_ROUNDS: usize = 12;
+/// Number of rounds spent on removing steps from a failure.
+const SHORTENING_ROUNDS: usize = 60;
 
 thread_local! {
-    /// What panicked on a thread that plays a round; none: this one plays none.
+    /// Panics on a thread that plays a round. `None` on all other threads.
     static PANICS: RefCell<Option<Vec<String>>> = const { RefCell::new(None) };
 }
 
@@ -37,9 +37,9 @@ fn watch_panics() {
     });
 }
 
-/// What went wrong in a round, and all that happened until then.
+/// A failed round with its trace.
 struct Failure {
-    told: String,
+    description: String,
     trace: Vec<String>,
 }
 
@@ -48,16 +48,17 @@ fn play(engine: Engine, script: &Script) -> Result<Histories, Failure> {
     let trace = Trace::default();
     let played = catch_unwind(AssertUnwindSafe(|| round(engine, script, trace.clone())));
     let panics = PANICS.take().unwrap_or_default();
+
     match played {
         Ok(histories) if panics.is_empty() => Ok(histories),
         _ => Err(Failure {
-            told: panics.join("\n"),
+            description: panics.join("\n"),
             trace: std::mem::take(&mut trace.lock().unwrap()),
         }),
     }
 }
 
-/// Plays it on both engines at the same time.
+/// Plays the script on both engines at the same time.
 fn play_both(script: &Script) -> Result<(), (Engine, Failure)> {
     let (sqlite, postgres) = std::thread::scope(|scope| {
         let postgres = scope.spawn(|| play(Engine::Postgres, script));
@@ -68,16 +69,19 @@ fn play_both(script: &Script) -> Result<(), (Engine, Failure)> {
     });
     let sqlite = sqlite.map_err(|failure| (Engine::Sqlite, failure))?;
     let postgres = postgres.map_err(|failure| (Engine::Postgres, failure))?;
+
     if sqlite != postgres {
-        let told = format!("the engines differ:\nSQLite     {sqlite:#?}\nPostgreSQL {postgres:#?}");
+        let description =
+            format!("the engines differ:\nSQLite     {sqlite:#?}\nPostgreSQL {postgres:#?}");
         return Err((
             Engine::Postgres,
             Failure {
-                told,
+                description,
                 trace: Vec::new(),
             },
         ));
     }
+
     Ok(())
 }
 
@@ -94,18 +98,19 @@ pub fn rounds() -> u64 {
 }
 
 #[test]
-fn random_lives_and_a_wicked_stripe_end_in_the_truth_on_both_engines() {
+fn random_lives_under_faults_end_in_the_true_history() {
     watch_panics();
     let (seed, rounds) = (setting("SIMULATOR_SEED"), rounds());
     let first = seed.unwrap_or_else(rand::random);
     let chances = if seed.is_some() && rounds == 1 {
-        CHANCES
+        REPRODUCTION_ROUNDS
     } else {
         1
     };
     println!("SIMULATOR_SEED={first} SIMULATOR_ROUNDS={rounds}");
+
     for n in 0..rounds {
-        if n > 0 && n.is_multiple_of(NEWS) {
+        if n > 0 && n.is_multiple_of(PROGRESS_EVERY) {
             println!("{n} rounds, and nothing is wrong");
         }
         let seed = first.wrapping_add(n);
@@ -119,16 +124,16 @@ fn random_lives_and_a_wicked_stripe_end_in_the_truth_on_both_engines() {
         let Some((script, engine, failure)) = failed else {
             continue;
         };
-        // Where to watch is enough to see it, no moment matters any more.
+        // If watching reveals the failure, the crash point no longer matters.
         let watched = script.watched(true);
         let script = if play(engine, &watched).is_err() {
             watched
         } else {
             script
         };
-        let shorter = script.shortened(TRIES, |shorter| play(engine, shorter).is_err());
+        let shorter = script.shortened(SHORTENING_ROUNDS, |shorter| play(engine, shorter).is_err());
         let again = play(engine, &shorter).err();
-        let Failure { told, trace } = again.unwrap_or(failure);
+        let Failure { description, trace } = again.unwrap_or(failure);
         println!("{}", trace.join("\n"));
         println!(
             "{} of its {} steps suffice",
@@ -139,12 +144,12 @@ fn random_lives_and_a_wicked_stripe_end_in_the_truth_on_both_engines() {
             "SIMULATOR_SEED={seed} SIMULATOR_ROUNDS=1 cargo test --test simulator random_lives"
         );
         std::panic::resume_unwind(Box::new(eprint_and_keep(format!(
-            "on {engine:?}, seed {seed}: {told}"
+            "on {engine:?}, seed {seed}: {description}"
         ))));
     }
 }
 
-fn eprint_and_keep(told: String) -> String {
-    println!("{told}");
-    told
+fn eprint_and_keep(description: String) -> String {
+    println!("{description}");
+    description
 }

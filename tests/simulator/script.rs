@@ -1,5 +1,5 @@
-//! What shall happen in a round, drawn from its seed before anything happens: it depends on nothing that the program does, so both
-//! engines meet the same, and steps can be left out without a change to the others.
+//! Script of a round, drawn from its seed in advance. It depends on nothing that the program does,
+//! so both engines get the same steps, and steps can be removed without changing the others.
 
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
@@ -9,35 +9,35 @@ const STEPS: std::ops::Range<usize> = 20..90;
 const INVOICES: std::ops::RangeInclusive<usize> = 1..=5;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum What {
-    /// Something happens to an invoice at Stripe.
+pub enum Action {
+    /// Changes an invoice at Stripe.
     Live,
-    /// Some of the deliveries on their way arrive at once.
+    /// Delivers some of the queued webhooks concurrently.
     Deliver,
-    /// A pass against Stripe's API, with deliveries meanwhile or without.
+    /// Makes a reconcile run, with or without concurrent deliveries.
     Reconcile,
-    /// Somebody stores an invoice.
+    /// Stores an invoice.
     Store,
-    /// Somebody reads one.
+    /// Reads an invoice.
     Read,
-    /// Stripe makes a new signing secret; the old one ends a day later.
+    /// Creates a new signing secret at Stripe. The old one ends a day later.
     Roll,
-    /// The operator hears of it.
+    /// Configures the program with Stripe's secrets.
     Configure,
-    /// The program's clock is no longer right, or right again.
+    /// Changes the program's clock to a wrong time or back to the right one.
     JumpClock,
-    /// Somebody who is not Stripe delivers something.
+    /// Delivers a forged webhook.
     Forge,
-    /// Stripe delivers what is no event.
+    /// Delivers an authentic body that is not an event.
     Garble,
-    /// The program is stopped, and started again.
+    /// Stops the program and starts it again.
     Restart,
 }
 
 #[derive(Clone, Copy, Debug)]
 pub struct Step {
-    pub what: What,
-    /// All that is random in it comes from this.
+    pub action: Action,
+    /// Source of all randomness.
     pub seed: u64,
 }
 
@@ -46,23 +46,23 @@ pub struct Script {
     pub seed: u64,
     pub invoices: usize,
     pub steps: Vec<Step>,
-    /// Every delivery and every pass is watched at every moment; else some.
+    /// Whether every delivery and run is watched rather than some.
     pub is_watched: bool,
 }
 
-/// How often each thing happens, of a hundred.
-const SHARES: [(What, u32); 11] = [
-    (What::Live, 34),
-    (What::Deliver, 32),
-    (What::Reconcile, 9),
-    (What::Store, 6),
-    (What::Read, 6),
-    (What::Roll, 1),
-    (What::Configure, 3),
-    (What::JumpClock, 3),
-    (What::Forge, 3),
-    (What::Garble, 1),
-    (What::Restart, 2),
+/// Frequency of each step in percent.
+const SHARES: [(Action, u32); 11] = [
+    (Action::Live, 34),
+    (Action::Deliver, 32),
+    (Action::Reconcile, 9),
+    (Action::Store, 6),
+    (Action::Read, 6),
+    (Action::Roll, 1),
+    (Action::Configure, 3),
+    (Action::JumpClock, 3),
+    (Action::Forge, 3),
+    (Action::Garble, 1),
+    (Action::Restart, 2),
 ];
 
 impl Script {
@@ -71,15 +71,16 @@ impl Script {
         let invoices = random.random_range(INVOICES);
         let count = random.random_range(STEPS);
         let step = |_| {
-            let (what, _) = *SHARES
+            let (action, _) = *SHARES
                 .choose_weighted(&mut random, |(_, share)| *share)
                 .unwrap();
             Step {
-                what,
+                action,
                 seed: random.random(),
             }
         };
         let steps = (0..count).map(step).collect();
+
         Script {
             seed,
             invoices,
@@ -88,7 +89,7 @@ impl Script {
         }
     }
 
-    /// The same, watched or not.
+    /// Returns the same script, watched or not.
     pub fn watched(&self, is_watched: bool) -> Script {
         Script {
             is_watched,
@@ -96,8 +97,9 @@ impl Script {
         }
     }
 
-    /// As few of its steps as still fail, found by leaving out a half, a quarter, and so on, as long as there are tries left.
-    pub fn shortened(&self, mut tries: usize, fails: impl Fn(&Script) -> bool) -> Script {
+    /// Removes steps while the script still fails: a half, a quarter and so on, up to the given
+    /// number of attempts.
+    pub fn shortened(&self, mut attempts: usize, fails: impl Fn(&Script) -> bool) -> Script {
         let mut found = self.clone();
         let mut size = found.steps.len().div_ceil(2);
         while size > 0 {
@@ -105,10 +107,10 @@ impl Script {
             while at < found.steps.len() {
                 let mut shorter = found.clone();
                 shorter.steps.drain(at..(at + size).min(found.steps.len()));
-                if tries == 0 {
+                if attempts == 0 {
                     return found;
                 }
-                tries -= 1;
+                attempts -= 1;
                 if fails(&shorter) {
                     found = shorter;
                 } else {
@@ -117,6 +119,7 @@ impl Script {
             }
             size /= 2;
         }
+
         found
     }
 }

@@ -1,5 +1,5 @@
-//! Looks at what is durable at every moment of something, as another process would, while the program stands still: whatever is not
-//! true then would be so after a crash.
+//! Checks the database at every crash point as another process would, while the program stands
+//! still. A violation there would remain after a crash.
 
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -11,38 +11,42 @@ use stripe_reconciler::store::Store;
 use tokio::runtime::Builder;
 
 use super::durable::{Durable, Invariants};
-use super::world::World;
+use super::simulation::Simulation;
 
-/// One delivery or pass of so many is watched at every moment, for which it stands still.
+/// One in this many deliveries or runs is watched, because watching stops the program at each
+/// point.
 const WATCHED: u32 = 20;
 
-/// One look, and what was seen.
-type Look = Result<(), String>;
+/// Result of one check.
+type CheckResult = Result<(), String>;
 
 pub struct Watch {
     ask: Sender<()>,
-    seen: Receiver<Look>,
-    /// The first that is not true.
-    found: Look,
+    seen: Receiver<CheckResult>,
+    /// First violation found.
+    found: CheckResult,
     thread: JoinHandle<()>,
 }
 
 impl Watch {
     pub fn start(database_url: &str, invariants: Arc<Mutex<Invariants>>) -> Watch {
-        let (url, (ask, asked), (tell, seen)) = (database_url.to_owned(), channel(), channel());
-        // A thread of its own: the program's runtime is in the middle of something, and may run no other.
+        let (url, (ask, asked), (trace_work, seen)) =
+            (database_url.to_owned(), channel(), channel());
+
+        // On its own thread, because the program's runtime is active and cannot run another future.
         let thread = std::thread::spawn(move || {
             let runtime = Builder::new_current_thread().enable_all().build().unwrap();
             runtime.block_on(async {
                 let store = Store::connect(&url).await.unwrap();
                 while asked.recv().is_ok() {
                     let durable = Durable::read(&store).await;
-                    let look = invariants.lock().unwrap().check(&durable);
-                    tell.send(look).expect("who asked waits for it");
+                    let check = invariants.lock().unwrap().check(&durable);
+                    trace_work.send(check).expect("who asked waits for it");
                 }
                 store.close().await;
             });
         });
+
         Watch {
             ask,
             seen,
@@ -51,8 +55,8 @@ impl Watch {
         }
     }
 
-    /// Returns when it has looked.
-    pub fn look(&mut self) {
+    /// Checks the database once and waits for the result.
+    pub fn check(&mut self) {
         if self.found.is_ok() {
             self.found = match self.ask.send(()) {
                 Ok(()) => self
@@ -64,8 +68,8 @@ impl Watch {
         }
     }
 
-    /// Lets go of the database.
-    pub fn end(self) -> Look {
+    /// Closes the database connection.
+    pub fn end(self) -> CheckResult {
         drop(self.ask);
         self.thread
             .join()
@@ -74,7 +78,7 @@ impl Watch {
     }
 }
 
-impl World {
+impl Simulation {
     pub fn check_log(&mut self) {
         let durable = self.process().durable();
         self.ledger.check(&durable.log, &self.stripe);
@@ -86,13 +90,13 @@ impl World {
         self.invariants.lock().unwrap()
     }
 
-    /// Whether the next delivery or pass is.
+    /// Draws whether the next delivery or run is watched.
     pub fn is_watched(&self, random: &mut StdRng) -> bool {
-        // Drawn in any case, so that what follows is the same.
+        // Drawn in any case, so that later draws stay the same.
         random.random_range(0..WATCHED) == 0 || self.all_is_watched
     }
 
-    /// From now on, at every moment, what is durable is looked at.
+    /// Checks the database at every crash point from now on.
     pub fn watch(&self) {
         self.process()
             .watch(Watch::start(&self.database.url, self.invariants.clone()));

@@ -1,4 +1,4 @@
-//! What the API answers: reading only, strictly as documented.
+//! The API of the fake Stripe: read only, exactly as documented.
 
 use std::cmp::Reverse;
 
@@ -9,10 +9,10 @@ use serde_json::{Value, json};
 
 use super::DAY;
 use super::objects::Object;
-use super::{Event, Kept, LIVE_KEY, State, TEST_KEY, chance};
+use super::{Event, LIVE_KEY, State, StoredObject, TEST_KEY, chance};
 
-/// A call, taken apart.
-pub struct Ask {
+/// A parsed call.
+pub struct ApiRequest {
     path: String,
     query: Vec<(String, String)>,
     version: String,
@@ -20,21 +20,21 @@ pub struct Ask {
     livemode: bool,
 }
 
-pub struct Refusal {
+pub struct ErrorAnswer {
     pub status: u16,
     pub body: Value,
 }
 
-type Answer = Result<Value, Refusal>;
+type Answer = Result<Value, ErrorAnswer>;
 
-/// All that Stripe says to one that asks in vain.
-fn refusal(
+/// Builds an error answer of Stripe's form.
+fn error_answer(
     status: u16,
     kind: &str,
     code: Option<&str>,
     param: Option<&str>,
     message: String,
-) -> Refusal {
+) -> ErrorAnswer {
     let mut error = json!({"message": message, "type": kind});
     if let Some(code) = code {
         error["code"] = json!(code);
@@ -43,23 +43,25 @@ fn refusal(
             code.replace('_', "-")
         ));
     }
+
     if let Some(param) = param {
         error["param"] = json!(param);
     }
+
     error["request_log_url"] = json!("https://dashboard.stripe.com/logs/req_Fake");
-    Refusal {
+    ErrorAnswer {
         status,
         body: json!({"error": error}),
     }
 }
 
-fn invalid(status: u16, message: String) -> Refusal {
-    refusal(status, "invalid_request_error", None, None, message)
+fn invalid(status: u16, message: String) -> ErrorAnswer {
+    error_answer(status, "invalid_request_error", None, None, message)
 }
 
-fn missing(name: &str, id: &str, param: &str, addition: &str) -> Refusal {
+fn missing(name: &str, id: &str, param: &str, addition: &str) -> ErrorAnswer {
     let message = format!("No such {name}: '{id}'{addition}");
-    refusal(
+    error_answer(
         404,
         "invalid_request_error",
         Some("resource_missing"),
@@ -68,9 +70,9 @@ fn missing(name: &str, id: &str, param: &str, addition: &str) -> Refusal {
     )
 }
 
-pub fn rate_limited() -> Refusal {
+pub fn rate_limited() -> ErrorAnswer {
     let message = "Request rate limit exceeded. Learn more about rate limits here https://stripe.com/docs/rate-limits.";
-    refusal(
+    error_answer(
         429,
         "invalid_request_error",
         Some("rate_limit"),
@@ -79,8 +81,8 @@ pub fn rate_limited() -> Refusal {
     )
 }
 
-pub fn failing() -> Refusal {
-    refusal(
+pub fn failing() -> ErrorAnswer {
+    error_answer(
         500,
         "api_error",
         None,
@@ -89,8 +91,10 @@ pub fn failing() -> Refusal {
     )
 }
 
-/// The path with `*` for each id, and the whole URL with the account: what calls are counted by.
-pub fn names_of(head: &Parts) -> (String, String) {
+/// Returns the path with `*` for each id, and the whole URL with the account.
+///
+/// Calls are counted by these.
+pub fn call_names(head: &Parts) -> (String, String) {
     let is_id = |part: &&str| {
         !part.starts_with("v1")
             && !part.starts_with("v2")
@@ -103,9 +107,10 @@ pub fn names_of(head: &Parts) -> (String, String) {
         .split('/')
         .map(|part| if is_id(&part) { "*" } else { part })
         .collect();
+
     (
         endpoint.join("/"),
-        format!("{} {}", head.uri, account_of(head).unwrap_or_default()),
+        format!("{} {}", head.uri, account_in(head).unwrap_or_default()),
     )
 }
 
@@ -113,25 +118,29 @@ pub fn header<'h>(head: &'h Parts, name: &str) -> Option<&'h str> {
     head.headers.get(name).map(|value| value.to_str().unwrap())
 }
 
-/// A context may be a path; its last part is the account.
-fn account_of(head: &Parts) -> Option<String> {
+/// Returns the account of a call. A context may be a path, whose last part is the account.
+fn account_in(head: &Parts) -> Option<String> {
     let named = header(head, "stripe-account").or(header(head, "stripe-context"));
     named.map(|account| account.rsplit('/').next().unwrap().to_owned())
 }
 
-impl Ask {
-    /// Who asks, and how: only readers with a key, who say which version they read.
-    pub fn read(head: &Parts, faults: &mut impl Extend<String>) -> Result<Ask, Refusal> {
-        let mut fault = |said: String| {
-            faults.extend([said.clone()]);
-            said
+impl ApiRequest {
+    /// Parses a call. Only GET with a key and a stated version is allowed.
+    pub fn read(
+        head: &Parts,
+        violations: &mut impl Extend<String>,
+    ) -> Result<ApiRequest, ErrorAnswer> {
+        let mut record_violation = |message: String| {
+            violations.extend([message.clone()]);
+            message
         };
         if head.method != Method::GET {
             return Err(invalid(
                 403,
-                fault(format!("{} {}: this key only reads", head.method, head.uri)),
+                record_violation(format!("{} {}: this key only reads", head.method, head.uri)),
             ));
         }
+
         let livemode = match header(head, "authorization")
             .and_then(|value| value.strip_prefix("Bearer "))
         {
@@ -141,7 +150,7 @@ impl Ask {
             None => {
                 return Err(invalid(
                     401,
-                    fault("You did not provide an API key.".to_owned()),
+                    record_violation("You did not provide an API key.".to_owned()),
                 ));
             }
         };
@@ -150,9 +159,10 @@ impl Ask {
         else {
             return Err(invalid(
                 400,
-                fault(format!("{}: no Stripe-Version is stated", head.uri)),
+                record_violation(format!("{}: no Stripe-Version is stated", head.uri)),
             ));
         };
+
         let decoded = |text: &str| {
             percent_decode_str(&text.replace('+', " "))
                 .decode_utf8()
@@ -168,47 +178,49 @@ impl Ask {
         let query = pairs
             .map(|pair| pair.split_once('=').unwrap_or((pair, "")))
             .map(|(name, value)| (decoded(name), decoded(value)));
-        Ok(Ask {
+
+        Ok(ApiRequest {
             path: head.uri.path().to_owned(),
             query: query.collect(),
             version: version.to_owned(),
-            account: account_of(head),
+            account: account_in(head),
             livemode,
         })
     }
 
-    fn one(&self, name: &str) -> Option<&str> {
+    fn parameter(&self, name: &str) -> Option<&str> {
         self.query
             .iter()
             .find(|(n, _)| n == name)
             .map(|(_, value)| value.as_str())
     }
 
-    /// `name[]=` or `name[0]=`
-    fn list(&self, name: &str) -> Vec<&str> {
-        let is_it = |n: &str| {
+    /// Returns the values of `name[]=` or `name[0]=`.
+    fn parameters(&self, name: &str) -> Vec<&str> {
+        let is_list_parameter = |n: &str| {
             n.strip_prefix(name)
                 .is_some_and(|rest| rest.starts_with('[') && rest.ends_with(']'))
         };
         self.query
             .iter()
-            .filter(|(n, _)| is_it(n))
+            .filter(|(n, _)| is_list_parameter(n))
             .map(|(_, value)| value.as_str())
             .collect()
     }
 
-    /// Stripe refuses what it does not know.
-    fn knows(&self, names: &[&str]) -> Result<(), Refusal> {
+    /// Rejects unknown parameters, as Stripe does.
+    fn check_parameters(&self, names: &[&str]) -> Result<(), ErrorAnswer> {
         let known = |name: &str| {
             let base = name.split('[').next().unwrap();
             names.contains(&name)
                 || ((name.starts_with("types[") || name.starts_with("expand["))
                     && names.contains(&base))
         };
+
         match self.query.iter().find(|(name, _)| !known(name)) {
             Some((name, _)) => {
                 let message = format!("Received unknown parameter: {name}");
-                Err(refusal(
+                Err(error_answer(
                     400,
                     "invalid_request_error",
                     Some("parameter_unknown"),
@@ -220,14 +232,15 @@ impl Ask {
         }
     }
 
-    fn number(&self, name: &str) -> Result<Option<i64>, Refusal> {
-        let Some(text) = self.one(name) else {
+    fn number(&self, name: &str) -> Result<Option<i64>, ErrorAnswer> {
+        let Some(text) = self.parameter(name) else {
             return Ok(None);
         };
         let message = || format!("Invalid integer: {text}");
         let number = text.parse();
+
         number.map(Some).map_err(|_| {
-            refusal(
+            error_answer(
                 400,
                 "invalid_request_error",
                 Some("parameter_invalid_integer"),
@@ -237,7 +250,7 @@ impl Ask {
         })
     }
 
-    fn within_created(&self, created: i64) -> Result<bool, Refusal> {
+    fn within_created(&self, created: i64) -> Result<bool, ErrorAnswer> {
         Ok(self.number("created")?.is_none_or(|at| created == at)
             && self
                 .number("created[gte]")?
@@ -261,56 +274,64 @@ const CREATED: [&str; 5] = [
 ];
 const PAGING: [&str; 4] = ["limit", "starting_after", "ending_before", "expand"];
 
-/// Where something stands in a list: newest first, and in the same second in an order that says nothing.
-type Place = Reverse<(i64, u32)>;
+/// Position in a list: newest first, in no meaningful order within a second.
+type Position = Reverse<(i64, u32)>;
 
-/// Cuts a page out of a list that stands in order; each item with its place.
-fn page(ask: &Ask, items: Vec<(Place, Value)>, place_of: impl Fn(&str) -> Option<Place>) -> Answer {
-    let limit = ask.number("limit")?.unwrap_or(10);
+/// Cuts a page out of a sorted list of items with their positions.
+fn page(
+    request: &ApiRequest,
+    items: Vec<(Position, Value)>,
+    position_of: impl Fn(&str) -> Option<Position>,
+) -> Answer {
+    let limit = request.number("limit")?.unwrap_or(10);
     if !(1..=100).contains(&limit) {
         return Err(invalid(
             400,
             format!("Invalid limit: {limit}. It must be between 1 and 100"),
         ));
     }
+
     let limit = limit as usize;
-    let cursor = |name: &str| match ask.one(name) {
-        Some(id) => place_of(id)
+    let cursor = |name: &str| match request.parameter(name) {
+        Some(id) => position_of(id)
             .map(Some)
             .ok_or_else(|| missing("object", id, name, "")),
         None => Ok(None),
     };
     let (after, before) = (cursor("starting_after")?, cursor("ending_before")?);
-    let mut items: Vec<(Place, Value)> = items
+    let mut items: Vec<(Position, Value)> = items
         .into_iter()
-        .filter(|(place, _)| {
-            after.is_none_or(|after| *place > after) && before.is_none_or(|before| *place < before)
+        .filter(|(position, _)| {
+            after.is_none_or(|after| *position > after)
+                && before.is_none_or(|before| *position < before)
         })
         .collect();
+
     let has_more = items.len() > limit;
     if before.is_some() {
-        // The ones nearest to the cursor.
+        // Keep the items nearest to the cursor.
         items.drain(..items.len().saturating_sub(limit));
     } else {
         items.truncate(limit);
     }
+
     let data: Vec<Value> = items.into_iter().map(|(_, value)| value).collect();
-    Ok(json!({"object": "list", "data": data, "has_more": has_more, "url": ask.path}))
+    Ok(json!({"object": "list", "data": data, "has_more": has_more, "url": request.path}))
 }
 
 impl State {
-    pub fn answer(&self, ask: &Ask) -> Answer {
-        let parts: Vec<&str> = ask.path.trim_start_matches('/').split('/').collect();
-        if let Some(account) = &ask.account
+    pub fn answer(&self, request: &ApiRequest) -> Answer {
+        let parts: Vec<&str> = request.path.trim_start_matches('/').split('/').collect();
+        if let Some(account) = &request.account
             && !self
                 .objects
                 .values()
-                .any(|kept| kept.account == Some(account))
+                .any(|stored| stored.account == Some(account))
         {
             let message = format!(
                 "The provided key does not have access to account '{account}' (or that account does not exist)."
             );
-            return Err(refusal(
+            return Err(error_answer(
                 403,
                 "invalid_request_error",
                 Some("account_invalid"),
@@ -319,11 +340,11 @@ impl State {
             ));
         }
         match parts[..] {
-            ["v1", "events"] => self.list_events(ask),
-            ["v1", "events", id] => self.event(ask, id).map(|event| event.as_listed()),
-            ["v2", "core", "events", id] => self.event(ask, id).map(|event| event.as_thin()),
-            ["v1", "invoices"] => self.list(
-                ask,
+            ["v1", "events"] => self.list_events(request),
+            ["v1", "events", id] => self.event(request, id).map(|event| event.as_listed()),
+            ["v2", "core", "events", id] => self.event(request, id).map(|event| event.as_thin()),
+            ["v1", "invoices"] => self.parameters(
+                request,
                 "invoice",
                 &[
                     &PAGING[..],
@@ -332,21 +353,21 @@ impl State {
                 ]
                 .concat(),
             ),
-            ["v1", "payment_intents"] => self.list(
-                ask,
+            ["v1", "payment_intents"] => self.parameters(
+                request,
                 "payment_intent",
                 &[&PAGING[..], &CREATED, &["customer"]].concat(),
             ),
-            ["v1", "charges"] => self.list(
-                ask,
+            ["v1", "charges"] => self.parameters(
+                request,
                 "charge",
                 &[&PAGING[..], &CREATED, &["customer", "payment_intent"]].concat(),
             ),
-            ["v1", "invoice_payments", ..] if *ask.version < *"2025-03-31" => {
-                Err(unrecognized(ask))
+            ["v1", "invoice_payments", ..] if *request.version < *"2025-03-31" => {
+                Err(unrecognized(request))
             }
-            ["v1", "invoice_payments"] => self.invoice_payments(ask),
-            ["v1", "webhook_endpoints"] => self.webhook_endpoints(ask),
+            ["v1", "invoice_payments"] => self.invoice_payments(request),
+            ["v1", "webhook_endpoints"] => self.webhook_endpoints(request),
             ["v1", kind, id]
                 if [
                     "invoices",
@@ -359,36 +380,36 @@ impl State {
                 ]
                 .contains(&kind) =>
             {
-                self.retrieve(ask, kind.trim_end_matches('s'), id)
+                self.retrieve(request, kind.trim_end_matches('s'), id)
             }
-            _ => Err(unrecognized(ask)),
+            _ => Err(unrecognized(request)),
         }
     }
 
-    fn is_listed(&self, ask: &Ask, event: &Event) -> bool {
-        self.is_shown(event)
-            && event.livemode == ask.livemode
-            && event.account == ask.account.as_deref()
+    fn is_listed(&self, request: &ApiRequest, event: &Event) -> bool {
+        self.is_visible(event)
+            && event.livemode == request.livemode
+            && event.account == request.account.as_deref()
     }
 
-    /// To whom may see it.
-    pub(super) fn is_shown(&self, event: &Event) -> bool {
-        let lags = chance(self.troubles.seed, &event.id) < self.troubles.lagging;
+    /// Returns whether the API shows this event at all.
+    pub(super) fn is_visible(&self, event: &Event) -> bool {
+        let lags = chance(self.faults.seed, &event.id) < self.faults.lagging;
         event.generated && !lags && event.created >= self.clock.now_s() - 30 * DAY
     }
 
-    fn event(&self, ask: &Ask, id: &str) -> Result<&Event, Refusal> {
-        let is_it = |event: &&Event| {
-            (event.id == id || event.thin_id() == id) && self.is_listed(ask, event)
+    fn event(&self, request: &ApiRequest, id: &str) -> Result<&Event, ErrorAnswer> {
+        let is_list_parameter = |event: &&Event| {
+            (event.id == id || event.thin_id() == id) && self.is_listed(request, event)
         };
         self.events
             .iter()
-            .find(is_it)
+            .find(is_list_parameter)
             .ok_or_else(|| missing("event", id, "id", ""))
     }
 
-    fn list_events(&self, ask: &Ask) -> Answer {
-        ask.knows(
+    fn list_events(&self, request: &ApiRequest) -> Answer {
+        request.check_parameters(
             &[
                 &PAGING[..],
                 &CREATED,
@@ -396,62 +417,70 @@ impl State {
             ]
             .concat(),
         )?;
-        let types = ask.list("types");
+        let types = request.parameters("types");
         if types.len() > 20
             || types.iter().any(|kind| kind.contains('*'))
-            || (!types.is_empty() && ask.one("type").is_some())
+            || (!types.is_empty() && request.parameter("type").is_some())
         {
             return Err(invalid(
                 400,
                 "You may give up to 20 types, each by its whole name, or one type".to_owned(),
             ));
         }
-        let fits = |kind: &str| match ask.one("type") {
+        let fits = |kind: &str| match request.parameter("type") {
             Some(wanted) => wanted
                 .strip_suffix('*')
                 .map_or(kind == wanted, |start| kind.starts_with(start)),
             None => types.is_empty() || types.contains(&kind),
         };
-        let place = |event: &Event| Reverse((event.created, event.order));
+        let position = |event: &Event| Reverse((event.created, event.order));
         let mut events: Vec<&Event> = Vec::new();
+
         for event in self
             .events
             .iter()
-            .filter(|event| fits(event.kind) && self.is_listed(ask, event))
+            .filter(|event| fits(event.kind) && self.is_listed(request, event))
         {
-            if ask.within_created(event.created)? {
+            if request.within_created(event.created)? {
                 events.push(event);
             }
         }
-        events.sort_by_key(|event| place(event));
+        events.sort_by_key(|event| position(event));
         let items = events
             .into_iter()
-            .map(|event| (place(event), event.as_listed()))
+            .map(|event| (position(event), event.as_listed()))
             .collect();
-        page(ask, items, |id| {
-            self.events.iter().find(|event| event.id == id).map(place)
+
+        page(request, items, |id| {
+            self.events
+                .iter()
+                .find(|event| event.id == id)
+                .map(position)
         })
     }
 
-    /// As it is, or as it was, when the API lags behind.
-    fn seen<'k>(&self, kept: &'k Kept) -> &'k Object {
-        let lags = chance(self.troubles.seed, &kept.object.id()) < self.troubles.lagging;
-        kept.before
+    /// Returns the object, or its previous state while the API lags behind.
+    fn visible<'k>(&self, stored: &'k StoredObject) -> &'k Object {
+        let lags = chance(self.faults.seed, &stored.object.id()) < self.faults.lagging;
+        stored
+            .before
             .as_ref()
             .filter(|_| lags)
-            .unwrap_or(&kept.object)
+            .unwrap_or(&stored.object)
     }
 
-    fn retrieve(&self, ask: &Ask, name: &str, id: &str) -> Answer {
-        ask.knows(&["expand"])?;
-        let found = self
-            .objects
-            .get(id)
-            .filter(|kept| kept.object.name() == name && kept.account == ask.account.as_deref());
+    fn retrieve(&self, request: &ApiRequest, name: &str, id: &str) -> Answer {
+        request.check_parameters(&["expand"])?;
+        let found = self.objects.get(id).filter(|stored| {
+            stored.object.name() == name && stored.account == request.account.as_deref()
+        });
+
         match found {
-            Some(kept) if kept.livemode == ask.livemode => Ok(self.shown(ask, kept, "")),
+            Some(stored) if stored.livemode == request.livemode => {
+                Ok(self.rendered(request, stored, ""))
+            }
             Some(_) => {
-                let (theirs, yours) = if ask.livemode {
+                let (theirs, yours) = if request.livemode {
                     ("test", "live")
                 } else {
                     ("live", "test")
@@ -465,44 +494,54 @@ impl State {
         }
     }
 
-    fn list(&self, ask: &Ask, name: &str, parameters: &[&str]) -> Answer {
-        ask.knows(parameters)?;
-        let wanted = |kept: &&Kept| match self.seen(kept) {
-            Object::Invoice(invoice) => ask
-                .one("status")
+    fn parameters(&self, request: &ApiRequest, name: &str, parameters: &[&str]) -> Answer {
+        request.check_parameters(parameters)?;
+        let wanted = |stored: &&StoredObject| match self.visible(stored) {
+            Object::Invoice(invoice) => request
+                .parameter("status")
                 .is_none_or(|status| invoice.status == status),
-            Object::Charge(charge) => ask
-                .one("payment_intent")
+            Object::Charge(charge) => request
+                .parameter("payment_intent")
                 .is_none_or(|intent| charge.intent == intent),
             _ => true,
         };
-        self.list_those(ask, name, wanted)
+        self.list_those(request, name, wanted)
     }
 
-    fn list_those(&self, ask: &Ask, name: &str, wanted: impl Fn(&&Kept) -> bool) -> Answer {
-        let place = |kept: &Kept| Reverse((kept.object.created(), kept.order));
-        let is_theirs = |kept: &&Kept| {
-            kept.object.name() == name
-                && kept.account == ask.account.as_deref()
-                && kept.livemode == ask.livemode
+    fn list_those(
+        &self,
+        request: &ApiRequest,
+        name: &str,
+        wanted: impl Fn(&&StoredObject) -> bool,
+    ) -> Answer {
+        let position = |stored: &StoredObject| Reverse((stored.object.created(), stored.order));
+        let is_accessible = |stored: &&StoredObject| {
+            stored.object.name() == name
+                && stored.account == request.account.as_deref()
+                && stored.livemode == request.livemode
         };
-        let mut found: Vec<&Kept> = Vec::new();
-        for kept in self.objects.values().filter(is_theirs).filter(wanted) {
-            if ask.within_created(kept.object.created())? {
-                found.push(kept);
+        let mut found: Vec<&StoredObject> = Vec::new();
+
+        for stored in self.objects.values().filter(is_accessible).filter(wanted) {
+            if request.within_created(stored.object.created())? {
+                found.push(stored);
             }
         }
-        found.sort_by_key(|kept| place(kept));
+
+        found.sort_by_key(|stored| position(stored));
         let items = found
             .into_iter()
-            .map(|kept| (place(kept), self.shown(ask, kept, "data.")))
+            .map(|stored| (position(stored), self.rendered(request, stored, "data.")))
             .collect();
-        page(ask, items, |id| self.objects.get(id).map(place))
+        page(request, items, |id| self.objects.get(id).map(position))
     }
 
-    fn invoice_payments(&self, ask: &Ask) -> Answer {
-        let (intent, kind) = (ask.one("payment[payment_intent]"), ask.one("payment[type]"));
-        ask.knows(
+    fn invoice_payments(&self, request: &ApiRequest) -> Answer {
+        let (intent, kind) = (
+            request.parameter("payment[payment_intent]"),
+            request.parameter("payment[type]"),
+        );
+        request.check_parameters(
             &[
                 &PAGING[..],
                 &CREATED,
@@ -515,13 +554,15 @@ impl State {
             ]
             .concat(),
         )?;
+
         if intent.is_some() && kind != Some("payment_intent") {
             return Err(invalid(
                 400,
                 "Missing required param: payment[type].".to_owned(),
             ));
         }
-        self.list_those(ask, "invoice_payment", |kept| match &kept.object {
+
+        self.list_those(request, "invoice_payment", |stored| match &stored.object {
             Object::InvoicePayment(payment) => {
                 let status = if payment.paid.is_some() {
                     "paid"
@@ -529,66 +570,68 @@ impl State {
                     "open"
                 };
                 intent.is_none_or(|intent| payment.intent == intent)
-                    && ask
-                        .one("invoice")
+                    && request
+                        .parameter("invoice")
                         .is_none_or(|invoice| payment.invoice == invoice)
-                    && ask.one("status").is_none_or(|wanted| status == wanted)
+                    && request
+                        .parameter("status")
+                        .is_none_or(|wanted| status == wanted)
             }
             _ => false,
         })
     }
 
-    /// In the version that is asked for, with what is to be expanded.
-    fn shown(&self, ask: &Ask, kept: &Kept, prefix: &str) -> Value {
-        let mut shown = self.seen(kept).render(&ask.version);
-        for path in ask
-            .list("expand")
+    /// Renders an object in the requested version with the requested expansions.
+    fn rendered(&self, request: &ApiRequest, stored: &StoredObject, prefix: &str) -> Value {
+        let mut rendered = self.visible(stored).render(&request.version);
+        for path in request
+            .parameters("expand")
             .into_iter()
             .filter_map(|path| path.strip_prefix(prefix))
         {
             if path == "payments" {
-                shown["payments"] = self.payments_of(ask, kept.object.id());
+                rendered["payments"] = self.payments_of(request, stored.object.id());
                 continue;
             }
             let pointer = format!("/{}", path.replace('.', "/"));
-            if let Some(place) = shown.pointer_mut(&pointer)
-                && let Some(expanded) = place.as_str().and_then(|id| self.objects.get(id))
+            if let Some(position) = rendered.pointer_mut(&pointer)
+                && let Some(expanded) = position.as_str().and_then(|id| self.objects.get(id))
             {
-                *place = self.seen(expanded).render(&ask.version);
+                *position = self.visible(expanded).render(&request.version);
             }
         }
-        shown
+        rendered
     }
 
-    fn payments_of(&self, ask: &Ask, invoice: &str) -> Value {
+    fn payments_of(&self, request: &ApiRequest, invoice: &str) -> Value {
         let payments = self
             .objects
             .values()
-            .filter(|kept| matches!(&kept.object, Object::InvoicePayment(payment) if payment.invoice == invoice));
+            .filter(|stored| matches!(&stored.object, Object::InvoicePayment(payment) if payment.invoice == invoice));
         let data: Vec<Value> = payments
-            .map(|kept| self.seen(kept).render(&ask.version))
+            .map(|stored| self.visible(stored).render(&request.version))
             .collect();
         json!({"object": "list", "data": data, "has_more": false, "url": format!("/v1/invoice_payments?invoice={invoice}")})
     }
 
-    fn webhook_endpoints(&self, ask: &Ask) -> Answer {
-        ask.knows(&PAGING)?;
+    fn webhook_endpoints(&self, request: &ApiRequest) -> Answer {
+        request.check_parameters(&PAGING)?;
         let items = self.endpoints.iter().enumerate().rev().map(|(number, endpoint)| {
-            let shown = json!({"id": format!("we_1Fake{number}"), "object": "webhook_endpoint", "api_version": null, "application": null,
-                "created": self.clock.now_s() - 40 * DAY, "description": null, "enabled_events": endpoint.enabled_events, "livemode": ask.livemode,
+            let rendered = json!({"id": format!("we_1Fake{number}"), "object": "webhook_endpoint", "api_version": null, "application": null,
+                "created": self.clock.now_s() - 40 * DAY, "description": null, "enabled_events": endpoint.enabled_events, "livemode": request.livemode,
                 "metadata": {}, "status": endpoint.status, "url": endpoint.url});
-            (Reverse((0, number as u32)), shown)
+            (Reverse((0, number as u32)), rendered)
         });
-        page(ask, items.collect(), |_| None)
+        page(request, items.collect(), |_| None)
     }
 }
 
-fn unrecognized(ask: &Ask) -> Refusal {
+fn unrecognized(request: &ApiRequest) -> ErrorAnswer {
     invalid(
         404,
         format!(
             "Unrecognized request URL (GET: {}). Please see https://stripe.com/docs",
-            ask.path
+            request.path
         ),
     )
 }

@@ -1,4 +1,4 @@
-//! Webhooks: what Stripe sends by itself, signed.
+//! Webhooks of the fake Stripe, signed like Stripe's.
 
 use futures_util::StreamExt;
 use futures_util::stream;
@@ -11,19 +11,19 @@ use stripe_reconciler::http_client::HttpClient;
 use super::{Event, Stripe, chance, now_s};
 use crate::{SECRET, client, send, signature};
 
-/// Deliveries under way at a time.
-const AT_ONCE: usize = 8;
+/// Concurrent deliveries.
+const CONCURRENT: usize = 8;
 
-/// What becomes of the webhooks.
+/// Treatment of the webhooks.
 #[derive(Clone, Copy, Debug)]
 pub enum Deliveries {
     All,
-    /// This share is lost on the way, by a seed.
+    /// Loses this share of the webhooks, chosen by the seed.
     Dropping(f64, u64),
 }
 
 impl Stripe {
-    /// Delivers a webhook for every event that was generated, in no order. How many arrived.
+    /// Delivers a webhook for every generated event in random order. Returns how many arrived.
     pub async fn deliver(&self, server: &str, deliveries: Deliveries) -> usize {
         let arrives = |event: &Event| match deliveries {
             Deliveries::All => event.generated,
@@ -39,14 +39,15 @@ impl Stripe {
             .collect();
         bodies.shuffle(&mut StdRng::seed_from_u64(7));
         let client = client();
+
         let answers = stream::iter(&bodies)
             .map(|body| deliver_over(&client, server, body))
-            .buffer_unordered(AT_ONCE);
+            .buffer_unordered(CONCURRENT);
         answers.collect::<Vec<()>>().await.len()
     }
 }
 
-/// Delivers one, thin or not; it has to be taken.
+/// Delivers one event, thin or not. The server must acknowledge it.
 pub async fn deliver_one(server: &str, event: &Value) {
     deliver_over(&client(), server, event).await;
 }

@@ -1,5 +1,7 @@
-//! An invoice's life at Stripe. Each method is something that happens: it changes the objects, and makes the events that Stripe makes
-//! of it, several of them in the same second.
+//! The life of an invoice at Stripe.
+//!
+//! Each method is something that happens: it changes the objects and generates the events that
+//! Stripe would, several of them in the same second.
 
 use serde_json::{Value, json};
 
@@ -11,22 +13,24 @@ use super::{Event, Stripe};
 pub const HOUR: i64 = 3600;
 pub const DAY: i64 = 86_400;
 
-/// What is agreed before it begins.
+/// Terms of an invoice, fixed before its life begins.
 #[derive(Clone, Debug)]
 pub struct Terms {
-    /// None: the owner of the key.
+    /// Connected account. `None` is the owner of the key.
     pub account: Option<&'static str>,
     pub livemode: bool,
     pub due: i64,
     pub currency: &'static str,
     pub sent: bool,
-    /// When the draft is made, in Unix seconds.
+    /// Unix seconds at which the draft is created.
     pub start: i64,
-    /// The version of the account: in it, events are listed.
+    /// API version of the account, used for listed events.
     pub listed: &'static str,
-    /// The version of the webhook endpoint: in it, events are delivered.
+    /// API version of the webhook endpoint, used for delivered events.
     pub delivered: &'static str,
-    /// What the merchant writes into the PaymentIntent; else Stripe writes the invoice's id.
+    /// Order reference that the merchant writes into the PaymentIntent.
+    ///
+    /// By default Stripe writes the invoice's id.
     pub order_reference: Option<&'static str>,
 }
 
@@ -50,8 +54,8 @@ impl Terms {
 pub struct Life {
     stripe: Stripe,
     terms: Terms,
-    /// Unix seconds.
-    pub t: i64,
+    /// Current time of this life in Unix seconds.
+    pub now_s: i64,
     pub invoice: Invoice,
     intent: Option<PaymentIntent>,
     charge: Option<Charge>,
@@ -59,7 +63,7 @@ pub struct Life {
     charges: usize,
     parts: usize,
     refunds: usize,
-    silenced: Vec<&'static str>,
+    omitted: Vec<&'static str>,
 }
 
 fn decline(reason: &str, charge: &str) -> Decline {
@@ -81,6 +85,7 @@ fn decline(reason: &str, charge: &str) -> Decline {
             "Your card was declined.",
         ),
     };
+
     Decline {
         charge: charge.to_owned(),
         code,
@@ -90,8 +95,8 @@ fn decline(reason: &str, charge: &str) -> Decline {
 }
 
 impl Life {
-    /// A draft. Stripe fails to make events whose type begins so.
-    pub fn begin(stripe: &Stripe, terms: Terms, silenced: &[&'static str]) -> Life {
+    /// Creates a draft. Stripe fails to generate events whose type begins with one of `silenced`.
+    pub fn begin(stripe: &Stripe, terms: Terms, omitted: &[&'static str]) -> Life {
         let serial = stripe.next_serial();
         let invoice = Invoice {
             id: format!("in_1F{serial:06}"),
@@ -116,13 +121,14 @@ impl Life {
             intent: None,
             charge: None,
         };
-        let t = terms.start;
-        let (intent, charge, dispute, silenced) = (None, None, None, silenced.to_vec());
+
+        let now_s = terms.start;
+        let (intent, charge, dispute, omitted) = (None, None, None, omitted.to_vec());
         let stripe = stripe.clone();
         let mut life = Life {
             stripe,
             terms,
-            t,
+            now_s,
             invoice,
             intent,
             charge,
@@ -130,9 +136,10 @@ impl Life {
             charges: 0,
             parts: 0,
             refunds: 0,
-            silenced,
+            omitted,
         };
-        life.tell_invoice("invoice.created", None);
+
+        life.emit_invoice("invoice.created", None);
         life
     }
 
@@ -141,20 +148,20 @@ impl Life {
     }
 
     pub fn later(&mut self, seconds: i64) -> &mut Life {
-        self.t += seconds;
+        self.now_s += seconds;
         self
     }
 
-    /// From now on, Stripe fails to make events whose type begins so.
-    pub fn silence(&mut self, prefixes: &[&'static str]) -> &mut Life {
-        self.silenced = prefixes.to_vec();
+    /// Makes Stripe fail to generate events whose type begins with one of these, from now on.
+    pub fn omit_events(&mut self, prefixes: &[&'static str]) -> &mut Life {
+        self.omitted = prefixes.to_vec();
         self
     }
 
     pub fn finalized(&mut self) -> &mut Life {
         self.invoice.status = "open";
-        self.invoice.finalized_at = Some(self.t);
-        self.invoice.next_attempt = (!self.terms.sent).then_some(self.t + HOUR);
+        self.invoice.finalized_at = Some(self.now_s);
+        self.invoice.next_attempt = (!self.terms.sent).then_some(self.now_s + HOUR);
         if self.terms.due > 0 {
             let invoice = &self.invoice;
             let intent = PaymentIntent {
@@ -165,24 +172,25 @@ impl Life {
                 currency: invoice.currency,
                 livemode: invoice.livemode,
                 status: "requires_payment_method",
-                created: self.t,
+                created: self.now_s,
                 latest_charge: None,
                 error: None,
                 cancellation_reason: None,
             };
             self.invoice.intent = Some(intent.id.clone());
             self.intent = Some(intent);
-            self.tell_intent("payment_intent.created");
+            self.emit_intent("payment_intent.created");
             self.put_payment(0, None);
         }
-        self.tell_invoice(
+
+        self.emit_invoice(
             "invoice.updated",
             Some(json!({"status": "draft", "number": null, "effective_at": null})),
         );
-        self.tell_invoice("invoice.finalized", None)
+        self.emit_invoice("invoice.finalized", None)
     }
 
-    /// A scheduled attempt fails.
+    /// Fails a scheduled attempt.
     pub fn declined(&mut self, reason: &str, next_in: Option<i64>) -> &mut Life {
         self.charge_made("failed");
         self.failed(reason, next_in)
@@ -199,30 +207,31 @@ impl Life {
             json!({"attempt_count": self.invoice.attempts, "attempted": self.invoice.attempted});
         self.invoice.attempts += 1;
         self.invoice.attempted = true;
-        self.invoice.next_attempt = next_in.map(|seconds| self.t + seconds);
-        self.tell_charge("charge.failed");
-        self.tell_intent("payment_intent.payment_failed");
-        self.tell_invoice("invoice.updated", Some(before));
-        self.tell_invoice("invoice.payment_failed", None)
+        self.invoice.next_attempt = next_in.map(|seconds| self.now_s + seconds);
+        self.emit_charge("charge.failed");
+        self.emit_intent("payment_intent.payment_failed");
+        self.emit_invoice("invoice.updated", Some(before));
+
+        self.emit_invoice("invoice.payment_failed", None)
     }
 
-    /// 3D Secure.
+    /// Requires 3D Secure.
     pub fn action_required(&mut self) -> &mut Life {
         self.confirmed("requires_action");
-        self.tell_intent("payment_intent.requires_action");
-        self.tell_invoice("invoice.payment_action_required", None)
+        self.emit_intent("payment_intent.requires_action");
+        self.emit_invoice("invoice.payment_action_required", None)
     }
 
-    /// A bank debit is submitted.
+    /// Submits a bank debit.
     pub fn processing(&mut self) -> &mut Life {
         self.charge_made("pending");
         self.confirmed("processing");
-        self.tell_intent("payment_intent.processing");
-        self.tell_charge("charge.pending")
+        self.emit_intent("payment_intent.processing");
+        self.emit_charge("charge.pending")
     }
 
-    /// A bank debit comes back.
-    pub fn returned(&mut self) -> &mut Life {
+    /// Returns a bank debit unpaid.
+    pub fn debit_returned(&mut self) -> &mut Life {
         self.failed("returned", None)
     }
 
@@ -239,15 +248,17 @@ impl Life {
         let before = json!({"amount_paid": self.invoice.paid, "attempted": self.invoice.attempted, "status": self.invoice.status});
         self.invoice.attempts += 1;
         self.settle();
-        self.tell_charge("charge.succeeded");
-        self.tell_intent("payment_intent.succeeded");
-        self.tell_invoice("invoice.updated", Some(before));
-        self.tell_invoice("invoice.paid", None);
-        self.tell_invoice("invoice.payment_succeeded", None);
+        self.emit_charge("charge.succeeded");
+        self.emit_intent("payment_intent.succeeded");
+        self.emit_invoice("invoice.updated", Some(before));
+        self.emit_invoice("invoice.paid", None);
+        self.emit_invoice("invoice.payment_succeeded", None);
         let payment = self.put_payment(0, Some(self.invoice.due));
+
         if self.terms.delivered >= "2025-05-28" {
             self.tell("invoice_payment.paid", payment, None);
         }
+
         self
     }
 
@@ -258,13 +269,13 @@ impl Life {
         self.invoice.paid_outside = self.invoice.due - self.invoice.paid;
         self.settle();
         self.invoice.attempted = attempted;
-        self.tell_intent("payment_intent.canceled");
-        self.tell_invoice("invoice.updated", Some(before));
-        self.tell_invoice("invoice.paid", None)
+        self.emit_intent("payment_intent.canceled");
+        self.emit_invoice("invoice.updated", Some(before));
+        self.emit_invoice("invoice.paid", None)
     }
 
-    /// One payment of several; the last one settles it.
-    pub fn part(&mut self, amount: i64) -> &mut Life {
+    /// Pays one of several parts. The last one completes the payment.
+    pub fn pay_part(&mut self, amount: i64) -> &mut Life {
         self.parts += 1;
         let before = self.invoice.paid;
         let is_last = before + amount == self.invoice.due;
@@ -272,45 +283,47 @@ impl Life {
         if is_last {
             self.settle();
         }
+
         let payment = self.put_payment(self.parts, Some(amount));
         self.tell("invoice_payment.paid", payment, None);
-        self.tell_invoice("invoice.updated", Some(json!({"amount_paid": before})));
+        self.emit_invoice("invoice.updated", Some(json!({"amount_paid": before})));
         if is_last {
-            self.tell_invoice("invoice.paid", None);
-            self.tell_invoice("invoice.payment_succeeded", None);
+            self.emit_invoice("invoice.paid", None);
+            self.emit_invoice("invoice.payment_succeeded", None);
         }
+
         self
     }
 
-    /// Nothing to collect: final and paid at once.
+    /// Finalizes and pays an invoice of 0 at once.
     pub fn paid_at_zero(&mut self) -> &mut Life {
-        self.invoice.finalized_at = Some(self.t);
+        self.invoice.finalized_at = Some(self.now_s);
         self.settle();
-        self.tell_invoice("invoice.finalized", None);
-        self.tell_invoice("invoice.paid", None);
-        self.tell_invoice("invoice.payment_succeeded", None)
+        self.emit_invoice("invoice.finalized", None);
+        self.emit_invoice("invoice.paid", None);
+        self.emit_invoice("invoice.payment_succeeded", None)
     }
 
     pub fn voided(&mut self) -> &mut Life {
         self.cancel_intent("void_invoice");
         let before = json!({"status": self.invoice.status});
         self.invoice.status = "void";
-        (self.invoice.voided_at, self.invoice.next_attempt) = (Some(self.t), None);
-        self.tell_intent("payment_intent.canceled");
-        self.tell_invoice("invoice.updated", Some(before));
-        self.tell_invoice("invoice.voided", None)
+        (self.invoice.voided_at, self.invoice.next_attempt) = (Some(self.now_s), None);
+        self.emit_intent("payment_intent.canceled");
+        self.emit_invoice("invoice.updated", Some(before));
+        self.emit_invoice("invoice.voided", None)
     }
 
     pub fn written_off(&mut self) -> &mut Life {
         let before = json!({"status": self.invoice.status});
         self.invoice.status = "uncollectible";
-        self.invoice.written_off_at = Some(self.t);
-        self.tell_invoice("invoice.updated", Some(before));
-        self.tell_invoice("invoice.marked_uncollectible", None)
+        self.invoice.written_off_at = Some(self.now_s);
+        self.emit_invoice("invoice.updated", Some(before));
+        self.emit_invoice("invoice.marked_uncollectible", None)
     }
 
     pub fn overdue(&mut self) -> &mut Life {
-        self.tell_invoice("invoice.overdue", None)
+        self.emit_invoice("invoice.overdue", None)
     }
 
     pub fn refunded(&mut self, amount: i64) -> &mut Life {
@@ -324,10 +337,11 @@ impl Life {
             amount,
             currency: charge.currency,
             status: "succeeded",
-            created: self.t,
+            created: self.now_s,
         });
         let before = json!({"amount_refunded": charge.refunded - amount});
         let charge = Object::Charge(charge.clone());
+
         self.tell("refund.created", refund.clone(), None);
         self.tell("charge.refunded", charge, Some(before));
         self.tell("charge.refund.updated", refund, None)
@@ -341,7 +355,7 @@ impl Life {
             amount,
             currency: self.invoice.currency,
             livemode: self.invoice.livemode,
-            created: self.t,
+            created: self.now_s,
         };
         self.tell("credit_note.created", Object::CreditNote(note), None)
     }
@@ -356,23 +370,24 @@ impl Life {
             currency: charge.currency,
             livemode: charge.livemode,
             status: "needs_response",
-            created: self.t,
+            created: self.now_s,
         };
+
         self.dispute = Some(dispute);
-        self.tell_dispute("charge.dispute.created");
-        self.tell_dispute("charge.dispute.funds_withdrawn")
+        self.emit_dispute("charge.dispute.created");
+        self.emit_dispute("charge.dispute.funds_withdrawn")
     }
 
     pub fn dispute_won(&mut self) -> &mut Life {
         self.dispute.as_mut().expect("it is disputed").status = "won";
-        self.tell_dispute("charge.dispute.funds_reinstated");
-        self.tell_dispute("charge.dispute.closed")
+        self.emit_dispute("charge.dispute.funds_reinstated");
+        self.emit_dispute("charge.dispute.closed")
     }
 
     fn settle(&mut self) {
         let invoice = &mut self.invoice;
         (invoice.status, invoice.paid, invoice.attempted) = ("paid", invoice.due, true);
-        (invoice.paid_at, invoice.next_attempt) = (Some(self.t), None);
+        (invoice.paid_at, invoice.next_attempt) = (Some(self.now_s), None);
     }
 
     fn charge_made(&mut self, status: &'static str) {
@@ -381,6 +396,7 @@ impl Life {
         let id = format!("{}c{}", intent.id.replace("pi_", "ch_"), self.charges);
         intent.latest_charge = Some(id.clone());
         self.invoice.charge = Some(id.clone());
+
         self.charge = Some(Charge {
             id,
             invoice: self.invoice.id.clone(),
@@ -390,12 +406,12 @@ impl Life {
             currency: intent.currency,
             livemode: intent.livemode,
             status,
-            created: self.t,
+            created: self.now_s,
             failure: None,
         });
     }
 
-    /// The error of the confirmation before is forgotten.
+    /// Sets the status and clears the error of the previous confirmation.
     fn confirmed(&mut self, status: &'static str) {
         let intent = self.intent.as_mut().expect("it is finalized");
         (intent.status, intent.error) = (status, None);
@@ -407,12 +423,12 @@ impl Life {
         }
     }
 
-    /// What joins the invoice and its PaymentIntent, whatever the version.
-    fn put_payment(&mut self, part: usize, paid: Option<i64>) -> Object {
-        let suffix = if part == 0 {
+    /// Creates the object that links the invoice with its PaymentIntent in every version.
+    fn put_payment(&mut self, pay_part: usize, paid: Option<i64>) -> Object {
+        let suffix = if pay_part == 0 {
             String::new()
         } else {
-            format!("p{part}")
+            format!("p{pay_part}")
         };
         let payment = Object::InvoicePayment(InvoicePayment {
             id: format!("{}{suffix}", self.invoice.id.replace("in_", "inpay_")),
@@ -423,41 +439,42 @@ impl Life {
             currency: self.invoice.currency,
             livemode: self.invoice.livemode,
             created: self.invoice.finalized_at.expect("it is finalized"),
-            paid_at: paid.map(|_| self.t),
+            paid_at: paid.map(|_| self.now_s),
         });
+
         self.stripe.put(payment.clone(), &self.terms);
         payment
     }
 
-    fn tell_invoice(&mut self, kind: &'static str, previous: Option<Value>) -> &mut Life {
+    fn emit_invoice(&mut self, kind: &'static str, previous: Option<Value>) -> &mut Life {
         self.tell(kind, Object::Invoice(self.invoice.clone()), previous)
     }
 
-    fn tell_intent(&mut self, kind: &'static str) -> &mut Life {
+    fn emit_intent(&mut self, kind: &'static str) -> &mut Life {
         match self.intent.clone() {
             Some(intent) => self.tell(kind, Object::PaymentIntent(intent), None),
             None => self,
         }
     }
 
-    fn tell_charge(&mut self, kind: &'static str) -> &mut Life {
+    fn emit_charge(&mut self, kind: &'static str) -> &mut Life {
         let charge = self.charge.clone().expect("a charge was made");
         self.tell(kind, Object::Charge(charge), None)
     }
 
-    fn tell_dispute(&mut self, kind: &'static str) -> &mut Life {
+    fn emit_dispute(&mut self, kind: &'static str) -> &mut Life {
         let dispute = self.dispute.clone().expect("it is disputed");
         self.tell(kind, Object::Dispute(dispute), None)
     }
 
     fn tell(&mut self, kind: &'static str, object: Object, previous: Option<Value>) -> &mut Life {
         self.stripe.put(object.clone(), &self.terms);
-        let generated = !self.silenced.iter().any(|prefix| kind.starts_with(prefix));
+        let generated = !self.omitted.iter().any(|prefix| kind.starts_with(prefix));
         self.stripe.emit(Event {
             id: String::new(),
             order: 0,
             kind,
-            created: self.t,
+            created: self.now_s,
             account: self.terms.account,
             livemode: self.terms.livemode,
             listed: self.terms.listed,
@@ -466,6 +483,7 @@ impl Life {
             previous,
             generated,
         });
+
         self
     }
 }

@@ -1,17 +1,19 @@
-//! Stripe, stood in for by a server of our own with a state of its own: accounts, invoices and what they are paid with, the events that
-//! tell of it, an API that answers as Stripe's does, and troubles that can be switched on.
+//! A fake Stripe: a real HTTP server with its own state, which consists of accounts, invoices,
+//! their payments and events, with an API that answers like Stripe's and faults that tests switch
+//! on.
 //!
-//! It shares no line with the program: what it shows is written from Stripe's documentation. Whatever asks it in a way that Stripe would
-//! refuse, or that a reader has no business with, is refused, and remembered as a fault.
+//! It shares no code with the program: it was written from Stripe's documentation. It rejects calls
+//! that Stripe would reject or that a reader has no reason to make, and records them as violations.
 //!
-//! `objects` is what there is, `life` what happens, `api` what is answered, `wire` how that goes wrong, `delivery` the webhooks.
+//! `objects` renders the objects, `life` changes them, `api` answers calls, `wire` makes answers
+//! fail and `delivery` sends webhooks.
 
 mod api;
 mod delivery;
 mod life;
 mod objects;
+mod server;
 pub mod story;
-mod wire;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -24,14 +26,14 @@ use tokio::sync::oneshot;
 pub use delivery::{Deliveries, deliver_one};
 pub use life::{DAY, HOUR, Life, Terms};
 pub use objects::{BASIL, CLOVER, ENDIVE, OLD, Object};
-pub use wire::Troubles;
+pub use server::Faults;
 
 pub const LIVE_KEY: &str = "sk_live_fake_1234567890";
-/// As good as the first, as all that begin so: to tell apart who asks.
+/// A second valid key, which tells callers apart.
 pub const OTHER_KEY: &str = "rk_live_fake_1234567890";
 pub const TEST_KEY: &str = "sk_test_fake_1234567890";
 
-/// Cheap to clone; clones are the same Stripe. It is gone with the last one.
+/// A running fake. Clones share its state, and it ends with the last one.
 #[derive(Clone)]
 pub struct Stripe {
     /// `http://127.0.0.1:PORT`
@@ -40,28 +42,28 @@ pub struct Stripe {
     _running: Arc<Running>,
 }
 
-/// Ends the server's thread when it is dropped.
+/// Handle of the server's thread. Dropping it ends the thread.
 struct Running(Option<oneshot::Sender<()>>);
 
 struct State {
     clock: Clock,
-    objects: BTreeMap<String, Kept>,
+    objects: BTreeMap<String, StoredObject>,
     events: Vec<Event>,
     endpoints: Vec<Endpoint>,
     serial: usize,
-    troubles: Troubles,
+    faults: Faults,
     calls: Vec<Call>,
     connections: usize,
-    faults: BTreeSet<String>,
-    /// Nothing is answered.
-    held: bool,
-    /// How often in a row each URL was answered badly.
-    in_a_row: BTreeMap<String, usize>,
+    violations: BTreeSet<String>,
+    /// Whether all answers are held back.
+    is_held: bool,
+    /// Number of consecutive failed answers per URL.
+    consecutive_failures: BTreeMap<String, usize>,
 }
 
-struct Kept {
+struct StoredObject {
     object: Object,
-    /// As it was until it last changed.
+    /// State before the last change.
     before: Option<Object>,
     account: Option<&'static str>,
     livemode: bool,
@@ -71,7 +73,7 @@ struct Kept {
 #[derive(Clone)]
 pub struct Event {
     pub id: String,
-    /// Among those of the same second.
+    /// Order among events of the same second.
     order: u32,
     pub kind: &'static str,
     pub created: i64,
@@ -81,7 +83,9 @@ pub struct Event {
     delivered: &'static str,
     object: Object,
     previous: Option<Value>,
-    /// Stripe sometimes fails to: then nobody ever hears of it.
+    /// Whether Stripe generated the event.
+    ///
+    /// It sometimes fails to, and then no API call or webhook shows it.
     pub generated: bool,
 }
 
@@ -93,16 +97,16 @@ pub struct Endpoint {
     pub enabled_events: Vec<&'static str>,
 }
 
-/// One call of the API.
+/// A recorded call of the API.
 #[derive(Clone, Debug)]
 pub struct Call {
     pub at_ms: i64,
     pub key: String,
-    /// The path, `*` for each id.
+    /// Path with `*` for each id.
     pub endpoint: String,
     /// Path, query and account.
     pub url: String,
-    /// None: no whole answer was given.
+    /// Status of the answer. `None` if no complete answer was sent.
     pub status: Option<u16>,
 }
 
@@ -111,15 +115,16 @@ impl Stripe {
         Stripe::start_at(Clock::system())
     }
 
-    /// A Stripe whose time is this.
+    /// Starts a fake with this clock.
     pub fn start_at(clock: Clock) -> Stripe {
         let state = Arc::new(Mutex::new(State::new(clock)));
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let base = format!("http://{}", listener.local_addr().unwrap());
         let (ended, end) = oneshot::channel();
         let served = state.clone();
-        // A thread of its own: it answers also while a test waits for a command to end.
-        std::thread::spawn(move || wire::serve(listener, served, end));
+
+        // On its own thread: it answers while a test blocks on a command.
+        std::thread::spawn(move || server::serve(listener, served, end));
         Stripe {
             base,
             state,
@@ -127,7 +132,7 @@ impl Stripe {
         }
     }
 
-    /// The program's settings for it.
+    /// Returns the program's settings for this fake.
     pub fn settings(&self) -> [(&str, &str); 2] {
         [
             ("STRIPE_API_KEY", LIVE_KEY),
@@ -135,7 +140,7 @@ impl Stripe {
         ]
     }
 
-    /// An invoice's life, from its draft on.
+    /// Starts the life of an invoice with its draft.
     pub fn draft(&self, terms: Terms) -> Life {
         Life::begin(self, terms, &[])
     }
@@ -144,31 +149,31 @@ impl Stripe {
         self.state().endpoints.push(endpoint);
     }
 
-    pub fn trouble(&self, troubles: Troubles) {
-        self.state().troubles = troubles;
+    pub fn set_faults(&self, faults: Faults) {
+        self.state().faults = faults;
     }
 
-    /// From now on, Stripe takes every call, and answers none until it is released.
+    /// Accepts every call from now on and answers none until it is released.
     pub fn hold(&self) {
-        self.state().held = true;
+        self.state().is_held = true;
     }
 
     pub fn release(&self) {
-        self.state().held = false;
+        self.state().is_held = false;
     }
 
     pub fn events(&self) -> Vec<Event> {
         self.state().events.clone()
     }
 
-    /// Those that its API lists now.
+    /// Returns the events that the API lists now.
     #[allow(dead_code, reason = "only the simulator asks")]
     pub fn listed(&self) -> Vec<Event> {
         let state = self.state();
         state
             .events
             .iter()
-            .filter(|event| state.is_shown(event))
+            .filter(|event| state.is_visible(event))
             .cloned()
             .collect()
     }
@@ -177,7 +182,7 @@ impl Stripe {
         self.state().calls.clone()
     }
 
-    pub fn forget_calls(&self) {
+    pub fn clear_calls(&self) {
         let mut state = self.state();
         state.calls.clear();
         state.connections = 0;
@@ -187,14 +192,14 @@ impl Stripe {
         self.state().connections
     }
 
-    /// Whether it has an object of this id.
+    /// Returns whether an object of this id exists.
     pub fn has(&self, id: &str) -> bool {
         self.state().objects.contains_key(id)
     }
 
-    /// What was asked that nobody may ask.
-    pub fn faults(&self) -> Vec<String> {
-        self.state().faults.iter().cloned().collect()
+    /// Returns the recorded calls that no reader may make.
+    pub fn violations(&self) -> Vec<String> {
+        self.state().violations.iter().cloned().collect()
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -209,15 +214,15 @@ impl Stripe {
 
     fn put(&self, object: Object, terms: &Terms) {
         let mut state = self.state();
-        let order = scrambled(state.objects.len());
+        let order = scramble(state.objects.len());
         let (account, livemode, id) = (terms.account, terms.livemode, object.id().to_owned());
-        let kept = match state.objects.remove(&id) {
-            Some(kept) => Kept {
-                before: Some(kept.object),
+        let stored = match state.objects.remove(&id) {
+            Some(stored) => StoredObject {
+                before: Some(stored.object),
                 object,
-                ..kept
+                ..stored
             },
-            None => Kept {
+            None => StoredObject {
                 object,
                 before: None,
                 account,
@@ -225,12 +230,13 @@ impl Stripe {
                 order,
             },
         };
-        state.objects.insert(id, kept);
+
+        state.objects.insert(id, stored);
     }
 
     fn emit(&self, event: Event) {
         let mut state = self.state();
-        let order = scrambled(state.events.len());
+        let order = scramble(state.events.len());
         let origin =
             if event.kind.starts_with("payment_intent.") || event.kind.starts_with("charge.") {
                 3
@@ -250,12 +256,12 @@ impl State {
             events: Vec::new(),
             endpoints: Vec::new(),
             serial: 0,
-            troubles: Troubles::default(),
+            faults: Faults::default(),
             calls: Vec::new(),
             connections: 0,
-            faults: BTreeSet::new(),
-            held: false,
-            in_a_row: BTreeMap::new(),
+            violations: BTreeSet::new(),
+            is_held: false,
+            consecutive_failures: BTreeMap::new(),
         }
     }
 }
@@ -268,12 +274,12 @@ impl Drop for Running {
 }
 
 impl Event {
-    /// As the API lists it.
+    /// Renders the event as the API lists it.
     pub fn as_listed(&self) -> Value {
         self.render(self.listed)
     }
 
-    /// As the webhook endpoint gets it.
+    /// Renders the event as the webhook endpoint receives it.
     pub fn as_delivered(&self) -> Value {
         self.render(self.delivered)
     }
@@ -291,7 +297,7 @@ impl Event {
         event
     }
 
-    /// Its thin twin.
+    /// Renders the event as its thin twin.
     pub fn as_thin(&self) -> Value {
         let (kind, id) = (self.object.name(), self.object.id());
         json!({"id": self.thin_id(), "object": "v2.core.event", "type": format!("v1.{}", self.kind), "livemode": self.livemode,
@@ -303,14 +309,14 @@ impl Event {
         self.id.replace("evt_", "evt_test_65")
     }
 
-    /// The id of the object inside.
+    /// Returns the id of the object in the event.
     pub fn object_id(&self) -> &str {
         self.object.id()
     }
 }
 
 impl Endpoint {
-    /// One that gets all there is.
+    /// Returns an enabled endpoint that subscribes to all events.
     pub fn enabled(url: &str) -> Endpoint {
         Endpoint {
             url: url.to_owned(),
@@ -324,7 +330,7 @@ pub fn now_s() -> i64 {
     Clock::system().now_s()
 }
 
-/// `2026-01-31T09:00:00`
+/// Formats a time as `2026-01-31T09:00:00`.
 fn written(seconds: i64) -> String {
     jiff::Timestamp::from_second(seconds)
         .unwrap()
@@ -333,12 +339,12 @@ fn written(seconds: i64) -> String {
         .to_owned()
 }
 
-/// Numbers in an order that says nothing.
-fn scrambled(serial: usize) -> u32 {
+/// Maps serial numbers to numbers in no meaningful order.
+fn scramble(serial: usize) -> u32 {
     (serial as u32).wrapping_add(1).wrapping_mul(2_654_435_761)
 }
 
-/// From 0 to 1, the same for the same things.
+/// Returns a number between 0 and 1 that depends only on its arguments.
 fn chance(seed: u64, of: &impl Hash) -> f64 {
     let mut hasher = DefaultHasher::new();
     (seed, of).hash(&mut hasher);

@@ -1,17 +1,18 @@
-//! Stripe's objects: what is true of each, and how each version of the API shows it.
+//! Stripe's objects: the state of each, and its rendering in each version of the API.
 //!
-//! The truth has no version. A rendering has one: an event keeps the truth of its moment and is rendered when it is delivered (for the
-//! endpoint's version) or listed (for the account's version), an object that is asked for is rendered for the version that is asked for.
+//! The state has no version; a rendering has one. An event keeps the state of its moment and is
+//! rendered for the endpoint's version when it is delivered, or for the account's version when it
+//! is listed. A requested object is rendered for the requested version.
 
 use serde_json::{Value, json};
 
-/// Payments name their invoice.
+/// Version in which payments name their invoice.
 pub const OLD: &str = "2022-11-15";
-/// Payments name no invoice at all.
+/// Version in which payments name no invoice.
 pub const BASIL: &str = "2025-03-31.basil";
-/// PaymentIntents have an order reference, which names it.
+/// Version in which PaymentIntents have an order reference that names the invoice.
 pub const CLOVER: &str = "2025-11-17.clover";
-/// Invoices say what was paid outside Stripe, which they do since 2026-05-27.
+/// Version in which invoices state the amount paid outside Stripe (since 2026-05-27).
 pub const ENDIVE: &str = "2026-09-30.endive";
 
 #[derive(Clone, Debug)]
@@ -31,7 +32,7 @@ pub struct Invoice {
     pub number: String,
     pub currency: &'static str,
     pub livemode: bool,
-    /// Sent to the customer, rather than charged automatically.
+    /// Whether the invoice is sent to the customer rather than charged automatically.
     pub sent: bool,
     pub status: &'static str,
     pub due: i64,
@@ -68,7 +69,7 @@ pub struct InvoicePayment {
 pub struct PaymentIntent {
     pub id: String,
     pub invoice: String,
-    /// A merchant may set it to anything; else it is the invoice.
+    /// Order reference. It is the invoice's id unless the merchant sets it.
     pub order_reference: String,
     pub amount: i64,
     pub currency: &'static str,
@@ -80,7 +81,7 @@ pub struct PaymentIntent {
     pub cancellation_reason: Option<&'static str>,
 }
 
-/// Why a charge failed.
+/// Reason of a failed charge.
 #[derive(Clone, Debug)]
 pub struct Decline {
     pub charge: String,
@@ -162,7 +163,7 @@ impl Object {
         }
     }
 
-    /// As `object` says it; with an `s`, as its URL does.
+    /// Returns the value of the field `object`. With an `s` it is the name in URLs.
     pub fn name(&self) -> &'static str {
         match self {
             Object::Invoice(_) => "invoice",
@@ -188,7 +189,7 @@ impl Object {
     }
 }
 
-/// Since basil, payments name no invoice, and an invoice names no payment.
+/// Returns whether payments and invoices no longer name each other, as since basil.
 fn is_new(version: &str) -> bool {
     version >= "2025-03-31"
 }
@@ -222,6 +223,7 @@ fn invoice(o: &Invoice, version: &str) -> Value {
         "ending_balance": o.finalized_at.map(|_| 0), "from_invoice": null, "hosted_invoice_url": "https://invoice.stripe.com/i/acct_1Fake/live_x?s=ap",
         "last_finalization_error": null, "latest_revision": null,
     });
+
     add(
         &mut shown,
         json!({
@@ -256,6 +258,7 @@ fn invoice(o: &Invoice, version: &str) -> Value {
             add(&mut shown, json!({"amount_paid": o.paid - o.paid_outside}));
         }
     }
+
     shown
 }
 
@@ -280,6 +283,7 @@ fn payment_intent(o: &PaymentIntent, version: &str) -> Value {
         "customer": "cus_Fake", "description": "Payment for Invoice", "last_payment_error": error, "latest_charge": o.latest_charge,
         "livemode": o.livemode, "metadata": {}, "next_action": null, "payment_method_types": ["card", "us_bank_account"], "status": o.status,
     });
+
     if !is_new(version) {
         add(&mut shown, json!({"invoice": o.invoice}));
     } else if version >= "2025-10-29" {
@@ -288,6 +292,7 @@ fn payment_intent(o: &PaymentIntent, version: &str) -> Value {
             json!({"payment_details": {"customer_reference": null, "order_reference": o.order_reference}}),
         );
     }
+
     shown
 }
 
@@ -311,9 +316,11 @@ fn charge(o: &Charge, version: &str) -> Value {
         "failure_message": failure.map(|f| f.message), "livemode": o.livemode, "metadata": {}, "outcome": outcome, "paid": succeeded,
         "payment_intent": o.intent, "payment_method": "pm_1Fake", "refunded": o.refunded == o.amount, "status": o.status,
     });
+
     if !is_new(version) {
         add(&mut shown, json!({"invoice": o.invoice}));
     }
+
     shown
 }
 
@@ -339,6 +346,7 @@ fn credit_note(o: &CreditNote, version: &str) -> Value {
             json!({"refund": null})
         },
     );
+
     shown
 }
 

@@ -1,40 +1,43 @@
-//! A story of many invoices: every kind of life there is, in several versions of the API, and some of it with events that Stripe fails
-//! to make. What it fails to tell can always be found out: from an event of the same move, or from the object as it is.
+//! A story of many invoices: every kind of life in several versions of the API, some of them with
+//! missing events.
+//!
+//! Everything that a missing event would assert can be found in another event of the same change or
+//! in the object.
 
 use serde_json::{Value, json};
 
 use super::{CLOVER, DAY, ENDIVE, HOUR, Life, OLD, Stripe, Terms, now_s};
 
-/// All types begin so.
+/// Prefix of all event types.
 const EVERYTHING: &[&str] = &[""];
 const NOTHING: &[&str] = &[];
 const KINDS: usize = 15;
-/// How each kind of life is told: whole, or with one gap or another.
+/// Number of variants of each life: complete, or with one of two gaps.
 const GAPS: usize = 3;
-/// Many invoices live in the same seconds.
+/// Number of different start days, so that many invoices live in the same seconds.
 const STARTS: usize = 5;
 pub const CONNECTED: &str = "acct_1Connected";
 
-/// An invoice of the story, as the merchant knows it.
-pub struct Stored {
+/// An invoice of the story as the merchant stores it.
+pub struct StoryInvoice {
     pub uid: String,
     pub stripe_id: String,
     pub due: i64,
 }
 
-impl Stored {
-    /// A `v1Invoice` that agrees with Stripe's.
+impl StoryInvoice {
+    /// Returns a `v1Invoice` that agrees with Stripe's invoice.
     pub fn document(&self) -> Value {
         json!({"metadata": {"uid": self.uid}, "spec": {"paymentUnit": "usd"},
             "status": {"billableAmount": self.due as f64 / 100.0, "stripeInvoiceId": self.stripe_id}})
     }
 }
 
-pub fn tell(stripe: &Stripe, invoices: usize) -> Vec<Stored> {
+pub fn play(stripe: &Stripe, invoices: usize) -> Vec<StoryInvoice> {
     (0..invoices)
         .map(|n| {
-            let life = live(stripe, n);
-            Stored {
+            let life = play_one(stripe, n);
+            StoryInvoice {
                 uid: format!("inv-{n:04}"),
                 stripe_id: life.id().to_owned(),
                 due: life.invoice.due,
@@ -46,15 +49,16 @@ pub fn tell(stripe: &Stripe, invoices: usize) -> Vec<Stored> {
 fn terms(n: usize) -> Terms {
     let kind = n % KINDS;
     let (listed, delivered) = match (kind, n / KINDS % 4) {
-        // Money from outside Stripe is told apart by what only these two versions say.
+        // Only fields of these two versions identify money from outside Stripe.
         (7, round) => [(OLD, OLD), (ENDIVE, ENDIVE)][round % 2],
-        // Several payments of one invoice are there since basil.
+        // An invoice can have several payments since basil.
         (6, round) => [(CLOVER, CLOVER), (CLOVER, ENDIVE)][round % 2],
         (_, 0) => (OLD, OLD),
         (_, 1) => (CLOVER, CLOVER),
         (_, 2) => (CLOVER, ENDIVE),
         _ => (OLD, CLOVER),
     };
+
     Terms {
         account: (n % 7 == 3 && kind != 12).then_some(CONNECTED),
         livemode: true,
@@ -72,35 +76,37 @@ fn terms(n: usize) -> Terms {
     }
 }
 
-fn live(stripe: &Stripe, n: usize) -> Life {
+fn play_one(stripe: &Stripe, n: usize) -> Life {
     let (kind, gap) = (n % KINDS, n / KINDS % GAPS);
-    let when = |wanted: usize, gap_in: &'static [&'static str]| {
+    let in_gap = |wanted: usize, gap_in: &'static [&'static str]| {
         if gap == wanted { gap_in } else { NOTHING }
     };
-    let from_the_draft_on = kind == 12 && gap == 2;
+    let omits_draft = kind == 12 && gap == 2;
     let mut life = Life::begin(
         stripe,
         terms(n),
-        if from_the_draft_on {
-            EVERYTHING
-        } else {
-            NOTHING
-        },
+        if omits_draft { EVERYTHING } else { NOTHING },
     );
+
     match kind {
-        11 => drop(life.later(HOUR).silence(when(1, EVERYTHING)).paid_at_zero()),
+        11 => drop(
+            life.later(HOUR)
+                .omit_events(in_gap(1, EVERYTHING))
+                .paid_at_zero(),
+        ),
         14 => {}
         _ => {
-            let untold = match kind {
-                12 if from_the_draft_on => EVERYTHING,
-                0 | 5 | 12 => when(1, EVERYTHING),
-                2 | 6 => when(2, EVERYTHING),
+            let omitted = match kind {
+                12 if omits_draft => EVERYTHING,
+                0 | 5 | 12 => in_gap(1, EVERYTHING),
+                2 | 6 => in_gap(2, EVERYTHING),
                 _ => NOTHING,
             };
-            life.later(HOUR).silence(untold).finalized();
-            after_finalization(&mut life, kind, gap, when);
+            life.later(HOUR).omit_events(omitted).finalized();
+            after_finalization(&mut life, kind, gap, in_gap);
         }
     }
+
     life
 }
 
@@ -108,38 +114,38 @@ fn after_finalization(
     life: &mut Life,
     kind: usize,
     gap: usize,
-    when: impl Fn(usize, &'static [&'static str]) -> &'static [&'static str],
+    in_gap: impl Fn(usize, &'static [&'static str]) -> &'static [&'static str],
 ) {
-    life.silence(NOTHING).later(HOUR);
+    life.omit_events(NOTHING).later(HOUR);
     match kind {
-        0 => drop(life.silence(when(2, EVERYTHING)).paid_by_card()),
+        0 => drop(life.omit_events(in_gap(2, EVERYTHING)).paid_by_card()),
         1 => {
-            life.silence([NOTHING, &["charge."], &["payment_intent."]][gap])
+            life.omit_events([NOTHING, &["charge."], &["payment_intent."]][gap])
                 .declined("insufficient_funds", Some(3 * DAY));
             life.later(3 * DAY)
-                .silence(when(1, &["invoice."]))
+                .omit_events(in_gap(1, &["invoice."]))
                 .paid_by_card();
         }
         2 => {
             life.declined("insufficient_funds", Some(3 * DAY))
                 .later(3 * DAY)
                 .declined("expired_card", None);
-            life.later(DAY).silence(when(1, EVERYTHING)).voided();
+            life.later(DAY).omit_events(in_gap(1, EVERYTHING)).voided();
         }
         3 => {
-            life.silence([NOTHING, &["payment_intent."], &["invoice."]][gap])
+            life.omit_events([NOTHING, &["payment_intent."], &["invoice."]][gap])
                 .action_required();
-            life.silence(NOTHING).later(600).paid_by_card();
+            life.omit_events(NOTHING).later(600).paid_by_card();
         }
         4 => {
-            life.silence([NOTHING, &["payment_intent."], &["charge."]][gap])
+            life.omit_events([NOTHING, &["payment_intent."], &["charge."]][gap])
                 .processing();
-            life.silence(NOTHING).later(4 * DAY).paid_by_card();
+            life.omit_events(NOTHING).later(4 * DAY).paid_by_card();
         }
         5 => drop(
             life.processing()
                 .later(3 * DAY)
-                .returned()
+                .debit_returned()
                 .later(DAY)
                 .processing()
                 .later(4 * DAY)
@@ -148,27 +154,27 @@ fn after_finalization(
         6 => {
             let (half, quarter) = (life.invoice.due / 2, life.invoice.due / 4);
             let rest = life.invoice.due - half - quarter;
-            life.part(half)
+            life.pay_part(half)
                 .later(DAY)
-                .part(quarter)
+                .pay_part(quarter)
                 .later(DAY)
-                .silence(when(1, &["invoice."]))
-                .part(rest);
+                .omit_events(in_gap(1, &["invoice."]))
+                .pay_part(rest);
         }
         7 => drop(
             life.later(9 * DAY)
-                .silence(when(1, EVERYTHING))
+                .omit_events(in_gap(1, EVERYTHING))
                 .paid_outside(),
         ),
         8 => {
             life.later(10 * DAY)
                 .overdue()
                 .later(5 * DAY)
-                .silence(when(1, EVERYTHING))
+                .omit_events(in_gap(1, EVERYTHING))
                 .written_off();
             if gap != 0 {
                 life.later(2 * DAY)
-                    .silence(when(2, EVERYTHING))
+                    .omit_events(in_gap(2, EVERYTHING))
                     .paid_by_card();
             }
         }
@@ -176,20 +182,20 @@ fn after_finalization(
             let quarter = life.invoice.due / 4;
             life.paid_by_card()
                 .later(3 * DAY)
-                .silence([NOTHING, &["refund."], &["charge."]][gap])
+                .omit_events([NOTHING, &["refund."], &["charge."]][gap])
                 .refunded(quarter);
-            life.silence(NOTHING).later(DAY).credited(1200);
+            life.omit_events(NOTHING).later(DAY).credited(1200);
         }
         10 => {
-            life.silence(when(1, EVERYTHING)).paid_by_card();
-            life.silence(NOTHING)
+            life.omit_events(in_gap(1, EVERYTHING)).paid_by_card();
+            life.omit_events(NOTHING)
                 .later(10 * DAY)
                 .disputed()
                 .later(5 * DAY)
                 .dispute_won();
         }
         13 => drop(
-            life.silence(when(2, &["charge."]))
+            life.omit_events(in_gap(2, &["charge."]))
                 .declined("insufficient_funds", None),
         ),
         _ => {}

@@ -1,5 +1,5 @@
-//! The program's router, on a database of its own in a temporary folder: with a key of each kind, the invoices of the fixtures, and some
-//! of what happened to them.
+//! The program's router on its own database in a temporary folder, with a key of each kind, the
+//! invoices of the fixtures and some of their events.
 
 use std::path::Path;
 
@@ -36,25 +36,25 @@ const STORIES: [&str; 2] = [
     include_str!("../../fixtures/stories/thin-and-snapshot-twins.jsonl"),
 ];
 
-/// The invoices of these stories, and one of which nothing is told.
+/// Stripe invoices of these stories, and one that no event names.
 const STRIPE_INVOICES: [&str; 3] = ["in_1Q021Fx", "in_1Q035Fx", "in_1Q001Fx"];
 
-/// What is asked.
-pub struct Asked {
+/// A request.
+pub struct RawRequest {
     pub method: Method,
     pub target: Uri,
     pub headers: HeaderMap,
     pub body: Bytes,
 }
 
-/// What is answered.
+/// An answer.
 pub struct Answer {
     pub status: StatusCode,
     pub headers: HeaderMap,
     pub body: Bytes,
 }
 
-pub struct World {
+pub struct Program {
     runtime: Runtime,
     folder: TempDir,
     running: Option<Running>,
@@ -66,23 +66,24 @@ struct Running {
     writer: Writer,
 }
 
-impl World {
-    pub fn start() -> World {
+impl Program {
+    pub fn start() -> Program {
         let runtime = Builder::new_current_thread()
             .enable_all()
             .build()
             .expect("a runtime can be made");
         let folder = tempfile::tempdir().expect("a folder can be made");
         runtime.block_on(fill(&folder.path().join("template.db")));
-        World {
+
+        Program {
             runtime,
             folder,
             running: None,
         }
     }
 
-    pub fn ask(&mut self, asked: Asked) -> Answer {
-        let World {
+    pub fn send(&mut self, request: RawRequest) -> Answer {
+        let Program {
             runtime,
             folder,
             running,
@@ -92,22 +93,21 @@ impl World {
                 Some(running) => running,
                 none => none.insert(Running::start(folder.path()).await),
             };
-            let mut request = Request::new(Full::new(asked.body));
-            (
-                *request.method_mut(),
-                *request.uri_mut(),
-                *request.headers_mut(),
-            ) = (asked.method, asked.target, asked.headers);
+            let mut sent = Request::new(Full::new(request.body));
+            *sent.method_mut() = request.method;
+            *sent.uri_mut() = request.target;
+            *sent.headers_mut() = request.headers;
+
             let answer: Response = running
                 .service
-                .call(request)
+                .call(sent)
                 .await
                 .expect("a router cannot fail");
             let (parts, body) = answer.into_parts();
             let body = body
                 .collect()
                 .await
-                .expect("a body that is there can be read")
+                .expect("a complete body can be read")
                 .to_bytes();
             Answer {
                 status: parts.status,
@@ -117,7 +117,7 @@ impl World {
         })
     }
 
-    /// As it was at the start, so that what an input finds does not depend on those before it.
+    /// Restores the initial state, so that no input depends on those before it.
     pub fn renew(&mut self) {
         if let Some(Running {
             service,
@@ -137,7 +137,7 @@ impl World {
         sign(secrets().first(), NOW_MS / 1000, body)
     }
 
-    /// The cookie of who has signed in with a key.
+    /// Returns the cookie of a visitor who signed in with this key.
     pub fn session(&self, key: &str) -> String {
         session_token::issue(
             &secrets(),
@@ -159,10 +159,11 @@ fn url(file: &Path) -> String {
 impl Running {
     async fn start(folder: &Path) -> Running {
         let file = folder.join("world.db");
-        // What another one has left there belongs to another file.
+        // The WAL of the previous file does not belong to this one.
         for name in ["world.db", "world.db-wal", "world.db-shm"] {
             let _ = std::fs::remove_file(folder.join(name));
         }
+
         std::fs::copy(folder.join("template.db"), &file).expect("a file can be copied");
         let store = Store::connect(&url(&file))
             .await
@@ -172,6 +173,7 @@ impl Running {
         let (clock, stopping) = (Clock::fixed(NOW_MS), CancellationToken::new());
         let state = AppState::new(store.clone(), inbox, secrets(), clock, metrics, stopping);
         let service = TowerToHyperService::new(router(state, MetricsAt::MainListener, Ui::Shown));
+
         Running {
             service,
             store,
@@ -180,12 +182,13 @@ impl Running {
     }
 }
 
-/// Keys have themselves as their ids.
+/// Fills the database. The id of each key is the key itself.
 async fn fill(file: &Path) {
     let store = Store::connect(&url(file))
         .await
         .expect("a database can be made");
     store.migrate().await.expect("it can be migrated");
+
     for (key, scope) in [
         (OPERATOR_KEY, Scope::Operator),
         (ACME_KEY, Scope::Tenant("acme".to_owned())),
@@ -202,12 +205,13 @@ async fn fill(file: &Path) {
             .await
             .expect("a key can be kept");
     }
-    let held = INVOICES.lines().filter(|line| {
+
+    let stored = INVOICES.lines().filter(|line| {
         STRIPE_INVOICES
             .iter()
             .any(|id| line.contains(&format!("{id}\"")))
     });
-    let parsed = held.map(|line| serde_json::from_str(line).expect("a fixture is JSON"));
+    let parsed = stored.map(|line| serde_json::from_str(line).expect("a fixture is JSON"));
     let mut invoices: Vec<NewInvoice> = parsed
         .map(|json| new_invoice("acme", None, json).expect("a fixture is valid"))
         .collect();
@@ -217,6 +221,7 @@ async fn fill(file: &Path) {
         .put_invoices(&invoices, NOW_MS)
         .await
         .expect("invoices can be stored");
+
     let bodies = STORIES
         .iter()
         .flat_map(|story| story.lines())
@@ -234,11 +239,12 @@ async fn fill(file: &Path) {
         .append(&bodies.map(delivered).collect::<Vec<_>>())
         .await
         .expect("events can be kept");
+
     store.close().await;
 }
 
-/// A request as it is written on the wire. None: no client could send it.
-pub fn parse(input: &[u8], world: &World) -> Option<Asked> {
+/// Parses a request as it is written on the wire. Returns `None` if no client could send it.
+pub fn parse(input: &[u8], program: &Program) -> Option<RawRequest> {
     let (head, body) = match input.windows(2).position(|two| two == b"\n\n") {
         Some(at) => (&input[..at], &input[at + 2..]),
         None => (input, &[][..]),
@@ -249,16 +255,18 @@ pub fn parse(input: &[u8], world: &World) -> Option<Asked> {
     let method = Method::from_bytes(&first[..blank]).ok()?;
     let target = Uri::try_from(&first[blank + 1..]).ok()?;
     let mut headers = HeaderMap::new();
+
     for line in lines.filter(|line| !line.is_empty()).take(100) {
         let colon = line.iter().position(|byte| *byte == b':')?;
         let name = HeaderName::from_bytes(&line[..colon]).ok()?;
         headers.append(
             name,
-            HeaderValue::from_bytes(&filled_in(line[colon + 1..].trim_ascii(), body, world))
+            HeaderValue::from_bytes(&fill_in(line[colon + 1..].trim_ascii(), body, program))
                 .ok()?,
         );
     }
-    Some(Asked {
+
+    Some(RawRequest {
         method,
         target,
         headers,
@@ -266,20 +274,22 @@ pub fn parse(input: &[u8], world: &World) -> Option<Asked> {
     })
 }
 
-/// `$signature` is what nobody guesses, and so are `$operator` and `$acme`: the sessions of the keys.
-fn filled_in(value: &[u8], body: &[u8], world: &World) -> Vec<u8> {
+/// Replaces `$signature`, `$operator` and `$acme`, which no mutation can guess, by a signature and
+/// by the sessions of the keys.
+fn fill_in(value: &[u8], body: &[u8], program: &Program) -> Vec<u8> {
     let Some(at) = value.iter().position(|byte| *byte == b'$') else {
         return value.to_vec();
     };
     let (before, named) = value.split_at(at);
     let words = [
-        ("$signature", world.signature(body)),
-        ("$operator", world.session(OPERATOR_KEY)),
-        ("$acme", world.session(ACME_KEY)),
+        ("$signature", program.signature(body)),
+        ("$operator", program.session(OPERATOR_KEY)),
+        ("$acme", program.session(ACME_KEY)),
     ];
     let known = words
         .iter()
         .find_map(|(word, with)| Some((with, named.strip_prefix(word.as_bytes())?)));
+
     match known {
         Some((with, after)) => [before, with.as_bytes(), after].concat(),
         None => value.to_vec(),

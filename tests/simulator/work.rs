@@ -1,4 +1,5 @@
-//! What happens at the same time: deliveries, and a pass beside them; to its end, or until the program crashes or the others give up.
+//! Concurrent work of a step: deliveries and a reconcile run, until they complete, the program
+//! crashes or the clients hang up.
 
 use std::cell::{Cell, RefCell};
 
@@ -7,55 +8,57 @@ use rand::RngExt;
 use rand::rngs::StdRng;
 use stripe_reconciler::reconcile::{self, Lease, Plan, ReconcileError, Report, WriteMode};
 
-use super::delivery::{Parcel, Signed};
+use super::delivery::{Delivery, Signed};
 use super::process::Replica;
+use super::simulation::{Simulation, assert_is_error, quiet};
 use super::watch::Watch;
-use super::world::{World, assert_is_error, quiet};
 use testkit::Answer;
 
-/// Without news from its holder, a lease lasts so long.
+/// Lifetime of a lease that its holder does not renew.
 const LEASE_MS: i64 = 12_000;
-/// One that lasts so much longer was taken by a clock that was wrong, and is none.
-const CLOCKS_DIFFER_MS: i64 = 60_000;
+/// A lease with a longer remaining time than this was taken under a skewed clock and counts as
+/// expired.
+const MAX_SKEW_MS: i64 = 60_000;
 
-/// How something that was begun ends.
+/// Way in which concurrent work ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
     Whole,
-    /// After so many waits, the program crashes.
+    /// Crashes the program after this many waits.
     Crash(usize),
-    /// After so many waits, the others hang up, and a pass is given up.
+    /// Drops all clients and the run after this many waits.
     HangUp(usize),
 }
 
-pub struct Busy {
-    pub parcels: Vec<Parcel>,
+pub struct Work {
+    pub deliveries: Vec<Delivery>,
     pub plan: Option<Plan>,
     pub end: End,
-    /// What is durable is looked at whenever a moment has come.
+    /// Whether the database is checked at every point where a crash could happen.
     pub is_watched: bool,
 }
 
 pub struct Done {
-    /// It came to its end before anything could disturb it.
+    /// Whether the work completed before the crash or hang-up.
     pub is_whole: bool,
     pub report: Option<Report>,
 }
 
-/// How far a pass has come with its lease.
+/// State of a run's lease.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Leased {
     No,
     Held,
-    /// It is being given back.
+    /// The lease is being released.
     Ending,
 }
 
-/// A pass that ended. None: another held the lease.
-type Passed = Result<Option<Report>, ReconcileError>;
+/// Result of a run. `None` if another process held the lease.
+type RunResult = Result<Option<Report>, ReconcileError>;
 
 impl End {
-    /// Most things come to their end; the others are left after a wait, few of them after many.
+    /// Draws an end. Most work completes; the rest is interrupted after a wait, usually an early
+    /// one.
     pub fn draw(random: &mut StdRng, most: usize) -> End {
         let most = [most, most / 2, most / 5][random.random_range(0..3)].max(2);
         let waits = random.random_range(0..most);
@@ -74,89 +77,90 @@ impl End {
     }
 }
 
-impl World {
-    /// All at the same time, to its end or not. What is not acknowledged is under way again.
-    pub fn make_busy(&mut self, busy: Busy, random: &mut StdRng) -> Done {
-        let signed: Vec<Signed> = busy
-            .parcels
+impl Simulation {
+    /// Runs the work concurrently until its end. Unacknowledged deliveries are queued again.
+    pub fn run_concurrently(&mut self, work: Work, random: &mut StdRng) -> Done {
+        let signed: Vec<Signed> = work
+            .deliveries
             .iter()
-            .map(|parcel| self.sign(parcel, random))
+            .map(|delivery| self.sign(delivery, random))
             .collect();
-        for (parcel, signed) in busy
-            .parcels
+        for (delivery, signed) in work
+            .deliveries
             .iter()
             .zip(&signed)
             .filter(|(_, signed)| !signed.labels.is_empty())
         {
             self.ledger
-                .note_sent(&parcel.identity, &parcel.body, &signed.labels);
+                .record_sent(&delivery.identity, &delivery.body, &signed.labels);
         }
         let answers: RefCell<Vec<Option<Answer>>> =
-            RefCell::new(busy.parcels.iter().map(|_| None).collect());
+            RefCell::new(work.deliveries.iter().map(|_| None).collect());
         let mut deliveries = Vec::with_capacity(signed.len());
-        for (n, (parcel, signed)) in busy.parcels.iter().zip(&signed).enumerate() {
+        for (n, (delivery, signed)) in work.deliveries.iter().zip(&signed).enumerate() {
             let (replica, answers) = (self.process().replica(random.random_range(0..2)), &answers);
             deliveries.push(async move {
-                let answer = replica.deliver(&signed.header, parcel.body.clone()).await;
+                let answer = replica.deliver(&signed.header, delivery.body.clone()).await;
                 answers.borrow_mut()[n] = Some(answer);
             });
         }
-        let (passed, leased) = (RefCell::new(None), Cell::new(Leased::No));
+        let (result, leased) = (RefCell::new(None), Cell::new(Leased::No));
         let replica = self.process().replica(random.random_range(0..2));
-        let passing = async {
-            if let Some(plan) = busy.plan {
+        let running = async {
+            if let Some(plan) = work.plan {
                 let ended = under_lease(replica, plan, &leased).await;
-                *passed.borrow_mut() = Some(ended);
+                *result.borrow_mut() = Some(ended);
             }
         };
 
-        if busy.plan.is_some() {
-            self.invariants().begin_pass(&self.stripe);
+        if work.plan.is_some() {
+            self.invariants().begin_run(&self.stripe);
         }
-        if busy.is_watched {
+        if work.is_watched {
             self.watch();
         }
 
         let ended = self
             .process()
-            .run_until(busy.end.waits(), join(join_all(deliveries), passing));
+            .run_until(work.end.waits(), join(join_all(deliveries), running));
 
-        let (is_whole, answers, passed) =
-            (ended.is_some(), answers.into_inner(), passed.into_inner());
+        let (is_whole, answers, result) =
+            (ended.is_some(), answers.into_inner(), result.into_inner());
         let seen = self.process().end_watch().map_or(Ok(()), Watch::end);
         self.invariants()
-            .end_pass(busy.plan.is_some() && !is_whole && matches!(busy.end, End::HangUp(_)));
-        self.tell(&busy, is_whole, &answers, &passed);
+            .end_run(work.plan.is_some() && !is_whole && matches!(work.end, End::HangUp(_)));
+        self.trace_work(&work, is_whole, &answers, &result);
         seen.unwrap_or_else(|wrong| panic!("at some moment of that: {wrong}"));
-        self.judge_lease(busy.plan, leased.get(), is_whole, passed.is_some());
-        self.take_answers(&busy, &signed, answers);
-        if !is_whole && matches!(busy.end, End::Crash(_)) {
+        self.check_lease(work.plan, leased.get(), is_whole, result.is_some());
+        self.take_answers(&work, &signed, answers);
+        if !is_whole && matches!(work.end, End::Crash(_)) {
             self.crash(random);
         }
         let was_logged = self.ledger.logged().len();
         self.check_log();
-        let changes_nothing =
-            busy.parcels.is_empty() && busy.plan.is_some_and(|plan| plan.mode == WriteMode::DryRun);
+        let changes_nothing = work.deliveries.is_empty()
+            && work.plan.is_some_and(|plan| plan.mode == WriteMode::DryRun);
         let is_changed = self.ledger.logged().len() != was_logged;
         assert!(
-            !changes_nothing || self.goes_on || !is_changed,
+            !changes_nothing || self.may_still_write || !is_changed,
             "a dry run changes the log"
         );
-        self.goes_on |= !is_whole && matches!(busy.end, End::HangUp(_));
-        assert_eq!(self.stripe.faults(), [""; 0]);
-        let report = passed
-            .and_then(|passed| passed.unwrap_or_else(|error| panic!("a pass fails: {error}")));
+        self.may_still_write |= !is_whole && matches!(work.end, End::HangUp(_));
+        assert_eq!(self.stripe.violations(), [""; 0]);
+        let report = result
+            .and_then(|result| result.unwrap_or_else(|error| panic!("a pass fails: {error}")));
         Done { is_whole, report }
     }
 
-    /// A pass that nothing disturbs, and its report.
-    pub fn quiet_pass(&mut self, plan: Plan) -> Report {
+    /// Makes a run without disturbance and returns its report.
+    pub fn quiet_run(&mut self, plan: Plan) -> Report {
         if !self.is_lease_free() {
-            self.later(LEASE_MS + CLOCKS_DIFFER_MS);
+            self.later(LEASE_MS + MAX_SKEW_MS);
         }
-        let done = self.make_busy(
-            Busy {
-                parcels: Vec::new(),
+
+        let done = self.run_concurrently(
+            Work {
+                deliveries: Vec::new(),
                 plan: Some(plan),
                 end: End::Whole,
                 is_watched: false,
@@ -172,12 +176,14 @@ impl World {
 
     fn is_over(&self, until_ms: i64) -> bool {
         let left_ms = until_ms - self.clock.now_ms();
-        left_ms <= 0 || left_ms > LEASE_MS + CLOCKS_DIFFER_MS
+        left_ms <= 0 || left_ms > LEASE_MS + MAX_SKEW_MS
     }
 
-    /// One that is dead holds its lease until that ends, and nobody after that. One that was left while it took it, or gave it back, holds
-    /// it perhaps.
-    fn judge_lease(
+    /// Checks the lease and records its state.
+    ///
+    /// A dead holder keeps the lease until it expires. A run that was interrupted while taking or
+    /// releasing the lease may hold it.
+    fn check_lease(
         &mut self,
         plan: Option<Plan>,
         leased: Leased,
@@ -188,12 +194,14 @@ impl World {
             leased == Leased::No || self.is_over(self.lease_until_ms),
             "a lease is taken that somebody else still holds"
         );
+
         let needs_lease = plan.is_some_and(|plan| plan.mode == WriteMode::Save);
         let must_take = needs_lease && is_whole && self.is_lease_free();
         assert!(
             !must_take || leased != Leased::No,
             "nobody holds the lease, and it cannot be taken"
         );
+
         let until_ms = self.clock.now_ms() + LEASE_MS;
         match leased {
             Leased::No if needs_lease && !has_passed => self.lease_perhaps_until_ms = until_ms,
@@ -204,29 +212,29 @@ impl World {
         }
     }
 
-    fn sign(&self, parcel: &Parcel, random: &mut StdRng) -> Signed {
+    fn sign(&self, delivery: &Delivery, random: &mut StdRng) -> Signed {
         let on_its_way_s = match random.random_range(0..20) {
             0 => [299, 300, 301, 4000][random.random_range(0..4)],
             1..4 => random.random_range(0..200),
             _ => 0,
         };
         self.secrets.sign(
-            &parcel.body,
+            &delivery.body,
             self.now_s() - on_its_way_s,
             self.clock.now_s(),
             random,
         )
     }
 
-    fn tell(
+    fn trace_work(
         &self,
-        busy: &Busy,
+        work: &Work,
         is_whole: bool,
         answers: &[Option<Answer>],
-        passed: &Option<Passed>,
+        result: &Option<RunResult>,
     ) {
-        if let Some(plan) = busy.plan {
-            let came_to = match passed {
+        if let Some(plan) = work.plan {
+            let came_to = match result {
                 Some(Ok(Some(report))) => format!(
                     "heals {}, {} differ",
                     report.healed.len(),
@@ -236,12 +244,13 @@ impl World {
                 Some(Err(error)) => format!("fails: {error}"),
                 None => "does not come to its end".to_owned(),
             };
-            self.say(format!(
+            self.trace_line(format!(
                 "a pass ({:?}, {:?}, since {:?}) {came_to}",
                 plan.extent, plan.mode, plan.since_s
             ));
         }
-        for (parcel, answer) in busy.parcels.iter().zip(answers) {
+
+        for (delivery, answer) in work.deliveries.iter().zip(answers) {
             let answer = answer.as_ref().map_or("no answer".to_owned(), |answer| {
                 format!(
                     "{} {}",
@@ -249,22 +258,23 @@ impl World {
                     String::from_utf8_lossy(&answer.body)
                 )
             });
-            self.say(format!("delivered: {}: {answer}", parcel.told));
+            self.trace_line(format!("delivered: {}: {answer}", delivery.description));
         }
-        match busy.end {
+
+        match work.end {
             End::Crash(waits) if !is_whole => {
-                self.say(format!("the program crashes after {waits} waits"))
+                self.trace_line(format!("the program crashes after {waits} waits"))
             }
             End::HangUp(waits) if !is_whole => {
-                self.say(format!("all of that is given up after {waits} waits"))
+                self.trace_line(format!("all of that is given up after {waits} waits"))
             }
             _ => {}
         }
     }
 
-    fn take_answers(&mut self, busy: &Busy, signed: &[Signed], answers: Vec<Option<Answer>>) {
+    fn take_answers(&mut self, work: &Work, signed: &[Signed], answers: Vec<Option<Answer>>) {
         let mut authentic = Vec::new();
-        for ((parcel, signed), answer) in busy.parcels.iter().zip(signed).zip(answers) {
+        for ((delivery, signed), answer) in work.deliveries.iter().zip(signed).zip(answers) {
             let (is_authentic, status) = (
                 !signed.labels.is_empty(),
                 answer.as_ref().map(|answer| answer.status.as_u16()),
@@ -277,27 +287,32 @@ impl World {
                 }
                 _ => panic!(
                     "{} (authentic: {is_authentic}) is answered {answer:?}",
-                    parcel.told
+                    delivery.description
                 ),
             }
             let is_acknowledged = status == Some(200);
             if is_authentic {
-                authentic.push((parcel.identity.clone(), answer.filter(|_| is_acknowledged)));
+                authentic.push((
+                    delivery.identity.clone(),
+                    answer.filter(|_| is_acknowledged),
+                ));
             }
             if !is_acknowledged {
-                self.delivery.under_way.push(parcel.clone());
+                self.delivery.queued.push(delivery.clone());
             }
         }
-        self.ledger.judge(&authentic, busy.plan.is_none());
+
+        self.ledger.check_answers(&authentic, work.plan.is_none());
     }
 }
 
-/// As the program makes its passes.
-async fn under_lease(replica: Replica, plan: Plan, leased: &Cell<Leased>) -> Passed {
+/// Makes a run under the lease, as the program does.
+async fn under_lease(replica: Replica, plan: Plan, leased: &Cell<Leased>) -> RunResult {
     let tools = replica.tools();
     if plan.mode == WriteMode::DryRun {
         return reconcile::run(&tools, plan).await.map(Some);
     }
+
     let Some(lease) = Lease::try_take(&tools.store, &tools.clock).await? else {
         return Ok(None);
     };

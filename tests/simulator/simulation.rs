@@ -1,5 +1,5 @@
-//! One round on one engine: what the script says happens, to Stripe, to its deliveries and to the program, and after each step all is
-//! checked that must always be true.
+//! One round on one engine: executes the script's steps on Stripe, its deliveries and the program,
+//! and checks all invariants after each step.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -13,90 +13,90 @@ use stripe_reconciler::domain::api_key;
 use stripe_reconciler::reconcile::{Extent, Plan, WriteMode};
 use stripe_reconciler::store::{ApiKey, Scope, Store};
 
-use super::busy::{Busy, End};
-use super::delivery::{Secrets, Wire};
+use super::delivery::{Deliveries, Secrets};
 use super::durable::Invariants;
 use super::invoice_lifecycle::{Invoice, NEAR_S};
 use super::ledger::Ledger;
 use super::process::{Process, Setup};
 use super::reading::Reads;
-use super::script::{Script, Step, What};
-use testkit::stripe::{DAY, HOUR, Stripe, Troubles};
+use super::script::{Action, Script, Step};
+use super::work::{End, Work};
+use testkit::stripe::{DAY, Faults, HOUR, Stripe};
 use testkit::{Answer, Database, Engine, invoice_path};
 
 pub const KEY: &str = "srk_simulated";
-/// Deliveries at a time.
-pub const AT_ONCE: usize = 8;
-/// Stripe's events are listed for thirty days; a round shall be over by then.
-const LASTS_S: i64 = 24 * DAY;
-/// A body may be so large.
-const LARGEST: usize = 1 << 20;
+/// Concurrent deliveries.
+pub const CONCURRENT: usize = 8;
+/// Maximum duration of a round in seconds. Stripe lists events for thirty days.
+const MAX_DURATION_S: i64 = 24 * DAY;
+/// Maximum size of a body in bytes.
+const MAX_BODY_BYTES: usize = 1 << 20;
 
-/// What happened so far, in words; it outlives the round.
+/// Descriptions of the steps so far. Outlives the round.
 pub type Trace = Arc<Mutex<Vec<String>>>;
 
-pub struct World {
+pub struct Simulation {
     pub stripe: Stripe,
     pub invoices: Vec<Invoice>,
     pub stored: BTreeMap<String, Stored>,
-    pub delivery: Wire,
+    pub delivery: Deliveries,
     pub secrets: Secrets,
     pub ledger: Ledger,
     pub invariants: Arc<Mutex<Invariants>>,
     pub reads: Reads,
-    /// What the program believes that the time is.
+    /// The program's clock.
     pub clock: Clock,
-    /// Until when somebody who is dead holds the lease, by that clock.
+    /// End of a dead process's lease, in Unix milliseconds by that clock.
     pub lease_until_ms: i64,
-    /// Until when it may do so.
+    /// End of a lease that a dead process may hold.
     pub lease_perhaps_until_ms: i64,
-    /// The API has said less than it knew.
+    /// Whether the API has omitted something.
     pub has_lagged: bool,
     wanted: usize,
     pub all_is_watched: bool,
     start_s: i64,
-    /// The right time.
+    /// The correct time.
     time: Clock,
     skew_ms: i64,
     pub database: Database,
     process: Option<Process>,
     trace: Trace,
-    /// Something was given up, and the program that runs may still write what it was told.
-    pub goes_on: bool,
+    /// Whether an abandoned statement may still be executed by the running program.
+    pub may_still_write: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stored {
-    /// Nobody heard an answer.
+    /// The answer was lost.
     Perhaps,
     Yes,
 }
 
-/// For what is not random at all.
+/// Returns a generator for steps without randomness.
 pub fn quiet() -> StdRng {
     StdRng::seed_from_u64(0)
 }
 
-/// In memory where there is a place for it: here nobody cuts the power, and a disk only takes time.
+/// Creates a database in memory where possible: no test cuts the power, and a disk only takes time.
 pub fn database(engine: Engine) -> Database {
     let memory = Path::new("/dev/shm");
     if memory.is_dir() {
-        // The first one counts; all ask for the same.
+        // Only the first call has an effect, and all pass the same folder.
         let _ = tempfile::env::override_temp_dir(memory);
     }
     Database::create(engine)
 }
 
-impl World {
-    pub fn new(engine: Engine, script: &Script, trace: Trace) -> World {
+impl Simulation {
+    pub fn new(engine: Engine, script: &Script, trace: Trace) -> Simulation {
         let mut random = StdRng::seed_from_u64(script.seed);
         let start_s = 1_772_000_000 + random.random_range(0..DAY);
         let (time, clock) = (Clock::fixed(start_s * 1000), Clock::fixed(start_s * 1000));
-        let mut world = World {
+        let mut simulation = Simulation {
             stripe: Stripe::start_at(time.clone()),
             invoices: Vec::new(),
             stored: BTreeMap::new(),
-            delivery: Wire::default(),
+            delivery: Deliveries::default(),
             secrets: Secrets::new(),
             ledger: Ledger::default(),
             invariants: Arc::default(),
@@ -113,12 +113,13 @@ impl World {
             database: database(engine),
             process: None,
             trace,
-            goes_on: false,
+            may_still_write: false,
         };
-        world.start(&mut random);
-        let store = world.process().replica(0).store;
-        world.process().run(make_key(&store));
-        world
+
+        simulation.start(&mut random);
+        let store = simulation.process().replica(0).store;
+        simulation.process().run(make_key(&store));
+        simulation
     }
 
     pub fn process(&self) -> &Process {
@@ -127,7 +128,7 @@ impl World {
             .expect("it is started again whenever it has ended")
     }
 
-    pub fn say(&self, what: impl AsRef<str>) {
+    pub fn trace_line(&self, action: impl AsRef<str>) {
         let at = self.now_s() - self.start_s;
         let (days, rest) = (at / DAY, at % DAY);
         let line = format!(
@@ -135,7 +136,7 @@ impl World {
             rest / HOUR,
             rest / 60 % 60,
             rest % 60,
-            what.as_ref()
+            action.as_ref()
         );
         self.trace.lock().unwrap().push(line);
     }
@@ -152,21 +153,22 @@ impl World {
     pub fn step(&mut self, step: Step) {
         let mut random = StdRng::seed_from_u64(step.seed);
         self.later(random.random_range(500..20_000));
-        match step.what {
-            What::Live => self.live(&mut random),
-            What::Deliver => self.deliver(&mut random),
-            What::Reconcile => self.reconcile(&mut random),
-            What::Store => self.store(&mut random),
-            What::Read => self.read_one(&mut random),
-            What::Roll => {
+
+        match step.action {
+            Action::Live => self.live(&mut random),
+            Action::Deliver => self.deliver(&mut random),
+            Action::Reconcile => self.reconcile(&mut random),
+            Action::Store => self.store(&mut random),
+            Action::Read => self.read_one(&mut random),
+            Action::Roll => {
                 self.secrets.roll(self.now_s());
-                self.say("Stripe makes a new secret; the old one ends in a day");
+                self.trace_line("Stripe makes a new secret; the old one ends in a day");
             }
-            What::Configure => self.configure(&mut random),
-            What::JumpClock => self.jump_clock(&mut random),
-            What::Forge => self.forge(&mut random),
-            What::Garble => self.delivery.garble(&mut random),
-            What::Restart => self.restart(&mut random),
+            Action::Configure => self.configure(&mut random),
+            Action::JumpClock => self.jump_clock(&mut random),
+            Action::Forge => self.forge(&mut random),
+            Action::Garble => self.delivery.garble(&mut random),
+            Action::Restart => self.restart(&mut random),
         }
     }
 
@@ -176,16 +178,18 @@ impl World {
             1 => random.random_range(NEAR_S..HOUR),
             _ => random.random_range(HOUR..DAY),
         };
-        if self.now_s() + waits_s > self.start_s + LASTS_S {
+        if self.now_s() + waits_s > self.start_s + MAX_DURATION_S {
             return;
         }
+
         self.later(waits_s * 1000);
         let before = self.stripe.events().len();
         let begins = self.invoices.is_empty()
             || (self.invoices.len() < self.wanted && random.random_bool(0.4));
+
         if begins {
             let invoice = Invoice::begin(&self.stripe, self.invoices.len(), self.now_s(), random);
-            self.say(format!(
+            self.trace_line(format!(
                 "{} is drafted as {}",
                 invoice.uid,
                 invoice.life.id()
@@ -193,32 +197,33 @@ impl World {
             self.invoices.push(invoice);
         } else {
             let (now, n) = (self.now_s(), random.random_range(0..self.invoices.len()));
-            let Some(told) = self.invoices[n].live(now, random) else {
+            let Some(description) = self.invoices[n].live(now, random) else {
                 return;
             };
-            self.say(format!("{} {told}", self.invoices[n].uid));
+            self.trace_line(format!("{} {description}", self.invoices[n].uid));
         }
+
         for (n, event) in self.stripe.events()[before..]
             .iter()
             .enumerate()
             .filter(|(_, event)| event.generated)
         {
-            // Of a connected account nobody knows but by its events.
-            let is_kept = begins && n == 0 && event.account.is_some();
-            self.delivery.post(event, is_kept, random);
+            // Only its events reveal a connected account.
+            let is_required = begins && n == 0 && event.account.is_some();
+            self.delivery.post(event, is_required, random);
         }
     }
 
     fn deliver(&mut self, random: &mut StdRng) {
-        if !self.delivery.under_way.is_empty() {
-            let (parcels, end, is_watched) = (
-                self.delivery.take(random, AT_ONCE),
+        if !self.delivery.queued.is_empty() {
+            let (deliveries, end, is_watched) = (
+                self.delivery.take(random, CONCURRENT),
                 End::draw(random, 6),
                 self.is_watched(random),
             );
-            self.make_busy(
-                Busy {
-                    parcels,
+            self.run_concurrently(
+                Work {
+                    deliveries,
                     plan: None,
                     end,
                     is_watched,
@@ -240,35 +245,37 @@ impl World {
         } else {
             WriteMode::Save
         };
-        let troubles = match random.random_range(0..10) {
-            0 => Troubles {
+        let faults = match random.random_range(0..10) {
+            0 => Faults {
                 rate_limited: 0.02,
                 failing: 0.02,
                 resets: 0.03,
                 truncated: 0.03,
-                ..Troubles::default()
+                ..Faults::default()
             },
-            1 | 2 => Troubles {
+            1 | 2 => Faults {
                 lagging: 0.3,
-                ..Troubles::default()
+                ..Faults::default()
             },
-            _ => Troubles::default(),
+            _ => Faults::default(),
         };
-        self.has_lagged |= troubles.lagging > 0.0;
-        self.stripe.trouble(Troubles {
+
+        self.has_lagged |= faults.lagging > 0.0;
+        self.stripe.set_faults(Faults {
             seed: random.random(),
-            ..troubles
+            ..faults
         });
-        let meanwhile = random.random_bool(0.4) && !self.delivery.under_way.is_empty();
-        let parcels = if meanwhile {
-            self.delivery.take(random, AT_ONCE)
+        let meanwhile = random.random_bool(0.4) && !self.delivery.queued.is_empty();
+        let deliveries = if meanwhile {
+            self.delivery.take(random, CONCURRENT)
         } else {
             Vec::new()
         };
         let (end, is_watched) = (End::draw(random, 200), self.is_watched(random));
-        self.make_busy(
-            Busy {
-                parcels,
+
+        self.run_concurrently(
+            Work {
+                deliveries,
                 plan: Some(Plan {
                     extent,
                     mode,
@@ -279,10 +286,10 @@ impl World {
             },
             random,
         );
-        self.stripe.trouble(Troubles::default());
+        self.stripe.set_faults(Faults::default());
     }
 
-    /// Somebody stores an invoice: for the first time, or as it is.
+    /// Stores an invoice for the first time or replaces it unchanged.
     fn store(&mut self, random: &mut StdRng) {
         if !self.invoices.is_empty() {
             let (n, end) = (
@@ -303,7 +310,8 @@ impl World {
             replica.put(&path, KEY, &document).await
         });
         let status = answer.as_ref().map(|answer| answer.status.as_u16());
-        self.say(format!(
+
+        self.trace_line(format!(
             "{uid} is stored: {}",
             status.map_or("no answer".to_owned(), |status| status.to_string())
         ));
@@ -314,8 +322,9 @@ impl World {
             (_, None) => drop(self.stored.entry(uid).or_insert(Stored::Perhaps)),
             (stored, _) => panic!("{uid} ({stored:?}) is answered {answer:?}"),
         }
+
         if status.is_none() && matches!(end, End::Crash(_)) {
-            self.say("the program crashes");
+            self.trace_line("the program crashes");
             self.crash(random);
         }
     }
@@ -335,23 +344,23 @@ impl World {
             8 => random.random_range(0..DAY) * 1000,
             _ => -random.random_range(0..DAY) * 1000,
         };
-        self.say(format!(
+        self.trace_line(format!(
             "the program's clock is {} s from the right time",
             self.skew_ms / 1000
         ));
-        self.soon_pass();
+        self.run_soon();
     }
 
     pub fn set_clock_right(&mut self) {
         self.skew_ms = 0;
-        self.say("the program's clock is right");
-        self.soon_pass();
+        self.trace_line("the program's clock is right");
+        self.run_soon();
     }
 
-    /// A pass is made every few minutes: what an earlier clock was wrong about is soon seen.
-    fn soon_pass(&mut self) {
+    /// Makes a run soon: with runs every few minutes, errors from an earlier clock are found early.
+    fn run_soon(&mut self) {
         self.later(300_000);
-        self.quiet_pass(Plan {
+        self.quiet_run(Plan {
             extent: Extent::Due,
             mode: WriteMode::Save,
             since_s: None,
@@ -363,19 +372,21 @@ impl World {
         if random.random_bool(0.1) {
             let answer = self
                 .process()
-                .run(replica.deliver("t=1,v1=00", vec![b' '; LARGEST + 1]));
+                .run(replica.deliver("t=1,v1=00", vec![b' '; MAX_BODY_BYTES + 1]));
             assert_is_error(&answer.with_status(413), "PayloadTooLarge");
             let answer = self
                 .process()
                 .run(replica.send("GET", "/webhooks/stripe", &[], Vec::new()))
                 .with_status(405);
             assert_eq!(answer.header("allow"), "POST");
-            return self.say("something is too large, and something not posted");
+            return self.trace_line("something is too large, and something not posted");
         }
+
         let events = self.stripe.events();
         if events.is_empty() {
             return;
         }
+
         let body = serde_json::to_vec(&events[random.random_range(0..events.len())].as_delivered())
             .unwrap();
         let (wrong, headers, body) = self.secrets.forge(body, self.clock.now_s(), random);
@@ -386,8 +397,10 @@ impl World {
         let answer = self
             .process()
             .run(replica.send("POST", "/webhooks/stripe", &headers, body));
-        self.say(format!("forged, with {wrong}: {}", answer.status));
+        self.trace_line(format!("forged, with {wrong}: {}", answer.status));
+
         assert_is_error(&answer.with_status(400), "InvalidSignature");
+
         self.check_log();
     }
 
@@ -400,44 +413,44 @@ impl World {
             replicas: if random.random_bool(0.3) { 2 } else { 1 },
         };
         self.process = Some(Process::start(&setup));
-        self.goes_on = false;
+        self.may_still_write = false;
     }
 
     fn restart(&mut self, random: &mut StdRng) {
         self.process.take().expect("it runs").stop();
-        self.say("the program is stopped, and started again");
-        self.start_again(random);
+        self.trace_line("the program is stopped, and started again");
+        self.start_recovered(random);
     }
 
     pub fn crash(&mut self, random: &mut StdRng) {
         self.process.take().expect("it runs").crash(&self.database);
-        self.start_again(random);
+        self.start_recovered(random);
     }
 
-    fn start_again(&mut self, random: &mut StdRng) {
+    fn start_recovered(&mut self, random: &mut StdRng) {
         self.start(random);
         self.check_log();
-        self.ledger.note_end();
+        self.ledger.record_end();
     }
 
-    /// All secrets of Stripe's are known to it from now on.
+    /// Configures the program with all secrets of Stripe.
     pub fn configure(&mut self, random: &mut StdRng) {
         self.secrets.configure(self.now_s(), random);
-        self.say(format!(
+        self.trace_line(format!(
             "the program is configured with {}",
             self.secrets.setting()
         ));
         self.restart(random);
     }
 
-    /// Whatever is still under way arrives.
+    /// Delivers everything that is still queued.
     pub fn deliver_the_rest(&mut self) {
         let mut random = quiet();
-        while !self.delivery.under_way.is_empty() {
-            let parcels = self.delivery.take(&mut random, AT_ONCE);
-            self.make_busy(
-                Busy {
-                    parcels,
+        while !self.delivery.queued.is_empty() {
+            let deliveries = self.delivery.take(&mut random, CONCURRENT);
+            self.run_concurrently(
+                Work {
+                    deliveries,
                     plan: None,
                     end: End::Whole,
                     is_watched: false,
@@ -448,7 +461,7 @@ impl World {
         }
     }
 
-    /// The accounts of which something is in the log.
+    /// Returns the accounts with events in the log.
     pub fn accounts_logged(&self) -> BTreeSet<String> {
         let log = self.process().durable().log;
         let bodies = log
@@ -468,6 +481,7 @@ pub async fn make_key(store: &Store) {
         expires_ms: None,
         revoked_ms: None,
     };
+
     store
         .insert_key(&key, &api_key::hash(KEY.as_bytes()))
         .await

@@ -1,4 +1,4 @@
-//! The server: connections, counting, and the troubles that a network and a busy Stripe make.
+//! The server of the fake: connections, counters, and the faults of a network and a busy Stripe.
 
 use std::io;
 use std::net::TcpListener;
@@ -23,30 +23,32 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::sync::oneshot;
 
-use super::api::{self, Ask};
+use super::api::{self, ApiRequest};
 use super::{Call, State, chance};
 
-/// What goes wrong: shares of the calls, by a seed. No call goes wrong more than twice in a row, so patience pays, unless it is lasting.
+/// Share of calls per fault, chosen by the seed.
+///
+/// Unless `lasting` is set, no URL fails more than twice in a row, so retries succeed.
 #[derive(Clone, Debug, Default)]
-pub struct Troubles {
+pub struct Faults {
     pub seed: u64,
-    /// 429.
+    /// Share answered 429.
     pub rate_limited: f64,
-    /// 500, and 502 from a machine in between that knows no JSON.
+    /// Share answered 500, or 502 by a proxy without JSON.
     pub failing: f64,
-    /// The connection is reset before there is an answer.
+    /// Share whose connection is reset before the answer.
     pub resets: f64,
-    /// The connection ends in the middle of an answer.
+    /// Share whose connection ends in the middle of the answer.
     pub truncated: f64,
-    /// The second half of the answer comes later.
+    /// Share whose second half of the answer is late.
     pub slow: f64,
-    /// This share of events is not listed yet, and of objects shown as they were before they last changed.
+    /// Share of events not listed yet, and of objects shown in their previous state.
     pub lagging: f64,
     pub lasting: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Trouble {
+enum Fault {
     RateLimited,
     Failing,
     BadGateway,
@@ -55,56 +57,56 @@ enum Trouble {
     Slow,
 }
 
-/// How late the second half of a slow answer is.
-const SLOW: Duration = Duration::from_millis(60);
-const IN_A_ROW: usize = 2;
-/// How often it is looked whether answers are held.
-const A_MOMENT: Duration = Duration::from_millis(5);
+/// Delay of the second half of a slow answer.
+const SLOW_DELAY: Duration = Duration::from_millis(60);
+const MAX_CONSECUTIVE: usize = 2;
+/// Poll interval while answers are held back.
+const HOLD_POLL: Duration = Duration::from_millis(5);
 
 type Body = UnsyncBoxBody<Bytes, io::Error>;
 
-impl Troubles {
-    pub fn all(seed: u64) -> Troubles {
-        Troubles {
+impl Faults {
+    pub fn all(seed: u64) -> Faults {
+        Faults {
             seed,
             rate_limited: 0.06,
             failing: 0.06,
             resets: 0.05,
             truncated: 0.05,
             slow: 0.05,
-            ..Troubles::default()
+            ..Faults::default()
         }
     }
 
     /// Returns true if this call is refused or breaks off.
     pub fn hit(&self, call: usize) -> bool {
-        self.draw(call)
-            .is_some_and(|trouble| trouble != Trouble::Slow)
+        self.draw(call).is_some_and(|fault| fault != Fault::Slow)
     }
 
-    fn draw(&self, call: usize) -> Option<Trouble> {
+    fn draw(&self, call: usize) -> Option<Fault> {
         let failing = if call.is_multiple_of(2) {
-            Trouble::Failing
+            Fault::Failing
         } else {
-            Trouble::BadGateway
+            Fault::BadGateway
         };
         let shares = [
-            (Trouble::RateLimited, self.rate_limited),
+            (Fault::RateLimited, self.rate_limited),
             (failing, self.failing),
-            (Trouble::Reset, self.resets),
-            (Trouble::Truncated, self.truncated),
-            (Trouble::Slow, self.slow),
+            (Fault::Reset, self.resets),
+            (Fault::Truncated, self.truncated),
+            (Fault::Slow, self.slow),
         ];
         let mut drawn = chance(self.seed, &call);
-        shares.into_iter().find_map(|(trouble, share)| {
+
+        shares.into_iter().find_map(|(fault, share)| {
             let hit = drawn < share;
             drawn -= share;
-            hit.then_some(trouble)
+            hit.then_some(fault)
         })
     }
 }
 
-/// Runs until it is told to end.
+/// Serves until `end` is signalled.
 pub fn serve(listener: TcpListener, state: Arc<Mutex<State>>, end: oneshot::Receiver<()>) {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -130,7 +132,7 @@ async fn accept(listener: tokio::net::TcpListener, state: Arc<Mutex<State>>) {
 
 async fn connection(stream: TcpStream, state: Arc<Mutex<State>>) {
     let doomed: Arc<AtomicBool> = Arc::default();
-    let wire = Wire {
+    let connection_io = Connection {
         stream,
         doomed: doomed.clone(),
     };
@@ -138,55 +140,60 @@ async fn connection(stream: TcpStream, state: Arc<Mutex<State>>) {
         let (state, doomed) = (state.clone(), doomed.clone());
         async move {
             let answer = answer(&mut state.lock().unwrap(), &request.into_parts().0);
-            while state.lock().unwrap().held {
-                tokio::time::sleep(A_MOMENT).await;
+            while state.lock().unwrap().is_held {
+                tokio::time::sleep(HOLD_POLL).await;
             }
             answer.inspect_err(|_| doomed.store(true, Ordering::Relaxed))
         }
     });
-    // It ends when the client has enough, or badly, by our own will.
+
+    // The connection ends when the client closes it, or with an error that this server causes.
     let _ = http1::Builder::new()
         .timer(TokioTimer::new())
-        .serve_connection(TokioIo::new(wire), service)
+        .serve_connection(TokioIo::new(connection_io), service)
         .await;
 }
 
 /// # Errors
-/// The connection is to be reset.
+/// The connection must be reset.
 fn answer(state: &mut State, head: &Parts) -> Result<Response<Body>, io::Error> {
-    let (endpoint, url) = api::names_of(head);
-    let in_a_row = state.in_a_row.entry(url.clone()).or_default();
-    let trouble = state
-        .troubles
+    let (endpoint, url) = api::call_names(head);
+    let consecutive_failures = state.consecutive_failures.entry(url.clone()).or_default();
+    let fault = state
+        .faults
         .draw(state.calls.len())
-        .filter(|_| state.troubles.lasting || *in_a_row < IN_A_ROW);
-    *in_a_row = if trouble.is_some_and(|trouble| trouble != Trouble::Slow) {
-        *in_a_row + 1
+        .filter(|_| state.faults.lasting || *consecutive_failures < MAX_CONSECUTIVE);
+
+    *consecutive_failures = if fault.is_some_and(|fault| fault != Fault::Slow) {
+        *consecutive_failures + 1
     } else {
         0
     };
-    let (status, body) = match trouble {
-        Some(Trouble::RateLimited) => of_refusal(api::rate_limited()),
-        Some(Trouble::Failing) => of_refusal(api::failing()),
-        Some(Trouble::BadGateway) => (
+    let (status, body) = match fault {
+        Some(Fault::RateLimited) => error_parts(api::rate_limited()),
+        Some(Fault::Failing) => error_parts(api::failing()),
+        Some(Fault::BadGateway) => (
             502,
             "<html><head><title>502 Bad Gateway</title></head></html>".to_owned(),
         ),
         _ => {
-            let mut faults = Vec::new();
-            let told = Ask::read(head, &mut faults).and_then(|ask| state.answer(&ask));
-            state.faults.extend(faults);
-            told.map_or_else(of_refusal, |value| {
+            let mut violations = Vec::new();
+            let answered =
+                ApiRequest::read(head, &mut violations).and_then(|request| state.answer(&request));
+            state.violations.extend(violations);
+            answered.map_or_else(error_parts, |value| {
                 (200, serde_json::to_string_pretty(&value).unwrap())
             })
         }
     };
-    let whole = !matches!(trouble, Some(Trouble::Reset | Trouble::Truncated));
+
+    let whole = !matches!(fault, Some(Fault::Reset | Fault::Truncated));
     let at_ms = Clock::system().now_ms();
     let key = api::header(head, "authorization")
         .unwrap_or_default()
         .trim_start_matches("Bearer ")
         .to_owned();
+
     state.calls.push(Call {
         at_ms,
         key,
@@ -194,9 +201,10 @@ fn answer(state: &mut State, head: &Parts) -> Result<Response<Body>, io::Error> 
         url,
         status: whole.then_some(status),
     });
-    if trouble == Some(Trouble::Reset) {
+    if fault == Some(Fault::Reset) {
         return Err(io::ErrorKind::ConnectionReset.into());
     }
+
     let content_type = if status == 502 {
         "text/html"
     } else {
@@ -210,23 +218,24 @@ fn answer(state: &mut State, head: &Parts) -> Result<Response<Body>, io::Error> 
         .status(status)
         .header("content-type", content_type)
         .header("request-id", "req_Fake");
+
     Ok(response
         .header("content-length", body.len())
-        .body(in_pieces(body, trouble))
+        .body(in_pieces(body, fault))
         .unwrap())
 }
 
-fn of_refusal(refusal: api::Refusal) -> (u16, String) {
-    (refusal.status, refusal.body.to_string())
+fn error_parts(error: api::ErrorAnswer) -> (u16, String) {
+    (error.status, error.body.to_string())
 }
 
-fn in_pieces(text: String, trouble: Option<Trouble>) -> Body {
+fn in_pieces(text: String, fault: Option<Fault>) -> Body {
     let text = Bytes::from(text);
     let half = text.len() / 2;
     let (first, second) = (text.slice(..half), text.slice(half..));
-    let second = match trouble {
-        Some(Trouble::Truncated) => Err(io::Error::from(io::ErrorKind::BrokenPipe)),
-        Some(Trouble::Slow) => Ok(second),
+    let second = match fault {
+        Some(Fault::Truncated) => Err(io::Error::from(io::ErrorKind::BrokenPipe)),
+        Some(Fault::Slow) => Ok(second),
         _ => {
             return Full::new(text)
                 .map_err(|never| match never {})
@@ -246,7 +255,7 @@ fn in_pieces(text: String, trouble: Option<Trouble>) -> Body {
                 0 => Some((Ok(Frame::data(first)), 1)),
                 1 => {
                     if second.is_ok() {
-                        tokio::time::sleep(SLOW).await;
+                        tokio::time::sleep(SLOW_DELAY).await;
                     }
                     Some((second.map(Frame::data), 2))
                 }
@@ -254,16 +263,17 @@ fn in_pieces(text: String, trouble: Option<Trouble>) -> Body {
             }
         }
     });
+
     StreamBody::new(pieces).boxed_unsync()
 }
 
-/// A connection that is reset instead of closed, when it is doomed.
-struct Wire {
+/// A connection that is reset on close if it is doomed.
+struct Connection {
     stream: TcpStream,
     doomed: Arc<AtomicBool>,
 }
 
-impl Drop for Wire {
+impl Drop for Connection {
     fn drop(&mut self) {
         if self.doomed.load(Ordering::Relaxed) {
             self.stream.set_zero_linger().unwrap();
@@ -271,7 +281,7 @@ impl Drop for Wire {
     }
 }
 
-impl AsyncRead for Wire {
+impl AsyncRead for Connection {
     fn poll_read(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -281,7 +291,7 @@ impl AsyncRead for Wire {
     }
 }
 
-impl AsyncWrite for Wire {
+impl AsyncWrite for Connection {
     fn poll_write(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
