@@ -1,4 +1,5 @@
-//! Who calls: `ApiKey: <key>`, `Authorization: <key>`, or `Authorization: Bearer <key>`.
+//! Authentication of API calls: `ApiKey: <key>`, `Authorization: <key>` or
+//! `Authorization: Bearer <key>`.
 
 use axum::http::{HeaderMap, HeaderName, header};
 
@@ -9,7 +10,7 @@ use crate::store::{ApiKey, Scope};
 
 static API_KEY: HeaderName = HeaderName::from_static("apikey");
 
-/// The scope of the key that the request carries.
+/// Returns the scope of the key in the request.
 ///
 /// # Errors
 /// `Unauthorized` without a valid key, whatever is wrong with it.
@@ -21,10 +22,10 @@ pub async fn authenticate(state: &AppState, headers: &HeaderMap) -> Result<Scope
     scope(state, found)
 }
 
-/// As [`authenticate`], for what only an operator may see.
+/// Authenticates a request that only an operator may make.
 ///
 /// # Errors
-/// `Forbidden`: the key is a tenant's.
+/// `Forbidden` for the key of a tenant, `Unauthorized` without a valid key.
 pub async fn authenticate_operator(state: &AppState, headers: &HeaderMap) -> Result<(), ApiError> {
     match authenticate(state, headers).await? {
         Scope::Operator => Ok(()),
@@ -32,7 +33,7 @@ pub async fn authenticate_operator(state: &AppState, headers: &HeaderMap) -> Res
     }
 }
 
-/// The hashes of what the request carries as a key, by either header.
+/// Returns the hashes of the keys in the request, one for each of the two headers.
 pub fn key_hashes(headers: &HeaderMap) -> [Option<[u8; 32]>; 2] {
     let keys = [
         single_header(headers, &API_KEY),
@@ -41,23 +42,19 @@ pub fn key_hashes(headers: &HeaderMap) -> [Option<[u8; 32]>; 2] {
     keys.map(|key| key.map(api_key::hash))
 }
 
-/// The scope of the first of these keys that is valid now.
+/// Returns the scope of the first key that is valid now.
 ///
 /// # Errors
-/// `Unauthorized`: none is.
+/// `Unauthorized` if all keys are expired or revoked, or there are none.
 pub fn scope(state: &AppState, found: Vec<ApiKey>) -> Result<Scope, ApiError> {
     let now_ms = state.clock.now_ms();
-    let is_valid = |key: &ApiKey| {
+    let valid = found.into_iter().find(|key| {
         key.revoked_ms.is_none() && key.expires_ms.is_none_or(|expires_ms| now_ms < expires_ms)
-    };
-    found
-        .into_iter()
-        .find(is_valid)
-        .map(|key| key.scope)
-        .ok_or(ApiError::Unauthorized)
+    });
+    valid.map(|key| key.scope).ok_or(ApiError::Unauthorized)
 }
 
-/// A header that is repeated is no key: nobody knows which one another party looked at.
+/// Rejects repeated headers: a proxy may have checked a different one.
 fn single_header<'h>(headers: &'h HeaderMap, name: &HeaderName) -> Option<&'h [u8]> {
     let mut values = headers.get_all(name).iter();
     let value = values.next()?.as_bytes().trim_ascii();

@@ -1,41 +1,46 @@
-//! What can go wrong, and what is answered: the one place where a failure becomes a status code and a body.
+//! The errors of the HTTP interface: the one place where a failure becomes a status code and a body.
 
 use std::any::Any;
+use std::error::Error;
 
 use axum::body::Body;
-use axum::extract::rejection::QueryRejection;
+use axum::extract::rejection::{BytesRejection, QueryRejection};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
+use super::server::watched::BodyError;
 use crate::domain::invoice::schema::InvalidField;
 use crate::ingest::batch_writer::AppendError;
 use crate::store::{StoreError, StoreErrorClass};
 
+/// A failed request, as the client sees it.
 #[derive(Clone, Debug)]
 pub enum ApiError {
     Unauthorized,
     Forbidden,
-    /// Does not exist, or may not be seen: nobody learns which.
+    /// The resource does not exist or belongs to another tenant. The client cannot tell which.
     NotFound,
     MethodNotAllowed,
-    /// Which part of the path, and why it cannot be an id.
+    /// Names the part of the path and why it is not a valid id.
     InvalidPath(String),
     InvalidQuery(String),
     InvalidInvoice(Vec<InvalidField>),
-    /// A webhook delivery that is not Stripe's. No detail: the sender is not to learn from it.
+    /// A webhook delivery that is not from Stripe. Without details, so that a forger learns nothing.
     InvalidSignature,
+    /// An HTTP/1.1 request without a `Host` header, or with several.
+    InvalidHost,
     /// The body ended early or could not be read.
     BadBody,
     TooLarge,
-    /// The body did not come to its end in time.
+    /// The body did not arrive in time.
     TooSlow,
     StripeInvoiceTaken,
     StripeInvoiceFixed,
     PreconditionFailed,
-    /// Try again later. The reason is for the log.
+    /// The client should retry later. The reason goes to the log only.
     Unavailable(String),
-    /// A bug. The reason is for the log.
+    /// A bug. The reason goes to the log only.
     Internal(String),
 }
 
@@ -50,6 +55,7 @@ impl ApiError {
             | ApiError::InvalidQuery(_)
             | ApiError::InvalidInvoice(_)
             | ApiError::InvalidSignature
+            | ApiError::InvalidHost
             | ApiError::BadBody => StatusCode::BAD_REQUEST,
             ApiError::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
             ApiError::TooSlow => StatusCode::REQUEST_TIMEOUT,
@@ -76,6 +82,10 @@ impl ApiError {
                 "the body is no valid v1Invoice; details.faults says what is wrong and where",
             ),
             ApiError::InvalidSignature => ("InvalidSignature", "the delivery was not accepted"),
+            ApiError::InvalidHost => (
+                "InvalidHost",
+                "an HTTP/1.1 request needs exactly one Host header",
+            ),
             ApiError::BadBody => ("InvalidBody", "the body could not be read to its end"),
             ApiError::TooLarge => ("PayloadTooLarge", "the body is larger than 1 MiB"),
             ApiError::TooSlow => ("RequestTimeout", "the body took too long to arrive"),
@@ -103,7 +113,7 @@ impl ApiError {
         }
     }
 
-    /// What the log is told beyond the status.
+    /// Returns the reason for the log, which the client does not see.
     pub fn reason(&self) -> Option<&str> {
         match self {
             ApiError::Unavailable(reason) | ApiError::Internal(reason) => Some(reason),
@@ -111,7 +121,7 @@ impl ApiError {
         }
     }
 
-    /// Fills an answer that has the status of this error with its body.
+    /// Writes the body of this error into a response that already has its status.
     pub fn fill(&self, response: &mut Response, request_id: &str) {
         let (code, message) = self.code_and_message();
         let body =
@@ -132,7 +142,8 @@ impl ApiError {
     }
 }
 
-/// The error travels with the answer; `around` fills in the body, which names the request.
+/// The error travels as an extension of the response. `middleware` writes the body, because the body
+/// names the request.
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let mut response = self.status().into_response();
@@ -158,15 +169,41 @@ impl From<QueryRejection> for ApiError {
     }
 }
 
-/// Whatever keeps a delivery from the disk: Stripe shall deliver it again.
+/// A body that was shed to free memory is answered 503; any other incomplete body is the client's.
+impl From<BytesRejection> for ApiError {
+    fn from(rejection: BytesRejection) -> ApiError {
+        match &rejection {
+            BytesRejection::FailedToBufferBody(failed) if failed.status() == 413 => {
+                ApiError::TooLarge
+            }
+            _ if is_shed(&rejection) => {
+                ApiError::Unavailable("too many request bodies are in memory".to_owned())
+            }
+            _ => ApiError::BadBody,
+        }
+    }
+}
+
+fn is_shed(rejection: &BytesRejection) -> bool {
+    let mut cause: Option<&(dyn Error + 'static)> = Some(rejection);
+    while let Some(error) = cause {
+        if matches!(error.downcast_ref(), Some(BodyError::Shed)) {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
+}
+
+/// A delivery that was not stored is answered 503, so that Stripe redelivers it.
 impl From<AppendError> for ApiError {
     fn from(error: AppendError) -> ApiError {
         ApiError::Unavailable(error.to_string())
     }
 }
 
-/// An answer of the framework's that carries no error of ours.
-pub fn of_status(status: StatusCode) -> Option<ApiError> {
+/// Returns the error for a response that the framework made. `None` for a success.
+pub fn from_status(status: StatusCode) -> Option<ApiError> {
     match status {
         StatusCode::PAYLOAD_TOO_LARGE => Some(ApiError::TooLarge),
         status if status.is_client_error() => Some(ApiError::BadBody),
@@ -174,7 +211,7 @@ pub fn of_status(status: StatusCode) -> Option<ApiError> {
     }
 }
 
-/// A panic in a handler is a bug, and takes one request with it.
+/// Answers a request whose handler panicked. The other requests go on.
 pub fn panicked(cause: Box<dyn Any + Send>) -> Response {
     let text = cause
         .downcast_ref::<&str>()

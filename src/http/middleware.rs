@@ -1,101 +1,128 @@
-//! What every request goes through: an id, a time limit, a line in the log, and the body of an error.
+//! What every request passes: a request id, a time limit, a log line, and the body of an error.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::extract::{MatchedPath, Request, State};
-use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Version, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use tracing::{Instrument, Level, Span, field};
 use uuid::Uuid;
 
-use super::error::{ApiError, of_status};
+use super::error::{ApiError, from_status};
 use super::server::connection::ConnectionState;
 use super::ui;
 use crate::metrics::Metrics;
 use crate::telemetry;
 
-/// How long a request may take, its body included.
+/// Longest time for a request, its body included.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(15);
 static REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
+/// Runs a request within its time limit, then completes, counts and logs the response.
 pub async fn request(
     State(metrics): State<Arc<Metrics>>,
     request: Request,
     next: Next,
 ) -> Response {
     let started = Instant::now();
-    // Ours, whatever the client sends: it is what support is asked about.
+    // Always our own id, whatever the client sends: support looks it up in our log.
     let id = Uuid::now_v7().to_string();
     let method = request.method().clone();
-    // The pattern: a path may hold what does not belong into a log.
+    // The pattern, because a path may hold personal data that must not reach the log.
     let route = request
         .extensions()
         .get::<MatchedPath>()
         .map_or("none", MatchedPath::as_str)
         .to_owned();
-    let place = request.extensions().get::<Arc<ConnectionState>>().cloned();
+    let connection = request.extensions().get::<Arc<ConnectionState>>().cloned();
     let span = span(&id, &method, &route, request.headers());
-    let answered = tokio::time::timeout(REQUEST_TIMEOUT, next.run(request))
+
+    let run = async {
+        if has_valid_host(&request) {
+            next.run(request).await
+        } else {
+            ApiError::InvalidHost.into_response()
+        }
+    };
+    let answered = tokio::time::timeout(REQUEST_TIMEOUT, run)
         .instrument(span.clone())
         .await;
-    let mut response = answered.unwrap_or_else(|_| too_long(place.as_deref()).into_response());
+    let mut response =
+        answered.unwrap_or_else(|_| timed_out(connection.as_deref()).into_response());
+    let error = complete(&mut response, &route, &id);
 
-    if let Some(StatusBeforeCompression(status)) = response.extensions_mut().remove() {
-        *response.status_mut() = status;
-    }
-    let told = response.extensions_mut().remove::<ApiError>();
-    let is_page = ui::is_page(&route);
-    // A page may say itself what went wrong.
-    let says_itself = is_page && response.headers().contains_key(header::CONTENT_TYPE);
-    let error = told.or_else(|| of_status(response.status()).filter(|_| !says_itself));
-    match &error {
-        error if is_page => ui::finish(&mut response, error.as_ref(), &id),
-        Some(error) => error.fill(&mut response, &id),
-        None => {}
-    }
-    weaken_etag(&mut response);
-    let id = HeaderValue::from_str(&id).expect("a UUID is a header value");
-    response.headers_mut().insert(&REQUEST_ID, id);
-
-    let status = response.status().as_u16();
+    let status = response.status();
     if (method == Method::GET || method == Method::HEAD) && route.starts_with("/v1/") {
-        metrics.read(&route, response.status().as_str(), started.elapsed());
+        metrics.read(&route, status.as_str(), started.elapsed());
     }
-    let duration_ms = started.elapsed().as_millis() as u64;
-    span.record("http.response.status_code", status);
-    if response.status().is_server_error() {
+    span.record("http.response.status_code", status.as_u16());
+    if status.is_server_error() {
         span.record("otel.status_code", "ERROR");
     }
+
+    let duration_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
+    let status = status.as_u16();
     let _entered = span.enter();
     match error.as_ref().and_then(ApiError::reason) {
         Some(reason) => {
-            tracing::error!(%method, route, status, duration_ms, reason, "request failed")
+            tracing::error!(%method, route, status, duration_ms, reason, "request failed");
         }
-        // A line for each of thousands of deliveries a second would cost more than they do.
+        // At `debug`: a line for each of thousands of deliveries a second costs more than they do.
         None => tracing::debug!(%method, route, status, duration_ms, "request"),
     }
     response
 }
 
-/// What was answered, before compression looked at it. Where the client takes no encoding that there is, that makes a 406 of it,
-/// whatever has been done already: such a client gets the answer as it is.
+/// Restores the status, writes the body of an error, and adds the request id. Returns the error.
+fn complete(response: &mut Response, route: &str, id: &str) -> Option<ApiError> {
+    if let Some(StatusBeforeCompression(status)) = response.extensions_mut().remove() {
+        *response.status_mut() = status;
+    }
+
+    let reported = response.extensions_mut().remove::<ApiError>();
+    let is_page = ui::is_page(route);
+    // A page may have written its own error text.
+    let has_own_text = is_page && response.headers().contains_key(header::CONTENT_TYPE);
+    let error = reported.or_else(|| from_status(response.status()).filter(|_| !has_own_text));
+    match &error {
+        error if is_page => ui::finish(response, error.as_ref(), id),
+        Some(error) => error.fill(response, id),
+        None => {}
+    }
+
+    weaken_etag(response);
+    let id = HeaderValue::from_str(id).expect("a UUID is a header value");
+    response.headers_mut().insert(&REQUEST_ID, id);
+    error
+}
+
+/// Returns whether the request names its host as HTTP/1.1 requires (RFC 9112, 3.2): once. Without
+/// this check, a proxy and this server could disagree on whom the request is for.
+fn has_valid_host(request: &Request) -> bool {
+    let count = request.headers().get_all(header::HOST).iter().count();
+    count == 1 || (count == 0 && request.version() < Version::HTTP_11)
+}
+
+/// Status before compression. `CompressionLayer` answers 406 if the client accepts no encoding we
+/// support, even after a successful write, so we restore it.
 #[derive(Clone)]
 struct StatusBeforeCompression(StatusCode);
 
-/// Within the compression.
+/// Notes the status for [`complete`]. This layer is inside the compression.
 pub async fn note_status(request: Request, next: Next) -> Response {
     let is_negotiated = request.headers().contains_key(header::ACCEPT_ENCODING);
     let mut response = next.run(request).await;
     if is_negotiated {
-        let given = StatusBeforeCompression(response.status());
-        response.extensions_mut().insert(given);
+        let status = StatusBeforeCompression(response.status());
+        response.extensions_mut().insert(status);
     }
     response
 }
 
-/// What a collector wants to know of a request costs more than a delivery does: without one, the id will do.
+/// Returns the span of a request. Without a collector it holds only the id: the other attributes
+/// cost more than a delivery.
 fn span(id: &str, method: &Method, route: &str, headers: &HeaderMap) -> Span {
     if !tracing::enabled!(Level::DEBUG) {
         return tracing::info_span!("request", request.id = id);
@@ -114,15 +141,16 @@ fn span(id: &str, method: &Method, route: &str, headers: &HeaderMap) -> Span {
     span
 }
 
-/// Whose fault it is: the peer's, as long as its body is under way.
-fn too_long(place: Option<&ConnectionState>) -> ApiError {
-    match place {
-        Some(place) if place.is_reading_body() => ApiError::TooSlow,
+/// Returns the error of a request that exceeded its time limit. While its body arrives, the peer is
+/// the slow side; afterwards the server is.
+fn timed_out(connection: Option<&ConnectionState>) -> ApiError {
+    match connection {
+        Some(connection) if connection.is_reading_body() => ApiError::TooSlow,
         _ => ApiError::Unavailable("the request took too long".to_owned()),
     }
 }
 
-/// A compressed answer is another sequence of bytes than the one that its strong tag names.
+/// Makes the tag of a compressed response weak: its bytes differ from those that a strong tag names.
 fn weaken_etag(response: &mut Response) {
     let headers = response.headers_mut();
     if !headers.contains_key(header::CONTENT_ENCODING) {

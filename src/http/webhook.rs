@@ -15,6 +15,7 @@ use axum::http::HeaderValue;
 use serde_json::{Value, json};
 
 use super::error::ApiError;
+use super::server::connection::ConnectionState;
 use super::{AppState, BODY_LIMIT};
 use crate::domain::stripe::signature::{SignatureError, SignatureHeader};
 use crate::ingest::batch_writer::AppendError;
@@ -55,6 +56,10 @@ async fn take(
     if request.body().size_hint().lower() > BODY_LIMIT as u64 {
         return Err((Rejection::TooLarge, ApiError::TooLarge));
     }
+    let connection = request
+        .extensions()
+        .get::<Arc<ConnectionState>>()
+        .cloned();
     let lines: Vec<HeaderValue> = request
         .headers()
         .get_all("stripe-signature")
@@ -76,7 +81,12 @@ async fn take(
     let label = verifier
         .finish(received_ms.div_euclid(1000))
         .map_err(refused)?;
-    if state.stopping.is_cancelled() {
+    if let Some(connection) = &connection {
+        connection.set_trusted();
+    }
+    // A connection that the server kept waiting until the stop is served as if it had been in time.
+    let was_queued = connection.is_some_and(|connection| connection.was_queued_at_stop());
+    if state.stopping.is_cancelled() && !was_queued {
         return Err((
             Rejection::ShuttingDown,
             ApiError::Unavailable("shutting down".to_owned()),
@@ -111,10 +121,13 @@ async fn take(
 }
 
 fn unread(rejection: BytesRejection) -> (Rejection, ApiError) {
-    match ApiError::from(rejection) {
-        ApiError::TooLarge => (Rejection::TooLarge, ApiError::TooLarge),
-        error => (Rejection::Incomplete, error),
-    }
+    let error = ApiError::from(rejection);
+    let reason = match error {
+        ApiError::TooLarge => Rejection::TooLarge,
+        ApiError::Unavailable(_) => Rejection::Overloaded,
+        _ => Rejection::Incomplete,
+    };
+    (reason, error)
 }
 
 fn reason(error: &AppendError) -> Rejection {
@@ -147,15 +160,4 @@ fn refused(refusal: SignatureError) -> (Rejection, ApiError) {
         "a delivery was refused"
     );
     (Rejection::Signature(refusal), ApiError::InvalidSignature)
-}
-
-impl From<BytesRejection> for ApiError {
-    fn from(rejection: BytesRejection) -> ApiError {
-        match rejection {
-            BytesRejection::FailedToBufferBody(failed) if failed.status() == 413 => {
-                ApiError::TooLarge
-            }
-            _ => ApiError::BadBody,
-        }
-    }
 }

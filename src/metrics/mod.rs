@@ -41,6 +41,8 @@ pub enum Rejection {
     Incomplete,
     /// Too many wait for the disk.
     QueueFull,
+    /// The bodies of all requests together need too much memory.
+    Overloaded,
     /// It waited too long for the disk.
     TimedOut,
     /// The database is away, locked or full, or refused it.
@@ -51,7 +53,7 @@ pub enum Rejection {
 }
 
 impl Rejection {
-    pub const ALL: [Rejection; 13] = [
+    pub const ALL: [Rejection; 14] = [
         Rejection::Signature(SignatureError::Missing),
         Rejection::Signature(SignatureError::Several),
         Rejection::Signature(SignatureError::Malformed),
@@ -61,6 +63,7 @@ impl Rejection {
         Rejection::TooLarge,
         Rejection::Incomplete,
         Rejection::QueueFull,
+        Rejection::Overloaded,
         Rejection::TimedOut,
         Rejection::Unavailable,
         Rejection::ShuttingDown,
@@ -73,6 +76,7 @@ impl Rejection {
             Rejection::TooLarge => "too_large",
             Rejection::Incomplete => "incomplete",
             Rejection::QueueFull => "queue_full",
+            Rejection::Overloaded => "overloaded",
             Rejection::TimedOut => "timed_out",
             Rejection::Unavailable => "unavailable",
             Rejection::ShuttingDown => "shutting_down",

@@ -259,4 +259,31 @@ mod tests {
             );
         }
     }
+
+    /// Otherwise another tenant's invoice would cost more than a missing one.
+    #[tokio::test]
+    async fn key_is_checked_before_invoice_is_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::connect(&format!("sqlite://{}/test.db", folder.path().display()))
+            .await
+            .unwrap();
+        store.migrate().await.unwrap();
+        let mut session = store.session().await.unwrap();
+        let sql = SQLITE.invoice_with_observations;
+        let explained = || AssertSqlSafe(format!("explain query plan {sql}"));
+        let plan = rows!(session, fetch_all, (i64, i64, i64, String), explained()).unwrap();
+
+        let steps: Vec<&str> = plan.iter().map(|(.., step)| step.as_str()).collect();
+        let reads: Vec<usize> = (0..steps.len())
+            .filter(|n| steps[*n].starts_with("SEARCH invoices"))
+            .collect();
+        assert!(!reads.is_empty(), "{steps:#?}");
+        for read in reads {
+            assert_eq!(
+                steps[read - 1],
+                "SCAN granted",
+                "the invoice is the inner loop of the key's check: {steps:#?}"
+            );
+        }
+    }
 }

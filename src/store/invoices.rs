@@ -123,8 +123,12 @@ const PAGE: &str = page!("order by stored_ms desc, tenant_uid, invoice_uid");
 const PAGE_OF_TENANT: &str = page!("and tenant_uid = $6 order by stored_ms desc, invoice_uid");
 /// At most one row. A statement of its own, because planners may otherwise read all invoices.
 const PAGE_OF_STRIPE_INVOICE: &str = page!("and stripe_invoice_id = $6");
-const PAGE_OF_TENANT_AND_STRIPE_INVOICE: &str =
-    page!("and tenant_uid = $6 and stripe_invoice_id = $7");
+/// Finds the invoice in the index alone, and reads its row only if it belongs to the tenant: another
+/// tenant's invoice takes no longer than a missing one.
+const PAGE_OF_TENANT_AND_STRIPE_INVOICE: &str = page!(
+    "and tenant_uid = $6 and invoice_uid =
+         (select invoice_uid from invoices where stripe_invoice_id = $7 and tenant_uid = $6)"
+);
 const BY_NAME: &str = "
     select tenant_uid, invoice_uid, stripe_invoice_id, document, imported_states, stored_ms, revision
     from invoices where tenant_uid = $1 and invoice_uid = $2";

@@ -17,6 +17,7 @@ mod doctor;
 mod durability;
 mod events;
 mod evidence;
+mod eviction;
 mod failover;
 mod hostile;
 mod invoices;

@@ -1,5 +1,7 @@
-//! The place of one connection: what it is about, since when, and what it is asked to do. The connection writes, the others read;
-//! nothing is locked.
+//! The state of one connection: what it is doing, since when, and what it is asked to do.
+//!
+//! The connection's own task writes most of it, the limiter in `admission` reads it. All fields are
+//! atomics, so neither waits for the other.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
@@ -9,117 +11,177 @@ use futures_util::task::AtomicWaker;
 
 use super::admission::Shared;
 
-/// What a connection is about. Kept in an atomic beside the time since when.
+/// Age in milliseconds from which an unfinished request head counts as slow. A head fits into a few
+/// packets, so an honest client sends it within two round trips.
+const SLOW_HEAD_MS: u64 = 1000;
+/// Bits that hold the [`Activity`] beside the time of its start.
+const ACTIVITY_BITS: u32 = 3;
+
+/// What a connection is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Activity {
-    /// Between two requests, or before the first.
+    /// Connected; the peer has sent no byte yet.
+    New,
+    /// Between two requests.
     Idle,
-    Head,
-    Body,
-    /// The request is there in whole, or nobody reads the rest of it: the peer waits for us.
-    Working,
-    /// The peer does not take its answer.
-    Stalled,
-    /// It was answered before its body was read to its end.
-    Leaving,
+    /// The head of a request is arriving.
+    ReadingHead,
+    /// The body of a request is arriving.
+    ReadingBody,
+    /// The request is complete, or nobody reads the rest of it: the peer waits for the server.
+    Busy,
+    /// The peer does not read its response.
+    WriteBlocked,
+    /// The response went out before the request body was complete.
+    Lingering,
 }
 
-/// What others want of a connection.
+/// What the server wants a connection to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CloseRequest {
+    /// Stay open.
     Nothing,
-    /// To end as soon as it has answered what has come.
+    /// Answer the requests that have arrived, then close.
     Close,
-    /// To go now.
+    /// Close now.
     Abort,
 }
 
-/// The place of one connection.
+/// Eviction order: the connection with the lowest rank is closed first.
+///
+/// Compared in the order of the fields: trusted connections last, then by suspicion, then the one
+/// that has waited longest for its peer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct EvictionRank {
+    is_trusted: bool,
+    suspicion: Suspicion,
+    since_ms: u64,
+}
+
+/// How likely a waiting connection does harm, most likely first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Suspicion {
+    /// A request head that has been incomplete for longer than [`SLOW_HEAD_MS`].
+    SlowHead,
+    /// No request in progress, so closing loses nothing.
+    Unused,
+    /// A request or response in progress: closing loses it.
+    InProgress,
+}
+
+/// The state of one connection.
 pub struct ConnectionState {
-    /// Milliseconds since the listener started, and the phase in the lowest three bits.
-    since_and_phase: AtomicU64,
-    /// Bytes of the body that is being read or worked on.
-    body: AtomicUsize,
-    /// Nothing more has come than what was read.
-    set_idle: AtomicBool,
-    /// An [`CloseRequest`].
-    asked: AtomicU8,
+    /// Milliseconds since the listener started, and the [`Activity`] in the lowest bits.
+    since_and_activity: AtomicU64,
+    /// Bytes of the request body that are in memory.
+    buffered_bytes: AtomicUsize,
+    /// Whether every byte that has arrived was read.
+    is_input_drained: AtomicBool,
+    /// A [`CloseRequest`].
+    close_request: AtomicU8,
+    /// Whether the connection carried a delivery with a valid signature.
+    is_trusted: AtomicBool,
+    /// Whether the body in progress has to be dropped to free memory.
+    is_body_shed: AtomicBool,
+    /// Whether the connection waited in the accept queue when the server was told to stop.
+    was_queued_at_stop: AtomicBool,
     waker: AtomicWaker,
     shared: Arc<Shared>,
 }
 
-/// What a connection reports of itself.
+/// Reports from the connection itself.
 impl ConnectionState {
     pub fn new(shared: Arc<Shared>) -> ConnectionState {
-        let place = ConnectionState {
-            since_and_phase: AtomicU64::new(0),
-            body: AtomicUsize::new(0),
-            set_idle: AtomicBool::new(false),
-            asked: AtomicU8::new(CloseRequest::Nothing as u8),
+        let connection = ConnectionState {
+            since_and_activity: AtomicU64::new(0),
+            buffered_bytes: AtomicUsize::new(0),
+            is_input_drained: AtomicBool::new(false),
+            close_request: AtomicU8::new(CloseRequest::Nothing as u8),
+            is_trusted: AtomicBool::new(false),
+            is_body_shed: AtomicBool::new(false),
+            was_queued_at_stop: AtomicBool::new(false),
             waker: AtomicWaker::new(),
             shared,
         };
-        place.enter(Activity::Idle);
-        place
+        connection.enter(Activity::New);
+        connection
     }
 
-    /// No bytes are there from the peer.
+    /// Records that no unread bytes are left from the peer.
     pub fn set_idle(&self) {
-        self.set_idle.store(true, Ordering::Relaxed);
+        self.is_input_drained.store(true, Ordering::Relaxed);
     }
 
-    /// Bytes came from the peer.
-    pub fn heard(&self) {
-        self.set_idle.store(false, Ordering::Relaxed);
-        if matches!(self.phase(), Activity::Idle | Activity::Stalled) {
-            self.enter(Activity::Head);
+    /// Records that bytes arrived from the peer.
+    pub fn set_receiving(&self) {
+        self.is_input_drained.store(false, Ordering::Relaxed);
+        if matches!(
+            self.activity(),
+            Activity::New | Activity::Idle | Activity::WriteBlocked
+        ) {
+            self.enter(Activity::ReadingHead);
         }
     }
 
-    /// The head of a request is there, and a body is to follow.
-    pub fn reads_body(&self) {
-        self.enter(Activity::Body);
+    /// Records that the head of a request is complete and a body follows.
+    pub fn set_reading_body(&self) {
+        self.is_body_shed.store(false, Ordering::Relaxed);
+        self.enter(Activity::ReadingBody);
     }
 
-    /// Takes memory for a part of a body.
-    pub fn holds(&self, bytes: usize) {
-        self.body.fetch_add(bytes, Ordering::Relaxed);
-        self.shared.holds(bytes);
+    /// Counts bytes of a body that are now in memory.
+    pub fn add_buffered(&self, bytes: usize) {
+        self.buffered_bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.shared.add_buffered(bytes);
     }
 
-    /// The request is there in whole.
-    pub fn works(&self) {
-        self.enter(Activity::Working);
+    /// Records that the request is complete.
+    pub fn set_busy(&self) {
+        self.enter(Activity::Busy);
     }
 
-    /// The request is done with, its body too; the answer goes out.
-    pub fn answers(&self) {
-        self.forget_body();
+    /// Records that the request is done and the response goes out.
+    pub fn set_responded(&self) {
+        self.release_buffered();
         self.enter(if self.is_reading_body() {
-            Activity::Leaving
+            Activity::Lingering
         } else {
             Activity::Idle
         });
     }
 
-    /// The peer does not take what it is sent.
-    pub fn stalls(&self) {
-        if self.phase() == Activity::Idle {
-            self.enter(Activity::Stalled);
+    /// Records that the peer does not read what it is sent.
+    pub fn set_write_blocked(&self) {
+        if self.activity() == Activity::Idle {
+            self.enter(Activity::WriteBlocked);
         }
+    }
+
+    /// Records that the connection carried a delivery with a valid signature.
+    pub fn set_trusted(&self) {
+        self.is_trusted.store(true, Ordering::Relaxed);
+    }
+
+    /// Records that the connection waited in the accept queue when the server was told to stop.
+    pub fn set_queued_at_stop(&self) {
+        self.was_queued_at_stop.store(true, Ordering::Relaxed);
     }
 }
 
-/// What it is asked, and what others see of it.
+/// Requests to the connection, and its state as others see it.
 impl ConnectionState {
-    /// Who is to be woken when the connection is asked something.
-    pub fn wakes(&self, waker: &Waker) {
+    /// Sets the task to wake when the connection is asked to do something.
+    pub fn register_waker(&self, waker: &Waker) {
         self.waker.register(waker);
     }
 
-    /// What it is asked to do now.
-    pub fn asked(&self) -> CloseRequest {
-        match self.asked.load(Ordering::Relaxed) {
+    pub fn wake(&self) {
+        self.waker.wake();
+    }
+
+    /// Returns what the connection has to do now.
+    pub fn close_request(&self) -> CloseRequest {
+        match self.close_request.load(Ordering::Relaxed) {
             0 => CloseRequest::Nothing,
             1 if self.waits_for_peer() => CloseRequest::Abort,
             1 => CloseRequest::Close,
@@ -127,70 +189,123 @@ impl ConnectionState {
         }
     }
 
-    /// A body is under way: it has not come in time when the time is over.
-    pub fn is_reading_body(&self) -> bool {
-        self.phase() == Activity::Body
-    }
-
-    /// The peer may still be sending.
-    pub fn is_leaving(&self) -> bool {
-        self.phase() == Activity::Leaving
-    }
-
-    pub fn ask(&self, asked: CloseRequest) {
-        self.asked.store(asked as u8, Ordering::Relaxed);
+    pub fn request_close(&self) {
+        self.close_request
+            .store(CloseRequest::Close as u8, Ordering::Relaxed);
         self.waker.wake();
     }
 
-    pub fn is_asked(&self) -> bool {
-        self.asked.load(Ordering::Relaxed) != CloseRequest::Nothing as u8
+    pub fn is_closing(&self) -> bool {
+        self.close_request.load(Ordering::Relaxed) != CloseRequest::Nothing as u8
+    }
+
+    /// Drops the body in progress, so that its memory is free for others. The handler answers 503.
+    pub fn shed_body(&self) {
+        self.is_body_shed.store(true, Ordering::Relaxed);
+        self.release_buffered();
+        self.waker.wake();
+    }
+
+    pub fn is_body_shed(&self) -> bool {
+        self.is_body_shed.load(Ordering::Relaxed)
+    }
+
+    /// Returns whether a request body is arriving: if time runs out now, the peer was too slow.
+    pub fn is_reading_body(&self) -> bool {
+        self.activity() == Activity::ReadingBody
+    }
+
+    /// Returns whether the peer may still be sending a body that nobody reads.
+    pub fn is_lingering(&self) -> bool {
+        self.activity() == Activity::Lingering
+    }
+
+    /// Returns whether the peer has not sent a byte yet and connected less than `grace_ms` ago.
+    pub fn is_new_within(&self, grace_ms: u64) -> bool {
+        self.activity() == Activity::New
+            && self.shared.now_ms().saturating_sub(self.since_ms()) < grace_ms
+    }
+
+    pub fn is_trusted(&self) -> bool {
+        self.is_trusted.load(Ordering::Relaxed)
+    }
+
+    pub fn was_queued_at_stop(&self) -> bool {
+        self.was_queued_at_stop.load(Ordering::Relaxed)
+    }
+
+    /// Returns how soon the connection is evicted, or `None` if it must not be: either the server
+    /// still owes it a response, or it is closing already.
+    pub fn eviction_rank(&self, now_ms: u64) -> Option<EvictionRank> {
+        let since_ms = self.since_ms();
+        let suspicion = match self.activity() {
+            _ if self.is_closing() => return None,
+            Activity::Busy => return None,
+            Activity::ReadingHead if now_ms.saturating_sub(since_ms) > SLOW_HEAD_MS => {
+                Suspicion::SlowHead
+            }
+            Activity::New | Activity::Idle => Suspicion::Unused,
+            Activity::ReadingHead
+            | Activity::ReadingBody
+            | Activity::WriteBlocked
+            | Activity::Lingering => Suspicion::InProgress,
+        };
+
+        Some(EvictionRank {
+            is_trusted: self.is_trusted(),
+            suspicion,
+            since_ms,
+        })
+    }
+
+    /// Returns when the current activity began, in milliseconds since the listener started.
+    pub fn since_ms(&self) -> u64 {
+        self.since_and_activity.load(Ordering::Relaxed) >> ACTIVITY_BITS
+    }
+
+    pub fn activity(&self) -> Activity {
+        match self.since_and_activity.load(Ordering::Relaxed) & ((1 << ACTIVITY_BITS) - 1) {
+            0 => Activity::New,
+            1 => Activity::Idle,
+            2 => Activity::ReadingHead,
+            3 => Activity::ReadingBody,
+            4 => Activity::Busy,
+            5 => Activity::WriteBlocked,
+            _ => Activity::Lingering,
+        }
+    }
+
+    pub fn buffered_bytes(&self) -> usize {
+        self.buffered_bytes.load(Ordering::Relaxed)
+    }
+
+    pub fn release_buffered(&self) {
+        let bytes = self.buffered_bytes.swap(0, Ordering::Relaxed);
+        self.shared.release_buffered(bytes);
     }
 
     fn waits_for_peer(&self) -> bool {
-        match self.phase() {
-            Activity::Working => false,
-            Activity::Stalled => true,
-            Activity::Idle | Activity::Head | Activity::Body | Activity::Leaving => {
-                self.set_idle.load(Ordering::Relaxed)
-            }
+        match self.activity() {
+            Activity::Busy => false,
+            Activity::WriteBlocked => true,
+            // Bytes that have arrived but were not read yet: then the server is the slow side.
+            Activity::New
+            | Activity::Idle
+            | Activity::ReadingHead
+            | Activity::ReadingBody
+            | Activity::Lingering => self.is_input_drained.load(Ordering::Relaxed),
         }
     }
 
-    pub fn forget_body(&self) {
-        self.shared.forgets(self.body.swap(0, Ordering::Relaxed));
-    }
-
-    fn enter(&self, phase: Activity) {
-        self.since_and_phase
-            .store(self.shared.now_ms() << 3 | phase as u64, Ordering::Relaxed);
-    }
-
-    pub fn since_ms(&self) -> u64 {
-        self.since_and_phase.load(Ordering::Relaxed) >> 3
-    }
-
-    pub fn phase(&self) -> Activity {
-        match self.since_and_phase.load(Ordering::Relaxed) & 7 {
-            0 => Activity::Idle,
-            1 => Activity::Head,
-            2 => Activity::Body,
-            3 => Activity::Working,
-            4 => Activity::Stalled,
-            _ => Activity::Leaving,
-        }
-    }
-
-    pub fn body_bytes(&self) -> usize {
-        self.body.load(Ordering::Relaxed)
-    }
-
-    pub fn wake(&self) {
-        self.waker.wake();
+    fn enter(&self, activity: Activity) {
+        let since = self.shared.now_ms() << ACTIVITY_BITS;
+        self.since_and_activity
+            .store(since | activity as u64, Ordering::Relaxed);
     }
 
     #[cfg(test)]
-    pub fn make_older(&self, by_s: u64) {
-        self.since_and_phase
-            .fetch_sub((by_s * 1000) << 3, Ordering::Relaxed);
+    pub fn make_older_ms(&self, by_ms: u64) {
+        self.since_and_activity
+            .fetch_sub(by_ms << ACTIVITY_BITS, Ordering::Relaxed);
     }
 }

@@ -3,11 +3,15 @@
 -- Unless $5 (an internal reader), the invoice is not looked up without a key that may read it, so that the time to
 -- answer does not reveal whether it exists.
 with recursive
+granted as (
+    select 1
+    where $5 or exists (select 1 from api_keys
+                        where secret_sha256 in ($3, $4) and (tenant_uid is null or tenant_uid = $1))
+),
+-- `cross join` checks the key first: SQLite would otherwise look the invoice up, and check the key only if it exists.
 this as (
-    select * from invoices
+    select invoices.* from granted cross join invoices
     where tenant_uid = $1 and invoice_uid = $2
-      and ($5 or exists (select 1 from api_keys
-                         where secret_sha256 in ($3, $4) and (tenant_uid is null or tenant_uid = $1)))
 ),
 -- Objects and events in turn: each row is either an object or an event, and `union` visits each once. The work is
 -- linear in the number of links. (From object to object, an event that names n payments would cost n * n.)
