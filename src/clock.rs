@@ -1,4 +1,4 @@
-//! What time it is: the only caller of the system time.
+//! The current time: the only caller of the system clock.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicI64, Ordering};
 /// Milliseconds that the clocks of processes on the same database may differ.
 pub const MAX_SKEW_MS: i64 = 60_000;
 
-/// The system's time, or a time that a test sets.
+/// The system clock, or a time that a test sets.
 #[derive(Clone, Debug)]
 pub struct Clock(Option<Arc<AtomicI64>>);
 
@@ -15,20 +15,23 @@ impl Clock {
         Clock(None)
     }
 
-    /// Stands still at `ms` (Unix milliseconds) until it is set.
+    /// Creates a clock that stands still at `ms` (Unix milliseconds) until a test sets it.
     pub fn fixed(ms: i64) -> Clock {
         Clock(Some(Arc::new(AtomicI64::new(ms))))
     }
 
-    /// Moves a fixed clock, in all its clones; a system clock does not care.
+    /// Moves a fixed clock, in all its clones. A system clock ignores the call.
     pub fn set(&self, ms: i64) {
         if let Some(fixed) = &self.0 {
             fixed.store(ms, Ordering::Relaxed);
         }
     }
 
-    /// Unix milliseconds.
-    #[expect(clippy::disallowed_methods, reason = "this is the one place")]
+    /// Returns the time in Unix milliseconds.
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "this is the one place that reads the system clock"
+    )]
     pub fn now_ms(&self) -> i64 {
         match &self.0 {
             Some(fixed) => fixed.load(Ordering::Relaxed),
@@ -36,7 +39,7 @@ impl Clock {
         }
     }
 
-    /// Unix seconds.
+    /// Returns the time in Unix seconds.
     pub fn now_s(&self) -> i64 {
         self.now_ms().div_euclid(1000)
     }

@@ -1,53 +1,59 @@
-//! HTTP as a client: one pool of connections, a limit on every wait and every body.
+//! HTTP as a client: one pool of connections, with a limit on every wait and every body.
 
-use std::fmt::Display;
+use std::error::Error;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http_body_util::{BodyExt, Full, Limited};
+use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use hyper::{Request, Response};
 use hyper_rustls::HttpsConnector;
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 
-/// How long a connection without work is kept.
+/// Longest time that an unused connection is kept.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Cheap to clone; clones share the connections.
+/// A pool of connections; cheap to clone, and clones share it.
 #[derive(Clone)]
 pub struct HttpClient {
     client: Client<HttpsConnector<HttpConnector>, Full<Bytes>>,
     timeout: Duration,
-    /// The largest answer that is read, in bytes.
+    /// Largest response body that is read, in bytes.
     limit: usize,
 }
 
-/// No answer, or none that could be read to its end. In words, without what was sent.
+/// Why there is no complete response. The texts contain nothing of the request.
 #[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub struct HttpClientError(String);
+pub enum HttpClientError {
+    #[error("no answer within {} s", .0.as_secs())]
+    Timeout(Duration),
+    #[error("the answer is larger than {} MiB", .0 >> 20)]
+    TooLarge(usize),
+    #[error("{0}")]
+    Failed(String),
+}
 
 impl HttpClient {
-    /// `timeout` holds for an exchange as a whole, its body included.
+    /// Creates a pool. `timeout` applies to an exchange as a whole, its body included.
     pub fn new(timeout: Duration, limit: usize) -> HttpClient {
         let tls = hyper_rustls::HttpsConnectorBuilder::new()
             .with_webpki_roots()
             .https_or_http()
             .enable_http1()
             .build();
-        let pool = Client::builder(TokioExecutor::new())
+        let client = Client::builder(TokioExecutor::new())
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(IDLE_TIMEOUT)
             .build(tls);
         HttpClient {
-            client: pool,
+            client,
             timeout,
             limit,
         }
     }
 
-    /// The whole answer, whatever its status.
+    /// Sends a request and returns the complete response, whatever its status.
     ///
     /// # Errors
     /// See [`HttpClientError`].
@@ -56,38 +62,30 @@ impl HttpClient {
         request: Request<Full<Bytes>>,
     ) -> Result<Response<Bytes>, HttpClientError> {
         let exchange = async {
-            let (head, body) = self
-                .client
-                .request(request)
-                .await
-                .map_err(|e| failed(root(&e)))?
-                .into_parts();
-            let body = Limited::new(body, self.limit)
-                .collect()
-                .await
-                .map_err(failed)?
-                .to_bytes();
-            Ok(Response::from_parts(head, body))
+            let response = self.client.request(request).await;
+            let (head, body) = response.map_err(|error| failed(&error))?.into_parts();
+            let collected = Limited::new(body, self.limit).collect().await;
+            let body = collected.map_err(|error| self.body_failed(&*error))?;
+            Ok(Response::from_parts(head, body.to_bytes()))
         };
-        let answered = tokio::time::timeout(self.timeout, exchange).await;
-        answered.unwrap_or_else(|_| {
-            Err(failed(format!(
-                "no answer within {} s",
-                self.timeout.as_secs()
-            )))
-        })
+        tokio::time::timeout(self.timeout, exchange)
+            .await
+            .unwrap_or(Err(HttpClientError::Timeout(self.timeout)))
+    }
+
+    fn body_failed(&self, error: &(dyn Error + Send + Sync + 'static)) -> HttpClientError {
+        if error.is::<LengthLimitError>() {
+            return HttpClientError::TooLarge(self.limit);
+        }
+        HttpClientError::Failed(error.to_string())
     }
 }
 
-fn failed(reason: impl Display) -> HttpClientError {
-    HttpClientError(reason.to_string())
-}
-
-/// hyper's own message says only that something failed; the deepest cause says what.
-fn root(error: &dyn std::error::Error) -> String {
+/// hyper's own message says only that a request failed; the deepest cause says why.
+fn failed(error: &dyn Error) -> HttpClientError {
     let mut cause = error;
     while let Some(deeper) = cause.source() {
         cause = deeper;
     }
-    cause.to_string()
+    HttpClientError::Failed(cause.to_string())
 }

@@ -19,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 use super::keys;
 use super::output;
 use super::serve::{Service, serve};
+use super::tasks::TaskEnded;
 use super::{Exit, GlobalArgs};
 use crate::clock::Clock;
 use crate::domain::stripe::signing_secrets::SigningSecrets;
@@ -199,7 +200,7 @@ struct Stage {
     tenant_key: String,
     signing_secret: String,
     stop: CancellationToken,
-    server: JoinHandle<()>,
+    server: JoinHandle<Result<(), TaskEnded>>,
 }
 
 impl Stage {
@@ -381,7 +382,7 @@ Commands to try in another terminal:
 
     async fn tear_down(self) -> anyhow::Result<()> {
         self.stop.cancel();
-        self.server.await?;
+        self.server.await??;
         self.folder.close()?;
         Ok(())
     }

@@ -16,6 +16,7 @@ mod rebuild;
 mod reconcile;
 mod replay;
 mod serve;
+mod tasks;
 mod why;
 
 use std::process::ExitCode;

@@ -1,4 +1,5 @@
-//! `/healthz`: the process is alive. `/readyz`: the server can accept deliveries.
+//! `/healthz`: the process is alive. `/readyz`: the server can accept deliveries, and its event writer
+//! runs.
 //!
 //! Both need no key, so they give no detail.
 
@@ -28,7 +29,9 @@ pub async fn ready(State(state): State<AppState>) -> Result<Json<Value>, ApiErro
     if state.stopping.is_cancelled() {
         return Err(ApiError::Unavailable("shutting down".to_owned()));
     }
-
+    if !state.inbox.is_running() {
+        return Err(ApiError::Unavailable("event writer has stopped".to_owned()));
+    }
     let read = async { Ok(state.store.ping_within(PING_TIMEOUT).await?) };
     tokio::try_join!(read, probe_writer(&state))?;
     Ok(Json(json!({"status": "ready"})))
@@ -38,4 +41,48 @@ async fn probe_writer(state: &AppState) -> Result<(), ApiError> {
     let probed = tokio::time::timeout(WRITE_TIMEOUT, state.inbox.probe()).await;
     probed.map_err(|_| ApiError::Unavailable("event writer does not answer".to_owned()))??;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use tokio_util::sync::CancellationToken;
+
+    use super::*;
+    use crate::clock::Clock;
+    use crate::domain::stripe::signature::SigningSecrets;
+    use crate::ingest::batch_writer::Writer;
+    use crate::ingest::{Delivery, ingest};
+    use crate::store::{Source, Store};
+
+    #[tokio::test]
+    async fn dead_writer_is_not_ready_at_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::connect(&format!("sqlite://{}/test.db", folder.path().display()))
+            .await
+            .unwrap();
+        store.migrate().await.unwrap();
+        let (inbox, mut writer) = Writer::start_panicking();
+        let state = AppState::new(
+            store,
+            inbox.clone(),
+            SigningSecrets::parse("whsec_a").unwrap(),
+            Clock::system(),
+            Arc::default(),
+            CancellationToken::new(),
+        );
+        assert!(ready(State(state.clone())).await.is_ok());
+
+        let delivery = Delivery {
+            body: "{}".into(),
+            source: Source::Webhook,
+            secret_label: None,
+            received_ms: 0,
+        };
+        assert!(ingest(&inbox, delivery).await.is_err());
+        writer.ended().await;
+        let error = ready(State(state)).await.unwrap_err();
+        assert_eq!(error.reason(), Some("event writer has stopped"));
+    }
 }

@@ -56,10 +56,7 @@ async fn take(
     if request.body().size_hint().lower() > BODY_LIMIT as u64 {
         return Err((Rejection::TooLarge, ApiError::TooLarge));
     }
-    let connection = request
-        .extensions()
-        .get::<Arc<ConnectionState>>()
-        .cloned();
+    let connection = request.extensions().get::<Arc<ConnectionState>>().cloned();
     let lines: Vec<HeaderValue> = request
         .headers()
         .get_all("stripe-signature")

@@ -1,10 +1,13 @@
-//! Group commit: deliveries that wait at the same time share one durable transaction, and each caller is told its own outcome.
+//! Group commit: deliveries that wait at the same time share one durable transaction, and each caller
+//! gets its own outcome.
 //!
-//! The writer takes all that waits (nobody waits for a timer when the store is idle), appends it, and answers. While it writes,
-//! the next batch gathers. The queue is bounded: what does not fit is refused, and Stripe delivers it again.
+//! The writer takes everything that waits (no delivery waits for a timer when the store is idle),
+//! appends it, and answers. Meanwhile the next batch gathers. The queue is bounded: a delivery that
+//! does not fit is rejected, and Stripe redelivers it.
 //!
-//! One writer, on PostgreSQL too: with a second one the batches are half as large, and what each of them costs is paid twice
-//! (measured on two cores with 64 connections: a sixth more processor time an acknowledgement).
+//! There is one writer, on PostgreSQL too: with two, batches are half as large and their fixed cost is
+//! paid twice. Measured on two cores with 64 connections: a sixth more processor time per
+//! acknowledgement.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -17,26 +20,26 @@ use uuid::Uuid;
 use crate::metrics::Metrics;
 use crate::store::{Appended, NewEvent, Store, StoreError, StoreErrorClass};
 
-/// Deliveries that may wait.
+/// Deliveries that may wait for the writer.
 const QUEUE: usize = 1024;
-/// Deliveries that share one commit at most.
+/// Largest number of deliveries in one commit.
 const BATCH: usize = 256;
 
-/// The way in; cheap to clone.
+/// The sending side of the queue; cheap to clone.
 #[derive(Clone)]
 pub struct BatchWriter {
     queue: mpsc::Sender<Request>,
 }
 
-/// To be waited for when all [`BatchWriter`]es are gone.
+/// The task that writes. Wait for it with [`Writer::finish`] after dropping every [`BatchWriter`].
 pub struct Writer(JoinHandle<()>);
 
-/// The delivery was not kept.
+/// Why a delivery was not stored.
 #[derive(Debug, thiserror::Error)]
 pub enum AppendError {
-    #[error("too many deliveries wait for the disk")]
+    #[error("event queue is full")]
     Full,
-    #[error("the writer has stopped")]
+    #[error("event writer has stopped")]
     Closed,
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -53,7 +56,7 @@ enum Request {
 
 struct Caller {
     answer: oneshot::Sender<Result<Appended, AppendError>>,
-    /// What it is in the middle of. None where nobody follows single deliveries.
+    /// The caller's span. [`Span::none`] unless deliveries are traced.
     span: Span,
 }
 
@@ -81,10 +84,11 @@ impl BatchWriter {
         (BatchWriter { queue }, Writer(tokio::spawn(writing)))
     }
 
-    /// Returns when the event is durable. When the caller goes away before its batch is written, it is not kept.
+    /// Stores an event and returns when it is durable. If the caller drops the future before its
+    /// batch is written, the event is not stored.
     ///
     /// # Errors
-    /// See [`AppendError`]: nothing is promised then.
+    /// See [`AppendError`]. The event may or may not be stored then.
     pub async fn append(&self, event: NewEvent) -> Result<Appended, AppendError> {
         let (answer, answered) = oneshot::channel();
         let span = if tracing::enabled!(Level::DEBUG) {
@@ -117,7 +121,12 @@ impl BatchWriter {
         })
     }
 
-    /// How many wait, and how many may.
+    /// Returns whether the writer task runs. It stops before the server only if it panics.
+    pub fn is_running(&self) -> bool {
+        !self.queue.is_closed()
+    }
+
+    /// Returns how many deliveries wait, and how many may.
     pub fn depth(&self) -> (usize, usize) {
         (
             self.queue.max_capacity() - self.queue.capacity(),
@@ -127,11 +136,32 @@ impl BatchWriter {
 }
 
 impl Writer {
-    /// Returns when all that was queued is written and answered. All [`BatchWriter`]es must be dropped, or it waits for them.
-    pub async fn finish(self) {
-        if let Err(error) = self.0.await {
-            tracing::error!(%error, "the writer of the log ended badly");
+    /// Waits until everything in the queue is written and answered. Waits forever while a
+    /// [`BatchWriter`] exists.
+    pub async fn finish(mut self) {
+        self.ended().await;
+    }
+
+    /// Waits until the task ends. While a [`BatchWriter`] exists, it ends only by a panic.
+    pub async fn ended(&mut self) {
+        if let Err(error) = (&mut self.0).await {
+            tracing::error!(%error, "event writer task failed");
         }
+    }
+
+    /// Starts a writer that panics on the first delivery.
+    #[cfg(test)]
+    pub fn start_panicking() -> (BatchWriter, Writer) {
+        let (queue, mut waiting) = mpsc::channel::<Request>(QUEUE);
+        let task = tokio::spawn(async move {
+            while let Some(request) = waiting.recv().await {
+                match request {
+                    Request::Append { .. } => panic!("a fault in the writer"),
+                    Request::Probe(answer) => answer.send(Ok(())).unwrap(),
+                }
+            }
+        });
+        (BatchWriter { queue }, Writer(task))
     }
 }
 
@@ -159,6 +189,7 @@ async fn write(
         if events.is_empty() && probes.is_empty() {
             continue;
         }
+
         let (started, span) = (Instant::now(), batch_span(&callers));
         let appended = store.append(&events).instrument(span.clone()).await;
         match &appended {
@@ -185,6 +216,7 @@ async fn write(
             // A prober that went away needs no answer.
             let _ = probe.send(answer);
         }
+
         let answers = match appended {
             Ok(answers) => answers.into_iter().map(Ok).collect(),
             Err(error) if error.class() == StoreErrorClass::Rejected && events.len() > 1 => {
@@ -194,7 +226,7 @@ async fn write(
         };
         let worked = started.elapsed();
         for (caller, answer) in callers.into_iter().zip(answers) {
-            // A caller that went away does not mind.
+            // The caller may have gone away.
             let _ = caller.answer.send(answer);
         }
         if pace == Pace::Yielding {
@@ -203,7 +235,8 @@ async fn write(
     }
 }
 
-/// For who follows a delivery from its request to its commit: either names the other.
+/// Returns the span of a batch. Request and batch name each other, so that a delivery can be followed
+/// from its request to its commit.
 fn batch_span(callers: &[Caller]) -> Span {
     if !tracing::enabled!(Level::DEBUG) {
         return Span::none();
@@ -218,7 +251,7 @@ fn batch_span(callers: &[Caller]) -> Span {
     span
 }
 
-/// One that the database refuses must not take the others with it.
+/// Retries a rejected batch one event at a time, so that one bad event does not fail the rest.
 async fn one_by_one(store: &Store, events: &[NewEvent]) -> Vec<Result<Appended, AppendError>> {
     let mut answers = Vec::with_capacity(events.len());
     for event in events {

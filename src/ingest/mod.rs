@@ -1,4 +1,5 @@
-//! A delivery, from its bytes to the disk: read, decide what it tells, append. The one door for webhook, replay and API.
+//! The path of a delivery from its bytes to a durable row: parse, derive the observation, append.
+//! Webhook, replay and reconciliation all use it.
 
 pub mod batch_writer;
 
@@ -15,17 +16,18 @@ use crate::store::{self, Appended, NewEvent, PackedBody, Source};
 /// link, so an event that names more would make each of its reads slower.
 const MAX_LINKS: usize = 1_000;
 
-/// Bytes known to be Stripe's: by their signature (webhook), by the operator's word (replay), or by TLS (API).
+/// Bytes that are known to be from Stripe: by their signature (webhook), because the operator says so
+/// (replay), or by TLS (API).
 #[derive(Clone, Debug)]
 pub struct Delivery {
     pub body: Bytes,
     pub source: Source,
-    /// Which secret matched: its label, never the secret.
+    /// Label of the signing secret that matched, never the secret itself.
     pub secret_label: Option<String>,
     pub received_ms: i64,
 }
 
-/// What a 2xx answer says happened.
+/// The outcome of an acknowledged delivery.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
     Recorded,
@@ -45,7 +47,8 @@ impl Outcome {
     }
 }
 
-/// Everything that costs time (parse, hash, compress) happens here, before the queue.
+/// Turns a delivery into a row. Parsing, hashing and compressing happen here, before the queue, so
+/// that the one writer only writes.
 pub fn prepare(delivery: Delivery) -> NewEvent {
     let body = PackedBody::pack(&delivery.body);
     let Delivery {
@@ -115,24 +118,25 @@ fn links(event: &Event) -> Vec<Link> {
     links
 }
 
-/// Returns when the delivery is durable on disk, or not at all.
+/// Stores a delivery and returns when it is durable.
 ///
 /// # Errors
-/// The queue is full or closed, or the store cannot be reached: nothing is promised, Stripe delivers again.
+/// The queue is full or closed, or the store cannot be reached. The caller must not acknowledge the
+/// delivery; Stripe redelivers it.
 pub async fn ingest(inbox: &BatchWriter, delivery: Delivery) -> Result<Outcome, AppendError> {
     let event =
         tracing::debug_span!("read", bytes = delivery.body.len()).in_scope(|| prepare(delivery));
     keep(inbox, event).await
 }
 
-/// As [`ingest`], for who had to look at it first.
+/// Stores a row that the caller has prepared and inspected; else like [`ingest`].
 pub async fn keep(inbox: &BatchWriter, event: NewEvent) -> Result<Outcome, AppendError> {
     let outcome = match event.outcome {
         store::Outcome::Recorded => Outcome::Recorded,
         store::Outcome::NoPaymentFact => Outcome::NoPaymentFact,
         store::Outcome::Unreadable => Outcome::Unreadable,
     };
-    // The inbox says which batch it is in.
+    // The writer records the batch.
     let span = tracing::debug_span!(
         "keep",
         event.id = event.id.as_deref(),

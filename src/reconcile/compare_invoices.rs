@@ -23,7 +23,7 @@ use crate::domain::money;
 use crate::domain::time::timestamp;
 use crate::queries::invoices::known;
 use crate::store::{CheckCandidate, ProgressKey};
-use crate::stripe_api::{Scope, StripeApi, StripeApiError};
+use crate::stripe_api::{ListCursor, Scope, StripeApi, StripeApiError};
 
 /// Invoices read from the store in one query.
 const PAGE_ROWS: u32 = 500;
@@ -41,7 +41,8 @@ const OVERLAP_S: i64 = 3600;
 const FEW_INVOICES: usize = 10;
 /// Pages in a row that bring no more than single requests would; then the list is left.
 const MAX_POOR_PAGES: usize = 2;
-const MAX_PAGES: usize = 100_000;
+/// Pages of one account: more than any window has. A list that goes on is an error.
+const MAX_PAGES: usize = 20_000;
 const MAX_CONCURRENT_CALLS: usize = 8;
 /// Accounts in which an invoice is searched if no event says which account it belongs to.
 const MAX_SEARCHED_ACCOUNTS: usize = 10;
@@ -153,17 +154,17 @@ async fn read_list(
     scope: &Scope,
     window_start_s: i64,
 ) -> Result<(), ReconcileError> {
-    let mut last_id: Option<String> = None;
+    let mut cursor = ListCursor::new("/v1/invoices", MAX_PAGES);
     let mut poor_pages = 0;
     let mut is_inside_window = true;
-    for _ in 0..MAX_PAGES {
+    loop {
         let start = window_start_s.to_string();
         let mut query = Vec::new();
         // Without a bound the list continues beyond the window. With one it needs no extra page.
         if comparison.wanted.len() <= FEW_INVOICES {
             query.push(("created[gte]", &*start));
         }
-        if let Some(id) = &last_id {
+        if let Some(id) = cursor.starting_after() {
             query.push(("starting_after", id));
         }
         let page = run.context.api.list("/v1/invoices", &query, scope).await?;
@@ -184,12 +185,10 @@ async fn read_list(
             is_inside_window && oldest["created"].as_i64().unwrap_or_default() >= window_start_s;
         poor_pages = if found > 1 { 0 } else { poor_pages + 1 };
         let saves_calls = poor_pages < MAX_POOR_PAGES && comparison.wanted.len() > FEW_INVOICES;
-        if !page.has_more || !(is_inside_window || saves_calls) {
+        if !(is_inside_window || saves_calls) || !cursor.advance(&page)? {
             return Ok(());
         }
-        last_id = oldest["id"].as_str().map(str::to_owned);
     }
-    Ok(())
 }
 
 async fn compare_page(

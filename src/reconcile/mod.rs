@@ -91,7 +91,9 @@ impl ReconcileError {
     fn cause(&self) -> RunErrorCause {
         match self {
             ReconcileError::Stripe(StripeApiError::Unauthorized(_)) => RunErrorCause::Key,
-            ReconcileError::Stripe(StripeApiError::Refused { .. }) => RunErrorCause::Denied,
+            ReconcileError::Stripe(
+                StripeApiError::Refused { .. } | StripeApiError::Invalid { .. },
+            ) => RunErrorCause::Denied,
             ReconcileError::Stripe(StripeApiError::Away(_)) => RunErrorCause::Unreachable,
             ReconcileError::Stripe(StripeApiError::Busy(_)) => RunErrorCause::RateLimited,
             ReconcileError::Store(_) | ReconcileError::BatchWriter(_) => RunErrorCause::Database,

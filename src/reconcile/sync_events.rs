@@ -15,7 +15,7 @@ use serde_json::value::RawValue;
 
 use super::{EVENT_RETENTION_S, Extent, ReconcileError, RunContext, saved_unless_future};
 use crate::store::ProgressKey;
-use crate::stripe_api::Scope;
+use crate::stripe_api::{ListCursor, Scope};
 
 /// Overlap in which known events are read again.
 const OVERLAP_S: i64 = 3600;
@@ -24,7 +24,8 @@ const FIRST_WINDOW_S: i64 = 24 * 3600;
 const WINDOW_PAGES: i64 = 20;
 /// Pages of known events that a run on request reads again.
 const MAX_PAGES_BACK: usize = 500;
-/// Pages that a window may have: more than Stripe can create events in a second.
+/// Pages that a window may have: more than Stripe can create events in a second. A list that goes on
+/// is an error, because the run would otherwise skip the rest of the window.
 const MAX_WINDOW_PAGES: usize = 10_000;
 
 /// Reads the events of all accounts.
@@ -124,30 +125,35 @@ async fn read_pages(
     run: &mut RunContext<'_>,
     scope: &Scope,
     (from_s, to_s): (i64, i64),
-    mut after: Option<String>,
+    after: Option<String>,
     max_pages: usize,
 ) -> Result<Pages, ReconcileError> {
     let (gte, lt) = (from_s.to_string(), to_s.to_string());
+    let start = ListCursor::new("/v1/events", MAX_WINDOW_PAGES);
+    let mut cursor = match after {
+        Some(id) => start.starting_at(id),
+        None => start,
+    };
     let mut continues_after = None;
     let mut pages = 0;
     while from_s < to_s && (pages as usize) < max_pages {
         let mut query = vec![("created[gte]", &*gte), ("created[lt]", &*lt)];
-        if let Some(id) = &after {
+        if let Some(id) = cursor.starting_after() {
             query.push(("starting_after", id));
         }
         let page = run.context.api.list("/v1/events", &query, scope).await?;
         pages += 1;
         record_events(run, &page.data, scope).await?;
 
+        let has_more = cursor.advance(&page)?;
         continues_after = page
             .data
             .last()
-            .filter(|_| page.has_more)
+            .filter(|_| has_more)
             .map(|event| listed_event(event));
-        let Some(oldest) = &continues_after else {
+        if continues_after.is_none() {
             break;
-        };
-        after = Some(oldest.id.clone());
+        }
     }
     Ok(Pages {
         pages,

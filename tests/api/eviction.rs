@@ -53,7 +53,10 @@ async fn deliver_on_each(wires: &mut [Wire], round: usize) {
             "kept connection {n} was closed before round {round}"
         );
         let answer = wire.read_answer().await;
-        assert!(answer.starts_with("http/1.1 200 "), "{round}, {n}: {answer}");
+        assert!(
+            answer.starts_with("http/1.1 200 "),
+            "{round}, {n}: {answer}"
+        );
     }))
     .await;
 }
@@ -61,9 +64,9 @@ async fn deliver_on_each(wires: &mut [Wire], round: usize) {
 /// The open connections of the server, by the count of its sockets.
 fn sockets(server: &TestServer) -> usize {
     let folder = format!("/proc/{}/fd", server.process.pid());
-    let targets = std::fs::read_dir(folder).unwrap().filter_map(|entry| {
-        std::fs::read_link(entry.unwrap().path()).ok()
-    });
+    let targets = std::fs::read_dir(folder)
+        .unwrap()
+        .filter_map(|entry| std::fs::read_link(entry.unwrap().path()).ok());
     targets
         .filter(|target| target.to_string_lossy().starts_with("socket:"))
         .count()

@@ -147,7 +147,10 @@ fn oldest_large_body_is_shed_and_none_within_share() {
 
     first.connection.set_responded();
     first.connection.set_reading_body();
-    assert!(!first.connection.is_body_shed(), "the next body starts anew");
+    assert!(
+        !first.connection.is_body_shed(),
+        "the next body starts anew"
+    );
 
     drop((busy, small, first, second));
     assert_eq!(limiter.0.buffered_bytes.load(Ordering::Relaxed), 0);

@@ -188,7 +188,8 @@ impl Server {
         let io = TokioIo::new(WatchedSocket::new(socket, permit.connection.clone()));
         let service = service(self.router.clone(), permit.connection.clone());
         let connection = self.http.serve_connection(io, service);
-        self.tasks.spawn(attend(connection, permit, self.stop.clone()));
+        self.tasks
+            .spawn(attend(connection, permit, self.stop.clone()));
     }
 }
 
