@@ -207,6 +207,13 @@ async fn open(config: Config, access: Access) -> anyhow::Result<Store> {
     telemetry::start(config.telemetry);
     let store = Store::connect(&config.database_url).await?;
     store.migrate().await?;
+    if let Some(mode) = store.exposed_mode() {
+        let mode = format!("{mode:o}");
+        tracing::warn!(
+            mode,
+            "every user of this machine can read the database file"
+        );
+    }
     if access == Access::Writes {
         store.end_copying(Clock::system().now_ms()).await?;
     }

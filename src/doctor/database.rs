@@ -20,12 +20,14 @@ pub fn unreadable(error: &StoreError) -> Check {
 }
 
 /// Checks a database that can be read. `write_error` says why it rejects writes; `has_keys`: it is
-/// in use, since somebody created an API key.
+/// in use, since somebody created an API key; `exposed_mode`: the permission bits of a file that
+/// every user of the machine may read.
 pub fn readable(
     snapshot: &HealthSnapshot,
     write_error: Option<&StoreError>,
     has_keys: bool,
     durability: Durability,
+    exposed_mode: Option<u32>,
 ) -> Check {
     if let Some(error) = write_error {
         return failing(
@@ -48,6 +50,16 @@ pub fn readable(
              its own sessions until it is restarted.",
             "Set it on (alter system, alter database or alter role ... set synchronous_commit = on): \
              `serve` does not start while it is off.",
+        );
+    }
+    if let Some(mode) = exposed_mode {
+        return warning(
+            CheckId::Database,
+            format!(
+                "Reached and migrated, but every user of this machine can read its file \
+                 (mode {mode:o}), and so payloads and hashes of keys."
+            ),
+            "Run `chmod 600` on the file, and on those next to it that end in -wal and -shm.",
         );
     }
 

@@ -154,6 +154,7 @@ pub async fn examine(input: &DoctorInput) -> Vec<Check> {
             observed.write_error.as_ref(),
             observed.has_keys,
             observed.durability,
+            observed.exposed_mode,
         ),
         database::disk(&snapshot.space),
         checks::clock(observed.database_ahead_ms, stripe_ahead_ms),
@@ -186,6 +187,8 @@ struct Observed {
     missed_ms: Option<i64>,
     has_keys: bool,
     durability: Durability,
+    /// Permission bits of a SQLite file that every user of the machine may read.
+    exposed_mode: Option<u32>,
     database_ahead_ms: Option<i64>,
     /// `true` if the log was read to its end.
     is_scanned: bool,
@@ -229,6 +232,7 @@ async fn observe(input: &DoctorInput) -> Result<Observed, StoreError> {
         missed_ms,
         has_keys,
         durability: store.durability(),
+        exposed_mode: store.exposed_mode(),
         database_ahead_ms,
         is_scanned,
         write_error,

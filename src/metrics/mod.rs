@@ -1,10 +1,10 @@
-//! What is counted and measured, and how Prometheus is told. Names and labels stand here and nowhere else; no label grows with
-//! customers.
+//! The metrics of this process, in Prometheus's format. Names and labels are defined only here; no
+//! label grows with the number of customers.
 //!
-//! Counting takes no lock that anybody waits for: counters and histograms are atomics. What needs the database is set from
-//! `flows/monitor`, and never by a delivery.
+//! Counters and histograms are atomics, so counting never waits for a lock. `monitoring/monitor` sets
+//! the gauges that need the database; a delivery never does. The metrics of the process itself come
+//! from the `prometheus` crate, under the names that all clients use.
 
-mod process;
 mod registry;
 
 use std::time::Duration;
@@ -15,40 +15,41 @@ use prometheus::{
 };
 
 use crate::domain::stripe::signature::SignatureError;
-use process::Process;
 use registry::MetricRegistrar;
 
-/// Seconds: from half a millisecond to ten seconds.
+/// Buckets in seconds, from half a millisecond to ten seconds.
 const SECONDS: [f64; 14] = [
     0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
 ];
+/// Buckets in rows, up to the largest batch.
 const ROWS: [f64; 9] = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0];
-/// What a 2xx says happened.
+/// Outcomes of acknowledged deliveries.
 const OUTCOMES: [&str; 4] = ["recorded", "duplicate", "no_payment_fact", "unreadable"];
 const MODES: [&str; 2] = ["live", "test"];
-/// A pass found that all agrees, or that something differs or was healed, or came to no end.
+/// Results of a run: everything agrees; something differs or was put right; the run failed.
 const RESULTS: [&str; 3] = ["agrees", "differs", "failed"];
-/// Objects that thin events point to; payments whose invoice is to be asked for; invoices to be compared.
+/// Kinds of backlog: objects that thin events name, payments whose invoice is unknown, invoices to
+/// compare.
 const BACKLOGS: [&str; 3] = ["objects", "links", "checks"];
 
 /// Why a delivery was not acknowledged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Rejection {
-    /// Not believed.
+    /// The signature is missing or invalid.
     Signature(SignatureError),
     TooLarge,
     /// The body ended early.
     Incomplete,
-    /// Too many wait for the disk.
+    /// The event queue is full.
     QueueFull,
     /// The bodies of all requests together need too much memory.
     Overloaded,
-    /// It waited too long for the disk.
+    /// The event was not durable within its deadline.
     TimedOut,
-    /// The database is away, locked or full, or refused it.
+    /// The database is unreachable, locked or full, or rejected the event.
     Unavailable,
     ShuttingDown,
-    /// The sender went away, or took too long, before there was an answer.
+    /// The sender closed the connection or took too long.
     Abandoned,
 }
 
@@ -85,7 +86,7 @@ impl Rejection {
     }
 }
 
-/// All that one process counts and measures.
+/// The metrics of one process.
 pub struct Metrics {
     registry: Registry,
     deliveries: IntCounterVec,
@@ -102,10 +103,9 @@ pub struct Metrics {
     pub database: Database,
     pub log: Log,
     pub reconcile: Reconcile,
-    process: Process,
 }
 
-/// The database itself.
+/// Metrics of the database.
 pub struct Database {
     pub up: IntGauge,
     /// By the name of the setting, `1` if it is off.
@@ -114,11 +114,11 @@ pub struct Database {
     pub wal_bytes: Gauge,
     pub disk_free_bytes: Gauge,
     pub disk_size_bytes: Gauge,
-    /// When what the database says was last read.
+    /// Unix seconds of the last refresh of the metrics that come from the database.
     pub looked_timestamp_seconds: Gauge,
 }
 
-/// What the log says, whichever process wrote it.
+/// Metrics of the event log, whichever process wrote it.
 pub struct Log {
     pub events_without_invoice: IntGauge,
     pub oldest_without_invoice_age_seconds: Gauge,
@@ -127,7 +127,7 @@ pub struct Log {
     pub secret_last_used_timestamp_seconds: GaugeVec,
 }
 
-/// Passes against Stripe's API.
+/// Metrics of the runs against Stripe's API.
 pub struct Reconcile {
     pub enabled: IntGauge,
     pub runs: IntCounterVec,
@@ -145,14 +145,15 @@ pub struct Reconcile {
 }
 
 impl Default for Metrics {
-    /// Every name is there from the start, with every value that its label may have.
+    /// Registers every metric, with every known label value, so that each series exists from the start.
     fn default() -> Metrics {
         let registry = Registry::new();
         let r = MetricRegistrar(&registry);
+        r.process();
         let reasons = Rejection::ALL.map(Rejection::as_str);
         r.gauges(
             "build_info",
-            "The version that runs",
+            "Version of the running program",
             "version",
             &[env!("CARGO_PKG_VERSION")],
         )
@@ -161,31 +162,31 @@ impl Default for Metrics {
         Metrics {
             deliveries: r.counters(
                 "deliveries_total",
-                "Deliveries acknowledged, by what they came to",
+                "Acknowledged deliveries, by outcome",
                 "outcome",
                 &OUTCOMES,
             ),
             rejected: r.counters(
                 "rejected_total",
-                "Deliveries not acknowledged, by the reason",
+                "Rejected deliveries, by reason",
                 "reason",
                 &reasons,
             ),
             ack_seconds: r.histogram(
                 "ack_seconds",
-                "From the whole body of a delivery to its 2xx",
+                "Time from the complete body of a delivery to its 2xx",
                 &SECONDS,
             ),
             commit_seconds: r.histogram(
                 "commit_seconds",
-                "How long a batch of deliveries took to become durable",
+                "Time until a batch of deliveries was durable",
                 &SECONDS,
             ),
             commit_failures: r.counter(
                 "commit_failures_total",
-                "Batches of deliveries that the database did not take",
+                "Batches of deliveries that the database rejected",
             ),
-            batch_size: r.histogram("batch_size", "Deliveries that shared a commit", &ROWS),
+            batch_size: r.histogram("batch_size", "Deliveries per commit", &ROWS),
             reads: r.counter_family(
                 "reads_total",
                 "GET requests below /v1, by route and status",
@@ -193,19 +194,21 @@ impl Default for Metrics {
             ),
             read_seconds: r.histogram(
                 "read_seconds",
-                "How long GET requests below /v1 took",
+                "Duration of GET requests below /v1",
                 &SECONDS,
             ),
-            queue_depth: r.gauge("queue_depth", "Deliveries that wait for the disk"),
-            queue_capacity: r.gauge("queue_capacity", "Deliveries that may wait for the disk"),
+            queue_depth: r.gauge("queue_depth", "Deliveries that wait for a commit"),
+            queue_capacity: r.gauge(
+                "queue_capacity",
+                "Largest number of deliveries that may wait for a commit",
+            ),
             spans_dropped: r.gauge(
                 "spans_dropped",
-                "Spans that no collector has got, since the start",
+                "Spans that no collector received, since the start",
             ),
             database: Database::register(&r),
             log: Log::register(&r),
             reconcile: Reconcile::register(&r),
-            process: Process::register(&registry),
             registry,
         }
     }
@@ -216,7 +219,7 @@ impl Database {
         Database {
             up: r.gauge(
                 "database_up",
-                "1: the database can be reached and is migrated",
+                "1 if the database can be reached and is migrated",
             ),
             unsafe_setting: r.gauges(
                 "database_unsafe_setting",
@@ -225,15 +228,18 @@ impl Database {
                 &["fsync", "full_page_writes", "synchronous_commit"],
             ),
             size_bytes: r.float("database_size_bytes", "Size of the database"),
-            wal_bytes: r.float("database_wal_bytes", "SQLite: size of its write-ahead log"),
-            disk_free_bytes: r.float("disk_free_bytes", "SQLite: room left where the database is"),
+            wal_bytes: r.float("database_wal_bytes", "Size of SQLite's write-ahead log"),
+            disk_free_bytes: r.float(
+                "disk_free_bytes",
+                "Free space of the file system of the SQLite database",
+            ),
             disk_size_bytes: r.float(
                 "disk_size_bytes",
-                "SQLite: size of the file system where the database is",
+                "Size of the file system of the SQLite database",
             ),
             looked_timestamp_seconds: r.float(
                 "database_looked_timestamp_seconds",
-                "When the database was last asked for all this",
+                "Unix time of the last refresh of the database metrics",
             ),
         }
     }
@@ -242,20 +248,20 @@ impl Database {
 impl Log {
     fn register(r: &MetricRegistrar) -> Log {
         let (delivered, used) = (
-            "When the last webhook of a mode came; 0: none is known",
-            "When a configured secret last matched; 0: never",
+            "Unix time of the last webhook of a mode; 0 if none is known",
+            "Unix time when a configured secret last matched; 0 if never",
         );
         Log {
             events_without_invoice: r.gauge(
                 "events_without_invoice",
-                "Events of the last 30 days about invoices that nobody stored; of 10000 invoices at most",
+                "Events of the last 30 days about invoices that are not stored; stops counting at 10000 invoices",
             ),
             oldest_without_invoice_age_seconds: r.float(
                 "oldest_event_without_invoice_age_seconds",
-                "For how long the first of these events has waited; 0: none waits",
+                "Age of the oldest event about an invoice that is not stored; 0 if there is none",
             ),
             unreadable_events: r
-                .gauge("unreadable_events", "Events of the last 30 days that could not be read; counted up to 10000"),
+                .gauge("unreadable_events", "Events of the last 30 days that could not be read; stops counting at 10000"),
             last_delivery_timestamp_seconds: r.floats("last_delivery_timestamp_seconds", delivered, "mode", &MODES),
             secret_last_used_timestamp_seconds: r.floats("secret_last_used_timestamp_seconds", used, "label", &[]),
         }
@@ -267,56 +273,56 @@ impl Reconcile {
         Reconcile {
             enabled: r.gauge(
                 "reconcile_enabled",
-                "1: this process reconciles with Stripe's API",
+                "1 if this process reconciles with Stripe's API",
             ),
             runs: r.counters(
                 "reconcile_runs_total",
-                "Passes that this process made, by how they ended",
+                "Runs of this process, by result",
                 "result",
                 &RESULTS,
             ),
-            healed: r.counter("reconcile_healed_total", "Histories that passes changed"),
+            healed: r.counter("reconcile_healed_total", "Histories that runs changed"),
             api_only_events: r.counter(
                 "reconcile_api_only_events_total",
-                "Events that a pass found and a webhook should have brought",
+                "Events that a run found and no webhook had delivered",
             ),
             api_calls: r.counter(
                 "reconcile_api_calls_total",
-                "Calls to Stripe's API, retries among them",
+                "Calls to Stripe's API, retries included",
             ),
             backlog: r.gauges(
                 "reconcile_backlog",
-                "What waits to be asked at Stripe; each counted up to 10000",
+                "Lookups that wait for Stripe's API; stops counting at 10000 objects, 10000 checks, and 10000 links each of charges, payment intents and refunds",
                 "kind",
                 &BACKLOGS,
             ),
             differing: r.gauge(
                 "reconcile_differing",
-                "Invoices that differ from Stripe's; counted up to 10000",
+                "Invoices that differ from Stripe's; stops counting at 10000",
             ),
             unknown_at_stripe: r.gauge(
                 "reconcile_unknown_at_stripe",
-                "Invoices of the last pass that Stripe does not know",
+                "Invoices of the last run that Stripe does not know",
             ),
             unknown_here: r.gauge(
                 "reconcile_unknown_here",
-                "Stripe's invoices of the last pass that nobody stored",
+                "Stripe's invoices of the last run that are not stored",
             ),
             endpoint_remarks: r.gauge(
                 "reconcile_endpoint_remarks",
-                "What the last pass found wrong with the webhook endpoint",
+                "Problems of the webhook endpoint that the last run found",
             ),
             last_success_timestamp_seconds: r.float(
                 "reconcile_last_success_timestamp_seconds",
-                "When the last pass ended; 0: never",
+                "Unix time when the last run ended; 0 if never",
             ),
             last_success_age_seconds: r.float(
                 "reconcile_last_success_age_seconds",
-                "How long ago the last pass ended, or this process started",
+                "Time since the last run ended, or since this process started",
             ),
             last_duration_seconds: r.float(
                 "reconcile_last_duration_seconds",
-                "How long the last pass took",
+                "Duration of the last run",
             ),
         }
     }
@@ -332,12 +338,12 @@ impl Metrics {
         self.rejected.with_label_values(&[why.as_str()]).inc();
     }
 
-    /// How many deliveries were not acknowledged for this reason.
+    /// Returns how many deliveries were rejected for this reason.
     pub fn count_rejected(&self, why: Rejection) -> u64 {
         self.rejected.with_label_values(&[why.as_str()]).get()
     }
 
-    /// A batch of this many deliveries is durable.
+    /// Counts a durable batch of this many deliveries.
     pub fn committed(&self, rows: usize, took: Duration) {
         self.commit_seconds.observe(took.as_secs_f64());
         self.batch_size.observe(rows as f64);
@@ -347,16 +353,15 @@ impl Metrics {
         self.commit_failures.inc();
     }
 
-    /// A GET below /v1. `route`: its pattern, never its path.
+    /// Counts a GET below /v1. `route` is the pattern, never the path, which has unbounded values.
     pub fn read(&self, route: &str, status: &str, took: Duration) {
         self.reads.with_label_values(&[route, status]).inc();
         self.read_seconds.observe(took.as_secs_f64());
     }
 
-    /// All of it, as Prometheus reads it.
+    /// Returns all metrics in Prometheus's text format.
     pub fn text(&self) -> String {
-        self.process.look();
-        // It fails on a family without a name only.
+        // Encoding fails only on a family without a name.
         TextEncoder::new()
             .encode_to_string(&self.registry.gather())
             .unwrap_or_default()

@@ -1,61 +1,73 @@
-//! How a metric comes into the registry: with our prefix, and with a value for every label value that is known.
+//! Registers metrics: with our prefix, and with a series for every known label value.
 
 use prometheus::core::Collector;
+#[cfg(target_os = "linux")]
+use prometheus::process_collector::ProcessCollector;
 use prometheus::{
     Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
     Opts, Registry,
 };
 
+/// A registry under construction.
 pub(super) struct MetricRegistrar<'r>(pub &'r Registry);
 
-/// Names are constants; `tests/api/metrics.rs` sees them all.
-const RIGHT: &str = "names are well-formed and each is given once";
+/// Proof: names are constants, and `tests/api/metrics.rs` registers all of them.
+const UNIQUE: &str = "names are well-formed and unique";
 
 impl MetricRegistrar<'_> {
-    fn keep<C: Collector + Clone + 'static>(&self, made: prometheus::Result<C>) -> C {
-        let metric = made.expect(RIGHT);
-        self.0.register(Box::new(metric.clone())).expect(RIGHT);
+    /// Registers the metrics of the process itself, such as its memory and open files. They have no
+    /// prefix: dashboards for any program use them.
+    pub fn process(&self) {
+        #[cfg(target_os = "linux")]
+        self.0
+            .register(Box::new(ProcessCollector::for_self()))
+            .expect(UNIQUE);
+    }
+
+    fn register<C: Collector + Clone + 'static>(&self, made: prometheus::Result<C>) -> C {
+        let metric = made.expect(UNIQUE);
+        self.0.register(Box::new(metric.clone())).expect(UNIQUE);
         metric
     }
 
     pub fn counter(&self, name: &str, help: &str) -> IntCounter {
-        self.keep(IntCounter::with_opts(options(name, help)))
+        self.register(IntCounter::with_opts(options(name, help)))
     }
 
-    /// One for each of these values.
+    /// Registers a counter with a series for each of these label values.
     pub fn counters(&self, name: &str, help: &str, label: &str, values: &[&str]) -> IntCounterVec {
         let family = self.counter_family(name, help, &[label]);
-        values
-            .iter()
-            .for_each(|value| drop(family.with_label_values(&[*value])));
+        for value in values {
+            drop(family.with_label_values(&[*value]));
+        }
         family
     }
 
     pub fn counter_family(&self, name: &str, help: &str, labels: &[&str]) -> IntCounterVec {
-        self.keep(IntCounterVec::new(options(name, help), labels))
+        self.register(IntCounterVec::new(options(name, help), labels))
     }
 
     pub fn gauge(&self, name: &str, help: &str) -> IntGauge {
-        self.keep(IntGauge::with_opts(options(name, help)))
+        self.register(IntGauge::with_opts(options(name, help)))
     }
 
     pub fn gauges(&self, name: &str, help: &str, label: &str, values: &[&str]) -> IntGaugeVec {
-        let family = self.keep(IntGaugeVec::new(options(name, help), &[label]));
-        values
-            .iter()
-            .for_each(|value| drop(family.with_label_values(&[*value])));
+        let family = self.register(IntGaugeVec::new(options(name, help), &[label]));
+        for value in values {
+            drop(family.with_label_values(&[*value]));
+        }
         family
     }
 
     pub fn float(&self, name: &str, help: &str) -> Gauge {
-        self.keep(Gauge::with_opts(options(name, help)))
+        self.register(Gauge::with_opts(options(name, help)))
     }
 
     pub fn floats(&self, name: &str, help: &str, label: &str, values: &[&str]) -> GaugeVec {
-        let family = self.keep(GaugeVec::new(options(name, help), &[label]));
-        values
-            .iter()
-            .for_each(|value| drop(family.with_label_values(&[*value])));
+        let family = self.register(GaugeVec::new(options(name, help), &[label]));
+        for value in values {
+            drop(family.with_label_values(&[*value]));
+        }
         family
     }
 
@@ -64,7 +76,7 @@ impl MetricRegistrar<'_> {
             common_opts: options(name, help),
             buckets: buckets.to_vec(),
         };
-        self.keep(Histogram::with_opts(options))
+        self.register(Histogram::with_opts(options))
     }
 }
 

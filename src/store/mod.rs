@@ -139,6 +139,14 @@ impl Store {
         }
     }
 
+    /// Returns the permission bits of the SQLite file if every user of the machine may read it.
+    pub fn exposed_mode(&self) -> Option<u32> {
+        match &self.0 {
+            Engine::Sqlite(store) => store.exposed_mode(),
+            Engine::Postgres(_) => None,
+        }
+    }
+
     /// Returns which settings of the server make acknowledged commits unsafe, as last reported.
     /// SQLite's settings are ours and always safe.
     pub fn durability(&self) -> Durability {

@@ -3,6 +3,7 @@
 
 mod stripe;
 
+use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -223,7 +224,7 @@ each_database! {
         // database.
         let process = Server::start(&empty.url);
         assert!(
-            process.log().contains("the database holds no API key"),
+            process.log().contains("database has no API key"),
             "{}",
             process.log()
         );
@@ -620,4 +621,27 @@ fn missing_file_is_reported_and_not_created() {
     )
     .with_code(2);
     assert!(unfit.stderr.contains("STRIPE_WEBHOOK_SECRET"), "{unfit:?}");
+}
+
+#[tokio::test]
+async fn database_file_readable_by_all_is_reported() {
+    let server = TestServer::start(Engine::Sqlite).await;
+    let set_mode = |mode| {
+        let path = server.database.url.strip_prefix("sqlite://").unwrap();
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+    };
+    doctor(&server, &[]).assert_wrong(&[]);
+
+    set_mode(0o644);
+    doctor(&server, &[])
+        .assert_wrong(&[("database", "warning")])
+        .assert_says("database", &["mode 644", "chmod 600"]);
+    let log = server.another_server().log();
+    assert!(
+        log.contains("every user of this machine can read the database file"),
+        "{log}"
+    );
+
+    set_mode(0o640);
+    doctor(&server, &[]).assert_wrong(&[]);
 }

@@ -61,17 +61,6 @@ async fn deliver_on_each(wires: &mut [Wire], round: usize) {
     .await;
 }
 
-/// The open connections of the server, by the count of its sockets.
-fn sockets(server: &TestServer) -> usize {
-    let folder = format!("/proc/{}/fd", server.process.pid());
-    let targets = std::fs::read_dir(folder)
-        .unwrap()
-        .filter_map(|entry| std::fs::read_link(entry.unwrap().path()).ok());
-    targets
-        .filter(|target| target.to_string_lossy().starts_with("socket:"))
-        .count()
-}
-
 each_database! {
     async fn unfinished_heads_close_no_authentic_connection(server: TestServer) {
         let mut kept = connect(&server, KEPT).await;
@@ -87,7 +76,6 @@ each_database! {
             }
             deliver_on_each(&mut kept, round).await;
         }
-        assert!(sockets(&server) >= MAX_CONNECTIONS, "the server is full: {}", sockets(&server));
         heads.extend(connect(&server, KEPT).await);
         deliver_on_each(&mut kept, 5).await;
     }

@@ -317,7 +317,7 @@ async fn low_open_file_limit_lowers_connection_limit() {
             );
         }
         assert!(
-            !server.log().contains("could not be accepted"),
+            !server.log().contains("failed to accept connection"),
             "{}",
             server.log()
         );

@@ -41,6 +41,7 @@ mod store;
 mod stories;
 mod stripe_cli;
 mod stripe_fake;
+mod stripe_lists;
 mod tls;
 mod tracing;
 mod ui;

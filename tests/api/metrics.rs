@@ -708,3 +708,25 @@ fn every_alert_has_a_docs_section_and_vice_versa() {
         assert!(titles.contains(&row), "{titles:?}");
     }
 }
+
+/// A count that stops at a bound says so, or a flat line at 10000 looks like a fact.
+#[tokio::test]
+async fn help_of_bounded_counts_names_bound() {
+    let server = TestServer::start(Engine::Sqlite).await;
+    let scraped = server.get("/metrics", &server.operator_key).await;
+    let text = String::from_utf8(scraped.body.to_vec()).unwrap();
+    let bound = format!("stops counting at {}", stripe_reconciler::store::COUNTED);
+    for name in [
+        "events_without_invoice",
+        "unreadable_events",
+        "reconcile_backlog",
+        "reconcile_differing",
+    ] {
+        let start = format!("# HELP {PREFIX}{name} ");
+        let help = text.lines().find(|line| line.starts_with(&start));
+        assert!(
+            help.is_some_and(|help| help.contains(&bound)),
+            "{name}: {help:?}"
+        );
+    }
+}

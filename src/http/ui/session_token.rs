@@ -1,8 +1,11 @@
-//! A signed-in browser: what its cookie says, and how it is known to be ours.
+//! The session cookie of a signed-in browser: its content, and how it is authenticated.
 //!
 //! `<id of the API key>.<end, Unix seconds>.<tag>`. The tag is an HMAC by the first signing secret, over the end, the id, and the
 //! hash that is kept of the key. All replicas know these, so there is no table of sessions; a session outlives a restart, and ends
 //! with its key. Neither the database alone nor the cookie of another key is enough to make one, and none holds a key.
+//!
+//! A session has one encoding: `+5` or `05` for a time, or upper-case hex digits, would make several cookies of one, which then
+//! pass whatever lists or compares cookies.
 
 use subtle::{Choice, ConstantTimeEq};
 
@@ -23,6 +26,11 @@ pub struct Claim<'c> {
 pub fn issue(secrets: &SigningSecrets, key_id: &str, key_sha256: &[u8], now_s: i64) -> String {
     let until_s = now_s.saturating_add(LIFE_S);
     let tag = secrets.tags(&message(key_id, key_sha256, until_s))[0];
+    encode(key_id, until_s, &tag)
+}
+
+/// Returns the one encoding of a session that is accepted.
+fn encode(key_id: &str, until_s: i64, tag: &[u8; 32]) -> String {
     format!("{key_id}.{until_s}.{}", hex::encode(tag))
 }
 
@@ -36,11 +44,12 @@ impl<'c> Claim<'c> {
         };
         let mut tag = [0; 32];
         hex::decode_to_slice(hex, &mut tag).ok()?;
-        Some(Claim {
+        let claim = Claim {
             key_id,
             until_s: until.parse().ok()?,
             tag,
-        })
+        };
+        (encode(key_id, claim.until_s, &tag) == cookie).then_some(claim)
     }
 
     /// Made by one of our secrets for the key with this hash, and not over.
@@ -98,6 +107,19 @@ mod tests {
         assert!(!Claim::read(&longer).unwrap().holds(&ours, &hash, NOW));
         let other = cookie.replace("key_1", "key_2");
         assert!(!Claim::read(&other).unwrap().holds(&ours, &hash, NOW));
+    }
+
+    #[test]
+    fn session_has_one_encoding() {
+        let cookie = issue(&secrets("whsec_a"), "key_1", &[7; 32], NOW);
+        let (until, tag) = (NOW + LIFE_S, &cookie[cookie.len() - 64..]);
+        assert!(Claim::read(&cookie).is_some());
+        for until in [format!("+{until}"), format!("0{until}")] {
+            assert_eq!(Claim::read(&format!("key_1.{until}.{tag}")), None);
+        }
+        let upper = tag.to_uppercase();
+        assert_ne!(upper, tag, "it has a letter");
+        assert_eq!(Claim::read(&format!("key_1.{until}.{upper}")), None);
     }
 
     #[test]

@@ -126,6 +126,13 @@ impl SqliteStore {
         Ok(session)
     }
 
+    /// Returns the permission bits of the database file if every user of the machine may read it.
+    pub fn exposed_mode(&self) -> Option<u32> {
+        const READABLE_BY_OTHERS: u32 = 0o004;
+        let mode = std::fs::metadata(&self.file).ok()?.mode() & 0o777;
+        (mode & READABLE_BY_OTHERS != 0).then_some(mode)
+    }
+
     async fn writing_session(&self) -> Result<Connection, StoreError> {
         let writer = self.writer().await?;
         Ok(Connection::new(EngineConnection::Sqlite(
