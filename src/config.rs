@@ -1,5 +1,6 @@
-//! Settings: from flags and from the environment, which nobody else reads. The flag wins; `X_FILE` names a file with the value
-//! of `X`. All mistakes are found before anything starts, and are said together.
+//! Settings, from flags and environment variables. No other module reads the environment. A flag wins
+//! over its variable; `X_FILE` names a file with the value of `X`. All mistakes are reported together,
+//! before anything starts.
 
 use std::io::IsTerminal;
 use std::net::{SocketAddr, ToSocketAddrs};
@@ -9,7 +10,7 @@ use crate::store::Store;
 use crate::stripe_api::{self, StripeApiKey};
 use crate::telemetry::{self, LogFormat, OtlpSettings};
 
-/// What was given on the command line.
+/// The values of the command line, unchecked.
 #[derive(Clone, Default)]
 pub struct Flags {
     pub database_url: Option<String>,
@@ -26,49 +27,52 @@ pub struct Flags {
     pub copy_to: Option<String>,
 }
 
+/// The checked settings.
 pub struct Config {
     pub database_url: String,
     pub telemetry: telemetry::TelemetrySettings,
     pub listen_addr: SocketAddr,
-    /// Of the main listener, at a time.
+    /// Largest number of connections of the main listener.
     pub max_connections: usize,
-    /// None: metrics are on the main listener.
+    /// `None` if the main listener serves the metrics.
     pub metrics_addr: Option<SocketAddr>,
-    /// None: not configured.
+    /// `None` if not configured, or not needed.
     pub secrets: Option<SigningSecrets>,
-    /// None: not configured.
+    /// `None` if not configured, or not needed.
     pub stripe_api: Option<stripe_api::StripeSettings>,
-    /// The pages at `/ui` are served.
+    /// Whether the pages at `/ui` are served.
     pub ui: bool,
-    /// None: not configured.
+    /// `None` if not configured, or not needed.
     pub copy_to: Option<String>,
 }
 
-/// What the configuration has to be good for.
+/// The command's use of the settings, which decides what is required.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Purpose {
-    /// Needs a signing secret.
+    /// Requires a signing secret.
     Signatures,
-    /// Needs the key of Stripe's API.
+    /// Requires the key of Stripe's API.
     StripeApi,
-    /// Looks at all that is there, and needs none of it.
+    /// Reads all settings and requires none.
     Diagnosis,
-    /// The settings about the webhook endpoint and Stripe's API are not looked at.
+    /// Ignores the settings of the webhook endpoint and Stripe's API.
     Database,
-    /// Needs a second database, and else as `Database`.
+    /// Requires a second database; else like `Database`.
     Copy,
-    /// Needs only the address that `serve` listens on.
+    /// Requires only the address that `serve` listens on.
     Healthcheck,
 }
 
-/// Everything that is wrong with the configuration.
+/// All mistakes in the configuration.
 #[derive(Debug, thiserror::Error)]
 #[error("{}", .0.join("\n       "))]
 pub struct ConfigErrors(pub Vec<String>);
 
 impl Config {
+    /// Reads the settings that a purpose needs.
+    ///
     /// # Errors
-    /// Every mistake, in words that show no secret.
+    /// All mistakes at once, in messages that show no secret.
     pub fn load(flags: &Flags, purpose: Purpose) -> Result<Config, ConfigErrors> {
         let mut mistakes = Vec::new();
         let mut reader = Reader {
@@ -77,33 +81,10 @@ impl Config {
         let database_url = reader
             .setting("DATABASE_URL", &flags.database_url)
             .unwrap_or("sqlite://stripe-reconciler.db".to_owned());
-        if let Err(mistake) = Store::check_url(&database_url) {
-            reader.mistakes.push(format!("DATABASE_URL: {mistake}"));
-        }
+        reader.valid("DATABASE_URL", Store::check_url(&database_url));
         let telemetry = reader.telemetry(flags);
-        let serves = purpose == Purpose::Signatures;
-        let listens = serves || purpose == Purpose::Healthcheck;
-        let listen_addr = reader
-            .setting("LISTEN_ADDR", &flags.listen_addr)
-            .filter(|_| listens);
-        let listen_addr = reader.valid(
-            "LISTEN_ADDR",
-            parse_address(listen_addr.as_deref().unwrap_or("127.0.0.1:8080")),
-        );
-        let max_connections = reader
-            .setting("MAX_CONNECTIONS", &flags.max_connections)
-            .filter(|_| serves);
-        let max_connections = reader.valid(
-            "MAX_CONNECTIONS",
-            parse_connections(max_connections.as_deref()),
-        );
-        let metrics_addr = reader
-            .setting("METRICS_ADDR", &flags.metrics_addr)
-            .filter(|_| serves);
-        let metrics_addr =
-            metrics_addr.and_then(|text| reader.valid("METRICS_ADDR", parse_address(&text)));
-        let ui = reader.setting("UI", &flags.ui).filter(|_| serves);
-        let ui = reader.valid("UI", parse_switch(ui.as_deref()));
+        let listener = reader.listener(flags, purpose);
+
         let secrets = match purpose {
             Purpose::Signatures | Purpose::Diagnosis => {
                 reader.secrets(&flags.stripe_webhook_secret, purpose)
@@ -121,33 +102,40 @@ impl Config {
         } else {
             None
         };
-        match (telemetry, listen_addr, max_connections, ui) {
-            (Some(telemetry), Some(listen_addr), Some(max_connections), Some(ui))
-                if mistakes.is_empty() =>
-            {
-                Ok(Config {
-                    database_url,
-                    telemetry,
-                    listen_addr,
-                    max_connections,
-                    metrics_addr,
-                    secrets,
-                    stripe_api,
-                    copy_to,
-                    ui,
-                })
-            }
+
+        match (telemetry, listener) {
+            (Some(telemetry), Some(listener)) if mistakes.is_empty() => Ok(Config {
+                database_url,
+                telemetry,
+                listen_addr: listener.address,
+                max_connections: listener.max_connections,
+                metrics_addr: listener.metrics_addr,
+                secrets,
+                stripe_api,
+                copy_to,
+                ui: listener.ui,
+            }),
             _ => Err(ConfigErrors(mistakes)),
         }
     }
 }
 
+/// The settings of `serve` that concern its listeners.
+struct Listener {
+    address: SocketAddr,
+    max_connections: usize,
+    metrics_addr: Option<SocketAddr>,
+    ui: bool,
+}
+
+/// Reads single settings and collects the mistakes.
 struct Reader<'m> {
     mistakes: &'m mut Vec<String>,
 }
 
 impl Reader<'_> {
-    /// The flag, else the variable, else what stands in the file that `{name}_FILE` names. Empty counts as not set.
+    /// Returns the flag, else the variable, else the content of the file that `{name}_FILE` names. An
+    /// empty variable counts as not set.
     fn setting(&mut self, name: &str, flag: &Option<String>) -> Option<String> {
         if flag.is_some() {
             return flag.clone();
@@ -172,7 +160,10 @@ impl Reader<'_> {
         }
     }
 
-    #[expect(clippy::disallowed_methods, reason = "this is the one place")]
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "this is the one place that reads the environment"
+    )]
     fn variable(&mut self, name: &str) -> Option<String> {
         match std::env::var(name) {
             Ok(value) => Some(value).filter(|value| !value.trim().is_empty()),
@@ -182,6 +173,36 @@ impl Reader<'_> {
                 None
             }
         }
+    }
+
+    /// Reads the settings of the listeners. Commands that do not listen get the defaults.
+    fn listener(&mut self, flags: &Flags, purpose: Purpose) -> Option<Listener> {
+        let serves = purpose == Purpose::Signatures;
+        let needs_address = serves || purpose == Purpose::Healthcheck;
+        let address = self
+            .setting("LISTEN_ADDR", &flags.listen_addr)
+            .filter(|_| needs_address);
+        let max_connections = self
+            .setting("MAX_CONNECTIONS", &flags.max_connections)
+            .filter(|_| serves);
+        let metrics_addr = self
+            .setting("METRICS_ADDR", &flags.metrics_addr)
+            .filter(|_| serves);
+        let ui = self.setting("UI", &flags.ui).filter(|_| serves);
+
+        let address = parse_address(address.as_deref().unwrap_or("127.0.0.1:8080"));
+        let address = self.valid("LISTEN_ADDR", address);
+        let max_connections = parse_connections(max_connections.as_deref());
+        let max_connections = self.valid("MAX_CONNECTIONS", max_connections);
+        let metrics_addr =
+            metrics_addr.and_then(|text| self.valid("METRICS_ADDR", parse_address(&text)));
+        let ui = self.valid("UI", parse_switch(ui.as_deref()));
+        Some(Listener {
+            address: address?,
+            max_connections: max_connections?,
+            metrics_addr,
+            ui: ui?,
+        })
     }
 
     fn telemetry(&mut self, flags: &Flags) -> Option<telemetry::TelemetrySettings> {
@@ -201,7 +222,8 @@ impl Reader<'_> {
         })
     }
 
-    /// OpenTelemetry's own variables, which have no flags. None: no collector, or a mistake.
+    /// Reads OpenTelemetry's own variables, which have no flags. `None` if there is no collector, or a
+    /// mistake.
     fn otlp(&mut self) -> Option<OtlpSettings> {
         let endpoint = self.setting("OTEL_EXPORTER_OTLP_ENDPOINT", &None)?;
         let protocol = self
@@ -240,6 +262,7 @@ impl Reader<'_> {
         })
     }
 
+    /// Returns a valid value, or records the mistake.
     fn valid<T>(&mut self, name: &str, value: Result<T, String>) -> Option<T> {
         value
             .map_err(|mistake| self.mistakes.push(format!("{name}: {mistake}")))
@@ -251,13 +274,19 @@ impl Reader<'_> {
         match self.setting("STRIPE_WEBHOOK_SECRET", flag) {
             Some(text) => match SigningSecrets::parse(&text) {
                 Ok(secrets) => return Some(secrets),
-                Err(mistakes) => self.mistakes.extend(mistakes.iter().map(|m| format!("STRIPE_WEBHOOK_SECRET: {m}"))),
+                Err(mistakes) => {
+                    let named = mistakes
+                        .iter()
+                        .map(|m| format!("STRIPE_WEBHOOK_SECRET: {m}"));
+                    self.mistakes.extend(named);
+                }
             },
-            None if self.mistakes.len() == before && purpose == Purpose::Signatures => self.mistakes.push(
-                "STRIPE_WEBHOOK_SECRET is not set: give the signing secret of the webhook endpoint (whsec_...), \
-                 or the one that `stripe listen --print-secret` prints"
-                    .to_owned(),
-            ),
+            None if self.mistakes.len() == before && purpose == Purpose::Signatures => {
+                let mistake = "STRIPE_WEBHOOK_SECRET is not set: give the signing secret of the \
+                               webhook endpoint (whsec_...), or the one that \
+                               `stripe listen --print-secret` prints";
+                self.mistakes.push(mistake.to_owned());
+            }
             None => {}
         }
         None
@@ -268,8 +297,9 @@ impl Reader<'_> {
         let url = self.setting("COPY_TO", &flags.copy_to);
         match &url {
             None if self.mistakes.len() == before => {
-                self.mistakes
-                    .push("COPY_TO is not set: give the database to copy to (--to sqlite://PATH or postgres://...)".to_owned());
+                let mistake = "COPY_TO is not set: give the database to copy to \
+                               (--to sqlite://PATH or postgres://...)";
+                self.mistakes.push(mistake.to_owned());
             }
             Some(url) if url == database_url => self
                 .mistakes
@@ -288,11 +318,10 @@ impl Reader<'_> {
         let before = self.mistakes.len();
         let key = self.setting("STRIPE_API_KEY", &flags.stripe_api_key);
         if key.is_none() && purpose == Purpose::StripeApi && self.mistakes.len() == before {
-            self.mistakes.push(
-                "STRIPE_API_KEY is not set: give a secret key (sk_...) or, better, a restricted key (rk_...) that may read \
-                 events, invoices, payments and webhook endpoints"
-                    .to_owned(),
-            );
+            let mistake = "STRIPE_API_KEY is not set: give a secret key (sk_...) or, better, a \
+                           restricted key (rk_...) that may read events, invoices, payments and \
+                           webhook endpoints";
+            self.mistakes.push(mistake.to_owned());
         }
         let base = self.setting("STRIPE_API_BASE", &flags.stripe_api_base);
         let rate = self.setting("STRIPE_API_RATE", &flags.stripe_api_rate);
@@ -334,7 +363,7 @@ fn parse_switch(text: Option<&str>) -> Result<bool, String> {
 
 fn parse_address(text: &str) -> Result<SocketAddr, String> {
     let unfit = |why: &dyn std::fmt::Display| {
-        format!("`{text}` is no address such as 127.0.0.1:8080: {why}")
+        format!("`{text}` is not an address such as 127.0.0.1:8080: {why}")
     };
     let mut addresses = text.to_socket_addrs().map_err(|error| unfit(&error))?;
     addresses.next().ok_or_else(|| unfit(&"it has no address"))

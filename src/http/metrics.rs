@@ -1,4 +1,5 @@
-//! `GET /metrics`, for Prometheus: on the main listener with the operator's key, or on a listener of its own without one.
+//! `GET /metrics`, for Prometheus: on the main listener with an operator's key, or on a separate
+//! listener without one.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -15,13 +16,13 @@ use crate::store::{ApiKey, Scope, StoreError};
 use crate::telemetry;
 
 const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
-/// How long the database may take to say whose key it is.
+/// Longest time to look up a key, so that a scrape is answered while the database hangs.
 const KEY_TIMEOUT: Duration = Duration::from_secs(1);
-/// Keys that are remembered.
-const SCRAPERS: usize = 4;
+/// Largest number of cached keys.
+const CACHED_KEYS: usize = 4;
 
-/// The operator's keys, by their hashes, that scraped last. While the database is away, no key can be looked up; who was let in
-/// before stays in, so that Prometheus learns of it.
+/// The operator keys, by hash, that scraped last. While the database is unreachable, no key can be
+/// looked up; cached keys still scrape, so that Prometheus learns of the outage.
 #[derive(Clone, Default)]
 pub struct ScrapeKeyCache(Arc<Mutex<Vec<CachedKey>>>);
 
@@ -31,6 +32,7 @@ struct CachedKey {
 }
 
 impl ScrapeKeyCache {
+    /// Caches an operator's key, or removes a hash that no longer belongs to one.
     fn remember(&self, hash: &[u8; 32], key: Option<&ApiKey>) {
         let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         known.retain(|scraper| scraper.hash != *hash);
@@ -42,10 +44,11 @@ impl ScrapeKeyCache {
                     key: key.clone(),
                 },
             );
-            known.truncate(SCRAPERS);
+            known.truncate(CACHED_KEYS);
         }
     }
 
+    /// Returns the cached key with this hash, compared in constant time.
     fn known(&self, hash: &[u8; 32]) -> Option<ApiKey> {
         let known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         known
@@ -55,6 +58,7 @@ impl ScrapeKeyCache {
     }
 }
 
+/// Serves the metrics to an operator.
 pub async fn with_key(
     State(state): State<AppState>,
     headers: HeaderMap,
@@ -76,6 +80,7 @@ pub async fn with_key(
     }
 }
 
+/// Serves the metrics on the separate listener.
 pub async fn without_key(State(state): State<AppState>) -> Response {
     text(&state).await
 }

@@ -1,10 +1,10 @@
-//! The only axum: routes, limits, and the server that drains.
+//! The HTTP interface, and the only room that uses axum: routes, limits, and the server.
 //!
-//! `webhook` is where Stripe delivers, `invoices` the read endpoint and the operator's calls beside it, `evidence` and `events` what
-//! proves the answers, `ui` the pages that show it to a person, `health` what an orchestrator asks, `metrics` what Prometheus does,
-//! `openapi` the document of the API. `error` is the one place where a failure becomes a status code, `around` what every request
-//! goes through. Below them, `serve` accepts connections, and `places` says how many there may be, how long they may take, and who
-//! gives way.
+//! `webhook` receives Stripe's deliveries. `invoices` is the read endpoint and the operator's calls
+//! next to it; `evidence` and `events` show the proofs; `ui` serves pages. `health` answers
+//! orchestrators, `metrics` Prometheus, and `openapi` documents the API. `error` is the one place where
+//! a failure becomes a status code, and `middleware` is what every request passes. `server` accepts
+//! connections, limits and evicts them, and drains them at the end.
 
 mod auth;
 mod error;
@@ -41,10 +41,10 @@ use metrics::ScrapeKeyCache;
 pub use server::{listen, serve};
 pub use ui::session_token;
 
-/// The largest body that is read, in bytes.
+/// Largest request body, in bytes. Stripe's events stay far below.
 const BODY_LIMIT: usize = 1024 * 1024;
 
-/// What handlers share.
+/// What all handlers share; cheap to clone.
 #[derive(Clone)]
 pub struct AppState {
     pub store: Store,
@@ -54,11 +54,12 @@ pub struct AppState {
     pub metrics: Arc<Metrics>,
     pub monitor: Arc<HealthMonitor>,
     scrapers: ScrapeKeyCache,
-    /// Set when the server is asked to stop.
+    /// Cancelled when the server has to stop.
     pub stopping: CancellationToken,
 }
 
 impl AppState {
+    /// Combines the parts. The health monitor is created, but not started.
     pub fn new(
         store: Store,
         inbox: BatchWriter,
@@ -87,22 +88,23 @@ impl AppState {
     }
 }
 
-/// Where `/metrics` is.
+/// The listener that serves `/metrics`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MetricsAt {
-    /// With the operator's key.
+    /// Requires an operator's key.
     MainListener,
-    /// Without a key: see [`metrics_router`].
+    /// Requires no key: see [`metrics_router`].
     ListenerOfItsOwn,
 }
 
-/// Whether there are pages for a person.
+/// Whether the pages at `/ui` are served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ui {
     Shown,
     Absent,
 }
 
+/// Returns the routes of the main listener.
 pub fn router(state: AppState, metrics_at: MetricsAt, ui: Ui) -> Router {
     let invoice = get(invoices::read).put(invoices::put);
     let routes = Router::new()
@@ -134,7 +136,7 @@ pub fn router(state: AppState, metrics_at: MetricsAt, ui: Ui) -> Router {
     finish(routes, state)
 }
 
-/// For a listener of its own, which nobody but Prometheus should reach.
+/// Returns the routes of a separate listener that only Prometheus should reach.
 pub fn metrics_router(state: AppState) -> Router {
     finish(
         Router::new().route("/metrics", get(metrics::without_key)),
@@ -142,7 +144,7 @@ pub fn metrics_router(state: AppState) -> Router {
     )
 }
 
-/// What every route goes through.
+/// Adds the layers that every route shares.
 fn finish(routes: Router<AppState>, state: AppState) -> Router {
     let metrics = state.metrics.clone();
     routes

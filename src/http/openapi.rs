@@ -1,8 +1,8 @@
-//! The OpenAPI document of all this: kept by hand in `openapi.json`, and held against the code by `tests/api/openapi.rs` and
-//! `tests/schemathesis`.
+//! The OpenAPI document of the HTTP interface. `openapi.json` is written by hand; `tests/api/openapi.rs`
+//! and `tests/schemathesis` check it against the code.
 //!
-//! What is not written twice by hand: an invoice that is to be stored is the invoice that is answered, with `null` for what is
-//! absent and with times in any offset.
+//! The schema of an invoice to store is derived here from the schema of an invoice in a response:
+//! absent fields may be `null`, and times may have any offset.
 
 use std::sync::LazyLock;
 
@@ -11,7 +11,7 @@ use serde_json::{Map, Value, json};
 
 static DOCUMENT: LazyLock<String> = LazyLock::new(|| {
     let mut document: Value =
-        serde_json::from_str(include_str!("openapi.json")).expect("a test reads it");
+        serde_json::from_str(include_str!("openapi.json")).expect("a test parses the file");
     document["info"]["version"] = env!("CARGO_PKG_VERSION").into();
     let answered = document["components"]["schemas"]
         .as_object()
@@ -26,14 +26,19 @@ static DOCUMENT: LazyLock<String> = LazyLock::new(|| {
         .chain(stored)
         .collect::<Map<String, Value>>()
         .into();
-    serde_json::to_string_pretty(&document).expect("it was JSON before")
+    serde_json::to_string_pretty(&document).expect("a JSON value always serialises")
 });
 
-/// RFC 3339 as it is read: with any offset, up to any digit.
-const TIME: &str = "^(?!0000)[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])[Tt]([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\\.[0-9]+)?([Zz]|[+-]([01][0-9]|2[0-3]):[0-5][0-9])$";
-/// What stands in every answer, and need not be stored.
+/// RFC 3339 as requests may write it: with any offset and any number of fractional digits.
+const TIME: &str = concat!(
+    "^(?!0000)[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])",
+    "[Tt]([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\\.[0-9]+)?",
+    "([Zz]|[+-]([01][0-9]|2[0-3]):[0-5][0-9])$"
+);
+/// Fields that every response has and a request need not have.
 const ALWAYS_ANSWERED: [&str; 2] = ["status", "states"];
 
+/// Returns the document as JSON.
 pub fn document() -> &'static str {
     &DOCUMENT
 }
@@ -49,16 +54,18 @@ pub async fn read() -> ([(HeaderName, &'static str); 2], &'static str) {
     )
 }
 
-/// What a part of an invoice is called where it is to be stored; None: it is no such part.
+/// Returns the name of a part of an invoice in requests. `None` if the schema is not such a part.
 fn input_name(answered: &str) -> Option<String> {
     answered
         .strip_prefix("v1")
         .map(|part| format!("{part}Input"))
 }
 
+/// Returns the schema of a part of an invoice in requests.
 fn input(answered: &Value) -> Value {
     if answered["format"] == "date-time" {
-        return json!({"type": "string", "format": "date-time", "pattern": TIME, "examples": ["2026-01-31T09:15:00Z"]});
+        let example = "2026-01-31T09:15:00Z";
+        return json!({"type": "string", "format": "date-time", "pattern": TIME, "examples": [example]});
     }
     if let Some(name) = answered["$ref"]
         .as_str()
@@ -95,7 +102,7 @@ fn input(answered: &Value) -> Value {
     schema
 }
 
-/// `null` says the same as leaving it out.
+/// Returns the schema of an optional field: `null` means the same as leaving it out.
 fn or_null(answered: &Value) -> Value {
     let mut schema = json!({"anyOf": [input(answered), {"type": "null"}]});
     for name in ["description", "readOnly"] {

@@ -1,4 +1,4 @@
-//! How many calls may be made: so many a second to each endpoint, whoever makes them.
+//! Limits the calls per second to each endpoint, across the whole process.
 
 use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
@@ -6,44 +6,46 @@ use std::time::Duration;
 use tokio::sync::Mutex;
 use tokio::time::Instant;
 
-/// A little more than the second that Stripe counts by: calls do not arrive as evenly as they are sent.
+/// Length of a window: a little more than Stripe's second, because calls arrive less evenly than they
+/// are sent.
 const WINDOW: Duration = Duration::from_millis(1100);
 
+/// A sliding window per endpoint.
 pub struct RateLimit {
-    /// Calls in a window, to each endpoint.
+    /// Calls per window and endpoint.
     rate: usize,
-    /// When the last calls to an endpoint may go, oldest first; as many as `rate` at most.
-    made: Mutex<HashMap<String, VecDeque<Instant>>>,
+    /// The start times of the latest calls per endpoint, oldest first; at most `rate` of them.
+    starts: Mutex<HashMap<String, VecDeque<Instant>>>,
 }
 
 impl RateLimit {
     pub fn new(rate: u32) -> RateLimit {
         RateLimit {
             rate: rate.max(1) as usize,
-            made: Mutex::default(),
+            starts: Mutex::default(),
         }
     }
 
-    /// Returns when a call to this endpoint may go.
+    /// Waits until a call to this endpoint may start.
     pub async fn acquire(&self, endpoint: &str) {
         let at = self.reserve(endpoint).await;
         tokio::time::sleep_until(at).await;
     }
 
-    /// Takes a place in the line, so that nobody has to hold it while waiting.
+    /// Reserves the next start time, so that the lock is not held while waiting.
     async fn reserve(&self, endpoint: &str) -> Instant {
         let now = Instant::now();
-        let mut made = self.made.lock().await;
-        let of_endpoint = match made.get_mut(endpoint) {
+        let mut starts = self.starts.lock().await;
+        let of_endpoint = match starts.get_mut(endpoint) {
             Some(found) => found,
-            None => made.entry(endpoint.to_owned()).or_default(),
+            None => starts.entry(endpoint.to_owned()).or_default(),
         };
+
         let at = if of_endpoint.len() < self.rate {
             now
         } else {
-            of_endpoint
-                .pop_front()
-                .map_or(now, |oldest| now.max(oldest + WINDOW))
+            let oldest = of_endpoint.pop_front();
+            oldest.map_or(now, |oldest| now.max(oldest + WINDOW))
         };
         of_endpoint.push_back(at);
         at
@@ -55,17 +57,17 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn no_window_has_more_calls_than_the_rate_and_endpoints_do_not_share() {
-        let budget = RateLimit::new(5);
+    async fn window_never_exceeds_rate_of_endpoint() {
+        let limit = RateLimit::new(5);
         let mut times = Vec::new();
         for _ in 0..23 {
-            times.push(budget.reserve("/v1/events").await);
+            times.push(limit.reserve("/v1/events").await);
         }
         assert!(
             times.windows(6).all(|calls| calls[5] - calls[0] >= WINDOW),
             "{times:?}"
         );
         assert!(times.is_sorted());
-        assert!(budget.reserve("/v1/invoices").await < times[5]);
+        assert!(limit.reserve("/v1/invoices").await < times[5]);
     }
 }

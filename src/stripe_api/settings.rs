@@ -1,4 +1,4 @@
-//! What is needed to ask Stripe, checked; the key shows itself to nobody.
+//! The checked settings of Stripe's API. No message or debug output shows the key.
 
 use std::fmt;
 
@@ -6,17 +6,18 @@ use hyper::Uri;
 use hyper::header::HeaderValue;
 
 const STRIPE: &str = "https://api.stripe.com";
-/// Calls a second to one endpoint: a quarter of what Stripe allows an account in live mode.
+/// Calls per second and endpoint: a quarter of what Stripe allows an account in live mode.
 const DEFAULT_RATE: u32 = 25;
 
+/// The settings of Stripe's API.
 #[derive(Clone, Debug)]
 pub struct StripeSettings {
     pub key: StripeApiKey,
     /// Scheme, host and port.
     pub base: String,
-    /// Calls a second to each endpoint.
+    /// Calls per second and endpoint.
     pub rate: u32,
-    /// Tries after the first.
+    /// Attempts after the first.
     pub retries: usize,
 }
 
@@ -31,23 +32,28 @@ impl fmt::Debug for StripeApiKey {
 }
 
 impl StripeApiKey {
+    /// Parses a secret or restricted key.
+    ///
     /// # Errors
-    /// In words that do not show it, why it can be no key.
+    /// A message that does not show the key.
     pub fn parse(text: &str) -> Result<StripeApiKey, String> {
         let text = text.trim();
         if text.starts_with("pk_") {
-            return Err("is a publishable key (pk_...): give a secret (sk_...) or a restricted key (rk_...)".to_owned());
+            let reason = "is a publishable key (pk_...): \
+                          give a secret (sk_...) or a restricted key (rk_...)";
+            return Err(reason.to_owned());
         }
         if text.starts_with("whsec_") {
-            return Err("is a webhook's signing secret (whsec_...): give a secret (sk_...) or restricted key (rk_...)".to_owned());
+            let reason = "is a webhook's signing secret (whsec_...): \
+                          give a secret (sk_...) or restricted key (rk_...)";
+            return Err(reason.to_owned());
         }
         if text.is_empty() || !text.bytes().all(|b| b.is_ascii_graphic()) {
-            return Err(
-                "is no API key: it has blanks or other characters that no key has".to_owned(),
-            );
+            let reason = "is not an API key: it contains blanks or other invalid characters";
+            return Err(reason.to_owned());
         }
         let mut bearer = HeaderValue::from_str(&format!("Bearer {text}"))
-            .map_err(|_| "is no API key: it cannot be sent".to_owned())?;
+            .map_err(|_| "is not an API key: it cannot be sent".to_owned())?;
         bearer.set_sensitive(true);
         Ok(StripeApiKey(bearer))
     }
@@ -58,10 +64,10 @@ impl StripeApiKey {
 }
 
 impl StripeSettings {
-    /// Where Stripe is.
+    /// Parses the base URL of the API. `None` is Stripe's own.
     ///
     /// # Errors
-    /// In words, why this is no such address.
+    /// A message if the text is not an HTTP URL without a path.
     pub fn parse_base(text: Option<&str>) -> Result<String, String> {
         let Some(text) = text else {
             return Ok(STRIPE.to_owned());
@@ -69,17 +75,19 @@ impl StripeSettings {
         let base = text.trim().trim_end_matches('/');
         let uri: Uri = base
             .parse()
-            .map_err(|_| format!("`{text}` is no address such as {STRIPE}"))?;
+            .map_err(|_| format!("`{text}` is not an address such as {STRIPE}"))?;
         match (uri.scheme_str(), uri.authority(), uri.path()) {
             (Some("http" | "https"), Some(_), "" | "/") => Ok(base.to_owned()),
             _ => Err(format!(
-                "`{text}` is no address such as {STRIPE}: it needs http:// or https://, a host, and no path"
+                "`{text}` is not an address such as {STRIPE}: it needs http:// or https://, a host, and no path"
             )),
         }
     }
 
+    /// Parses the rate. `None` is the default.
+    ///
     /// # Errors
-    /// In words, why this is no rate.
+    /// A message if the text is not a number from 1 to 1000.
     pub fn parse_rate(text: Option<&str>) -> Result<u32, String> {
         let Some(text) = text else {
             return Ok(DEFAULT_RATE);
@@ -89,7 +97,7 @@ impl StripeSettings {
             .parse()
             .ok()
             .filter(|rate| (1..=1000).contains(rate));
-        rate.ok_or_else(|| format!("`{text}` is no number of calls a second from 1 to 1000"))
+        rate.ok_or_else(|| format!("`{text}` is not a number of calls per second from 1 to 1000"))
     }
 }
 
@@ -98,7 +106,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_key_is_taken_or_refused_in_words_that_do_not_show_it() {
+    fn key_is_checked_without_showing_it() {
         assert_eq!(
             format!("{:?}", StripeApiKey::parse("sk_test_123").unwrap()),
             "ApiKey(..)"
@@ -110,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn an_address_has_no_path() {
+    fn base_address_has_no_path() {
         assert_eq!(StripeSettings::parse_base(None).unwrap(), STRIPE);
         assert_eq!(
             StripeSettings::parse_base(Some("http://127.0.0.1:9/")).unwrap(),

@@ -1,5 +1,6 @@
-//! A flood of requests must not become a flood of log lines, or the disk fills: of each kind of line so many are written in a
-//! while, and of the rest only how many there were. Lines below `info` are all written: who asks for them wants them.
+//! Limits the log lines of each kind per period, so that a flood of requests does not fill the disk.
+//! Lines beyond the limit are counted, and the count is logged. Lines below `info` are never limited:
+//! an operator who enables them wants all of them.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -12,12 +13,12 @@ use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::Layer;
 use tracing_subscriber::layer::Context;
 
-/// Lines of one kind that are written in a while.
+/// Lines of one kind that are written in a [`PERIOD`].
 const LINES: u64 = 20;
-/// How long a while is.
-const WHILE: Duration = Duration::from_secs(10);
+/// Length of a counting period.
+const PERIOD: Duration = Duration::from_secs(10);
 
-/// The lines of this while, by the place in the program that writes them.
+/// Counts the lines of the current period by their place in the program.
 #[derive(Clone, Default)]
 pub struct LogRateLimit(Arc<Mutex<HashMap<Identifier, Kind>>>);
 
@@ -28,26 +29,27 @@ struct Kind {
 }
 
 impl LogRateLimit {
-    /// Says at the end of each while what was left out.
+    /// Starts counting. At the end of each period, logs how many lines were dropped.
     pub fn start() -> LogRateLimit {
-        let flood = LogRateLimit::default();
-        let counted = flood.clone();
+        let limit = LogRateLimit::default();
+        let counted = limit.clone();
         tokio::spawn(async move {
             loop {
-                tokio::time::sleep(WHILE).await;
-                for (message, left_out) in counted.end() {
+                tokio::time::sleep(PERIOD).await;
+                for (message, dropped) in counted.end_period() {
                     tracing::warn!(
-                        left_out,
+                        dropped,
                         of = message,
-                        "lines were left out: there were too many of a kind"
+                        "log lines dropped, too many of a kind"
                     );
                 }
             }
         });
-        flood
+        limit
     }
 
-    fn end(&self) -> Vec<(String, u64)> {
+    /// Starts a new period. Returns the messages over the limit and how many lines of each were dropped.
+    fn end_period(&self) -> Vec<(String, u64)> {
         let kinds = std::mem::take(&mut *self.kinds());
         let too_many = kinds.into_values().filter(|kind| kind.count > LINES);
         too_many
@@ -56,7 +58,7 @@ impl LogRateLimit {
     }
 
     fn kinds(&self) -> MutexGuard<'_, HashMap<Identifier, Kind>> {
-        // Counts, whatever happened.
+        // A panic leaves counts that are still usable.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -66,6 +68,7 @@ impl<S: Subscriber> Layer<S> for LogRateLimit {
         if *event.metadata().level() > Level::INFO {
             return true;
         }
+
         let mut kinds = self.kinds();
         let kind = kinds.entry(event.metadata().callsite()).or_default();
         kind.count += 1;
@@ -76,6 +79,7 @@ impl<S: Subscriber> Layer<S> for LogRateLimit {
     }
 }
 
+/// Reads the message of an event.
 struct Message<'m>(&'m mut String);
 
 impl Visit for Message<'_> {
@@ -93,7 +97,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn of_too_many_lines_the_rest_is_counted_and_debug_lines_are_all_written() {
+    fn excess_lines_are_counted_and_debug_lines_written() {
         #[derive(Clone, Default)]
         struct Written(Arc<Mutex<Vec<Level>>>);
         impl<S: Subscriber> Layer<S> for Written {
@@ -101,10 +105,10 @@ mod tests {
                 self.0.lock().unwrap().push(*event.metadata().level());
             }
         }
-        let (written, flood) = (Written::default(), LogRateLimit::default());
+        let (written, limit) = (Written::default(), LogRateLimit::default());
         let subscriber = tracing_subscriber::registry()
             .with(written.clone())
-            .with(flood.clone());
+            .with(limit.clone());
         tracing::subscriber::with_default(subscriber, || {
             for number in 0..50 {
                 tracing::warn!(number, "refused");
@@ -122,7 +126,7 @@ mod tests {
                 .count()
         };
         assert_eq!((count(Level::WARN), count(Level::DEBUG)), (21, 50));
-        assert_eq!(flood.end(), [("refused".to_owned(), 30)]);
-        assert_eq!(flood.end(), []);
+        assert_eq!(limit.end_period(), [("refused".to_owned(), 30)]);
+        assert_eq!(limit.end_period(), []);
     }
 }

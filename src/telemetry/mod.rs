@@ -1,8 +1,8 @@
-//! Logs and traces. Logs go to standard error, for people or as JSON; spans to a collector, where one is named. A line is written
-//! once, where a failure is handled; never a payload, a header or a secret, at whatever level.
+//! Logs and traces. Logs go to standard error, as text or JSON; spans go to a collector if one is
+//! configured. A failure is logged once, where it is handled. No level logs a payload, header or secret.
 //!
-//! What shows the way of a single delivery is at `debug`, and costs nothing while nobody looks. Spans of `debug` go to the
-//! collector whatever is logged.
+//! The path of a single delivery is logged at `debug` and costs nothing while that is off. Spans of
+//! `debug` go to the collector whatever the log level.
 
 mod log_rate_limit;
 mod otlp;
@@ -26,34 +26,35 @@ use log_rate_limit::LogRateLimit;
 pub use otlp::dropped as dropped_spans;
 pub use settings::OtlpSettings;
 
-/// How to log, and where spans go.
+/// The log format and level, and the trace collector.
 #[derive(Debug)]
 pub struct TelemetrySettings {
     pub filter: EnvFilter,
     pub format: LogFormat,
-    /// None: nowhere.
+    /// `None` if there is no collector.
     pub otlp: Option<OtlpSettings>,
 }
 
+/// The format of log lines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LogFormat {
     Text,
     Json,
 }
 
-/// Where spans wait for the collector.
+/// The queue of spans in front of the collector.
 static QUEUE: OnceLock<otlp::Queue> = OnceLock::new();
 
-/// What to log, in `RUST_LOG`'s language.
+/// Parses a log filter in the syntax of `RUST_LOG`.
 ///
 /// # Errors
-/// In words, what cannot be read in it.
+/// A message that repeats the filter.
 pub fn filter(text: &str) -> Result<EnvFilter, String> {
     EnvFilter::try_new(text)
         .map_err(|error| format!("the log filter `{text}` cannot be read: {error}"))
 }
 
-/// Starts; the first call counts. Needs a running tokio.
+/// Starts logs and traces. Only the first call has an effect. Needs a running tokio.
 pub fn start(settings: TelemetrySettings) {
     let TelemetrySettings {
         filter,
@@ -63,9 +64,9 @@ pub fn start(settings: TelemetrySettings) {
     let base = Registry::default()
         .with(filter_fn(is_harmless))
         .with(LogRateLimit::start());
-    // Only tests start it twice, and the first will do.
+    // Only tests start it twice; the first subscriber stays.
     let _ = match otlp {
-        // Filters of single layers cost more than one for all.
+        // One filter for all layers costs less than one per layer.
         None => base.with(lines(format)).with(filter).try_init(),
         Some(otlp) => {
             let (tracer, queue) = otlp::start(otlp);
@@ -87,18 +88,18 @@ pub fn start(settings: TelemetrySettings) {
     };
 }
 
-/// Sends the spans that still wait. To be called when all else has ended.
+/// Sends the queued spans. Call it after everything else has ended.
 pub async fn finish() {
     if let Some(queue) = QUEUE.get() {
         queue.flush().await;
     }
 }
 
-/// Makes a span part of the trace that a request came with, if it came with one.
+/// Makes a span part of the trace that the request headers name, if any.
 pub fn continue_trace(span: &Span, headers: &HeaderMap) {
     if headers.contains_key("traceparent") {
         let parent = TraceContextPropagator::new().extract(&Carrier(headers));
-        // Nobody traces it, then.
+        // Fails only if no collector is configured.
         let _ = span.set_parent(parent);
     }
 }
@@ -127,10 +128,11 @@ fn lines<S: Subscriber + for<'s> LookupSpan<'s>>(
     }
 }
 
-/// Libraries that repeat what stands in a connection string or in a file of passwords, at whatever level.
+/// A library that logs parts of connection strings and password files, at any level.
 const NEVER: &str = "sqlx_postgres::options";
 
-/// Below `info`, libraries may write what goes over their wires: rows, headers, keys. No setting lets them.
+/// Returns whether an event may be logged. Below `info`, libraries may log rows, headers and keys, so
+/// no setting enables those.
 fn is_harmless(metadata: &Metadata) -> bool {
     is_ours(metadata) || *metadata.level() <= Level::INFO && !metadata.target().starts_with(NEVER)
 }

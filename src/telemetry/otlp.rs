@@ -1,5 +1,5 @@
-//! Spans for a collector, by OTLP over HTTP. Nothing waits for it: what does not fit into the queue is dropped and counted, and
-//! so is what a collector does not take.
+//! Sends spans to a collector by OTLP over HTTP. No request waits for it: spans that do not fit into
+//! the queue, or that the collector rejects, are dropped and counted.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -21,40 +21,40 @@ use tokio::sync::{mpsc, oneshot};
 use super::settings::OtlpSettings;
 use crate::http_client::HttpClient;
 
-/// Spans that may wait.
+/// Spans that may wait for the collector.
 const QUEUE: usize = 4096;
-/// Spans that are sent at once.
+/// Largest number of spans in one request.
 const BATCH: usize = 512;
-/// How long spans gather when they are few.
-const GATHER: Duration = Duration::from_secs(1);
+/// Pause after a batch that was not full, so that spans gather.
+const GATHER_DELAY: Duration = Duration::from_secs(1);
 const SEND_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long what waits may take at the end.
+/// Longest time to send the queued spans when the process ends.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(3);
-/// Requests that share one commit: each is a link.
-const LINKS: u32 = 1024;
-/// The largest answer that is read, in bytes.
+/// Largest number of links of a span: a batch links to each request that it commits.
+const MAX_LINKS: u32 = 1024;
+/// Largest response that is read, in bytes.
 const ANSWER_LIMIT: usize = 64 * 1024;
 
 static DROPPED: AtomicU64 = AtomicU64::new(0);
 
-/// Spans that no collector has got, since the start.
+/// Returns how many spans were dropped since the start.
 pub fn dropped() -> u64 {
     DROPPED.load(Ordering::Relaxed)
 }
 
-/// The way to the collector.
+/// The queue in front of the collector; cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Queue(mpsc::Sender<Queued>);
 
 #[derive(Debug)]
 enum Queued {
-    // Boxed: a queue of the largest things that it may hold is allocated whole.
+    // Boxed, because the queue allocates every slot at the size of the largest variant.
     Span(Box<SpanData>),
-    /// All before it is sent, or dropped.
+    /// Answered when everything queued before it was sent or dropped.
     Flush(oneshot::Sender<()>),
 }
 
-/// Starts sending; needs a running tokio.
+/// Starts the sender. Needs a running tokio.
 pub fn start(settings: OtlpSettings) -> (SdkTracer, Queue) {
     let (queue, waiting) = mpsc::channel(QUEUE);
     let queue = Queue(queue);
@@ -64,7 +64,7 @@ pub fn start(settings: OtlpSettings) -> (SdkTracer, Queue) {
         .build();
     let provider = SdkTracerProvider::builder()
         .with_sampler(settings.sampler.clone())
-        .with_max_links_per_span(LINKS)
+        .with_max_links_per_span(MAX_LINKS)
         .with_resource(resource.clone())
         .with_span_processor(queue.clone())
         .build();
@@ -73,16 +73,16 @@ pub fn start(settings: OtlpSettings) -> (SdkTracer, Queue) {
 }
 
 impl Queue {
-    /// Sends what waits, within a time limit.
+    /// Sends the queued spans, within [`FLUSH_TIMEOUT`].
     pub async fn flush(&self) {
         let flushed = async {
             let (done, is_done) = oneshot::channel();
-            // Gone: there is nobody to wait for.
+            // Both fail only if the sender has ended, and then there is nothing to wait for.
             let _ = self.0.send(Queued::Flush(done)).await;
             let _ = is_done.await;
         };
         if tokio::time::timeout(FLUSH_TIMEOUT, flushed).await.is_err() {
-            tracing::warn!("the collector did not take the last spans in time");
+            tracing::warn!("collector did not accept the last spans in time");
         }
     }
 }
@@ -96,7 +96,7 @@ impl SpanProcessor for Queue {
         }
     }
 
-    /// See [`Queue::flush`], which does not block.
+    /// Does nothing: [`Queue::flush`] flushes without blocking a thread.
     fn force_flush(&self) -> OTelSdkResult {
         Ok(())
     }
@@ -119,29 +119,29 @@ async fn send_all(mut waiting: mpsc::Receiver<Queued>, mut collector: Collector)
         }
         collector.send(spans).await;
         let is_flushing = !flushes.is_empty();
-        // Who waited may have given up.
+        // The caller may have timed out.
         for done in flushes {
             let _ = done.send(());
         }
         if !is_full && !is_flushing {
-            tokio::time::sleep(GATHER).await;
+            tokio::time::sleep(GATHER_DELAY).await;
         }
     }
 }
 
+/// The collector, and whether it accepts spans.
 struct Collector {
-    transport: HttpClient,
+    client: HttpClient,
     settings: OtlpSettings,
     resource: ResourceAttributesWithSchema,
-    /// Said once, not with every batch.
+    /// Whether the last batch failed. A failure is logged once, not with every batch.
     is_away: bool,
 }
 
 impl Collector {
     fn new(settings: OtlpSettings, resource: &Resource) -> Collector {
-        let transport = HttpClient::new(SEND_TIMEOUT, ANSWER_LIMIT);
         Collector {
-            transport,
+            client: HttpClient::new(SEND_TIMEOUT, ANSWER_LIMIT),
             settings,
             resource: resource.into(),
             is_away: false,
@@ -159,12 +159,11 @@ impl Collector {
         }
         let was_away = std::mem::replace(&mut self.is_away, sent.is_err());
         match sent {
-            Err(reason) if !was_away => tracing::warn!(
-                reason,
-                "the collector does not take spans: they are dropped"
-            ),
+            Err(reason) if !was_away => {
+                tracing::warn!(reason, "collector rejects spans, dropping them")
+            }
             Ok(()) if was_away => {
-                tracing::warn!(dropped = dropped(), "the collector takes spans again")
+                tracing::warn!(dropped = dropped(), "collector accepts spans again")
             }
             _ => {}
         }
@@ -180,11 +179,11 @@ impl Collector {
             .map_err(|error| error.to_string())?;
         request.headers_mut().extend(self.settings.headers.clone());
         let answer = self
-            .transport
+            .client
             .send(request)
             .await
             .map_err(|error| error.to_string())?;
-        // What it says may repeat what it was sent.
+        // Report the status only: the body may repeat the spans.
         if answer.status().is_success() {
             Ok(())
         } else {

@@ -1,4 +1,4 @@
-//! What OpenTelemetry's own variables say about the collector that spans go to.
+//! The settings of the trace collector, from OpenTelemetry's own variables.
 
 use std::fmt;
 
@@ -7,20 +7,20 @@ use hyper::header::{HeaderMap, HeaderName, HeaderValue};
 use opentelemetry_sdk::trace::Sampler;
 use percent_encoding::percent_decode_str;
 
-/// Where spans go, and which.
+/// The collector, and which spans it gets.
 pub struct OtlpSettings {
     pub endpoint: Uri,
-    /// The key of the collector may be among them.
+    /// May contain the key of the collector.
     pub headers: HeaderMap,
     pub service_name: String,
     pub sampler: Sampler,
 }
 
 impl OtlpSettings {
-    /// Where spans go, by the address of the collector.
+    /// Returns the URL for spans, from the base URL of the collector.
     ///
     /// # Errors
-    /// In words, what is wrong with it.
+    /// A message if the text is not an HTTP URL. It does not repeat the URL.
     pub fn parse_endpoint(text: &str) -> Result<Uri, String> {
         let uri = format!("{}/v1/traces", text.trim_end_matches('/'))
             .parse::<Uri>()
@@ -28,13 +28,15 @@ impl OtlpSettings {
         let is_web = |uri: &Uri| {
             matches!(uri.scheme_str(), Some("http" | "https")) && uri.authority().is_some()
         };
-        // An address may have a password in it.
+        // The URL may contain a password, so the message does not repeat it.
         uri.filter(is_web)
             .ok_or_else(|| "must be a URL such as http://127.0.0.1:4318".to_owned())
     }
 
+    /// Checks that the protocol is the only supported one.
+    ///
     /// # Errors
-    /// Another protocol than the one that is spoken here.
+    /// A message for any other protocol.
     pub fn check_protocol(text: &str) -> Result<(), String> {
         match text {
             "http/protobuf" => Ok(()),
@@ -42,10 +44,10 @@ impl OtlpSettings {
         }
     }
 
-    /// `name=value,name=value`, values percent-encoded.
+    /// Parses `name=value,name=value`, with percent-encoded values.
     ///
     /// # Errors
-    /// Which of them is wrong, without its value.
+    /// The number of the invalid header, without its value.
     pub fn parse_headers(text: &str) -> Result<HeaderMap, String> {
         let mut headers = HeaderMap::new();
         for (index, part) in text
@@ -66,8 +68,10 @@ impl OtlpSettings {
         Ok(headers)
     }
 
+    /// Parses the sampler and its ratio by their standard names.
+    ///
     /// # Errors
-    /// In words, what is wrong with them.
+    /// A message that names the accepted values.
     pub fn parse_sampler(name: Option<&str>, ratio: Option<&str>) -> Result<Sampler, String> {
         let ratio = match ratio.map(str::parse::<f64>) {
             None => 1.0,
@@ -109,7 +113,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn headers_are_read_as_the_specification_writes_them_and_never_shown() {
+    fn headers_are_parsed_and_never_shown() {
         let headers =
             OtlpSettings::parse_headers("api-key=a%20secret%3D, Authorization = Basic%20eA==,")
                 .unwrap();
@@ -123,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn an_endpoint_is_the_base_of_a_url() {
+    fn endpoint_is_base_of_url() {
         let parse = |text: &str| OtlpSettings::parse_endpoint(text).map(|uri| uri.to_string());
         assert_eq!(
             parse("http://127.0.0.1:4318").unwrap(),

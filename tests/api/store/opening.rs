@@ -331,3 +331,16 @@ async fn new_sqlite_file_is_private_to_its_user() {
         "what somebody has chosen stays"
     );
 }
+
+each_store! {
+    async fn only_file_readable_by_all_is_exposed(place: TestStore) {
+        assert_eq!(place.store.exposed_mode(), None);
+        let Some(path) = place.database.url.strip_prefix("sqlite://") else {
+            return;
+        };
+        for (mode, exposed) in [(0o640, None), (0o604, Some(0o604)), (0o600, None)] {
+            std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+            assert_eq!(place.store.exposed_mode(), exposed);
+        }
+    }
+}
