@@ -51,7 +51,7 @@ mod tests {
 
     use super::*;
     use crate::clock::Clock;
-    use crate::domain::stripe::signature::SigningSecrets;
+    use crate::domain::stripe::signing_secrets::SigningSecrets;
     use crate::ingest::batch_writer::Writer;
     use crate::ingest::{Delivery, ingest};
     use crate::store::{Source, Store};

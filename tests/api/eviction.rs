@@ -7,8 +7,8 @@ use futures_util::future::join_all;
 use serde_json::json;
 use stripe_reconciler::clock::Clock;
 
-use crate::each_database;
-use crate::support::{Engine, SECRET, TestServer, Wire, signature};
+use testkit::each_database;
+use testkit::{Engine, SECRET, TestServer, Wire, signature};
 
 const MIB: usize = 1024 * 1024;
 /// The default of `--max-connections`.

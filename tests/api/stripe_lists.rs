@@ -7,7 +7,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::spawn_blocking;
 
-use crate::support::{Engine, TestServer, run};
+use testkit::{Engine, TestServer, run};
 
 /// How the API misbehaves.
 #[derive(Clone, Copy, PartialEq)]
