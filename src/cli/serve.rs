@@ -294,14 +294,14 @@ async fn supervise(
     let mut listening = pin!(listening);
     let ended = tokio::select! {
         () = &mut listening => return Ok(()),
-        // After the stop, the tasks end as they should: the listener is still draining.
-        () = stopping.cancelled() => {
-            listening.await;
-            return Ok(());
-        }
         ended = tasks.next_ended() => ended,
         () = writer.ended() => TaskEnded(EVENT_WRITER),
     };
+    // After the stop, the tasks end as they should, while the listener is still draining.
+    if stopping.is_cancelled() {
+        listening.await;
+        return Ok(());
+    }
 
     tracing::error!(error = %ended, "stopping, because a task ended");
     stopping.cancel();

@@ -38,6 +38,9 @@ pub enum ApiError {
     StripeInvoiceTaken,
     StripeInvoiceFixed,
     PreconditionFailed,
+    /// The request was dropped to free memory for others; the client should retry later. Not logged as
+    /// an error, because a flood of large bodies causes it.
+    Overloaded,
     /// The client should retry later. The reason goes to the log only.
     Unavailable(String),
     /// A bug. The reason goes to the log only.
@@ -61,7 +64,7 @@ impl ApiError {
             ApiError::TooSlow => StatusCode::REQUEST_TIMEOUT,
             ApiError::StripeInvoiceTaken | ApiError::StripeInvoiceFixed => StatusCode::CONFLICT,
             ApiError::PreconditionFailed => StatusCode::PRECONDITION_FAILED,
-            ApiError::Unavailable(_) => StatusCode::SERVICE_UNAVAILABLE,
+            ApiError::Overloaded | ApiError::Unavailable(_) => StatusCode::SERVICE_UNAVAILABLE,
             ApiError::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,
         }
     }
@@ -101,7 +104,7 @@ impl ApiError {
                 "PreconditionFailed",
                 "the invoice is not what the condition says",
             ),
-            ApiError::Unavailable(_) => ("Unavailable", "try again later"),
+            ApiError::Overloaded | ApiError::Unavailable(_) => ("Unavailable", "try again later"),
             ApiError::Internal(_) => ("InternalError", "something went wrong here"),
         }
     }
@@ -132,7 +135,7 @@ impl ApiError {
             header::CONTENT_TYPE,
             HeaderValue::from_static("application/json"),
         );
-        if matches!(self, ApiError::Unavailable(_)) {
+        if self.status() == StatusCode::SERVICE_UNAVAILABLE {
             headers.insert(header::RETRY_AFTER, HeaderValue::from_static("2"));
         }
         if matches!(self, ApiError::Unauthorized) {
@@ -176,9 +179,7 @@ impl From<BytesRejection> for ApiError {
             BytesRejection::FailedToBufferBody(failed) if failed.status() == 413 => {
                 ApiError::TooLarge
             }
-            _ if is_shed(&rejection) => {
-                ApiError::Unavailable("too many request bodies are in memory".to_owned())
-            }
+            _ if is_shed(&rejection) => ApiError::Overloaded,
             _ => ApiError::BadBody,
         }
     }

@@ -121,7 +121,7 @@ fn unread(rejection: BytesRejection) -> (Rejection, ApiError) {
     let error = ApiError::from(rejection);
     let reason = match error {
         ApiError::TooLarge => Rejection::TooLarge,
-        ApiError::Unavailable(_) => Rejection::Overloaded,
+        ApiError::Overloaded => Rejection::Overloaded,
         _ => Rejection::Incomplete,
     };
     (reason, error)
