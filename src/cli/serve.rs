@@ -277,9 +277,7 @@ async fn serve_with(
     let result = supervise(listening, &mut tasks, &mut writer, &stopping).await;
 
     tasks.finish().await;
-    if !matches!(result, Err(TaskEnded(EVENT_WRITER))) {
-        finish(writer).await;
-    }
+    finish(writer).await;
     store.close().await;
     result
 }

@@ -82,8 +82,8 @@ async fn take(
         connection.set_trusted();
     }
     // A connection that the server kept waiting until the stop is served as if it had been in time.
-    let was_queued = connection.is_some_and(|connection| connection.was_queued_at_stop());
-    if state.stopping.is_cancelled() && !was_queued {
+    let was_waiting = connection.is_some_and(|connection| connection.was_waiting_at_stop());
+    if state.stopping.is_cancelled() && !was_waiting {
         return Err((
             Rejection::ShuttingDown,
             ApiError::Unavailable("shutting down".to_owned()),

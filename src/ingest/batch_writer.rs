@@ -32,7 +32,10 @@ pub struct BatchWriter {
 }
 
 /// The task that writes. Wait for it with [`Writer::finish`] after dropping every [`BatchWriter`].
-pub struct Writer(JoinHandle<()>);
+pub struct Writer {
+    /// `None` once the task has ended.
+    task: Option<JoinHandle<()>>,
+}
 
 /// Why a delivery was not stored.
 #[derive(Debug, thiserror::Error)]
@@ -80,8 +83,8 @@ impl BatchWriter {
 
     fn start_with(store: Store, metrics: Arc<Metrics>, pace: Pace) -> (BatchWriter, Writer) {
         let (queue, waiting) = mpsc::channel(QUEUE);
-        let writing = write(store, waiting, metrics, pace);
-        (BatchWriter { queue }, Writer(tokio::spawn(writing)))
+        let task = tokio::spawn(write(store, waiting, metrics, pace));
+        (BatchWriter { queue }, Writer { task: Some(task) })
     }
 
     /// Stores an event and returns when it is durable. If the caller drops the future before its
@@ -144,7 +147,10 @@ impl Writer {
 
     /// Waits until the task ends. While a [`BatchWriter`] exists, it ends only by a panic.
     pub async fn ended(&mut self) {
-        if let Err(error) = (&mut self.0).await {
+        let Some(task) = &mut self.task else { return };
+        let result = task.await;
+        self.task = None;
+        if let Err(error) = result {
             tracing::error!(%error, "event writer task failed");
         }
     }
@@ -161,7 +167,7 @@ impl Writer {
                 }
             }
         });
-        (BatchWriter { queue }, Writer(task))
+        (BatchWriter { queue }, Writer { task: Some(task) })
     }
 }
 

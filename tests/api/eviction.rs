@@ -117,11 +117,17 @@ each_database! {
         signal("-TERM");
         signal("-CONT");
         let answers = join_all(wires.iter_mut().map(Wire::read_to_end)).await;
+        let mut stored = 0;
         for (n, answer) in answers.iter().enumerate() {
-            assert!(answer.starts_with("HTTP/1.1 200 "), "{n}: {answer:?}");
+            // A request that was in progress at the very moment of the stop may be told to come again.
+            let is_retry = answer.starts_with("HTTP/1.1 503 ") && answer.contains("\r\nretry-after: ");
+            let is_stored = answer.starts_with("HTTP/1.1 200 ");
+            assert!(is_stored || is_retry, "{n} is not reset: {answer:?}");
+            stored += usize::from(is_stored);
         }
         assert_eq!(server.process.exit_code(), Some(0));
-        assert_eq!(server.logged_ids().len(), 50);
+        assert!(stored > 0, "those that waited are stored");
+        assert_eq!(server.logged_ids().len(), stored);
     }
 }
 

@@ -83,8 +83,10 @@ pub struct ConnectionState {
     is_trusted: AtomicBool,
     /// Whether the body in progress has to be dropped to free memory.
     is_body_shed: AtomicBool,
-    /// Whether the connection waited in the accept queue when the server was told to stop.
-    was_queued_at_stop: AtomicBool,
+    /// Whether a request head was complete on this connection.
+    has_begun: AtomicBool,
+    /// Whether the first request head was complete only after the server was told to stop.
+    was_waiting_at_stop: AtomicBool,
     waker: AtomicWaker,
     shared: Arc<Shared>,
 }
@@ -99,7 +101,8 @@ impl ConnectionState {
             close_request: AtomicU8::new(CloseRequest::Nothing as u8),
             is_trusted: AtomicBool::new(false),
             is_body_shed: AtomicBool::new(false),
-            was_queued_at_stop: AtomicBool::new(false),
+            has_begun: AtomicBool::new(false),
+            was_waiting_at_stop: AtomicBool::new(false),
             waker: AtomicWaker::new(),
             shared,
         };
@@ -162,9 +165,13 @@ impl ConnectionState {
         self.is_trusted.store(true, Ordering::Relaxed);
     }
 
-    /// Records that the connection waited in the accept queue when the server was told to stop.
-    pub fn set_queued_at_stop(&self) {
-        self.was_queued_at_stop.store(true, Ordering::Relaxed);
+    /// Records that a request head is complete. If it is the first one, and the server has been told
+    /// to stop, the connection waited in the accept queue or was just accepted at that time.
+    pub fn begin_request(&self, is_stopping: bool) {
+        let has_begun = self.has_begun.swap(true, Ordering::Relaxed);
+        if !has_begun && is_stopping {
+            self.was_waiting_at_stop.store(true, Ordering::Relaxed);
+        }
     }
 }
 
@@ -230,8 +237,9 @@ impl ConnectionState {
         self.is_trusted.load(Ordering::Relaxed)
     }
 
-    pub fn was_queued_at_stop(&self) -> bool {
-        self.was_queued_at_stop.load(Ordering::Relaxed)
+    /// Returns whether the server kept the first request of this connection waiting until the stop.
+    pub fn was_waiting_at_stop(&self) -> bool {
+        self.was_waiting_at_stop.load(Ordering::Relaxed)
     }
 
     /// Returns how soon the connection is evicted, or `None` if it must not be: either the server

@@ -177,7 +177,6 @@ impl Server {
 
     async fn serve_queued(&self, socket: TcpStream) {
         let permit = self.limiter.acquire().await;
-        permit.connection.set_queued_at_stop();
         self.spawn(socket, permit);
     }
 
@@ -186,7 +185,8 @@ impl Server {
             tracing::debug!(%error, "failed to set TCP_NODELAY");
         }
         let io = TokioIo::new(WatchedSocket::new(socket, permit.connection.clone()));
-        let service = service(self.router.clone(), permit.connection.clone());
+        let (router, state) = (self.router.clone(), permit.connection.clone());
+        let service = service(router, state, self.stop.clone());
         let connection = self.http.serve_connection(io, service);
         self.tasks
             .spawn(attend(connection, permit, self.stop.clone()));
@@ -241,10 +241,12 @@ where
 fn service(
     router: Router,
     connection: Arc<ConnectionState>,
+    stop: CancellationToken,
 ) -> impl Service<Request<Incoming>, Response = Response, Error = Infallible, Future: Send> {
     let router = TowerToHyperService::new(router);
     service_fn(move |mut request: Request<Incoming>| {
         let connection = connection.clone();
+        connection.begin_request(stop.is_cancelled());
         if request.body().is_end_stream() {
             connection.set_busy();
         } else {
