@@ -48,6 +48,11 @@ pub enum AppendError {
     Store(#[from] StoreError),
 }
 
+/// What waits for the writer.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "almost all requests are events, and a box for each would cost an allocation"
+)]
 enum Request {
     Append {
         event: NewEvent,
