@@ -76,7 +76,9 @@ fn endpoint_unknown(error: &StripeApiError) -> Check {
     match error {
         StripeApiError::Unauthorized(_) => failing(CheckId::Endpoint, finding, NEW_KEY),
         StripeApiError::Busy(_) => warning(CheckId::Endpoint, finding, FEWER_CALLS),
-        StripeApiError::Away(_) | StripeApiError::Refused { .. } => warning(
+        StripeApiError::Away(_)
+        | StripeApiError::Refused { .. }
+        | StripeApiError::Invalid { .. } => warning(
             CheckId::Endpoint,
             finding,
             "Check status.stripe.com, and whether this machine may connect to Stripe.",
