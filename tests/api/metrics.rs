@@ -715,7 +715,10 @@ async fn help_of_bounded_counts_names_bound() {
     let server = TestServer::start(Engine::Sqlite).await;
     let scraped = server.get("/metrics", &server.operator_key).await;
     let text = String::from_utf8(scraped.body.to_vec()).unwrap();
-    let bound = format!("stops counting at {}", stripe_reconciler::store::COUNTED);
+    let bound = format!(
+        "stops counting at {}",
+        stripe_reconciler::store::COUNT_LIMIT
+    );
     for name in [
         "events_without_invoice",
         "unreadable_events",
