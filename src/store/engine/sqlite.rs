@@ -2,7 +2,7 @@
 //! one call to the connection's thread.
 
 use std::collections::HashSet;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
