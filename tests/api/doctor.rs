@@ -630,12 +630,12 @@ async fn database_file_readable_by_all_is_reported() {
         let path = server.database.url.strip_prefix("sqlite://").unwrap();
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
     };
-    doctor(&server, &[]).assert_wrong(&[]);
+    doctor(&server, &[]).assert_findings(&[]);
 
     set_mode(0o644);
     doctor(&server, &[])
-        .assert_wrong(&[("database", "warning")])
-        .assert_says("database", &["mode 644", "chmod 600"]);
+        .assert_findings(&[("database", "warning")])
+        .assert_mentions("database", &["mode 644", "chmod 600"]);
     let log = server.another_server().log();
     assert!(
         log.contains("every user of this machine can read the database file"),
@@ -643,5 +643,5 @@ async fn database_file_readable_by_all_is_reported() {
     );
 
     set_mode(0o640);
-    doctor(&server, &[]).assert_wrong(&[]);
+    doctor(&server, &[]).assert_findings(&[]);
 }
