@@ -82,7 +82,7 @@ fn observations(tries: usize) -> Vec<StoredObservation> {
     let read = events(tries).map(|event| match event::read(event.to_string().as_bytes()) {
         Reading::Event(event) => StoredObservation {
             key: event.key,
-            telling: event.telling.expect("every event is about a payment"),
+            observation: event.observation.expect("every event is about a payment"),
         },
         Reading::Unreadable { reason, .. } => panic!("{reason}"),
     });

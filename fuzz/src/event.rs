@@ -41,11 +41,11 @@ pub fn check(input: &[u8]) {
                 let is_new = known.iter().all(|k| k.key != event.key);
                 known.extend(
                     event
-                        .telling
+                        .observation
                         .filter(|_| is_new)
-                        .map(|telling| StoredObservation {
+                        .map(|observation| StoredObservation {
                             key: event.key,
-                            telling,
+                            observation,
                         }),
                 );
             }
@@ -55,7 +55,7 @@ pub fn check(input: &[u8]) {
     let mut invoices: Vec<String> = Vec::new();
     for mention in known
         .iter()
-        .flat_map(|k| k.telling.mentions())
+        .flat_map(|k| k.observation.mentions())
         .filter(|mention| mention.is_invoice)
     {
         if !invoices.contains(&mention.object_id) {
@@ -167,18 +167,18 @@ fn check_event(event: &Event) {
     );
     asserts_fact(event);
 
-    let Some(telling) = &event.telling else {
+    let Some(observation) = &event.observation else {
         return;
     };
-    let kept = serde_json::to_string(telling).expect("a telling can be written");
+    let kept = serde_json::to_string(observation).expect("a telling can be written");
     assert_eq!(
         &serde_json::from_str::<Observation>(&kept).expect("what was written can be read"),
-        telling
+        observation
     );
     assert!(!kept.contains("\\u0000"), "PostgreSQL takes no NUL: {kept}");
 
     let mut named = HashSet::new();
-    for mention in telling.mentions() {
+    for mention in observation.mentions() {
         let id = mention.object_id;
         assert!(
             (1..=LONGEST_ID).contains(&id.len()),
@@ -274,7 +274,7 @@ fn check_entries(history: &[Entry], known: &[StoredObservation]) {
 /// Checks that further observations never remove a payment.
 fn check_growth(invoice: &str, known: &[StoredObservation], history: &[Entry]) {
     // The snapshot that a thin event names replaces it and may contradict it.
-    if known.iter().any(|k| k.telling.snapshot_event.is_some()) {
+    if known.iter().any(|k| k.observation.snapshot_event.is_some()) {
         return;
     }
 

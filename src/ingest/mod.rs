@@ -70,7 +70,7 @@ pub fn prepare(delivery: Delivery) -> NewEvent {
             secret_label,
             outcome: store::Outcome::Unreadable,
             unreadable_reason: Some(reason),
-            telling: None,
+            observation: None,
             mentions: Vec::new(),
             body,
         },
@@ -82,7 +82,7 @@ pub fn prepare(delivery: Delivery) -> NewEvent {
                 store::Outcome::NoPaymentFact
             },
             mentions: links(&event),
-            telling: event.telling.as_ref().map(|t| {
+            observation: event.observation.as_ref().map(|t| {
                 serde_json::to_string(t).expect("strings, numbers and booleans always serialise")
             }),
             id: Some(event.id),
@@ -102,9 +102,9 @@ pub fn prepare(delivery: Delivery) -> NewEvent {
 /// Returns the objects that an event names, up to [`MAX_LINKS`]. Drops and logs the others.
 fn links(event: &Event) -> Vec<Link> {
     let mut links = event
-        .telling
+        .observation
         .as_ref()
-        .map(|telling| telling.mentions())
+        .map(|observation| observation.mentions())
         .unwrap_or_default();
     if links.len() > MAX_LINKS {
         tracing::warn!(

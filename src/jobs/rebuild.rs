@@ -118,14 +118,14 @@ fn read_again(stored: &StoredBody) -> Option<NewEvent> {
 
 fn is_same(stored: &StoredBody, event: &NewEvent) -> bool {
     stored.logged.key == event.key
-        && stored.telling == event.telling
+        && stored.observation == event.observation
         && stored.logged.outcome == event.outcome
 }
 
 /// Records what differs. If both readings are the same, a link to the event was missing.
 fn record_difference(report: &mut RebuildReport, stored: &StoredBody, event: &NewEvent) {
     let logged = &stored.logged;
-    let mut was = describe(logged.outcome.as_str(), stored.telling.as_deref());
+    let mut was = describe(logged.outcome.as_str(), stored.observation.as_deref());
     if is_same(stored, event) {
         was += NOT_FOUND;
     }
@@ -136,10 +136,10 @@ fn record_difference(report: &mut RebuildReport, stored: &StoredBody, event: &Ne
             .clone()
             .or_else(|| logged.event_type.clone()),
         was,
-        is: describe(event.outcome.as_str(), event.telling.as_deref()),
+        is: describe(event.outcome.as_str(), event.observation.as_deref()),
     };
 
-    let mut invoices: BTreeSet<String> = [&stored.telling, &event.telling]
+    let mut invoices: BTreeSet<String> = [&stored.observation, &event.observation]
         .into_iter()
         .flat_map(|observation| invoice_ids(observation.as_deref()))
         .collect();

@@ -137,7 +137,7 @@ struct Activity {
 impl Activity {
     fn add_row(&mut self, row: &LogRow) {
         let observation = match row.parse_observation() {
-            Some(Ok(stored)) => Some(stored.telling),
+            Some(Ok(stored)) => Some(stored.observation),
             Some(Err(_)) => {
                 self.damaged += 1;
                 self.first_damaged.get_or_insert(row.key);

@@ -52,7 +52,7 @@ pub async fn first_missed(
                 damaged += 1;
                 continue;
             };
-            let event = stored.telling;
+            let event = stored.observation;
             let created_ms = event.created.saturating_mul(1000);
             if !event.fetched && should_be_sent(&event.kind) && is_due(created_ms, last_ms, now_ms)
             {

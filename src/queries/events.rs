@@ -157,7 +157,7 @@ async fn unmatched(
 ) -> Result<Vec<bool>, StoreError> {
     let named: Vec<Vec<String>> = batch
         .iter()
-        .map(|(_, telling)| invoice_ids(telling.as_deref()))
+        .map(|(_, observation)| invoice_ids(observation.as_deref()))
         .collect();
 
     let ids: HashSet<&String> = named.iter().flatten().collect();
@@ -175,13 +175,13 @@ async fn unmatched(
         .collect())
 }
 
-fn invoice_ids(telling: Option<&str>) -> Vec<String> {
+fn invoice_ids(observation: Option<&str>) -> Vec<String> {
     // An observation that another version wrote names no invoice until `rebuild`.
-    let Some(telling) = telling.and_then(|text| serde_json::from_str::<Observation>(text).ok())
+    let Some(observation) = observation.and_then(|text| serde_json::from_str::<Observation>(text).ok())
     else {
         return Vec::new();
     };
-    telling
+    observation
         .mentions()
         .into_iter()
         .filter(|mention| mention.is_invoice)

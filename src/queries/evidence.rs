@@ -210,7 +210,7 @@ fn fold_with_selection(
         counted: counted.iter().map(|stored| stored.key).collect(),
         counted_ids: counted
             .iter()
-            .map(|stored| stored.telling.id.clone())
+            .map(|stored| stored.observation.id.clone())
             .collect(),
         at_stripe: at_stripe(&observations),
         lacks_reason: lacks_reason(id, known),
@@ -224,14 +224,14 @@ fn last_event_ms(
     received: &ReceiptTimes,
 ) -> Option<i64> {
     let is_twin = |stored: &StoredObservation| {
-        let twin = stored.telling.snapshot_event.as_deref();
+        let twin = stored.observation.snapshot_event.as_deref();
         twin.is_some_and(|id| folded.counted_ids.contains(id))
     };
 
     known
         .iter()
         .filter(|stored| folded.counted.contains(&stored.key) || is_twin(stored))
-        .filter(|stored| !stored.telling.fetched)
+        .filter(|stored| !stored.observation.fetched)
         .filter_map(|stored| received.get(&stored.key).copied())
         .max()
 }
@@ -309,7 +309,7 @@ fn thin_events<'o>(
 ) -> (Vec<&'o StoredObservation>, Option<Missing>) {
     let mut thin: Vec<&StoredObservation> = known
         .iter()
-        .filter(|stored| stored.telling.thin && folded.counted.contains(&stored.key))
+        .filter(|stored| stored.observation.thin && folded.counted.contains(&stored.key))
         .collect();
 
     let more = thin.len().saturating_sub(MAX_MISSING);
@@ -327,9 +327,9 @@ fn fetch_times<'o>(
     received: &ReceiptTimes,
 ) -> HashMap<&'o str, Vec<i64>> {
     let mut times: HashMap<&str, Vec<i64>> = HashMap::new();
-    for observation in observations.filter(|observation| observation.telling.fetched) {
+    for observation in observations.filter(|observation| observation.observation.fetched) {
         if let Some(received_ms) = received.get(&observation.key) {
-            let id = observation.telling.id.as_str();
+            let id = observation.observation.id.as_str();
             times.entry(id).or_default().push(*received_ms);
         }
     }
@@ -341,8 +341,8 @@ fn at_stripe(observations: &InvoiceObservations) -> AtStripe {
     let invoices = || {
         let newest_first = observations.counted().iter().rev();
         newest_first
-            .filter(|stored| !stored.telling.thin)
-            .filter_map(|stored| match &stored.telling.object {
+            .filter(|stored| !stored.observation.thin)
+            .filter_map(|stored| match &stored.observation.object {
                 Object::Invoice(invoice) => Some(invoice),
                 _ => None,
             })
@@ -377,10 +377,10 @@ fn unfetched(
         };
         let id = event.object_id.as_deref().unwrap_or_default();
         let fetched_ms = fetched.get(id).map_or(&[][..], Vec::as_slice);
-        let what = name_of(&observation.telling.object);
+        let what = name_of(&observation.observation.object);
         let announced = format!(
             "Stripe announced {} without its details",
-            observation.telling.kind
+            observation.observation.kind
         );
         let is_fetched = fetched_ms
             .iter()

@@ -210,7 +210,7 @@ async fn record_objects(
             continue;
         };
         let event = run.recorder.prepare_object(&object, scope.account());
-        observed.extend(as_stored(&event)?.map(|stored| (stored.telling.object, scope)));
+        observed.extend(as_stored(&event)?.map(|stored| (stored.observation.object, scope)));
         events.push(event);
     }
 

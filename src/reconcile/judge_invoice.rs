@@ -64,7 +64,7 @@ enum Verdict {
 #[derive(Debug, PartialEq, Eq)]
 struct Judgement {
     differences: Vec<FieldDifference>,
-    verdict: Verdict,
+    outcome: Verdict,
     /// Unix milliseconds of the next comparison; `None` if the invoice is settled.
     next_check_ms: Option<i64>,
 }
@@ -196,7 +196,7 @@ fn judge(observed: &Observed, now_ms: i64) -> Judgement {
         .cloned()
         .collect();
 
-    let verdict = if !differences.is_empty() {
+    let outcome = if !differences.is_empty() {
         Verdict::Differs
     } else if lags {
         Verdict::Lags
@@ -204,7 +204,7 @@ fn judge(observed: &Observed, now_ms: i64) -> Judgement {
         Verdict::Agrees
     };
     let is_settled = observed.status.is_some_and(StripeStatus::is_settled);
-    let next_check_ms = if verdict == Verdict::Lags {
+    let next_check_ms = if outcome == Verdict::Lags {
         Some(now_ms + LAG_RECHECK_MS)
     } else if is_settled {
         None
@@ -213,7 +213,7 @@ fn judge(observed: &Observed, now_ms: i64) -> Judgement {
     };
     Judgement {
         differences,
-        verdict,
+        outcome,
         next_check_ms,
     }
 }
@@ -227,7 +227,7 @@ pub fn unknown_at_stripe(
     run.report.unknown_at_stripe.push(invoice_of(candidate));
     let judgement = Judgement {
         differences: Vec::new(),
-        verdict: Verdict::Differs,
+        outcome: Verdict::Differs,
         next_check_ms: Some(run.started_ms + DAY_MS),
     };
     record(run, checked, candidate, judgement);
@@ -250,19 +250,19 @@ fn record(
             since: timestamp(differs_since_ms),
         });
     }
-    match judgement.verdict {
+    match judgement.outcome {
         Verdict::Agrees => run.report.agreeing.push(invoice_of(candidate)),
         Verdict::Lags => run.report.stripe_lags.push(invoice_of(candidate)),
         Verdict::Differs => {}
     }
 
-    let differs = judgement.verdict == Verdict::Differs;
+    let differs = judgement.outcome == Verdict::Differs;
     checked.0.push(CheckResult {
         stripe_invoice_id: candidate.stripe_invoice_id.clone(),
         checked_ms: run.started_ms,
         check_due_ms: judgement.next_check_ms,
         differs_since_ms: differs.then_some(differs_since_ms),
-        agrees: judgement.verdict == Verdict::Agrees,
+        agrees: judgement.outcome == Verdict::Agrees,
     });
 }
 
@@ -303,12 +303,12 @@ mod tests {
     fn settled_invoice_that_agrees_is_not_scheduled() {
         let settled = judge(&observed(vec![], StripeStatus::Paid), NOW_MS);
         assert_eq!(
-            (settled.verdict, settled.next_check_ms),
+            (settled.outcome, settled.next_check_ms),
             (Verdict::Agrees, None)
         );
 
         let open = judge(&observed(vec![], StripeStatus::Open), NOW_MS);
-        assert_eq!(open.verdict, Verdict::Agrees);
+        assert_eq!(open.outcome, Verdict::Agrees);
         assert_eq!(open.next_check_ms, Some(NOW_MS + 10 * 60_000));
     }
 
@@ -319,7 +319,7 @@ mod tests {
             NOW_MS,
         );
         assert_eq!(
-            (differs.verdict, differs.next_check_ms),
+            (differs.outcome, differs.next_check_ms),
             (Verdict::Differs, None)
         );
         assert_eq!(differs.differences, [difference(Field::Amount)]);
@@ -332,15 +332,15 @@ mod tests {
             ..observed(vec![difference(Field::PaymentState)], StripeStatus::Open)
         };
         let lags = judge(&state_differs(Some(NOW_MS - MAX_LAG_MS + 1)), NOW_MS);
-        assert_eq!((lags.verdict, lags.differences.len()), (Verdict::Lags, 0));
+        assert_eq!((lags.outcome, lags.differences.len()), (Verdict::Lags, 0));
         assert_eq!(lags.next_check_ms, Some(NOW_MS + LAG_RECHECK_MS));
 
         let old_proof = judge(&state_differs(Some(NOW_MS - MAX_LAG_MS)), NOW_MS);
-        assert_eq!(old_proof.verdict, Verdict::Differs);
+        assert_eq!(old_proof.outcome, Verdict::Differs);
         assert_eq!(old_proof.differences.len(), 1);
 
         let no_proof = judge(&state_differs(None), NOW_MS);
-        assert_eq!(no_proof.verdict, Verdict::Differs);
+        assert_eq!(no_proof.outcome, Verdict::Differs);
     }
 
     #[test]
@@ -355,7 +355,7 @@ mod tests {
             },
             NOW_MS,
         );
-        assert_eq!(judgement.verdict, Verdict::Differs);
+        assert_eq!(judgement.outcome, Verdict::Differs);
         assert_eq!(judgement.differences, [difference(Field::Amount)]);
     }
 }

@@ -98,7 +98,7 @@ pub(super) async fn link_payment(
     };
     let rows = run.context.store.observations_for(&[id.to_owned()]).await?;
     let observations = parse_observations(&rows)?;
-    let links = PaymentLinks::read(observations.iter().map(|stored| &stored.telling));
+    let links = PaymentLinks::read(observations.iter().map(|stored| &stored.observation));
     if links.invoice_of(object).is_some() {
         return Ok(true);
     }
@@ -173,7 +173,7 @@ async fn intent_of_charge(
     };
 
     let event = run.recorder.prepare_object(&found, scope.account());
-    let intent = match as_stored(&event)?.map(|stored| stored.telling.object) {
+    let intent = match as_stored(&event)?.map(|stored| stored.observation.object) {
         Some(Object::Charge(charge)) => charge.payment_intent,
         _ => None,
     };

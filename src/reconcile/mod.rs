@@ -254,7 +254,7 @@ fn saved_unless_future(saved: Option<i64>, now: i64, overlap: i64) -> Option<i64
 /// Parses the observation of an event. Skips a damaged one with a warning: `rebuild` repairs it.
 fn parse_or_skip(event: &PendingLookup) -> Option<Observation> {
     match event.parse_observation()? {
-        Ok(stored) => Some(stored.telling),
+        Ok(stored) => Some(stored.observation),
         Err(error) => {
             tracing::warn!(%error, "skipped a damaged observation");
             None

@@ -82,7 +82,7 @@ impl<'t> Recorder<'t> {
         }
 
         self.remember_histories(&events).await?;
-        let missed = self.collect_api_only(&events).await?;
+        let undelivered = self.collect_api_only(&events).await?;
         match self.mode {
             WriteMode::DryRun => events.into_iter().for_each(|event| self.stage(event)),
             WriteMode::Save => {
@@ -94,7 +94,7 @@ impl<'t> Recorder<'t> {
                 try_join_all(appending).await?;
                 // Not at the end of the run: a run that fails later still found them.
                 let metrics = &self.context.metrics.reconcile;
-                metrics.api_only_events.inc_by(missed);
+                metrics.api_only_events.inc_by(undelivered);
             }
         }
         Ok(())
@@ -164,7 +164,7 @@ impl<'t> Recorder<'t> {
         for chunk in objects.chunks(OBJECTS_PER_QUERY) {
             let rows = self.context.store.observations_for(chunk).await?;
             for stored in parse_observations(&rows)? {
-                let mentions = stored.telling.mentions();
+                let mentions = stored.observation.mentions();
                 invoices.extend(
                     mentions
                         .into_iter()
@@ -189,13 +189,13 @@ impl<'t> Recorder<'t> {
         let stored = self.context.store.known_ids(&ids).await?;
         let stored: HashSet<String> = stored.into_iter().collect();
 
-        let mut missed = 0;
+        let mut undelivered = 0;
         for event in from_list {
             let Some(id) = event.id.clone().filter(|id| !stored.contains(id)) else {
                 continue;
             };
             let event_type = event.event_type.clone().unwrap_or_default();
-            missed += u64::from(should_be_sent(&event_type));
+            undelivered += u64::from(should_be_sent(&event_type));
             self.api_only.push(ApiOnlyEvent {
                 event_id: id,
                 event_type,
@@ -207,7 +207,7 @@ impl<'t> Recorder<'t> {
                     .map(|mention| mention.object_id.clone()),
             });
         }
-        Ok(missed)
+        Ok(undelivered)
     }
 
     /// Returns everything that is known about a stored invoice, including what a dry run found.
@@ -272,7 +272,7 @@ impl<'t> Recorder<'t> {
 
             let by_key: HashMap<EventKey, &Observation> = observations
                 .iter()
-                .map(|stored| (stored.key, &stored.telling))
+                .map(|stored| (stored.key, &stored.observation))
                 .collect();
             healed.push(Healed {
                 invoice: Invoice {
@@ -300,7 +300,7 @@ fn is_fetched_object(event: &NewEvent) -> bool {
 /// Returns the observation of a new event, as it will be stored; `None` if it has none.
 pub(super) fn as_stored(event: &NewEvent) -> Result<Option<StoredObservation>, StoreError> {
     event
-        .telling
+        .observation
         .as_deref()
         .map(|json| StoredObservation::parse(event.key, json))
         .transpose()
@@ -311,7 +311,7 @@ pub(super) fn as_stored(event: &NewEvent) -> Result<Option<StoredObservation>, S
 fn objects_of(observations: &[StoredObservation]) -> impl Iterator<Item = String> {
     observations
         .iter()
-        .flat_map(|stored| stored.telling.mentions())
+        .flat_map(|stored| stored.observation.mentions())
         .filter(|mention| !mention.is_invoice)
         .map(|mention| mention.object_id)
 }

@@ -184,7 +184,7 @@ async fn record_events(
     let events = page
         .iter()
         .map(|event| run.recorder.prepare_body(with_account(event, scope)))
-        .filter(|event| event.telling.is_some())
+        .filter(|event| event.observation.is_some())
         .collect();
     run.recorder.record(events).await
 }

@@ -101,7 +101,7 @@ pub struct NewEvent {
     pub outcome: Outcome,
     pub unreadable_reason: Option<String>,
     /// An `Observation` as JSON.
-    pub telling: Option<String>,
+    pub observation: Option<String>,
     pub mentions: Vec<Link>,
     pub body: PackedBody,
 }
@@ -147,7 +147,7 @@ pub struct LoggedEvent {
 #[derive(Clone, Debug)]
 pub struct StoredBody {
     pub logged: LoggedEvent,
-    pub telling: Option<String>,
+    pub observation: Option<String>,
     /// `None` if the body was pruned.
     pub body: Option<Vec<u8>>,
 }
@@ -255,12 +255,12 @@ pub(super) fn logged(row: LoggedRow) -> Result<LoggedEvent, StoreError> {
 
 /// Returns the event and the JSON of its observation.
 pub(super) fn observed(row: ObservedRow) -> Result<(LoggedEvent, Option<String>), StoreError> {
-    let (a, b, c, d, e, f, g, h, i, j, k, telling, _) = row;
-    Ok((logged((a, b, c, d, e, f, g, h, i, j, k))?, telling))
+    let (a, b, c, d, e, f, g, h, i, j, k, observation, _) = row;
+    Ok((logged((a, b, c, d, e, f, g, h, i, j, k))?, observation))
 }
 
 pub(super) fn stored_body(row: BodyRow) -> Result<StoredBody, StoreError> {
-    let (a, b, c, d, e, f, g, h, i, j, k, telling, packed) = row;
+    let (a, b, c, d, e, f, g, h, i, j, k, observation, packed) = row;
     let logged = logged((a, b, c, d, e, f, g, h, i, j, k))?;
     let damaged = || {
         StoreError::damaged(format!(
@@ -273,7 +273,7 @@ pub(super) fn stored_body(row: BodyRow) -> Result<StoredBody, StoreError> {
         .transpose()?;
     Ok(StoredBody {
         logged,
-        telling,
+        observation,
         body,
     })
 }

@@ -433,7 +433,7 @@ async fn insert(session: &mut Connection, event: &NewEvent) -> Result<(), StoreE
         &event.secret_label,
         event.outcome.as_str(),
         &event.unreadable_reason,
-        &event.telling,
+        &event.observation,
         event.linked(),
         event.body.as_bytes()
     )?;

@@ -352,7 +352,7 @@ async fn delete_observations(database_url: &str) {
             received_ms: logged.received_ms,
         };
         let unread = NewEvent {
-            telling: None,
+            observation: None,
             mentions: Vec::new(),
             outcome: Outcome::NoPaymentFact,
             ..prepare(delivery)

@@ -94,7 +94,7 @@ fn event(id: &str, rendering: u8, invoice: &str, received_ms: i64) -> NewEvent {
         secret_label: Some("live".to_owned()),
         outcome: Outcome::Recorded,
         unreadable_reason: None,
-        telling: None,
+        observation: None,
         mentions: vec![mention(invoice, true), mention(&format!("ch_{id}"), false)],
         body: PackedBody::pack(id.as_bytes()),
     }

@@ -381,7 +381,7 @@ proptest! {
         let place = &pointers[pointer % pointers.len()];
         *all[index].pointer_mut(place).expect("collected from this value") = junk;
         let known: Vec<StoredObservation> = all.iter().filter_map(|json| match event::read(json.to_string().as_bytes()) {
-            event::Reading::Event(event) => event.telling.map(|telling| StoredObservation { key: event.key, telling }),
+            event::Reading::Event(event) => event.observation.map(|observation| StoredObservation { key: event.key, observation }),
             event::Reading::Unreadable { .. } => None,
         }).collect();
         fold(Some(INVOICE), &[], &known);

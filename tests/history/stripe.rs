@@ -75,9 +75,9 @@ pub fn known(events: &[Value]) -> Vec<StoredObservation> {
     let read = events
         .iter()
         .filter_map(|json| match event::read(json.to_string().as_bytes()) {
-            Reading::Event(event) => event.telling.map(|telling| StoredObservation {
+            Reading::Event(event) => event.observation.map(|observation| StoredObservation {
                 key: event.key,
-                telling,
+                observation,
             }),
             Reading::Unreadable { reason, .. } => panic!("{reason}: {json}"),
         });

@@ -175,8 +175,8 @@ impl Invariants {
 
     fn check_row(&mut self, row: &StoredBody) -> Result<(), String> {
         if let Some((before, _)) = self.rows.get(&row.logged.key) {
-            let is_same = (&before.logged, &before.telling, &before.body)
-                == (&row.logged, &row.telling, &row.body);
+            let is_same = (&before.logged, &before.observation, &before.body)
+                == (&row.logged, &row.observation, &row.body);
             return if is_same {
                 Ok(())
             } else {
@@ -198,10 +198,10 @@ impl Invariants {
             received_ms: row.logged.received_ms,
         });
 
-        if (&row.logged, &row.telling) != (&logged(&event), &event.telling) {
+        if (&row.logged, &row.observation) != (&logged(&event), &event.observation) {
             return Err(format!(
                 "in the log is {:?} {:?}, and its bytes say {event:?}",
-                row.logged, row.telling
+                row.logged, row.observation
             ));
         }
 
@@ -221,11 +221,11 @@ impl Invariants {
             .map(|key| &self.rows[key].0)
             .filter(|row| is_type(row, "v1."))
         {
-            let telling = row
-                .telling
+            let observation = row
+                .observation
                 .as_deref()
                 .map(|text| serde_json::from_str::<Observation>(text).unwrap());
-            let Some(twin) = telling.and_then(|telling| telling.snapshot_event) else {
+            let Some(twin) = observation.and_then(|observation| observation.snapshot_event) else {
                 continue;
             };
             let has_it = |(other, _): &(StoredBody, Vec<String>)| {
@@ -259,7 +259,7 @@ impl Invariants {
                 .filter(|event| !self.unlisted.contains(&event.id))
             {
                 if let Reading::Event(read) = read(event.as_listed().to_string().as_bytes())
-                    && read.telling.is_some()
+                    && read.observation.is_some()
                 {
                     self.result
                         .insert(read.key, format!("{} {}", event.id, event.kind));

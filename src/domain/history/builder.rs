@@ -111,14 +111,14 @@ impl<'a, 'k> HistoryBuilder<'a, 'k> {
         let invoices = self
             .counted
             .iter()
-            .filter_map(|&stored| match &stored.telling.object {
+            .filter_map(|&stored| match &stored.observation.object {
                 Object::Invoice(invoice) => Some((stored, &**invoice)),
                 _ => None,
             });
         invoices
             .filter(|(stored, invoice)| {
-                by_type(&stored.telling, invoice) == Some(fact)
-                    || (counts_snapshots && by_snapshot(&stored.telling, invoice, fact))
+                by_type(&stored.observation, invoice) == Some(fact)
+                    || (counts_snapshots && by_snapshot(&stored.observation, invoice, fact))
             })
             .collect()
     }
@@ -165,10 +165,10 @@ impl<'a, 'k> HistoryBuilder<'a, 'k> {
             for &stored in observations {
                 // The two come together, a second or two apart. A failure in between must not
                 // separate them, so both count at the second of the earlier one.
-                let second = stored.telling.created;
+                let second = stored.observation.created;
                 let earliest = second.saturating_sub(SAME_ACTION_S);
-                let at = siblings.partition_point(|sibling| sibling.telling.created < earliest);
-                let sibling = siblings.get(at).map(|sibling| sibling.telling.created);
+                let at = siblings.partition_point(|sibling| sibling.observation.created < earliest);
+                let sibling = siblings.get(at).map(|sibling| sibling.observation.created);
                 let counted_at = sibling.filter(|at| *at <= second).unwrap_or(second);
                 rounds
                     .entry(self.round(counted_at))
@@ -194,14 +194,14 @@ impl<'a, 'k> HistoryBuilder<'a, 'k> {
     fn of_type(&self, kind: &str) -> Vec<&'a StoredObservation> {
         let of_type = self.counted.iter().copied();
         of_type
-            .filter(|stored| stored.telling.kind == kind)
+            .filter(|stored| stored.observation.kind == kind)
             .collect()
     }
 
     fn in_flight(&self) -> Vec<PendingEntry<'a>> {
         let mut flights: BTreeMap<(&'a str, usize), Vec<&'a StoredObservation>> = BTreeMap::new();
         for &stored in self.counted {
-            let payment = match (&stored.telling.object, stored.telling.kind.as_str()) {
+            let payment = match (&stored.observation.object, stored.observation.kind.as_str()) {
                 (Object::PaymentIntent(intent), "payment_intent.processing") => intent.id.as_str(),
                 (Object::Charge(charge), "charge.pending") => charge
                     .payment_intent
@@ -210,7 +210,7 @@ impl<'a, 'k> HistoryBuilder<'a, 'k> {
                     .unwrap_or(&charge.id),
                 _ => continue,
             };
-            let round = self.round(stored.telling.created);
+            let round = self.round(stored.observation.created);
             flights.entry((payment, round)).or_default().push(stored);
         }
 
@@ -230,7 +230,7 @@ impl<'a, 'k> HistoryBuilder<'a, 'k> {
         let mut funded: BTreeMap<(&'a str, i64), Vec<&'a StoredObservation>> = BTreeMap::new();
         for &stored in self.counted {
             if let (Object::PaymentIntent(intent), "payment_intent.partially_funded") =
-                (&stored.telling.object, stored.telling.kind.as_str())
+                (&stored.observation.object, stored.observation.kind.as_str())
                 && let Some(amount) = intent.funded()
             {
                 funded.entry((&intent.id, amount)).or_default().push(stored);
@@ -254,13 +254,13 @@ impl<'a, 'k> HistoryBuilder<'a, 'k> {
         let paid = self.sources_of(InvoiceFact::Paid);
         let lowest_due = paid
             .iter()
-            .filter(|(stored, invoice)| by_snapshot(&stored.telling, invoice, InvoiceFact::Paid))
+            .filter(|(stored, invoice)| by_snapshot(&stored.observation, invoice, InvoiceFact::Paid))
             .filter_map(|(_, invoice)| invoice.amount_due)
             .min();
         let mut parts: BTreeMap<&'a str, Vec<&'a StoredObservation>> = BTreeMap::new();
         for &stored in self.counted {
             if let (Object::InvoicePayment(part), "invoice_payment.paid") =
-                (&stored.telling.object, stored.telling.kind.as_str())
+                (&stored.observation.object, stored.observation.kind.as_str())
             {
                 parts.entry(&part.id).or_default().push(stored);
             }
@@ -287,7 +287,7 @@ impl<'a, 'k> HistoryBuilder<'a, 'k> {
     fn finalization_failed(&self) -> Vec<PendingEntry<'a>> {
         let mut seconds: BTreeMap<i64, InvoiceSources<'a>> = BTreeMap::new();
         for (stored, invoice) in self.sources_of(InvoiceFact::FinalizationFailed) {
-            let second = seconds.entry(stored.telling.created).or_default();
+            let second = seconds.entry(stored.observation.created).or_default();
             second.push((stored, invoice));
         }
 
@@ -345,20 +345,20 @@ fn time_of(fact: InvoiceFact, sources: &[(&StoredObservation, &Invoice)]) -> i64
     let trusted = || {
         sources
             .iter()
-            .filter(|(stored, invoice)| !contradicts(&stored.telling, invoice))
+            .filter(|(stored, invoice)| !contradicts(&stored.observation, invoice))
     };
     let real = trusted()
         .filter(|(_, invoice)| invoice.test_clock.is_none())
         .filter_map(|(_, invoice)| transition_time(fact, invoice))
         .min();
-    let events = || sources.iter().filter(|(stored, _)| !stored.telling.fetched);
+    let events = || sources.iter().filter(|(stored, _)| !stored.observation.fetched);
     let in_row = || {
         events()
-            .filter(|(stored, invoice)| by_type(&stored.telling, invoice) == Some(fact))
-            .map(|(stored, _)| stored.telling.created)
+            .filter(|(stored, invoice)| by_type(&stored.observation, invoice) == Some(fact))
+            .map(|(stored, _)| stored.observation.created)
             .min()
     };
-    let shown = || events().map(|(stored, _)| stored.telling.created).min();
+    let shown = || events().map(|(stored, _)| stored.observation.created).min();
     let simulated = || {
         trusted()
             .filter_map(|(_, invoice)| transition_time(fact, invoice))

@@ -51,8 +51,8 @@ impl<'a, 'k> InvoiceContext<'a, 'k> {
         let paid: Vec<&Invoice> = snapshots
             .iter()
             .filter(|(stored, invoice)| {
-                by_snapshot(&stored.telling, invoice, InvoiceFact::Paid)
-                    || by_type(&stored.telling, invoice) == Some(InvoiceFact::Paid)
+                by_snapshot(&stored.observation, invoice, InvoiceFact::Paid)
+                    || by_type(&stored.observation, invoice) == Some(InvoiceFact::Paid)
             })
             .map(|(_, invoice)| *invoice)
             .collect();
@@ -158,8 +158,8 @@ impl<'a, 'k> InvoiceContext<'a, 'k> {
 pub(super) fn trusted_snapshot(
     stored: &StoredObservation,
 ) -> Option<(&StoredObservation, &Invoice)> {
-    match &stored.telling.object {
-        Object::Invoice(invoice) if !contradicts(&stored.telling, invoice) => {
+    match &stored.observation.object {
+        Object::Invoice(invoice) if !contradicts(&stored.observation, invoice) => {
             Some((stored, invoice))
         }
         _ => None,
@@ -178,7 +178,7 @@ pub(super) fn collected(paid: &[&Invoice]) -> Option<i64> {
 
 /// Returns the payment that an observation is about.
 fn payment_of(stored: &StoredObservation, links: &PaymentLinks) -> Option<usize> {
-    let names = stored.telling.object.names();
+    let names = stored.observation.object.names();
     names.iter().find_map(|(id, _)| links.payment_of(id))
 }
 
@@ -199,8 +199,8 @@ fn part_amounts<'a>(counted: &[&'a StoredObservation]) -> HashMap<&'a str, i64> 
     let mut amounts = HashMap::new();
     for is_claim in [true, false] {
         for stored in counted {
-            if let Object::InvoicePayment(payment) = &stored.telling.object
-                && (stored.telling.kind == "invoice_payment.paid") == is_claim
+            if let Object::InvoicePayment(payment) = &stored.observation.object
+                && (stored.observation.kind == "invoice_payment.paid") == is_claim
                 && let Some(amount) = payment.amount_paid
             {
                 amounts.entry(payment.id.as_str()).or_insert(amount);
@@ -215,7 +215,7 @@ fn by_charge<'a>(
 ) -> HashMap<&'a str, Vec<&'a StoredObservation>> {
     let mut by_charge: HashMap<&str, Vec<&StoredObservation>> = HashMap::new();
     for &stored in counted {
-        let charge = match &stored.telling.object {
+        let charge = match &stored.observation.object {
             Object::Charge(charge) => Some(charge.id.as_str()),
             Object::PaymentIntent(intent) => intent.error_charge.as_deref(),
             _ => None,
@@ -229,7 +229,7 @@ fn by_charge<'a>(
 
 /// Returns the amount of a PaymentIntent or a charge.
 fn amount(stored: &StoredObservation) -> Option<i64> {
-    match &stored.telling.object {
+    match &stored.observation.object {
         Object::PaymentIntent(intent) => intent.amount,
         Object::Charge(charge) => charge.amount,
         _ => None,
@@ -241,7 +241,7 @@ fn is_currency_code(text: &&str) -> bool {
 }
 
 fn currency(stored: &StoredObservation) -> Option<&str> {
-    match &stored.telling.object {
+    match &stored.observation.object {
         Object::Invoice(_) => {
             trusted_snapshot(stored).and_then(|(_, invoice)| invoice.currency.as_deref())
         }

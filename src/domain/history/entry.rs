@@ -85,7 +85,7 @@ impl<'a> PendingEntry<'a> {
     }
 
     /// Returns the sort key: phase, time, tie-break, attempt number, object id, message.
-    pub fn place(&self) -> (Phase, i64, TieBreak, i64, &str, &str) {
+    pub fn sort_key(&self) -> (Phase, i64, TieBreak, i64, &str, &str) {
         (
             self.phase,
             self.time,
@@ -99,7 +99,7 @@ impl<'a> PendingEntry<'a> {
 
 /// Returns the earliest `created` of these observations in Unix seconds, 0 if there are none.
 pub(in crate::domain) fn earliest_second(sources: &[&StoredObservation]) -> i64 {
-    let seconds = sources.iter().map(|stored| stored.telling.created);
+    let seconds = sources.iter().map(|stored| stored.observation.created);
     seconds.min().unwrap_or_default()
 }
 
@@ -113,5 +113,5 @@ pub(in crate::domain) fn in_order(
 
 /// Returns the sort key of [`in_order`].
 pub(in crate::domain) fn chronological(stored: &StoredObservation) -> (i64, &str, EventKey) {
-    (stored.telling.created, &stored.telling.id, stored.key)
+    (stored.observation.created, &stored.observation.id, stored.key)
 }

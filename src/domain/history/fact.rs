@@ -72,7 +72,7 @@ pub fn asserts_fact(event: &Event) -> bool {
         .event_type
         .strip_prefix("v1.")
         .unwrap_or(&event.event_type);
-    is_about_returned_money(kind) || event.telling.as_ref().is_some_and(asserts)
+    is_about_returned_money(kind) || event.observation.as_ref().is_some_and(asserts)
 }
 
 /// Returns whether money is returned or contested: that asserts a fact whatever the object shows.

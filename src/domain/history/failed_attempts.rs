@@ -35,20 +35,20 @@ pub struct FailedAttempt<'a> {
     pub sources: Vec<&'a StoredObservation>,
     /// Charges that these events name.
     pub charges: BTreeSet<&'a str>,
-    pub tries: Vec<FailedTry<'a>>,
+    pub failed_tries: Vec<FailedTry<'a>>,
 }
 
 impl<'a> FailedAttempt<'a> {
     /// Returns the earliest `created` of its events and tries.
     pub fn time(&self) -> i64 {
-        let events = self.sources.first().map(|stored| stored.telling.created);
-        let tries = self.tries.iter().map(|failed| failed.time);
-        events.into_iter().chain(tries).min().unwrap_or_default()
+        let events = self.sources.first().map(|stored| stored.observation.created);
+        let failed_tries = self.failed_tries.iter().map(|failed| failed.time);
+        events.into_iter().chain(failed_tries).min().unwrap_or_default()
     }
 
     /// Returns the lowest charge, else the lowest PaymentIntent, else an empty id.
     pub fn object_id(&self) -> &'a str {
-        let intents = self.tries.iter().filter_map(|failed| failed.intent);
+        let intents = self.failed_tries.iter().filter_map(|failed| failed.intent);
         self.all_charges()
             .min()
             .or_else(|| intents.min())
@@ -57,21 +57,21 @@ impl<'a> FailedAttempt<'a> {
 
     /// Returns the charges that its events or its tries name.
     pub fn all_charges(&self) -> impl Iterator<Item = &'a str> {
-        let tried = self.tries.iter().filter_map(|failed| failed.charge);
+        let tried = self.failed_tries.iter().filter_map(|failed| failed.charge);
         self.charges.iter().copied().chain(tried)
     }
 
     /// Returns its events and the sources of its tries.
     pub fn all_sources(&self) -> impl Iterator<Item = &'a StoredObservation> {
-        let tries = self.tries.iter().flat_map(|failed| &failed.sources);
-        self.sources.iter().chain(tries).copied()
+        let failed_tries = self.failed_tries.iter().flat_map(|failed| &failed.sources);
+        self.sources.iter().chain(failed_tries).copied()
     }
 
     /// Returns the second of its earliest event, 0 if no event reports it.
     fn event_second(&self) -> i64 {
         self.sources
             .first()
-            .map(|stored| stored.telling.created)
+            .map(|stored| stored.observation.created)
             .unwrap_or_default()
     }
 
@@ -80,7 +80,7 @@ impl<'a> FailedAttempt<'a> {
     }
 
     /// Returns the order of the entries, which decides the attempts that have one of their own.
-    fn place(&self) -> (i64, i64, &'a str, Option<EventKey>) {
+    fn sort_key(&self) -> (i64, i64, &'a str, Option<EventKey>) {
         let earliest = self
             .all_sources()
             .min_by(|a, b| chronological(a).cmp(&chronological(b)));
@@ -108,7 +108,7 @@ pub fn limit(mut attempts: Vec<FailedAttempt<'_>>) -> LimitedAttempts<'_> {
             shared: Vec::new(),
         };
     }
-    attempts.sort_by_cached_key(FailedAttempt::place);
+    attempts.sort_by_cached_key(FailedAttempt::sort_key);
 
     let latest = attempts.split_off(attempts.len() - TOLD_AT_EACH_END);
     let shared = attempts.split_off(TOLD_AT_EACH_END);
@@ -132,7 +132,7 @@ pub fn failed_attempts<'a>(observations: &[&'a StoredObservation]) -> Vec<Failed
     let mut unnamed = Vec::new();
     for failed in failed_tries(observations) {
         match failed.charge.and_then(|charge| by_charge.get(charge)) {
-            Some(&at) => attempts[at].tries.push(failed),
+            Some(&at) => attempts[at].failed_tries.push(failed),
             None => unnamed.push(failed),
         }
     }
@@ -140,7 +140,7 @@ pub fn failed_attempts<'a>(observations: &[&'a StoredObservation]) -> Vec<Failed
     add_fetched_reasons(&mut attempts, observations);
 
     attempts.extend(alone.into_iter().map(|failed| FailedAttempt {
-        tries: vec![failed],
+        failed_tries: vec![failed],
         ..FailedAttempt::default()
     }));
     attempts
@@ -152,11 +152,11 @@ pub fn failed_attempts<'a>(observations: &[&'a StoredObservation]) -> Vec<Failed
 pub fn lacks_reason(observations: &[&StoredObservation]) -> bool {
     let attempts = failed_attempts(observations);
     let latest = attempts.iter().max_by_key(|attempt| attempt.order());
-    let Some(latest) = latest.filter(|attempt| attempt.tries.is_empty()) else {
+    let Some(latest) = latest.filter(|attempt| attempt.failed_tries.is_empty()) else {
         return false;
     };
     !observations.iter().any(|stored| {
-        fetched_intent(stored).is_some() && stored.telling.created >= latest.event_second()
+        fetched_intent(stored).is_some() && stored.observation.created >= latest.event_second()
     })
 }
 
@@ -181,13 +181,13 @@ fn add_fetched_reasons<'a>(
         }
 
         // The attempts are sorted by the second of their earliest event.
-        let before = attempts.partition_point(|a| a.event_second() <= stored.telling.created);
+        let before = attempts.partition_point(|a| a.event_second() <= stored.observation.created);
         let Some(attempt) = attempts[..before].last_mut() else {
             continue;
         };
-        if attempt.tries.is_empty() && attempt.charges.is_empty() {
+        if attempt.failed_tries.is_empty() && attempt.charges.is_empty() {
             known.extend(charge);
-            attempt.tries.push(FailedTry {
+            attempt.failed_tries.push(FailedTry {
                 charge,
                 intent: charge.is_none().then_some(intent.id.as_str()),
                 sources: vec![stored],
@@ -198,8 +198,8 @@ fn add_fetched_reasons<'a>(
 }
 
 fn fetched_intent(stored: &StoredObservation) -> Option<&PaymentIntent> {
-    match &stored.telling.object {
-        Object::PaymentIntent(intent) if stored.telling.fetched => Some(intent),
+    match &stored.observation.object {
+        Object::PaymentIntent(intent) if stored.observation.fetched => Some(intent),
         _ => None,
     }
 }
@@ -225,7 +225,7 @@ fn attempts_of_events<'a>(observations: &[&'a StoredObservation]) -> Vec<FailedA
     let mut by_second: HashMap<i64, usize> = HashMap::new();
     for (at, attempt) in attempts.iter().enumerate() {
         for stored in &attempt.sources {
-            by_second.entry(stored.telling.created).or_insert(at);
+            by_second.entry(stored.observation.created).or_insert(at);
         }
     }
 
@@ -247,11 +247,11 @@ fn attempts_of_events<'a>(observations: &[&'a StoredObservation]) -> Vec<FailedA
 }
 
 fn failure(stored: &StoredObservation) -> Option<Failure<'_>> {
-    match &stored.telling.object {
-        Object::Invoice(invoice) if stored.telling.kind == "invoice.payment_failed" => {
+    match &stored.observation.object {
+        Object::Invoice(invoice) if stored.observation.kind == "invoice.payment_failed" => {
             Some(Failure {
                 stored,
-                second: stored.telling.created,
+                second: stored.observation.created,
                 number: invoice.attempt_count,
                 charge: invoice.charge.as_deref(),
             })
@@ -343,9 +343,9 @@ fn include<'a>(attempt: &mut FailedAttempt<'a>, failure: &Failure<'a>) {
 /// Returns the tries that stay alone. Ties go to the earlier attempt, then the lower number, then
 /// the earlier try, then the lower id. Walks the seconds once for each distance, so the time does
 /// not depend on the number of possible pairs.
-fn pair<'a>(attempts: &mut [FailedAttempt<'a>], tries: Vec<FailedTry<'a>>) -> Vec<FailedTry<'a>> {
-    let mut tries: Vec<Option<FailedTry<'a>>> = tries.into_iter().map(Some).collect();
-    let mut waiting = tries_by_second(&tries);
+fn pair<'a>(attempts: &mut [FailedAttempt<'a>], failed_tries: Vec<FailedTry<'a>>) -> Vec<FailedTry<'a>> {
+    let mut failed_tries: Vec<Option<FailedTry<'a>>> = failed_tries.into_iter().map(Some).collect();
+    let mut waiting = tries_by_second(&failed_tries);
     let mut unpaired: Vec<usize> = (0..attempts.len())
         .filter(|&at| attempts[at].charges.is_empty())
         .collect();
@@ -359,22 +359,22 @@ fn pair<'a>(attempts: &mut [FailedAttempt<'a>], tries: Vec<FailedTry<'a>>) -> Ve
             let second = attempts[at].event_second();
             let near = take_at(&mut waiting, &mut before, second - distance)
                 .or_else(|| take_at(&mut waiting, &mut after, second + distance));
-            let Some(failed) = near.and_then(|index| tries[index].take()) else {
+            let Some(failed) = near.and_then(|index| failed_tries[index].take()) else {
                 return true;
             };
-            attempts[at].tries.push(failed);
+            attempts[at].failed_tries.push(failed);
             false
         });
         waiting.retain(|(_, queue)| !queue.is_empty());
     }
-    tries.into_iter().flatten().collect()
+    failed_tries.into_iter().flatten().collect()
 }
 
 /// Seconds in ascending order, each with the tries of that second by id.
 type TriesBySecond = Vec<(i64, VecDeque<usize>)>;
 
-fn tries_by_second(tries: &[Option<FailedTry>]) -> TriesBySecond {
-    let mut sorted: Vec<(i64, Option<&str>, usize)> = tries
+fn tries_by_second(failed_tries: &[Option<FailedTry>]) -> TriesBySecond {
+    let mut sorted: Vec<(i64, Option<&str>, usize)> = failed_tries
         .iter()
         .enumerate()
         .filter_map(|(at, failed)| {

@@ -31,15 +31,15 @@ enum TryKey<'a> {
 /// Tries found so far, in the order in which they were found.
 #[derive(Default)]
 struct FoundTries<'a> {
-    tries: Vec<FailedTry<'a>>,
+    failed_tries: Vec<FailedTry<'a>>,
     index: HashMap<TryKey<'a>, usize>,
 }
 
 impl<'a> FoundTries<'a> {
     fn add(&mut self, stored: &'a StoredObservation, key: TryKey<'a>) {
-        let second = stored.telling.created;
+        let second = stored.observation.created;
         if let Some(&at) = self.index.get(&key) {
-            let found = &mut self.tries[at];
+            let found = &mut self.failed_tries[at];
             found.sources.push(stored);
             found.time = found.time.min(second);
             return;
@@ -49,8 +49,8 @@ impl<'a> FoundTries<'a> {
             TryKey::Charge(charge) => (Some(charge), None),
             TryKey::IntentAt(intent, _) => (None, Some(intent)),
         };
-        self.index.insert(key, self.tries.len());
-        self.tries.push(FailedTry {
+        self.index.insert(key, self.failed_tries.len());
+        self.failed_tries.push(FailedTry {
             charge,
             intent,
             sources: vec![stored],
@@ -61,7 +61,7 @@ impl<'a> FoundTries<'a> {
     /// Returns the lowest charge id of each second in which a try with a charge began.
     fn lowest_charges(&self) -> BTreeMap<i64, &'a str> {
         let mut lowest = BTreeMap::new();
-        for found in &self.tries {
+        for found in &self.failed_tries {
             if let Some(charge) = found.charge {
                 let known = lowest.entry(found.time).or_insert(charge);
                 *known = charge.min(*known);
@@ -76,7 +76,7 @@ pub fn failed_tries<'a>(observations: &[&'a StoredObservation]) -> Vec<FailedTry
     let mut found = FoundTries::default();
     let mut without_charge = Vec::new();
     for &stored in observations {
-        match (&stored.telling.object, stored.telling.kind.as_str()) {
+        match (&stored.observation.object, stored.observation.kind.as_str()) {
             (Object::Charge(charge), "charge.failed") => {
                 found.add(stored, TryKey::Charge(&charge.id));
             }
@@ -94,14 +94,14 @@ pub fn failed_tries<'a>(observations: &[&'a StoredObservation]) -> Vec<FailedTry
     // times first: a thin event must not move a try while others are still being matched.
     let charges = found.lowest_charges();
     for (stored, intent) in without_charge {
-        let second = stored.telling.created;
-        let key = match nearest(&charges, second).filter(|_| stored.telling.thin) {
+        let second = stored.observation.created;
+        let key = match nearest(&charges, second).filter(|_| stored.observation.thin) {
             Some(charge) => TryKey::Charge(charge),
             None => TryKey::IntentAt(intent, second),
         };
         found.add(stored, key);
     }
-    found.tries
+    found.failed_tries
 }
 
 /// Returns the charge that failed. `latest_charge` may be an earlier one if there is an error.

@@ -31,7 +31,7 @@ impl<'a> InvoiceObservations<'a> {
         let own: Vec<&StoredObservation> = known
             .iter()
             .copied()
-            .filter(|stored| stored.telling.object.named_invoice() == Some(invoice_id))
+            .filter(|stored| stored.observation.object.named_invoice() == Some(invoice_id))
             .collect();
         let origins = Origins::read(&own);
 
@@ -39,14 +39,14 @@ impl<'a> InvoiceObservations<'a> {
         let admitted: Vec<&StoredObservation> = known
             .into_iter()
             .filter(|stored| {
-                stored.telling.object.named_invoice() == Some(invoice_id)
-                    || origins.admit(&stored.telling)
+                stored.observation.object.named_invoice() == Some(invoice_id)
+                    || origins.admit(&stored.observation)
             })
             .collect();
-        let links = PaymentLinks::read(admitted.iter().map(|stored| &stored.telling));
+        let links = PaymentLinks::read(admitted.iter().map(|stored| &stored.observation));
         let counted = admitted
             .into_iter()
-            .filter(|stored| links.invoice_of(&stored.telling.object) == Some(invoice_id))
+            .filter(|stored| links.invoice_of(&stored.observation.object) == Some(invoice_id))
             .collect();
 
         InvoiceObservations {
@@ -54,9 +54,9 @@ impl<'a> InvoiceObservations<'a> {
             links,
             is_test_mode: own
                 .iter()
-                .any(|stored| stored.telling.livemode == Some(false)),
+                .any(|stored| stored.observation.livemode == Some(false)),
             account: connected_account(&own),
-            livemode: own.iter().rev().find_map(|stored| stored.telling.livemode),
+            livemode: own.iter().rev().find_map(|stored| stored.observation.livemode),
         }
     }
 
@@ -93,8 +93,8 @@ impl<'a> InvoiceObservations<'a> {
 fn connected_account<'a>(own: &[&'a StoredObservation]) -> Option<&'a str> {
     let mut accounts = own
         .iter()
-        .filter(|stored| !is_api_object_without_account(&stored.telling))
-        .map(|stored| stored.telling.account.as_deref());
+        .filter(|stored| !is_api_object_without_account(&stored.observation))
+        .map(|stored| stored.observation.account.as_deref());
     let first = accounts.next()??;
     accounts.all(|account| account.is_some()).then_some(first)
 }
@@ -140,7 +140,7 @@ impl<'a> Origins<'a> {
     fn read(own: &[&'a StoredObservation]) -> Origins<'a> {
         let own: HashSet<Origin> = own
             .iter()
-            .map(|stored| Origin::of(&stored.telling))
+            .map(|stored| Origin::of(&stored.observation))
             .collect();
         Origins {
             has_event: own.iter().any(|origin| !origin.is_api_object),
@@ -173,11 +173,11 @@ impl<'a> Origins<'a> {
 fn without_twins(known: &[StoredObservation]) -> Vec<&StoredObservation> {
     let snapshots: HashSet<&str> = known
         .iter()
-        .filter(|stored| !stored.telling.thin && !stored.telling.fetched)
-        .map(|stored| stored.telling.id.as_str())
+        .filter(|stored| !stored.observation.thin && !stored.observation.fetched)
+        .map(|stored| stored.observation.id.as_str())
         .collect();
     let kept = known.iter().filter(|stored| {
-        let twin = stored.telling.snapshot_event.as_deref();
+        let twin = stored.observation.snapshot_event.as_deref();
         !twin.is_some_and(|id| snapshots.contains(id))
     });
 

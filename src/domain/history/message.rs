@@ -231,7 +231,7 @@ fn failure_reason(payments: &[&StoredObservation]) -> Option<Reason> {
     let errors = || {
         payments
             .iter()
-            .filter_map(|stored| match &stored.telling.object {
+            .filter_map(|stored| match &stored.observation.object {
                 Object::PaymentIntent(intent) => intent.error.as_ref(),
                 _ => None,
             })
@@ -239,7 +239,7 @@ fn failure_reason(payments: &[&StoredObservation]) -> Option<Reason> {
     let charges = || {
         payments
             .iter()
-            .filter_map(|stored| match &stored.telling.object {
+            .filter_map(|stored| match &stored.observation.object {
                 Object::Charge(charge) => Some(charge),
                 _ => None,
             })
@@ -284,7 +284,7 @@ pub fn refund_failed(
         })
         .unwrap_or_default();
     let is_canceled = failed.iter().all(|(stored, refund)| {
-        refund.status.as_deref() == Some("canceled") && stored.telling.kind != "refund.failed"
+        refund.status.as_deref() == Some("canceled") && stored.observation.kind != "refund.failed"
     });
     let outcome = if is_canceled {
         "was canceled"

@@ -131,6 +131,6 @@ fn computed_entries<'a>(
         entries.extend(refunds_and_disputes::entries(counted, paid_ms, &context));
     }
 
-    entries.sort_by(|a, b| a.place().cmp(&b.place()));
+    entries.sort_by(|a, b| a.sort_key().cmp(&b.sort_key()));
     entries
 }

@@ -38,8 +38,8 @@ pub fn entries<'a>(
     paid_ms: i64,
     context: &InvoiceContext<'a, '_>,
 ) -> Vec<PendingEntry<'a>> {
-    let known_refunds = by_id(counted, |stored| match &stored.telling.object {
-        Object::Refund(refund) if is_refund_event(&stored.telling.kind) => {
+    let known_refunds = by_id(counted, |stored| match &stored.observation.object {
+        Object::Refund(refund) if is_refund_event(&stored.observation.kind) => {
             Some((&*refund.id, refund))
         }
         _ => None,
@@ -82,7 +82,7 @@ fn refunds<'a>(
             .iter()
             .copied()
             .filter(|(stored, refund)| {
-                stored.telling.kind == "refund.failed"
+                stored.observation.kind == "refund.failed"
                     || matches!(refund.status.as_deref(), Some("failed" | "canceled"))
             })
             .collect();
@@ -105,7 +105,7 @@ fn refunded_charges<'a>(
     let mut totals: BTreeMap<(&str, i64), ObjectSources<Charge>> = BTreeMap::new();
     for &stored in counted {
         if let (Object::Charge(charge), "charge.refunded") =
-            (&stored.telling.object, stored.telling.kind.as_str())
+            (&stored.observation.object, stored.observation.kind.as_str())
             && let Some(amount) = charge.amount_refunded
         {
             let sources = totals.entry((&charge.id, amount)).or_default();
@@ -148,8 +148,8 @@ fn credit_notes<'a>(
     paid_ms: i64,
     context: &InvoiceContext<'a, '_>,
 ) -> Vec<PendingEntry<'a>> {
-    let notes = by_id(counted, |stored| match &stored.telling.object {
-        Object::CreditNote(note) if stored.telling.kind.starts_with("credit_note.") => {
+    let notes = by_id(counted, |stored| match &stored.observation.object {
+        Object::CreditNote(note) if stored.observation.kind.starts_with("credit_note.") => {
             Some((&*note.id, note))
         }
         _ => None,
@@ -167,7 +167,7 @@ fn credit_notes<'a>(
             .iter()
             .copied()
             .filter(|(stored, note)| {
-                stored.telling.kind == "credit_note.voided"
+                stored.observation.kind == "credit_note.voided"
                     || note.status.as_deref() == Some("void")
             })
             .collect();
@@ -196,7 +196,7 @@ fn is_post_payment(sources: &[(&StoredObservation, &CreditNote)], paid_ms: i64) 
     let created = sources.iter().filter_map(|(_, note)| note.created).min();
     let received = sources
         .iter()
-        .map(|(stored, _)| stored.telling.created)
+        .map(|(stored, _)| stored.observation.created)
         .min();
     created
         .or(received)
@@ -207,7 +207,7 @@ fn disputes<'a>(
     counted: &[&'a StoredObservation],
     context: &InvoiceContext<'a, '_>,
 ) -> Vec<PendingEntry<'a>> {
-    let disputes = by_id(counted, |stored| match &stored.telling.object {
+    let disputes = by_id(counted, |stored| match &stored.observation.object {
         Object::Dispute(dispute) => Some((&*dispute.id, dispute)),
         _ => None,
     });
@@ -218,7 +218,7 @@ fn disputes<'a>(
             let of_step: ObjectSources<Dispute> = sources
                 .iter()
                 .copied()
-                .filter(|(stored, _)| types.contains(&stored.telling.kind.as_str()))
+                .filter(|(stored, _)| types.contains(&stored.observation.kind.as_str()))
                 .collect();
             if !of_step.is_empty() {
                 let message = message::dispute(context, step, sources, &of_step);

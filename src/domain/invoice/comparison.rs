@@ -178,7 +178,7 @@ fn mode(known: &[StoredObservation], stripes: &StripeInvoice) -> Option<FieldDif
     let theirs = stripes.livemode.0?;
     let id = stripes.id.0.as_deref()?;
     known.iter().find(|stored| {
-        let observation = &stored.telling;
+        let observation = &stored.observation;
         let is_own = observation.object.named_invoice() == Some(id);
         let differs = observation.livemode.is_some_and(|ours| ours != theirs);
         is_own && !observation.fetched && differs

@@ -79,7 +79,7 @@ pub struct Event {
     /// Unix seconds.
     pub created: i64,
     /// `None` if the object is of a kind that nothing reads.
-    pub telling: Option<Observation>,
+    pub observation: Option<Observation>,
 }
 
 /// The assertion of one event, or of one object fetched from Stripe's API. The store keeps it beside the bytes, and a history is
@@ -114,7 +114,7 @@ pub struct Observation {
 #[derive(Clone, Debug, PartialEq)]
 pub struct StoredObservation {
     pub key: EventKey,
-    pub telling: Observation,
+    pub observation: Observation,
 }
 
 /// A stored observation that cannot be read. `rebuild` repairs it from the stored bytes.
@@ -133,7 +133,7 @@ impl StoredObservation {
     /// fails with it; a scan skips the row, counts it and logs one warning.
     pub fn parse(key: EventKey, json: &str) -> Result<StoredObservation, DamagedObservation> {
         match serde_json::from_str(json) {
-            Ok(telling) => Ok(StoredObservation { key, telling }),
+            Ok(observation) => Ok(StoredObservation { key, observation }),
             Err(error) => Err(DamagedObservation {
                 key,
                 reason: error.to_string(),
@@ -246,7 +246,7 @@ fn read_event(envelope: Envelope) -> Result<Event, &'static str> {
         api_version,
         object_id,
         created,
-        telling: observation,
+        observation: observation,
     })
 }
 
@@ -315,7 +315,7 @@ fn read_fetched(envelope: Envelope, body: &[u8]) -> Result<Event, &'static str> 
         event_type: FETCHED.to_owned(),
         api_version: None,
         created,
-        telling: observation,
+        observation: observation,
     })
 }
 

@@ -36,12 +36,12 @@ pub async fn unmatched(
             table.cards {
                 thead { tr { th scope="col" { "Stripe invoice" } th scope="col" { "Events" } th scope="col" { "Waits for" } th scope="col" { "Since" } } }
                 tbody {
-                    @for awaited in unmatched.iter().take(MAX_UNMATCHED as usize) {
+                    @for invoice in unmatched.iter().take(MAX_UNMATCHED as usize) {
                         tr {
-                            th scope="row" { a href=(address("/ui/events", &[("invoice", &awaited.stripe_invoice_id)])) { (id(&awaited.stripe_invoice_id)) } }
-                            td.said { (awaited.events) @if awaited.events == 1 { " event" } @else { " events" } }
-                            td.said data-label="Waits for" { (duration(now_ms - awaited.received_ms)) }
-                            td.when data-label="Since" { (time(awaited.received_ms)) }
+                            th scope="row" { a href=(address("/ui/events", &[("invoice", &invoice.stripe_invoice_id)])) { (id(&invoice.stripe_invoice_id)) } }
+                            td.said { (invoice.events) @if invoice.events == 1 { " event" } @else { " events" } }
+                            td.said data-label="Waits for" { (duration(now_ms - invoice.received_ms)) }
+                            td.when data-label="Since" { (time(invoice.received_ms)) }
                         }
                     }
                 }

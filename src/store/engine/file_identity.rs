@@ -318,15 +318,15 @@ fn is_in_use(file: &Path) -> bool {
 }
 
 fn log_path(file: &Path) -> PathBuf {
-    beside(file, "-wal")
+    with_suffix(file, "-wal")
 }
 
 fn index_path(file: &Path) -> PathBuf {
-    beside(file, "-shm")
+    with_suffix(file, "-shm")
 }
 
 /// SQLite puts its files beside the database that a symbolic link leads to, not beside the link.
-fn beside(file: &Path, suffix: &str) -> PathBuf {
+fn with_suffix(file: &Path, suffix: &str) -> PathBuf {
     let file = file.canonicalize().unwrap_or_else(|_| file.to_owned());
     let mut path = file.into_os_string();
     path.push(suffix);

@@ -192,7 +192,7 @@ impl PostgresStore {
             column(|e| e.secret_label.as_deref()),
             column(|e| Some(e.outcome.as_str())),
             column(|e| e.unreadable_reason.as_deref()),
-            column(|e| e.telling.as_deref()),
+            column(|e| e.observation.as_deref()),
             firsts.iter().map(|e| e.linked()).collect::<Vec<_>>(),
             firsts.iter().map(|e| e.body.as_bytes()).collect::<Vec<_>>(),
             mentions()

@@ -178,12 +178,12 @@ impl SqliteStore {
         let (mut events, mut mentions) = (Vec::with_capacity(batch.len()), Vec::new());
         for event in crate::store::events::firsts(batch) {
             let at = blob.len() + 1;
-            let telling = event.telling.as_deref().unwrap_or_default();
+            let observation = event.observation.as_deref().unwrap_or_default();
             blob.extend_from_slice(&event.key.0);
-            blob.extend_from_slice(telling.as_bytes());
+            blob.extend_from_slice(observation.as_bytes());
             blob.extend_from_slice(event.body.as_bytes());
             events.push((
-                (at, telling.len(), event.body.as_bytes().len()),
+                (at, observation.len(), event.body.as_bytes().len()),
                 (
                     &event.id,
                     &event.event_type,

@@ -71,10 +71,10 @@ fn large_body() -> PackedBody {
 /// Fills every table, with odd and large values among the rows.
 async fn fill(store: &Store) {
     let odd = ODD.iter().enumerate().map(|(n, odd)| {
-        let telling = Some(format!("{odd}{}", "x".repeat(LARGE)));
+        let observation = Some(format!("{odd}{}", "x".repeat(LARGE)));
         NewEvent {
             secret_label: Some((*odd).to_owned()),
-            telling,
+            observation,
             ..event(&format!("evt_odd_{n}"), 0, odd, -5)
         }
     });
@@ -256,7 +256,7 @@ each_store! {
             .unwrap();
         let (forgotten, _) = source.forget_bodies(1_010, None, 100).await.unwrap();
         let reread = NewEvent {
-            telling: Some("{}".to_owned()),
+            observation: Some("{}".to_owned()),
             ..event("evt_20", 99, "in_other", 8)
         };
 

@@ -125,8 +125,8 @@ each_store! {
             };
             assert_eq!(stored.logged, expected);
             assert_eq!(
-                (&stored.telling, &stored.body),
-                (&event.telling, &event.body.unpack())
+                (&stored.observation, &stored.body),
+                (&event.observation, &event.body.unpack())
             );
         }
 
@@ -616,7 +616,7 @@ each_store! {
     async fn new_observation_replaces_old_one_and_its_links(test: TestStore) {
         let store = &test.store;
         let with_observation = |id: &str, n: usize| NewEvent {
-            telling: Some(format!(
+            observation: Some(format!(
                 r#"{{"id":"{id}","type":"charge.failed","created":1,"object":{}}}"#,
                 object(n)
             )),
@@ -673,7 +673,7 @@ each_store! {
             .collect();
         assert_eq!(
             observations,
-            BTreeSet::from([first.telling.clone(), second.telling.clone()])
+            BTreeSet::from([first.observation.clone(), second.observation.clone()])
         );
         assert_eq!(
             store
@@ -751,5 +751,5 @@ fn object(n: usize) -> String {
     let stripe_reconciler::domain::stripe::event::Reading::Event(event) = payment else {
         unreachable!("it is an event")
     };
-    serde_json::to_value(event.telling.unwrap()).unwrap()["object"].to_string()
+    serde_json::to_value(event.observation.unwrap()).unwrap()["object"].to_string()
 }

@@ -586,12 +586,12 @@ each_store! {
             .chain(payments)
             .collect();
         let wide = NewEvent {
-            telling: Some("{}".to_owned()),
+            observation: Some("{}".to_owned()),
             mentions: links,
             ..event("evt_1", 1, "in_1", 1)
         };
         let payment = NewEvent {
-            telling: Some("{}".to_owned()),
+            observation: Some("{}".to_owned()),
             mentions: vec![mention("pi_09999", false)],
             ..event("evt_2", 1, "in_1", 2)
         };

@@ -42,7 +42,7 @@ each_store! {
         let store = &test.store;
         let body = |text: &str| stripe_reconciler::store::PackedBody::pack(text.as_bytes());
         let readable = NewEvent {
-            telling: Some("{}".to_owned()),
+            observation: Some("{}".to_owned()),
             ..event("evt_a", 1, "in_1", 10)
         };
         let silent = NewEvent {

@@ -17,7 +17,7 @@ use super::{ODD, TestStore, each_store, event, invoice, key, mention, nth};
 fn of_type(id: &str, event_type: &str) -> NewEvent {
     NewEvent {
         event_type: Some(event_type.to_owned()),
-        telling: Some(format!("{{\"of\":\"{id}\"}}")),
+        observation: Some(format!("{{\"of\":\"{id}\"}}")),
         ..event(id, 0, "in_1", 5)
     }
 }
@@ -278,7 +278,7 @@ each_store! {
             .unwrap();
         assert_eq!(
             (found[0].observation.as_ref(), found[0].body.as_ref()),
-            (batch[0].telling.as_ref(), batch[0].body.unpack().as_ref())
+            (batch[0].observation.as_ref(), batch[0].body.unpack().as_ref())
         );
 
         store
@@ -529,7 +529,7 @@ each_store! {
     async fn accounts_and_related_observations_come_from_the_log(test: TestStore) {
         let store = &test.store;
         let with = |n: usize, account: Option<&str>, mentions: &[(&str, bool)]| NewEvent {
-            telling: Some(match account {
+            observation: Some(match account {
                 Some(account) => {
                     format!(r#"{{"id":"evt_{n}","account":"{account}","object":{{}}}}"#)
                 }
