@@ -42,7 +42,10 @@ const REMAINING_LONG: &[&str] = &[
 ];
 
 /// Retired names that remain to be replaced, by path and name.
-const REMAINING_NAMES: &[&str] = &["src/http/server/connection.rs: heard"];
+const REMAINING_NAMES: &[&str] = &[
+    "src/http/server/connection.rs: heard",
+    "src/store/engine/file_identity.rs: beside",
+];
 
 /// Rooms that a room may import.
 #[derive(Debug, PartialEq, Eq)]
