@@ -140,8 +140,10 @@ impl Reader<'_> {
         if flag.is_some() {
             return flag.clone();
         }
+
         let file_name = format!("{name}_FILE");
         let (value, path) = (self.variable(name), self.variable(&file_name));
+
         match (value, path) {
             (Some(_), Some(_)) => {
                 self.mistakes
@@ -215,6 +217,7 @@ impl Reader<'_> {
         let before = self.mistakes.len();
         let otlp = self.otlp();
         (self.mistakes.len() == before).then_some(())?;
+
         Some(telemetry::TelemetrySettings {
             filter: filter?,
             format: format?,
@@ -254,6 +257,7 @@ impl Reader<'_> {
         let sampler = OtlpSettings::parse_sampler(sampler.as_deref(), ratio.as_deref());
         let sampler = self.valid("OTEL_TRACES_SAMPLER", sampler);
         protocol?;
+
         Some(OtlpSettings {
             endpoint: endpoint?,
             headers: headers?,
@@ -289,6 +293,7 @@ impl Reader<'_> {
             }
             None => {}
         }
+
         None
     }
 
@@ -307,6 +312,7 @@ impl Reader<'_> {
             Some(url) => drop(self.valid("COPY_TO", Store::check_url(url))),
             None => {}
         }
+
         url
     }
 
@@ -323,6 +329,7 @@ impl Reader<'_> {
                            webhook endpoints";
             self.mistakes.push(mistake.to_owned());
         }
+
         let base = self.setting("STRIPE_API_BASE", &flags.stripe_api_base);
         let rate = self.setting("STRIPE_API_RATE", &flags.stripe_api_rate);
         let base = self.valid(
@@ -334,6 +341,7 @@ impl Reader<'_> {
             stripe_api::StripeSettings::parse_rate(rate.as_deref()),
         );
         let key = key.and_then(|key| self.valid("STRIPE_API_KEY", StripeApiKey::parse(&key)));
+
         Some(stripe_api::StripeSettings {
             key: key?,
             base: base?,

@@ -46,6 +46,7 @@ impl HttpClient {
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(IDLE_TIMEOUT)
             .build(tls);
+
         HttpClient {
             client,
             timeout,
@@ -68,6 +69,7 @@ impl HttpClient {
             let body = collected.map_err(|error| self.body_failed(&*error))?;
             Ok(Response::from_parts(head, body.to_bytes()))
         };
+
         tokio::time::timeout(self.timeout, exchange)
             .await
             .unwrap_or(Err(HttpClientError::Timeout(self.timeout)))

@@ -136,6 +136,7 @@ fn print(report: &CopyReport, took: &Durations) -> anyhow::Result<()> {
         ]
         .concat()
     };
+
     output::line(output::table(
         &["TABLE", "ROWS", "NEW", "CHANGED", "REMOVED"],
         report.tables.iter().map(row).collect(),
@@ -150,6 +151,7 @@ fn print(report: &CopyReport, took: &Durations) -> anyhow::Result<()> {
     if report.differing == 0 {
         return output::line(format!("{compared}: all the same"));
     }
+
     output::line(format!("{compared}: {} differ", report.differing))?;
     for Differing {
         tenant_uid,
@@ -168,15 +170,18 @@ fn print(report: &CopyReport, took: &Durations) -> anyhow::Result<()> {
             output::or_dash(stripe_invoice_id)
         ))?;
     }
+
     if report.differing > SHOWN as u64 {
         output::line(format!(
             "  and {} more (--json names a thousand)",
             report.differing - SHOWN as u64
         ))?;
     }
+
     output::note(
         "Writes to the old database during the copy also show as differences: stop them, and copy again.",
     );
+
     Ok(())
 }
 
@@ -199,6 +204,7 @@ fn as_json(report: &CopyReport, took: &Durations) -> serde_json::Value {
         json!({"tenantUid": differing.tenant_uid, "invoiceUid": differing.invoice_uid,
             "stripeInvoiceId": differing.stripe_invoice_id, "how": how})
     });
+
     json!({
         "tables": tables.collect::<Vec<_>>(),
         "counts": {"compared": report.compared, "differing": report.differing},

@@ -273,6 +273,7 @@ impl Stage {
             }
             Arrival::LastFirst => events.reverse(),
         }
+
         if sample.arrival == Arrival::BeforeTheInvoice {
             self.deliver(events, counts).await?;
             self.store_invoice(document).await?;
@@ -280,7 +281,9 @@ impl Stage {
             self.store_invoice(document).await?;
             self.deliver(events, counts).await?;
         }
+
         counts.invoices += 1;
+
         Ok(())
     }
 
@@ -342,6 +345,7 @@ impl Stage {
                 ]
             })
             .collect();
+
         output::table(&[], rows)
             .lines()
             .try_for_each(|line| output::line(format!("  {line}")))

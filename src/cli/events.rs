@@ -133,6 +133,7 @@ impl List {
                 break;
             }
         }
+
         if !self.json {
             output::line(output::table(
                 &[
@@ -141,6 +142,7 @@ impl List {
                 rows,
             ))?;
         }
+
         Ok(Exit::Done)
     }
 }
@@ -206,15 +208,19 @@ async fn show(store: &Store, id: &str, json: bool) -> anyhow::Result<Exit> {
             break;
         }
     }
+
     if found.is_empty() {
         output::note(format!("error: no event {id} was received"));
         return Ok(Exit::Refused);
     }
+
     if json {
         output::line(serde_json::to_string_pretty(&found)?)?;
         return Ok(Exit::Done);
     }
+
     found.iter().try_for_each(print)?;
+
     Ok(Exit::Done)
 }
 

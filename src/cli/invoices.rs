@@ -174,6 +174,7 @@ impl List {
                 None => break,
             }
         }
+
         if !self.json {
             output::line(output::table(
                 &[
@@ -187,7 +188,9 @@ impl List {
                 rows,
             ))?;
         }
+
         std::io::stdout().flush()?;
+
         Ok(Exit::Done)
     }
 }

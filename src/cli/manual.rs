@@ -44,7 +44,9 @@ impl Completions {
                 .replace(&wrong, &right)
                 .into_bytes();
         }
+
         output::bytes(&script)?;
+
         Ok(Exit::Done)
     }
 }

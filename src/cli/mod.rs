@@ -214,9 +214,11 @@ async fn open(config: Config, access: Access) -> anyhow::Result<Store> {
             "every user of this machine can read the database file"
         );
     }
+
     if access == Access::Writes {
         store.end_copying(Clock::system().now_ms()).await?;
     }
+
     Ok(store)
 }
 

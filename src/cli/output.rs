@@ -46,7 +46,9 @@ pub fn table(head: &[&str], rows: Vec<Vec<String>>) -> String {
     if !head.is_empty() {
         table.set_header(head);
     }
+
     table.add_rows(rows);
+
     table
         .lines()
         .map(|line| line.trim().to_owned())

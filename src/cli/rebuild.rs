@@ -116,5 +116,6 @@ fn print_json(report: &RebuildReport, holders: &Holders) -> anyhow::Result<()> {
     };
     let differing: Vec<_> = report.differing.iter().map(invoice).collect();
     let report = json!({"events": report.events, "pruned": report.pruned, "differing": differing});
+
     output::line(serde_json::to_string_pretty(&report)?)
 }

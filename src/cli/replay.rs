@@ -68,11 +68,14 @@ impl Replay {
             sink: &mut progress,
             counts: ReplayCounts::default(),
         };
+
         for path in &self.paths {
             replayer.replay(path).await?;
         }
+
         let counts = replayer.counts;
         progress.finish();
+
         Ok(counts)
     }
 

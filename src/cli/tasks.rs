@@ -117,6 +117,7 @@ mod tests {
         tokio::time::timeout(Duration::from_secs(30), kept)
             .await
             .expect("the second run stops it");
+
         assert_eq!(starts.load(Ordering::Relaxed), 2);
     }
 

@@ -72,6 +72,7 @@ fn print(evidence: &Evidence) -> anyhow::Result<()> {
             output::time(evidence.as_of_ms)
         ))?;
     }
+
     output::line(match evidence.last_event_ms {
         Some(_) => format!(
             "last event received {}",
@@ -96,6 +97,7 @@ fn print(evidence: &Evidence) -> anyhow::Result<()> {
     if evidence.entries.is_empty() {
         output::line("nothing is known about its payment")?;
     }
+
     for missing in &evidence.missing {
         let id = missing
             .event
@@ -104,6 +106,7 @@ fn print(evidence: &Evidence) -> anyhow::Result<()> {
             .map_or(String::new(), |id| format!(" ({id})"));
         output::line(format!("{}{id}", missing.message))?;
     }
+
     evidence.entries.iter().try_for_each(print_entry)
 }
 
@@ -117,6 +120,7 @@ fn print_entry(entry: &Proven) -> anyhow::Result<()> {
     if entry.is_imported {
         return output::line("  came with the stored invoice");
     }
+
     let row = |event: &LoggedEvent| {
         vec![
             format!("  {}", output::or_dash(&event.id)),
@@ -136,6 +140,7 @@ fn print_entry(entry: &Proven) -> anyhow::Result<()> {
     if entry.more_proofs > 0 {
         output::line(format!("    and {} more", entry.more_proofs))?;
     }
+
     Ok(())
 }
 

@@ -142,6 +142,7 @@ pub(super) fn remedy(kind: StoreErrorKind) -> String {
         }
         Rejected => "Correct DATABASE_URL: server, database, user and password.",
     };
+
     format!("{remedy} {MEANWHILE}")
 }
 
@@ -201,6 +202,7 @@ mod tests {
             })
             .state
         };
+
         assert_eq!(status(50 << 30, 100 << 30), CheckStatus::Ok);
         assert_eq!(status(9 << 30, 100 << 30), CheckStatus::Warning);
         assert_eq!(
@@ -218,6 +220,7 @@ mod tests {
             }),
             ..Space::default()
         };
+
         assert_eq!(disk(&large_wal).state, CheckStatus::Warning);
     }
 
@@ -240,6 +243,7 @@ mod tests {
                 "{kind:?}: {remedy}"
             );
         }
+
         let newer = remedy(StoreErrorKind::SchemaNewer);
         assert!(
             newer.contains("Run that version") && !newer.contains("503"),

@@ -258,6 +258,7 @@ async fn scan_log(
             break;
         }
     }
+
     Ok((delta, is_scanned))
 }
 

@@ -253,12 +253,14 @@ mod tests {
                 })
                 .collect()
         };
+
         assert_eq!(overdue_after_ms(&runs_at(&[])), 15 * MINUTE_MS);
         assert_eq!(
             overdue_after_ms(&runs_at(&[100, 95, 90, 85])),
             15 * MINUTE_MS
         );
         assert_eq!(overdue_after_ms(&runs_at(&[4320, 2880, 1440])), 3 * DAY_MS);
+
         assert_eq!(
             overdue_after_ms(&runs_at(&[2000, 1995, 1990, 10])),
             15 * MINUTE_MS,

@@ -37,6 +37,7 @@ mod tests {
         assert_eq!(parse_ms("90m"), Ok(5_400_000));
         assert_eq!(parse_ms("12h"), Ok(12 * 3_600_000));
         assert_eq!(parse_ms("10s"), Ok(10_000));
+
         for wrong in [
             "",
             "d",

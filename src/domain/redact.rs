@@ -71,6 +71,7 @@ fn without_card_numbers(text: &str) -> String {
         }
         at = end.max(at + 1);
     }
+
     cleaned
 }
 

@@ -240,6 +240,7 @@ mod tests {
             (3, 2)
         );
         assert_eq!((summary.counts.healed, summary.counts.calls), (0, 9));
+
         assert_eq!(
             summary.endpoint_issues[0].to_string(),
             "Webhook endpoint we_1 (https://x.example) is disabled."
@@ -265,6 +266,7 @@ mod tests {
         let report = json!({"endpointIssues": issues, "endpointRemarks": sentences});
         let summary: RunSummary = serde_json::from_value(report).unwrap();
         assert_eq!(summary.endpoint_issues, issues);
+
         assert!(sentences[2].contains("(2.0 hours), 2 hours of it had webhooks"));
     }
 }

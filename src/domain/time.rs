@@ -98,6 +98,7 @@ mod tests {
                 "{text}"
             );
         }
+
         let bad = [
             "",
             "2026-01-31",
@@ -117,6 +118,7 @@ mod tests {
             "２026-01-31T09:15:00Z",
             "2026-01-31T09:15:00é",
         ];
+
         for text in bad {
             assert!(parse_time(text).is_err(), "{text}");
         }

@@ -153,6 +153,7 @@ impl ListQuery {
         let stripe_invoice_id = pagination::sought("stripeInvoiceId", self.stripe_invoice_id)?;
         let limit = pagination::limit(self.limit.as_deref())?;
         let after = pagination::cursor(self.cursor.as_deref(), queries::Cursor::parse)?;
+
         Ok(PageRequest {
             tenant_uid: Some(tenant_uid),
             stripe_invoice_id,

@@ -74,6 +74,7 @@ pub async fn with_key(
             Err(error) => found.push(state.scrapers.known(hash).ok_or(error)?),
         }
     }
+
     match scope(&state, found)? {
         Scope::Operator => Ok(text(&state).await),
         Scope::Tenant(_) => Err(ApiError::Forbidden),
@@ -94,6 +95,7 @@ async fn text(state: &AppState) -> Response {
         .spans_dropped
         .set(telemetry::dropped_spans() as i64);
     state.monitor.refresh().await;
+
     (
         [
             (header::CONTENT_TYPE, TEXT),

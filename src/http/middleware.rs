@@ -127,6 +127,7 @@ fn span(id: &str, method: &Method, route: &str, headers: &HeaderMap) -> Span {
     if !tracing::enabled!(Level::DEBUG) {
         return tracing::info_span!("request", request.id = id);
     }
+
     let span = tracing::info_span!(
         "request",
         request.id = id,
@@ -138,6 +139,7 @@ fn span(id: &str, method: &Method, route: &str, headers: &HeaderMap) -> Span {
         otel.status_code = field::Empty,
     );
     telemetry::continue_trace(&span, headers);
+
     span
 }
 

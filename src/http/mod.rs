@@ -75,6 +75,7 @@ impl AppState {
             secrets.names(),
         ));
         let (secrets, scrapers) = (Arc::new(secrets), ScrapeKeyCache::default());
+
         AppState {
             store,
             inbox,
@@ -133,6 +134,7 @@ pub fn router(state: AppState, metrics_at: MetricsAt, ui: Ui) -> Router {
         Ui::Shown => routes.merge(ui::routes()),
         Ui::Absent => routes,
     };
+
     finish(routes, state)
 }
 

@@ -67,19 +67,23 @@ fn input(answered: &Value) -> Value {
         let example = "2026-01-31T09:15:00Z";
         return json!({"type": "string", "format": "date-time", "pattern": TIME, "examples": [example]});
     }
+
     if let Some(name) = answered["$ref"]
         .as_str()
         .and_then(|path| input_name(path.rsplit('/').next()?))
     {
         return json!({"$ref": format!("#/components/schemas/{name}")});
     }
+
     let mut schema = answered.clone();
     let Some(fields) = schema.as_object_mut() else {
         return schema;
     };
+
     if let Some(items) = fields.get_mut("items") {
         *items = input(items);
     }
+
     let mut required = fields
         .get("required")
         .and_then(Value::as_array)
@@ -95,10 +99,12 @@ fn input(answered: &Value) -> Value {
             };
         }
     }
+
     fields.remove("required");
     if !required.is_empty() {
         fields.insert("required".to_owned(), required.into());
     }
+
     schema
 }
 

@@ -36,6 +36,7 @@ pub async fn receive(
         metrics: state.metrics.clone(),
         ended: Err(Rejection::Abandoned),
     };
+
     match take(&state, request).await {
         Ok((outcome, took)) => {
             counting.ended = Ok((outcome, took));
@@ -56,6 +57,7 @@ async fn take(
     if request.body().size_hint().lower() > BODY_LIMIT as u64 {
         return Err((Rejection::TooLarge, ApiError::TooLarge));
     }
+
     let connection = request.extensions().get::<Arc<ConnectionState>>().cloned();
     let lines: Vec<HeaderValue> = request
         .headers()
@@ -75,12 +77,14 @@ async fn take(
             tokio::task::yield_now().await;
         }
     }
+
     let label = verifier
         .finish(received_ms.div_euclid(1000))
         .map_err(refused)?;
     if let Some(connection) = &connection {
         connection.set_trusted();
     }
+
     // A connection that the server kept waiting until the stop is served as if it had been in time.
     let was_waiting = connection.is_some_and(|connection| connection.was_waiting_at_stop());
     if state.stopping.is_cancelled() && !was_waiting {
@@ -89,6 +93,7 @@ async fn take(
             ApiError::Unavailable("shutting down".to_owned()),
         ));
     }
+
     let (source, secret_label) = (Source::Webhook, Some(label.to_owned()));
     let delivery = Delivery {
         body: body.clone(),
@@ -111,9 +116,11 @@ async fn take(
             "a delivery is kept that this version cannot read: see `events list --outcome unreadable`"
         );
     }
+
     if outcome == Outcome::Duplicate {
         state.monitor.record_repeated(&body, received_ms, label);
     }
+
     Ok((outcome, started.elapsed()))
 }
 

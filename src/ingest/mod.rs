@@ -57,6 +57,7 @@ pub fn prepare(delivery: Delivery) -> NewEvent {
         received_ms,
         ..
     } = delivery;
+
     match event::read(&delivery.body) {
         Reading::Unreadable { key, reason } => NewEvent {
             key,
@@ -115,6 +116,7 @@ fn links(event: &Event) -> Vec<Link> {
         );
         links.truncate(MAX_LINKS);
     }
+
     links
 }
 
@@ -151,5 +153,6 @@ pub async fn keep(inbox: &BatchWriter, event: NewEvent) -> Result<Outcome, Appen
         tracing::debug!(outcome = outcome.as_str(), "durable");
         Ok(outcome)
     };
+
     keeping.instrument(span).await
 }

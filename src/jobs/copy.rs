@@ -140,6 +140,7 @@ impl<'s> Copying<'s> {
             }
             self.report.tables.push((table.name, counts));
         }
+
         Ok(())
     }
 
@@ -204,6 +205,7 @@ impl<'s> Copying<'s> {
             }
             left = &left[left.partition_point(|row| *row.key() <= end[..])..];
         }
+
         Ok(())
     }
 
@@ -277,6 +279,7 @@ fn difference(pair: Pair<StoredInvoice>) -> Option<Differing> {
         (None, Some(target)) => (target, Mismatch::OnlyInCopy),
         (None, None) => return None,
     };
+
     Some(Differing {
         tenant_uid: invoice.tenant_uid,
         invoice_uid: invoice.invoice_uid,
@@ -369,6 +372,7 @@ mod tests {
         );
         let (pairs, next) = aligned((&[7], true), (&[], true));
         assert_eq!((pairs, next), (vec![(Some(7), None)], None));
+
         assert_eq!(aligned((&[], true), (&[], true)), (vec![], None));
     }
 }

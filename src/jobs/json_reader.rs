@@ -223,6 +223,7 @@ impl<'de> Visitor<'de> for Items<'_, '_> {
                 return Ok(false);
             }
         }
+
         Ok(true)
     }
 }
@@ -282,6 +283,7 @@ mod tests {
             [ok(1, "{\"a\":1}"), ok(3, "{\"a\":2}"), ok(4, "{\"a\":3}")]
         );
         assert_eq!(documents(" \n"), []);
+
         assert_eq!(documents(""), []);
     }
 
@@ -301,6 +303,7 @@ mod tests {
             (3, Err("is not JSON (line 3, column 1)".to_owned()))
         );
         assert_eq!(found[3], ok(4, "{\"a\":2}"));
+
         assert_eq!(documents("{\"a\":\n{\"a\":2}\n")[1], ok(2, "{\"a\":2}"));
     }
 

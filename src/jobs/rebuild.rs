@@ -166,6 +166,7 @@ fn invoice_ids(observation: Option<&str>) -> Vec<String> {
     else {
         return Vec::new();
     };
+
     match &observation.object {
         Object::Invoice(invoice) => vec![invoice.id.clone()],
         _ => observation

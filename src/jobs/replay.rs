@@ -195,6 +195,7 @@ async fn deliver(target: &Target, body: Bytes, line: usize, now_ms: i64) -> (usi
         }
         Target::Url(endpoint) => endpoint.post(body).await,
     };
+
     (line, delivered)
 }
 

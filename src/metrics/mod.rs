@@ -159,6 +159,7 @@ impl Default for Metrics {
         )
         .with_label_values(&[env!("CARGO_PKG_VERSION")])
         .set(1);
+
         Metrics {
             deliveries: r.counters(
                 "deliveries_total",

@@ -171,6 +171,7 @@ mod tests {
             label: label.to_owned(),
             mark: "aa".to_owned(),
         };
+
         for (what, stored) in [
             (LastSeen::Delivery, "delivered"),
             (LastSeen::DeliveryInMode(Mode::Live), "delivered live"),

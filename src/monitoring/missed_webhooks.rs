@@ -91,6 +91,7 @@ mod tests {
         assert!(due(ten + 1, hour + 1));
         assert!(!due(ten, hour + 1), "the webhook may still arrive");
         assert!(!due(ten + 1, hour), "the gap is too short");
+
         assert!(
             due(hour, hour + 1) && !due(hour + 1, hour + 1),
             "an event from before the last webhook is not missed"

@@ -48,6 +48,7 @@ impl Rejections {
                 });
             }
         }
+
         pending
     }
 

@@ -119,6 +119,7 @@ mod tests {
         ]);
         assert_eq!(last_used(&used, &secret("live", "bb")), Some(250));
         assert_eq!(configured_since(&used, &secret("live", "bb")), Some(200));
+
         assert_eq!(configured_since(&used, &secret("liv", "bb")), None);
     }
 }

@@ -122,6 +122,7 @@ async fn unmatched_page(
     let mut found = Vec::new();
     let mut scanned = 0;
     let mut after = request.after;
+
     loop {
         let position = after.map(|Cursor(ms, key)| (ms, key));
         let step = store
@@ -177,7 +178,8 @@ async fn unmatched(
 
 fn invoice_ids(observation: Option<&str>) -> Vec<String> {
     // An observation that another version wrote names no invoice until `rebuild`.
-    let Some(observation) = observation.and_then(|text| serde_json::from_str::<Observation>(text).ok())
+    let Some(observation) =
+        observation.and_then(|text| serde_json::from_str::<Observation>(text).ok())
     else {
         return Vec::new();
     };
@@ -309,6 +311,7 @@ pub fn show(stored: StoredBody) -> Shown {
             Err(_) => ("text", Body::Text(text)),
         },
     };
+
     Shown {
         event,
         body_form,
@@ -325,6 +328,7 @@ mod tests {
         let cursor = Cursor(1_769_850_900_123, EventKey([7; EventKey::LENGTH]));
         assert_eq!(Cursor::parse(&cursor.to_text()), Some(cursor));
         let text = cursor.to_text();
+
         for wrong in [
             "",
             "x",

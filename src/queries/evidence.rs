@@ -483,6 +483,7 @@ impl Proven {
         if self.more_proofs > 0 {
             json["moreProofs"] = self.more_proofs.into();
         }
+
         json
     }
 }

@@ -54,6 +54,7 @@ pub fn new_invoice(
     };
     let imported_states =
         serde_json::to_string(&valid.imported_states).expect("states always serialise");
+
     Ok(NewInvoice {
         tenant_uid: tenant_uid.to_owned(),
         invoice_uid,
@@ -82,7 +83,9 @@ fn invoice_uid(uid: Option<&str>, document: &Value) -> Result<String, InvalidFie
         }
         (Some(uid), _) | (None, Some(Some(uid))) => uid,
     };
+
     schema::validate_uid(uid).map_err(fault)?;
+
     Ok(uid.to_owned())
 }
 
@@ -375,6 +378,7 @@ async fn next_step(
     } else {
         STEP
     };
+
     store
         .documents_page(
             request.tenant_uid.as_deref(),

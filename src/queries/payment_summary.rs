@@ -64,6 +64,7 @@ fn describe_state(evidence: &Evidence) -> String {
         .split_last()
         .expect("the list has a last entry");
     let since = readable(last.timestamp_ms);
+
     // Refunds and disputes after the payment are further entries, perhaps within the same second.
     match (
         last.state,
@@ -97,6 +98,7 @@ fn grounds(evidence: &Evidence) -> String {
     let proofs = last.map_or(&[][..], |last| &last.proofs);
     let imported = last.is_some_and(|last| last.is_imported);
     let is_past = evidence.as_of_ms.is_some();
+
     // Objects fetched during a comparison are received a moment after it started.
     let is_newer = |confirmed_ms: i64| {
         !proofs.is_empty()
@@ -108,6 +110,7 @@ fn grounds(evidence: &Evidence) -> String {
         1 => "Proved by one event from Stripe".to_owned(),
         n => format!("Proved by {n} events from Stripe"),
     };
+
     match (evidence.differs_since_ms, evidence.confirmed_ms) {
         (Some(since_ms), _) => {
             format!(
@@ -167,6 +170,7 @@ mod tests {
             proofs: Vec::new(),
             more_proofs: 0,
         };
+
         Evidence {
             tenant_uid: "acme".to_owned(),
             invoice_uid: "inv-1".to_owned(),
@@ -249,6 +253,7 @@ mod tests {
         let (before, after) = (NINE, NINE + 5_001);
         let newer = "Proved by one event from Stripe; last compared with Stripe's API before that, at 2026-01-31 09:00:05 UTC.";
         let confirmed = "Confirmed with Stripe at 2026-01-31 09:00:05 UTC.";
+
         for (proofs, grounds) in [
             (vec![proof(Source::Webhook, after)], newer),
             (vec![proof(Source::Webhook, before)], confirmed),
@@ -299,6 +304,7 @@ mod tests {
         );
         paid.differs_since_ms = Some(NINE);
         let summary = summarise(&paid);
+
         assert!(
             summary.is_doubtful
                 && summary.grounds

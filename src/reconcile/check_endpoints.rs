@@ -159,6 +159,7 @@ fn judge_silence(
     } else {
         delivery_gap::judge(hours, last_ms, now_ms)?
     };
+
     Some(EndpointIssue::Silent {
         last_delivery_ms: last_ms,
         duration_ms: now_ms - last_ms,
@@ -237,11 +238,13 @@ mod tests {
                 other => panic!("{other:?}"),
             }
         };
+
         assert_eq!(
             evidence(now, false),
             Some(SilenceEvidence::LongestGap { hours: 0 })
         );
         assert_eq!(evidence(now - 4, false), None);
+
         assert_eq!(
             evidence(now - 4, true),
             Some(SilenceEvidence::EventsAtStripe)

@@ -327,6 +327,7 @@ async fn request_invoice(
         found => found?,
     };
     let invoice = found.and_then(|raw| serde_json::from_str::<Value>(raw.get()).ok());
+
     Ok(invoice.filter(|invoice| invoice["deleted"] != true))
 }
 

@@ -196,6 +196,7 @@ pub(super) async fn fetch_reason(
         .iter()
         .flat_map(|payment| prepare_payment(run, payment, scope))
         .collect();
+
     run.recorder.record(found).await
 }
 
@@ -237,6 +238,8 @@ fn prepare_payment(run: &RunContext<'_>, payment: &RawValue, scope: &Scope) -> V
         found.push(run.recorder.prepare_object(intent, account));
         *intent = intent["id"].clone();
     }
+
     found.push(run.recorder.prepare_object(&payment, account));
+
     found
 }

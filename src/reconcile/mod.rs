@@ -197,8 +197,10 @@ impl<'t> RunContext<'t> {
         for account in self.context.store.accounts_since(since_ms).await? {
             self.add_account(&account).await?;
         }
+
         self.set_progress(&ProgressKey::AccountSearch, self.started_ms)
             .await?;
+
         Ok(())
     }
 

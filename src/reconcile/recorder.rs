@@ -144,6 +144,7 @@ impl<'t> Recorder<'t> {
                 self.before.insert(id, before);
             }
         }
+
         Ok(())
     }
 

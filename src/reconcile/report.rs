@@ -162,6 +162,7 @@ impl Report {
             .sort_by(|a, b| a.stripe_invoice_id.cmp(&b.stripe_invoice_id));
         self.unknown_here
             .dedup_by(|a, b| a.stripe_invoice_id == b.stripe_invoice_id);
+
         self.api_only_events
             .sort_by(|a, b| (&a.created, &a.event_id).cmp(&(&b.created, &b.event_id)));
     }

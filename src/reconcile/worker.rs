@@ -127,6 +127,7 @@ fn count(context: &ReconcileContext, report: &Report) {
 fn log(report: &Report) {
     let duration_ms = report.ended_ms - report.started_ms;
     let counts = report.counts();
+
     if report.differs() {
         tracing::warn!(
             run.id = report.id,

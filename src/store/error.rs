@@ -219,13 +219,16 @@ fn kind_of(error: &dyn DatabaseError) -> StoreErrorKind {
     if error.is_unique_violation() {
         return StoreErrorKind::Contended;
     }
+
     if error.try_downcast_ref::<PgDatabaseError>().is_some() {
         return kind_of_sqlstate(&code);
     }
+
     // SQLite reports a missing table as a generic SQLITE_ERROR (1), so the text has to decide.
     if error.message().contains("no such table") {
         return StoreErrorKind::NotMigrated;
     }
+
     code.parse()
         .map_or(StoreErrorKind::Rejected, kind_of_sqlite_code)
 }

@@ -238,6 +238,7 @@ pub(super) fn logged(row: LoggedRow) -> Result<LoggedEvent, StoreError> {
         unreadable_reason,
     ) = row;
     let unknown = || StoreError::damaged(format!("unknown outcome of an event: `{outcome}`"));
+
     Ok(LoggedEvent {
         key: event_key(key)?,
         id,
@@ -271,6 +272,7 @@ pub(super) fn stored_body(row: BodyRow) -> Result<StoredBody, StoreError> {
     let body = packed
         .map(|packed| PackedBody(packed).unpack().ok_or_else(damaged))
         .transpose()?;
+
     Ok(StoredBody {
         logged,
         observation,

@@ -278,6 +278,7 @@ impl Store {
             limit
         )?;
         session.done().await?;
+
         rows.into_iter().map(logged).collect()
     }
 
@@ -316,6 +317,7 @@ impl Store {
         let keys = json_of(keys);
         let found = rows!(session, fetch_all, (Vec<u8>, i64), sql, keys.as_str())?;
         session.done().await?;
+
         found
             .into_iter()
             .map(|(key, received_ms)| Ok((event_key(key)?, received_ms)))
@@ -440,5 +442,6 @@ async fn insert(session: &mut Connection, event: &NewEvent) -> Result<(), StoreE
     for mention in &event.mentions {
         execute!(session, INSERT_MENTION, &mention.object_id, key)?;
     }
+
     Ok(())
 }

@@ -242,6 +242,7 @@ mod tests {
             .unwrap();
         store.migrate().await.unwrap();
         let mut session = store.session().await.unwrap();
+
         for sql in [
             SQLITE.invoice_with_observations,
             SQLITE.observations_of_each,

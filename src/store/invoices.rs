@@ -254,7 +254,9 @@ impl Store {
                 answers.push(write(&mut session, new, stored, now_ms).await?);
             }
         }
+
         session.commit().await?;
+
         Ok(answers)
     }
 
@@ -335,6 +337,7 @@ impl Store {
             ),
         }?;
         session.done().await?;
+
         Ok(invoice_page(found, limit))
     }
 
@@ -358,6 +361,7 @@ impl Store {
             ids.as_str()
         )?;
         session.done().await?;
+
         Ok(holders)
     }
 }
@@ -535,6 +539,7 @@ mod tests {
         store.migrate().await.unwrap();
         let mut session = store.session().await.unwrap();
         let by_stripe_id = "stripe_invoice_id=?";
+
         for (sql, sought) in [
             (PAGE, "invoices_by_storing (stored_ms<?)"),
             (

@@ -143,12 +143,14 @@ async fn migrate_on(
         )
     });
     let mut migrator = Migrator::with_migrations(migrations.into());
+
     // Its lock would belong to the session. The transaction already holds ours.
     migrator.set_locking(false);
     connection.ensure_migrations_table(MIGRATIONS_TABLE).await?;
     let before = connection.list_applied_migrations(MIGRATIONS_TABLE).await?;
     migrator.run_direct(None, connection, false).await?;
     let is_new = |version: i64| before.iter().all(|applied| applied.version != version);
+
     Ok(MIGRATIONS
         .iter()
         .filter(|(version, ..)| is_new(*version))

@@ -100,6 +100,7 @@ impl Store {
                 file.display().to_string(),
             ));
         }
+
         Store::connect(url).await
     }
 
@@ -114,6 +115,7 @@ impl Store {
                 .map(drop)
                 .map_err(|e| format!("invalid database URL: {e}"));
         }
+
         match url.strip_prefix("sqlite://") {
             Some("") => Err("missing file name: expected sqlite://PATH".to_owned()),
             Some(path) if path.starts_with(":memory:") || path.contains("mode=memory") => {

@@ -74,6 +74,7 @@ impl StripeApi {
             .retry(backoff)
             .when(|failure: &Failure| failure.is_transient)
             .await;
+
         ended.map_err(|failure| failure.error)
     }
 
@@ -116,6 +117,7 @@ impl StripeApi {
             Scope::Account(account) => request.header("stripe-account", account),
             Scope::Context(context) => request.header("stripe-context", context),
         };
+
         request
             .body(Full::default())
             .map_err(|error| Failure::lasting(refused(path, 0, &error.to_string())))
@@ -308,6 +310,7 @@ mod tests {
                 .err()
                 .map(|failure| failure.is_transient)
         };
+
         assert_eq!(is_transient(answer(200, None, "{}")), None);
         assert_eq!(is_transient(answer(200, None, "{\"data\":[")), Some(true));
         for status in [409, 424, 429, 500, 502, 503, 504] {
@@ -317,6 +320,7 @@ mod tests {
                 "{status}"
             );
         }
+
         for status in [400, 401, 402, 403, 404] {
             assert_eq!(
                 is_transient(answer(status, None, "")),
@@ -324,6 +328,7 @@ mod tests {
                 "{status}"
             );
         }
+
         assert_eq!(is_transient(answer(500, Some("false"), "")), Some(false));
         assert_eq!(is_transient(answer(400, Some("true"), "")), Some(true));
     }
@@ -360,6 +365,7 @@ mod tests {
             401,
             r#"{"error":{"message":"Invalid API Key provided: sk_live_abc"}}"#,
         );
+
         assert_eq!(
             unauthorized,
             "Stripe does not accept STRIPE_API_KEY: 401 Unauthorized"

@@ -43,18 +43,22 @@ impl StripeApiKey {
                           give a secret (sk_...) or a restricted key (rk_...)";
             return Err(reason.to_owned());
         }
+
         if text.starts_with("whsec_") {
             let reason = "is a webhook's signing secret (whsec_...): \
                           give a secret (sk_...) or restricted key (rk_...)";
             return Err(reason.to_owned());
         }
+
         if text.is_empty() || !text.bytes().all(|b| b.is_ascii_graphic()) {
             let reason = "is not an API key: it contains blanks or other invalid characters";
             return Err(reason.to_owned());
         }
+
         let mut bearer = HeaderValue::from_str(&format!("Bearer {text}"))
             .map_err(|_| "is not an API key: it cannot be sent".to_owned())?;
         bearer.set_sensitive(true);
+
         Ok(StripeApiKey(bearer))
     }
 
@@ -76,6 +80,7 @@ impl StripeSettings {
         let uri: Uri = base
             .parse()
             .map_err(|_| format!("`{text}` is not an address such as {STRIPE}"))?;
+
         match (uri.scheme_str(), uri.authority(), uri.path()) {
             (Some("http" | "https"), Some(_), "" | "/") => Ok(base.to_owned()),
             _ => Err(format!(

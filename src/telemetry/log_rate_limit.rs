@@ -45,6 +45,7 @@ impl LogRateLimit {
                 }
             }
         });
+
         limit
     }
 
@@ -105,6 +106,7 @@ mod tests {
                 self.0.lock().unwrap().push(*event.metadata().level());
             }
         }
+
         let (written, limit) = (Written::default(), LogRateLimit::default());
         let subscriber = tracing_subscriber::registry()
             .with(written.clone())
@@ -125,6 +127,7 @@ mod tests {
                 .filter(|l| **l == level)
                 .count()
         };
+
         assert_eq!((count(Level::WARN), count(Level::DEBUG)), (21, 50));
         assert_eq!(limit.end_period(), [("refused".to_owned(), 30)]);
         assert_eq!(limit.end_period(), []);

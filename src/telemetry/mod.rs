@@ -64,6 +64,7 @@ pub fn start(settings: TelemetrySettings) {
     let base = Registry::default()
         .with(filter_fn(is_harmless))
         .with(LogRateLimit::start());
+
     // Only tests start it twice; the first subscriber stays.
     let _ = match otlp {
         // One filter for all layers costs less than one per layer.

@@ -69,6 +69,7 @@ pub fn start(settings: OtlpSettings) -> (SdkTracer, Queue) {
         .with_span_processor(queue.clone())
         .build();
     tokio::spawn(send_all(waiting, Collector::new(settings, &resource)));
+
     (provider.tracer("stripe-reconciler"), queue)
 }
 
@@ -153,11 +154,14 @@ impl Collector {
         if count == 0 {
             return;
         }
+
         let sent = self.try_send(spans).await;
         if sent.is_err() {
             DROPPED.fetch_add(count as u64, Ordering::Relaxed);
         }
+
         let was_away = std::mem::replace(&mut self.is_away, sent.is_err());
+
         match sent {
             Err(reason) if !was_away => {
                 tracing::warn!(reason, "collector rejects spans, dropping them")
@@ -183,6 +187,7 @@ impl Collector {
             .send(request)
             .await
             .map_err(|error| error.to_string())?;
+
         // Report the status only: the body may repeat the spans.
         if answer.status().is_success() {
             Ok(())

@@ -65,6 +65,7 @@ impl OtlpSettings {
                 header.ok_or_else(|| format!("header {} is not name=value", index + 1))?;
             headers.append(name, value);
         }
+
         Ok(headers)
     }
 
@@ -80,6 +81,7 @@ impl OtlpSettings {
                 return Err("OTEL_TRACES_SAMPLER_ARG must be a number from 0 to 1".to_owned());
             }
         };
+
         Ok(match name {
             None | Some("parentbased_always_on") => {
                 Sampler::ParentBased(Box::new(Sampler::AlwaysOn))
@@ -137,6 +139,7 @@ mod tests {
             parse("https://collector/x/").unwrap(),
             "https://collector/x/v1/traces"
         );
+
         for wrong in [
             "127.0.0.1:4318",
             "grpc://x",

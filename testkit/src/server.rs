@@ -188,6 +188,7 @@ impl TestServer {
         )
         .await;
         assert_documented(method, path, &answer);
+
         answer
     }
 

@@ -78,6 +78,7 @@ impl<'a, 'k> HistoryBuilder<'a, 'k> {
     ) -> Self {
         let mut failures: Vec<i64> = attempts.iter().map(FailedAttempt::time).collect();
         failures.sort_unstable();
+
         HistoryBuilder {
             counted,
             links,
@@ -115,6 +116,7 @@ impl<'a, 'k> HistoryBuilder<'a, 'k> {
                 Object::Invoice(invoice) => Some((stored, &**invoice)),
                 _ => None,
             });
+
         invoices
             .filter(|(stored, invoice)| {
                 by_type(&stored.observation, invoice) == Some(fact)
@@ -154,6 +156,7 @@ impl<'a, 'k> HistoryBuilder<'a, 'k> {
                 sources: sources.into_iter().map(|(stored, _)| stored).collect(),
             });
         }
+
         entries
     }
 
@@ -254,7 +257,9 @@ impl<'a, 'k> HistoryBuilder<'a, 'k> {
         let paid = self.sources_of(InvoiceFact::Paid);
         let lowest_due = paid
             .iter()
-            .filter(|(stored, invoice)| by_snapshot(&stored.observation, invoice, InvoiceFact::Paid))
+            .filter(|(stored, invoice)| {
+                by_snapshot(&stored.observation, invoice, InvoiceFact::Paid)
+            })
             .filter_map(|(_, invoice)| invoice.amount_due)
             .min();
         let mut parts: BTreeMap<&'a str, Vec<&'a StoredObservation>> = BTreeMap::new();
@@ -351,7 +356,11 @@ fn time_of(fact: InvoiceFact, sources: &[(&StoredObservation, &Invoice)]) -> i64
         .filter(|(_, invoice)| invoice.test_clock.is_none())
         .filter_map(|(_, invoice)| transition_time(fact, invoice))
         .min();
-    let events = || sources.iter().filter(|(stored, _)| !stored.observation.fetched);
+    let events = || {
+        sources
+            .iter()
+            .filter(|(stored, _)| !stored.observation.fetched)
+    };
     let in_row = || {
         events()
             .filter(|(stored, invoice)| by_type(&stored.observation, invoice) == Some(fact))

@@ -224,6 +224,7 @@ fn by_charge<'a>(
             by_charge.entry(charge).or_default().push(stored);
         }
     }
+
     by_charge
 }
 

@@ -113,5 +113,9 @@ pub(in crate::domain) fn in_order(
 
 /// Returns the sort key of [`in_order`].
 pub(in crate::domain) fn chronological(stored: &StoredObservation) -> (i64, &str, EventKey) {
-    (stored.observation.created, &stored.observation.id, stored.key)
+    (
+        stored.observation.created,
+        &stored.observation.id,
+        stored.key,
+    )
 }

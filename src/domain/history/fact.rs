@@ -140,10 +140,12 @@ pub fn by_snapshot(observation: &Observation, invoice: &Invoice, fact: InvoiceFa
     if observation.thin || contradicts(observation, invoice) {
         return false;
     }
+
     let Some(status) = invoice.status.as_deref() else {
         // Before 2018-11-08 there was no `status`; such a snapshot only shows `paid`.
         return fact == InvoiceFact::Paid && invoice.paid == Some(true);
     };
+
     match fact {
         InvoiceFact::Finalized => match status {
             "open" => invoice.is_open(),

@@ -41,9 +41,16 @@ pub struct FailedAttempt<'a> {
 impl<'a> FailedAttempt<'a> {
     /// Returns the earliest `created` of its events and tries.
     pub fn time(&self) -> i64 {
-        let events = self.sources.first().map(|stored| stored.observation.created);
+        let events = self
+            .sources
+            .first()
+            .map(|stored| stored.observation.created);
         let failed_tries = self.failed_tries.iter().map(|failed| failed.time);
-        events.into_iter().chain(failed_tries).min().unwrap_or_default()
+        events
+            .into_iter()
+            .chain(failed_tries)
+            .min()
+            .unwrap_or_default()
     }
 
     /// Returns the lowest charge, else the lowest PaymentIntent, else an empty id.
@@ -343,7 +350,10 @@ fn include<'a>(attempt: &mut FailedAttempt<'a>, failure: &Failure<'a>) {
 /// Returns the tries that stay alone. Ties go to the earlier attempt, then the lower number, then
 /// the earlier try, then the lower id. Walks the seconds once for each distance, so the time does
 /// not depend on the number of possible pairs.
-fn pair<'a>(attempts: &mut [FailedAttempt<'a>], failed_tries: Vec<FailedTry<'a>>) -> Vec<FailedTry<'a>> {
+fn pair<'a>(
+    attempts: &mut [FailedAttempt<'a>],
+    failed_tries: Vec<FailedTry<'a>>,
+) -> Vec<FailedTry<'a>> {
     let mut failed_tries: Vec<Option<FailedTry<'a>>> = failed_tries.into_iter().map(Some).collect();
     let mut waiting = tries_by_second(&failed_tries);
     let mut unpaired: Vec<usize> = (0..attempts.len())

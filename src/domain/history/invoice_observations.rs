@@ -56,7 +56,10 @@ impl<'a> InvoiceObservations<'a> {
                 .iter()
                 .any(|stored| stored.observation.livemode == Some(false)),
             account: connected_account(&own),
-            livemode: own.iter().rev().find_map(|stored| stored.observation.livemode),
+            livemode: own
+                .iter()
+                .rev()
+                .find_map(|stored| stored.observation.livemode),
         }
     }
 

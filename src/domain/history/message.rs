@@ -208,6 +208,7 @@ pub fn more_attempts(context: &InvoiceContext, attempts: &[FailedAttempt]) -> St
         format!("between {first} and {last}")
     };
     let noun = if count == 1 { "attempt" } else { "attempts" };
+
     context.close(format!(
         "Payment for {} failed too often to list: the first {TOLD_AT_EACH_END} and the last \
          {TOLD_AT_EACH_END} attempts have entries of their own, and {} more {noun} failed {when}.",
@@ -298,6 +299,7 @@ pub fn refund_failed(
         code: Some(code),
         message: None,
     });
+
     context.close(format!(
         "The refund{of_how_much} for {} {outcome}{}",
         context.invoice(),
@@ -340,6 +342,7 @@ fn credit_note_for_invoice(context: &InvoiceContext, told: ObjectSources<CreditN
         .iter()
         .find_map(|(_, note)| note.amount)
         .map(|amount| context.money(amount, &sources));
+
     format!(
         "Credit note{number}{} for {}",
         over(amount),
@@ -464,6 +467,7 @@ fn because(reason: Option<&Reason>) -> String {
     } else {
         "."
     };
+
     format!(": {text}{stop}")
 }
 

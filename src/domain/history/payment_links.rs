@@ -102,6 +102,7 @@ impl<'a> PaymentLinks<'a> {
                 *known = claim.min(*known);
             }
         }
+
         self.owners = best
             .into_iter()
             .map(|(group, (_, invoice))| (group, invoice))
@@ -176,6 +177,7 @@ fn claims<'a>(
             .named_invoice()
             .map(|invoice| (id, Ground::OwnInvoice, invoice))
     };
+
     match object {
         Object::PaymentIntent(part) => {
             let reference = part

@@ -140,6 +140,7 @@ fn refunded_by_charge<'a>(
             *sum = sum.saturating_add(amount.unwrap_or(0));
         }
     }
+
     sums
 }
 

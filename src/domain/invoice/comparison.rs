@@ -284,6 +284,7 @@ mod tests {
         );
         assert_eq!(fields(json!({}), &[], stripes), []);
         let euros = json!({"currency": "eur", "amount_due": 1});
+
         assert_eq!(
             fields(document(1234.5), &[], euros),
             [("currency", "USD".to_owned(), "EUR".to_owned())]
@@ -296,6 +297,7 @@ mod tests {
             let history: Vec<Entry> = state.map(entry).into_iter().collect();
             fields(json!({}), &history, json!({"status": status})).is_empty()
         };
+
         assert!(agrees(Some(PaymentState::Paid), "paid"));
         assert!(!agrees(Some(PaymentState::PaymentPending), "paid"));
         assert!(!agrees(None, "paid"));
@@ -304,6 +306,7 @@ mod tests {
         assert!(!agrees(Some(PaymentState::Paid), "open"));
         assert!(agrees(Some(PaymentState::PaymentFailed), "void"));
         assert!(!agrees(None, "void"));
+
         assert!(agrees(
             Some(PaymentState::Paid),
             "a status not yet invented"

@@ -147,6 +147,7 @@ mod tests {
                 "/status/stripeInvoiceId",
             ]
         );
+
         for root in [json!(null), json!([]), json!("x")] {
             assert_eq!(validate(root).unwrap_err()[0].pointer, "");
         }
@@ -166,6 +167,7 @@ mod tests {
             "status": {"billableAmount": 10.5, "stripeInvoiceId": "in_1"},
         });
         assert_eq!(valid.document.to_string(), kept.to_string());
+
         assert_eq!(valid.stripe_invoice_id.as_deref(), Some("in_1"));
     }
 
@@ -184,6 +186,7 @@ mod tests {
             state("2026-01-31T09:15:00Z"),
         ]))
         .unwrap();
+
         assert_eq!(
             valid.imported_states[0].timestamp_ms - valid.imported_states[1].timestamp_ms,
             1000

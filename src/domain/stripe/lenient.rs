@@ -283,6 +283,7 @@ mod tests {
         ] {
             assert_eq!(read::<i64>(other), None, "{other}");
         }
+
         for other in ["null", "true", "1", "[\"x\"]", "{\"id\": \"x\"}"] {
             assert_eq!(read::<String>(other), None, "{other}");
         }

@@ -319,6 +319,7 @@ mod tests {
             verify(&format!("t={},v1={TAG}", NOW + 1)),
             Err(SignatureError::Mismatch)
         );
+
         assert_eq!(
             verify(&format!("t=0{NOW},v1={TAG}")),
             Err(SignatureError::Mismatch),
@@ -355,6 +356,7 @@ mod tests {
             assert_eq!(new.verify_line(&header, BODY, 100), Ok("new"));
             assert_eq!(both.verify_line(&header, BODY, 100), Ok("new"));
         }
+
         assert_eq!(
             both.verify_line(&format!("t=100,v1={}", tag(&old)), BODY, 100),
             Ok("old")

@@ -167,6 +167,7 @@ mod tests {
                 "the signing secret `d` has characters that are not printable ASCII",
             ]
         );
+
         assert_eq!(
             SigningSecrets::parse(" , ").unwrap_err(),
             ["no signing secret is given"]

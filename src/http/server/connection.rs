@@ -106,6 +106,7 @@ impl ConnectionState {
             waker: AtomicWaker::new(),
             shared,
         };
+
         connection.enter(Activity::New);
         connection
     }

@@ -172,6 +172,7 @@ impl Server {
             socket.set_nonblocking(true)?;
             self.serve_queued(TcpStream::from_std(socket)?).await;
         }
+
         Ok(())
     }
 

@@ -61,6 +61,7 @@ pub async fn list(
         }
         (table(&page, "/ui/events", &named, asked.cursor.is_some()))
     };
+
     Ok(layout::page(
         "Events",
         CurrentPage::Events,
@@ -90,6 +91,7 @@ pub async fn unreadable(
         }
         (table(&page, "/ui/unreadable", "", asked.cursor.is_some()))
     };
+
     Ok(layout::page(
         "Unreadable",
         CurrentPage::Unreadable,
@@ -112,6 +114,7 @@ async fn page(
         limit: PAGE_SIZE,
         after,
     };
+
     Ok(events::page(&state.store, &request).await?)
 }
 
@@ -175,6 +178,7 @@ pub async fn show(
     else {
         return Err(ApiError::NotFound);
     };
+
     validate_uid(&event_id).map_err(|_| ApiError::NotFound)?;
     let after = pagination::cursor(cursor.as_deref(), Cursor::parse)?;
     let found =
@@ -182,6 +186,7 @@ pub async fn show(
     if found.items.is_empty() && after.is_none() {
         return Err(ApiError::NotFound);
     }
+
     let next = found.next.map(|cursor| {
         address(
             "/ui/event",
@@ -197,6 +202,7 @@ pub async fn show(
         @for rendering in &found.items { (rendering) }
         (pager(after.map(|_| address("/ui/event", &[("id", &event_id)])), next))
     };
+
     Ok(layout::page(
         "Event",
         CurrentPage::Events,
@@ -244,6 +250,7 @@ fn bytes(body: &[u8]) -> Markup {
     } else {
         DUMP_ROW_BYTES * DUMP_ROWS
     };
+
     html! {
         details open[text.is_none() || body.len() < 16 * 1024] {
             summary { (body.len()) " bytes, " (form) }
@@ -273,6 +280,7 @@ fn dump(body: &[u8]) -> String {
             digits.join(" ")
         )
     };
+
     body.chunks(DUMP_ROW_BYTES)
         .take(DUMP_ROWS)
         .enumerate()

@@ -42,6 +42,7 @@ pub async fn show(
     if !is_valid || !visitor.0.reads(&tenant) {
         return Err(ApiError::NotFound);
     }
+
     let at = at.filter(|at| !at.trim().is_empty());
     let as_of_ms = at
         .map(|text| evidence::as_of(&as_time(&text), state.clock.now_ms()))
@@ -70,6 +71,7 @@ pub async fn show(
         }
     };
     let title = format!("Invoice {}", text::visible(&evidence.invoice_uid));
+
     Ok(layout::page(
         &title,
         CurrentPage::Invoices,
@@ -149,6 +151,7 @@ fn proven(entry: &Proven, visitor: &Visitor) -> Markup {
     let (first, more) = entry
         .proofs
         .split_at(entry.proofs.len().min(VISIBLE_PROOFS));
+
     html! {
         article {
             p.entry-head { strong { (layout::name(Some(entry.state))) } " " (time(entry.timestamp_ms)) }
@@ -187,6 +190,7 @@ fn facts(evidence: &Evidence, document: &Value) -> Markup {
                 .to_owned()
         });
     let period = named("/spec/billingPeriod/start").zip(named("/spec/billingPeriod/end"));
+
     html! {
         section.about aria-labelledby="about" {
             h2 #about { "The invoice" }
@@ -247,6 +251,7 @@ fn dashboard(evidence: &Evidence, stripe_id: &str) -> String {
     } else {
         ""
     };
+
     format!(
         "https://dashboard.stripe.com/{account}{mode}invoices/{}",
         encoded(stripe_id)
@@ -261,6 +266,7 @@ fn at_a_time(evidence: &Evidence) -> Markup {
         ..
     } = evidence;
     let value = as_of_ms.map(|ms| timestamp(ms)[..19].to_owned());
+
     html! {
         section.as-of aria-labelledby="as-of" {
             h2 #as-of { "History at an earlier time" }

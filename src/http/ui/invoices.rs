@@ -38,6 +38,7 @@ pub async fn list(
     if !sought.is_empty() {
         return find(&state, &visitor, sought).await;
     }
+
     let request = PageRequest {
         tenant_uid: visitor.tenant().map(str::to_owned),
         stripe_invoice_id: None,
@@ -51,6 +52,7 @@ pub async fn list(
     };
     let is_first = request.after.is_none();
     let Page { items: rows, next } = queries::page(&state.store, &request, row).await?;
+
     // Below a full page, the link to the next page is enough.
     let looked_back_to_ms = next
         .as_ref()
@@ -71,6 +73,7 @@ pub async fn list(
         }
         (pager(first, next))
     };
+
     Ok(layout::page("Invoices", CurrentPage::Invoices, Some(&visitor), content).into_response())
 }
 
@@ -81,6 +84,7 @@ async fn find(state: &AppState, visitor: &Visitor, sought: &str) -> Result<Respo
     {
         return Ok(Redirect::to(&invoice_address(only)).into_response());
     }
+
     let rows = found.items;
     let content = html! {
         h1 { "Invoices" }
@@ -96,6 +100,7 @@ async fn find(state: &AppState, visitor: &Visitor, sought: &str) -> Result<Respo
             @if found.has_more { p.hint { "More invoices match: enter more of the uid." } }
         }
     };
+
     Ok(layout::page("Search", CurrentPage::Invoices, Some(visitor), content).into_response())
 }
 
@@ -144,6 +149,7 @@ fn filters(chosen: &str) -> Markup {
         .into_iter()
         .chain(names)
         .chain([("none", layout::name(None))]);
+
     html! {
         nav.filters aria-label="By state" {
             ul {

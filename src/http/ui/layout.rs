@@ -78,6 +78,7 @@ pub fn page(
             }
         }
     };
+
     Html(markup.into_string())
 }
 
@@ -135,6 +136,7 @@ pub fn icon(state: Option<PaymentState>) -> Markup {
         Some(PaymentState::PaymentFailed) => "M4.5 4.5l7 7M11.5 4.5l-7 7",
         None => "M4 8h8",
     };
+
     html! {
         svg viewBox="0 0 16 16" width="16" height="16" aria-hidden="true" focusable="false" {
             path d=(path) fill="none" stroke="currentColor" stroke-width="2" stroke-linecap="round" stroke-linejoin="round" {}

@@ -49,6 +49,7 @@ pub async fn unmatched(
             @if unmatched.len() > MAX_UNMATCHED as usize { p.hint { "There are more. These have waited longest." } }
         }
     };
+
     Ok(layout::page(
         "Unmatched",
         CurrentPage::Unmatched,
@@ -98,6 +99,7 @@ fn check_item(check: &Check) -> Markup {
         CheckStatus::Warning => ("waiting", "Warning", Some(Payment::PaymentPending)),
         CheckStatus::Failing => ("bad", "Failing", Some(Payment::PaymentFailed)),
     };
+
     html! {
         li.(tone) {
             h2 { (check.id.as_str()) span.badge.(tone) { (layout::icon(icon)) (word) } }
@@ -120,6 +122,7 @@ pub async fn reconciliation(
         }
         @for run in &runs { (run_section(run)) }
     };
+
     Ok(layout::page(
         "Reconciliation",
         CurrentPage::Reconciliation,
@@ -152,6 +155,7 @@ fn run_section(run: &Run) -> Markup {
         0 => ("good", "Agrees"),
         _ => ("bad", "Differs"),
     };
+
     html! {
         section.pass {
             h2 { (time(run.started_ms)) span.badge.(tone) { (word) } }
@@ -183,6 +187,7 @@ fn item_text(list: &str, item: &Value) -> Markup {
         }
     };
     let at = |name: &str| html! { @match parse_time(text(name)) { Ok(ms) => (time(ms)), Err(_) => (quoted(text(name))) } };
+
     html! {
         @match list {
             "differing" => {

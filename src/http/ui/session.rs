@@ -128,6 +128,7 @@ pub async fn sign_in(
     if !is_from_here(&headers) {
         return Ok(from_elsewhere());
     }
+
     let Form(Credentials { key, next: wanted }) =
         credentials.map_err(|rejection| match rejection.status() {
             StatusCode::PAYLOAD_TOO_LARGE => ApiError::TooLarge,
@@ -141,6 +142,7 @@ pub async fn sign_in(
         return Ok((StatusCode::UNAUTHORIZED, form(&wanted, Some(mistake))).into_response());
     };
     let session = issue(&state.secrets, &key.id, &hash, state.clock.now_s());
+
     Ok((
         set_cookie(&headers, &session, LIFE_S),
         Redirect::to(&wanted),
@@ -169,6 +171,7 @@ fn set_cookie(headers: &HeaderMap, value: &str, life_s: i64) -> [(HeaderName, He
     let secure = if is_secure { "; Secure" } else { "" };
     let text =
         format!("{COOKIE}={value}; Path=/ui; Max-Age={life_s}; HttpOnly; SameSite=Strict{secure}");
+
     [(
         header::SET_COOKIE,
         HeaderValue::from_str(&text).expect("an id, a number and hex digits are a header value"),
@@ -252,6 +255,7 @@ mod tests {
         for ours in ["/ui", "/ui?q=a", "/ui/invoice?tenant=acme&uid=a%20b.."] {
             assert_eq!(next(Some(ours.to_owned())), ours);
         }
+
         for other in [
             "",
             "//evil.example",

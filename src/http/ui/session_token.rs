@@ -49,6 +49,7 @@ impl<'c> Claim<'c> {
             until_s: until.parse().ok()?,
             tag,
         };
+
         (encode(key_id, claim.until_s, &tag) == cookie).then_some(claim)
     }
 
@@ -106,6 +107,7 @@ mod tests {
         let longer = cookie.replace(&(NOW + LIFE_S).to_string(), &(NOW + LIFE_S + 1).to_string());
         assert!(!Claim::read(&longer).unwrap().holds(&ours, &hash, NOW));
         let other = cookie.replace("key_1", "key_2");
+
         assert!(!Claim::read(&other).unwrap().holds(&ours, &hash, NOW));
     }
 
@@ -126,6 +128,7 @@ mod tests {
     fn what_is_no_session_claims_nothing() {
         let cookie = issue(&secrets("whsec_a"), "key_1", &[7; 32], NOW);
         let shorter = &cookie[..cookie.len() - 2];
+
         for wrong in [
             "",
             "key_1",

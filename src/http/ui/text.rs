@@ -106,6 +106,7 @@ pub fn duration(ms: i64) -> String {
         .iter()
         .find(|(size, _)| ms >= *size)
         .map_or((0, "second"), |(size, unit)| (ms / size, *unit));
+
     if count == 1 {
         format!("1 {unit}")
     } else {

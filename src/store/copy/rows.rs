@@ -133,10 +133,13 @@ impl Store {
             (None, Some(_), Some(_)) => CopyTarget::CopyOfAnother,
             (None, None, Some(table)) => CopyTarget::HoldsOther(table),
         };
+
         if target == CopyTarget::Ready {
             execute!(session, BEGIN_COPY, of, run)?;
         }
+
         session.commit().await?;
+
         Ok(target)
     }
 
@@ -173,6 +176,7 @@ impl Store {
                 return Ok(Some(table.name));
             }
         }
+
         Ok(None)
     }
 
@@ -197,6 +201,7 @@ impl Store {
         let mut page = read(&mut session, sql, &binds, &compared, table.key).await?;
         session.done().await?;
         page.is_last &= (page.rows.len() as i64) < table.page;
+
         Ok(page)
     }
 
@@ -217,6 +222,7 @@ impl Store {
         )
         .await?;
         session.done().await?;
+
         Ok(page)
     }
 
@@ -234,13 +240,17 @@ impl Store {
             session.commit().await?;
             return Ok(false);
         }
+
         for row in deleted {
             change(&mut session, table.delete(), row.key()).await?;
         }
+
         if !rows.is_empty() {
             write(&mut session, table, rows).await?;
         }
+
         session.commit().await?;
+
         Ok(true)
     }
 }
@@ -334,6 +344,7 @@ where
             });
         }
     }
+
     Ok(CopyPage {
         rows,
         is_last: true,
@@ -377,8 +388,10 @@ async fn write(session: &mut Connection, table: Table, rows: &[Row]) -> Result<(
         connection.end(ended)?;
         return Ok(());
     }
+
     for row in rows {
         change(session, table.write_in_sqlite(), &row.cells).await?;
     }
+
     Ok(())
 }

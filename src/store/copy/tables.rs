@@ -176,6 +176,7 @@ impl Table {
             Payload => format!("cast(length({name}) as bigint)"),
             Text | Number | Bytes => (*name).to_owned(),
         };
+
         format!(
             "select {} from {}",
             self.columns
@@ -252,6 +253,7 @@ impl Table {
             sql.push_str("update set ");
             sql.push_str(&set);
         }
+
         sql
     }
 
@@ -282,6 +284,7 @@ impl Table {
                 .join(", "),
         );
         let over = self.on_conflict_clause();
+
         format!(
             "insert into {} ({names}) select * from unnest({arrays}) as incoming ({names}){over}",
             self.name
@@ -339,6 +342,7 @@ mod tests {
                 [] => {}
             }
         }
+
         tables
     }
 

@@ -256,6 +256,7 @@ impl CircuitBreaker {
             return std::future::pending().await;
         };
         let mut was_idle = false;
+
         loop {
             let probe = self.probe_since(Instant::now()).await;
             let busy = probe.busy_backends;
@@ -431,6 +432,7 @@ impl CircuitBreaker {
             Ok((report, busy))
         };
         let unreachable = || OpenReason::Unresponsive.error();
+
         timeout(PROBE_TIMEOUT, probing)
             .await
             .unwrap_or_else(|_| Err(unreachable()))

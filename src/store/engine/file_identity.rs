@@ -88,6 +88,7 @@ impl fmt::Display for FileChange {
             FileRole::Index => "the index of the write-ahead log ",
         })?;
         write!(f, "{} ", self.path.display())?;
+
         f.write_str(match self.change {
             Change::Missing => "is no longer there",
             Change::Replaced => "is no longer the file that was opened",

@@ -35,6 +35,7 @@ impl InterruptibleConnection {
             .lock_handle()
             .await?
             .set_progress_handler(CHECK_EVERY, is_wanted);
+
         Ok(InterruptibleConnection {
             connection: Some(connection),
             is_abandoned,

@@ -227,6 +227,7 @@ impl PostgresStore {
                 }
             }
         }
+
         Ok(keys)
     }
 

@@ -103,6 +103,7 @@ impl PostgresPools {
                 Box::pin(async move { breaker.connect().await })
             })
         };
+
         PostgresPools {
             shared: pool(MAX_CONNECTIONS),
             appending: pool(1),

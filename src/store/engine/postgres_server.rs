@@ -149,6 +149,7 @@ impl ServerReport {
             (false, true) => ServerRole::ReadOnly,
             (false, false) => ServerRole::Primary,
         };
+
         Ok(ServerReport {
             role,
             process_id: row.try_get(2)?,

@@ -207,6 +207,7 @@ impl SqliteStore {
                     .map(|mention| (&mention.object_id, at)),
             );
         }
+
         let json =
             |rows: serde_json::Result<String>| rows.expect("strings and numbers always serialise");
         let (events, mentions) = (
@@ -221,7 +222,9 @@ impl SqliteStore {
             execute!(session, CHECKPOINT)?;
             SqliteStore::verify_durability(&mut session).await?;
         }
+
         session.set_in_transaction(true);
+
         // Drain all rows: `fetch_one` would stop before the later statements run.
         let EngineConnection::Sqlite(connection) = &mut session.connection else {
             unreachable!("this store opens SQLite connections")
@@ -232,6 +235,7 @@ impl SqliteStore {
         let answered = connection.end(ended)?;
         session.set_in_transaction(false);
         session.done().await?;
+
         // Again: the log may have been deleted since, and the commit with it.
         self.files.verify()?;
         self.files.record_log_length();
@@ -242,6 +246,7 @@ impl SqliteStore {
         let mut known = known
             .and_then(Result::ok)
             .ok_or_else(|| StoreError::damaged("the keys of known events"))?;
+
         Ok(crate::store::events::answers(batch, |key| {
             known.insert(hex::encode_upper(key.0))
         }))
@@ -272,6 +277,7 @@ impl SqliteStore {
             .unwrap_or(Path::new("."));
         let disk = rustix::fs::statvfs(folder).map_err(|error| unseen(error.into()))?;
         let (free, size) = (disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize);
+
         Ok(Space {
             database: std::fs::metadata(&self.file).map_err(unseen)?.len(),
             // A missing WAL means that nothing was written yet.
@@ -349,6 +355,7 @@ fn pool_of(
         max_lifetime: None,
         max_idle: None,
     };
+
     Pool::new(limits, move || {
         let options = options.clone();
         Box::pin(async move { Ok(InterruptibleConnection::open(&options).await?) })

@@ -193,6 +193,7 @@ impl Store {
                 result.agrees
             )?;
         }
+
         session.commit().await
     }
 }

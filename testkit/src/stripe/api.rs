@@ -339,6 +339,7 @@ impl State {
                 message,
             ));
         }
+
         match parts[..] {
             ["v1", "events"] => self.list_events(request),
             ["v1", "events", id] => self.event(request, id).map(|event| event.as_listed()),
@@ -600,6 +601,7 @@ impl State {
                 *position = self.visible(expanded).render(&request.version);
             }
         }
+
         rendered
     }
 
