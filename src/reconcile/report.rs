@@ -188,7 +188,7 @@ impl Report {
 
     /// Returns how many items each list has, or had before it was shortened.
     pub fn counts(&self) -> RunCounts {
-        self.counts.unwrap_or_else(|| RunCounts {
+        self.counts.unwrap_or(RunCounts {
             agreeing: self.agreeing.len() as i64,
             healed: self.healed.len() as i64,
             differing: self.differing.len() as i64,

@@ -409,11 +409,10 @@ fn amount_to_pay(
 }
 
 fn snapshots<'a>(sources: &[&'a StoredObservation]) -> impl Iterator<Item = &'a Invoice> {
-    let snapshots = sources
+    sources
         .iter()
         .filter_map(|stored| trusted_snapshot(stored))
-        .map(|(_, invoice)| invoice);
-    snapshots
+        .map(|(_, invoice)| invoice)
 }
 
 fn of_money(
@@ -476,7 +475,7 @@ fn thousands(number: usize) -> String {
     let digits = number.to_string();
     let mut grouped = String::with_capacity(digits.len() + digits.len() / 3);
     for (at, digit) in digits.char_indices() {
-        if at > 0 && (digits.len() - at) % 3 == 0 {
+        if at > 0 && (digits.len() - at).is_multiple_of(3) {
             grouped.push(',');
         }
         grouped.push(digit);

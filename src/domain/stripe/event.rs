@@ -246,7 +246,7 @@ fn read_event(envelope: Envelope) -> Result<Event, &'static str> {
         api_version,
         object_id,
         created,
-        observation: observation,
+        observation,
     })
 }
 
@@ -315,7 +315,7 @@ fn read_fetched(envelope: Envelope, body: &[u8]) -> Result<Event, &'static str> 
         event_type: FETCHED.to_owned(),
         api_version: None,
         created,
-        observation: observation,
+        observation,
     })
 }
 

@@ -575,7 +575,7 @@ each_store! {
             .unwrap();
         assert_eq!((by_uid.invoices.len(), by_uid.has_more), (1, true));
         let one = store.documents_page(None, None, None, 10, 0).await.unwrap();
-        assert!(one.invoices.is_empty() && one.has_more == false, "{one:?}");
+        assert!(one.invoices.is_empty() && !one.has_more, "{one:?}");
     }
 
     async fn reading_ten_thousand_links_is_linear(test: TestStore) {
