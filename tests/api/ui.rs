@@ -252,7 +252,7 @@ each_database! {
                     .await
                     .with_status(403);
                 assert!(
-                    text(&answer).contains("did not come from this page")
+                    text(&answer).contains("Request from another site")
                         && answer.header("set-cookie").is_empty()
                 );
             }
@@ -365,7 +365,7 @@ each_database! {
                 )
                 .await
                 .with_status(405);
-                assert!(text(&refused).contains("only be looked at"));
+                assert!(text(&refused).contains("page is read-only"));
             }
         }
         let shown = text(&page(&process, "/ui", &operator).await);
@@ -798,7 +798,7 @@ each_database! {
                 .await
                 .with_status(200),
         );
-        assert!(alarms.contains(" things cannot be told."), "{alarms}");
+        assert!(alarms.contains(" checks could not be made."), "{alarms}");
         for check in [
             "database",
             "deliveries",
