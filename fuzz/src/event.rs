@@ -39,15 +39,12 @@ pub fn check(input: &[u8]) {
                 check_event(&event);
                 // As in the store: a known event adds nothing.
                 let is_new = known.iter().all(|k| k.key != event.key);
-                known.extend(
-                    event
-                        .observation
-                        .filter(|_| is_new)
-                        .map(|observation| StoredObservation {
-                            key: event.key,
-                            observation,
-                        }),
-                );
+                known.extend(event.observation.filter(|_| is_new).map(|observation| {
+                    StoredObservation {
+                        key: event.key,
+                        observation,
+                    }
+                }));
             }
         }
     }
