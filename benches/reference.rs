@@ -38,34 +38,31 @@ impl Pool {
     /// Opens ten connections to PostgreSQL or one to SQLite, and creates a table for whole
     /// payloads.
     pub async fn open(url: &str) -> Pool {
-        match url.strip_prefix("sqlite://") {
-            Some(path) => {
-                let options = SqliteConnectOptions::new()
-                    .filename(path)
-                    .create_if_missing(true);
-                let options = options
-                    .journal_mode(SqliteJournalMode::Wal)
-                    .synchronous(SqliteSynchronous::Full)
-                    .page_size(8192);
-                let pool = SqlitePoolOptions::new()
-                    .max_connections(1)
-                    .connect_with(options)
-                    .await
-                    .expect("a database");
-                let table = sqlx::AssertSqlSafe(TABLE.replace("BYTES", "blob"));
-                sqlx::query(table).execute(&pool).await.expect("a table");
-                Pool::Sqlite(pool)
-            }
-            None => {
-                let pool = PgPoolOptions::new()
-                    .max_connections(10)
-                    .connect(url)
-                    .await
-                    .expect("a database");
-                let table = sqlx::AssertSqlSafe(TABLE.replace("BYTES", "bytea"));
-                sqlx::query(table).execute(&pool).await.expect("a table");
-                Pool::Postgres(pool)
-            }
+        if let Some(path) = url.strip_prefix("sqlite://") {
+            let options = SqliteConnectOptions::new()
+                .filename(path)
+                .create_if_missing(true);
+            let options = options
+                .journal_mode(SqliteJournalMode::Wal)
+                .synchronous(SqliteSynchronous::Full)
+                .page_size(8192);
+            let pool = SqlitePoolOptions::new()
+                .max_connections(1)
+                .connect_with(options)
+                .await
+                .expect("a database");
+            let table = sqlx::AssertSqlSafe(TABLE.replace("BYTES", "blob"));
+            sqlx::query(table).execute(&pool).await.expect("a table");
+            Pool::Sqlite(pool)
+        } else {
+            let pool = PgPoolOptions::new()
+                .max_connections(10)
+                .connect(url)
+                .await
+                .expect("a database");
+            let table = sqlx::AssertSqlSafe(TABLE.replace("BYTES", "bytea"));
+            sqlx::query(table).execute(&pool).await.expect("a table");
+            Pool::Postgres(pool)
         }
     }
 
@@ -154,7 +151,7 @@ async fn receive(State(plain): State<Plain>, headers: HeaderMap, body: Bytes) ->
     let signatures: Vec<&[u8]> = headers
         .get_all("stripe-signature")
         .iter()
-        .map(|v| v.as_bytes())
+        .map(axum::http::HeaderValue::as_bytes)
         .collect();
     let Ok(signature) = SignatureHeader::read(&signatures) else {
         return StatusCode::BAD_REQUEST;

@@ -59,16 +59,16 @@ fn assert_changes_pass(check: impl Fn(&[u8]), files: &[(PathBuf, Vec<u8>)], chan
 
 #[test]
 fn signature_seeds_pass_the_fuzz_check() {
-    files("fuzz/seeds/signature")
-        .iter()
-        .for_each(|(path, input)| assert_passes(fuzz::signature::check, path, input));
+    for (path, input) in &files("fuzz/seeds/signature") {
+        assert_passes(fuzz::signature::check, path, input);
+    }
 }
 
 #[test]
 fn message_seeds_pass_the_fuzz_check() {
-    files("fuzz/seeds/message")
-        .iter()
-        .for_each(|(path, input)| assert_passes(fuzz::message::check, path, input));
+    for (path, input) in &files("fuzz/seeds/message") {
+        assert_passes(fuzz::message::check, path, input);
+    }
 }
 
 #[test]

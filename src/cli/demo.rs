@@ -269,7 +269,7 @@ impl Stage {
                 events = events
                     .iter()
                     .flat_map(|event| [event.clone(), event.clone()])
-                    .collect()
+                    .collect();
             }
             Arrival::LastFirst => events.reverse(),
         }

@@ -126,15 +126,12 @@ impl Import {
 }
 
 async fn get(store: &Store, tenant: &str, uid: &str) -> anyhow::Result<Exit> {
-    match store.invoice(tenant, uid).await? {
-        Some(invoice) => {
-            output::line(serde_json::to_string_pretty(&render(&invoice)?)?)?;
-            Ok(Exit::Done)
-        }
-        None => {
-            output::note(format!("error: tenant {tenant} has no invoice {uid}"));
-            Ok(Exit::Refused)
-        }
+    if let Some(invoice) = store.invoice(tenant, uid).await? {
+        output::line(serde_json::to_string_pretty(&render(&invoice)?)?)?;
+        Ok(Exit::Done)
+    } else {
+        output::note(format!("error: tenant {tenant} has no invoice {uid}"));
+        Ok(Exit::Refused)
     }
 }
 

@@ -149,7 +149,7 @@ pub fn fail(error: &anyhow::Error) -> ExitCode {
 
     let mut printed = error.to_string();
     anstream::eprintln!("error: {printed}");
-    for cause in error.chain().skip(1).map(|cause| cause.to_string()) {
+    for cause in error.chain().skip(1).map(std::string::ToString::to_string) {
         // Some errors already contain the message of their source.
         if !printed.contains(&cause) {
             anstream::eprintln!("caused by: {cause}");
@@ -161,7 +161,11 @@ pub fn fail(error: &anyhow::Error) -> ExitCode {
         error.downcast_ref(),
         Some(ReconcileError::Stripe(StripeApiError::Unauthorized(_)))
     );
-    if is_wrong_stripe_key || error.chain().any(|cause| cause.is::<ConfigErrors>()) {
+    if is_wrong_stripe_key
+        || error
+            .chain()
+            .any(<dyn std::error::Error + 'static>::is::<ConfigErrors>)
+    {
         ExitCode::from(2)
     } else if error.chain().any(is_unreachable) {
         ExitCode::from(4)

@@ -82,7 +82,11 @@ const MEANWHILE: &str =
 ///
 /// The match is exhaustive: a new kind does not compile without its remedy.
 pub(super) fn remedy(kind: StoreErrorKind) -> String {
-    use StoreErrorKind::*;
+    use StoreErrorKind::{
+        Contended, Corrupt, DamagedRow, DiskFull, FileMissing, FileReplaced, Io, Locked, LogLost,
+        NotMigrated, ReadOnly, Rejected, SchemaNewer, SchemaOlder, Standby, TooManyConnections,
+        Unreachable, Unresponsive, UnsafeCommit,
+    };
     let remedy = match kind {
         NotMigrated => {
             return format!(

@@ -217,7 +217,7 @@ pub fn from_status(status: StatusCode) -> Option<ApiError> {
 pub fn panicked(cause: Box<dyn Any + Send>) -> Response {
     let text = cause
         .downcast_ref::<&str>()
-        .map(|s| s.to_string())
+        .map(std::string::ToString::to_string)
         .or_else(|| cause.downcast_ref::<String>().cloned());
     ApiError::Internal(format!("panicked: {}", text.unwrap_or_default())).into_response()
 }

@@ -64,7 +64,7 @@ pub async fn put(
     match scope {
         Scope::Operator => {}
         scope if scope.reads(&tenant_uid) => return Err(ApiError::Forbidden),
-        _ => return Err(ApiError::NotFound),
+        Scope::Tenant(_) => return Err(ApiError::NotFound),
     }
 
     let document = parse(&body?)?;
@@ -233,7 +233,9 @@ fn etag(invoice: &StoredInvoice) -> String {
     hash.update(env!("CARGO_PKG_VERSION"));
     hash.update(invoice.stored_ms.to_be_bytes());
     hash.update(invoice.revision.to_be_bytes());
-    keys.iter().for_each(|key| hash.update(key.0));
+    for key in keys {
+        hash.update(key.0);
+    }
     format!("\"{}\"", hex::encode(&hash.finalize()[..16]))
 }
 

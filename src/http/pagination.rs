@@ -89,7 +89,9 @@ mod tests {
 
     fn page(items: &[Value], next_cursor: Option<&str>) -> String {
         let mut writer = ItemWriter::new();
-        items.iter().for_each(|item| writer.write(item));
+        for item in items {
+            writer.write(item);
+        }
         String::from_utf8(writer.finish(next_cursor)).unwrap()
     }
 

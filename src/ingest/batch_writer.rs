@@ -213,7 +213,7 @@ async fn write(
                 duration_ms = started.elapsed().as_millis() as u64,
                 ok = appended.is_ok(),
                 "commit"
-            )
+            );
         });
         for probe in probes {
             let answer = match &appended {

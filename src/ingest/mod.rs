@@ -105,7 +105,7 @@ fn links(event: &Event) -> Vec<Link> {
     let mut links = event
         .observation
         .as_ref()
-        .map(|observation| observation.mentions())
+        .map(super::domain::stripe::event::Observation::mentions)
         .unwrap_or_default();
     if links.len() > MAX_LINKS {
         tracing::warn!(

@@ -58,7 +58,9 @@ pub async fn scan_page(store: &Store, now_ms: i64) -> Result<ScanStep, StoreErro
     let (mut last, mut row_count) = (None, 0);
     let is_more = loop {
         let page = store.log_rows(from_ms, last, now_ms, PAGE_ROWS).await?;
-        page.iter().for_each(|row| activity.add_row(row));
+        for row in &page {
+            activity.add_row(row);
+        }
         row_count += page.len();
         last = page.last().map(|row| (row.received_ms, row.key)).or(last);
 
@@ -148,7 +150,7 @@ impl Activity {
 
         let named = observation
             .iter()
-            .flat_map(|observation| observation.mentions())
+            .flat_map(super::super::domain::stripe::event::Observation::mentions)
             .filter(|mention| mention.is_invoice);
         for mention in named {
             let first_ms = self

@@ -13,7 +13,7 @@ const MAX_INLINE: usize = 300;
 
 /// Long folds at a time: half of the processors, so that deliveries always find a free one.
 static LONG_FOLDS: LazyLock<Semaphore> = LazyLock::new(|| {
-    let processors = available_parallelism().map_or(1, |count| count.get());
+    let processors = available_parallelism().map_or(1, std::num::NonZero::get);
     Semaphore::new((processors / 2).max(1))
 });
 

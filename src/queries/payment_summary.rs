@@ -156,7 +156,7 @@ fn waits(evidence: &Evidence) -> String {
 mod tests {
     use super::*;
     use crate::domain::stripe::event::EventKey;
-    use crate::queries::evidence::Missing;
+    use crate::queries::evidence::{AtStripe, Missing};
     use crate::store::{LoggedEvent, Outcome};
 
     const NINE: i64 = 1_769_850_000_000;
@@ -181,7 +181,7 @@ mod tests {
             differs_since_ms: None,
             last_event_ms: None,
             missing: Vec::new(),
-            at_stripe: Default::default(),
+            at_stripe: AtStripe::default(),
             entries: states.iter().map(entry).collect(),
         }
     }

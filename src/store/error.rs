@@ -80,7 +80,11 @@ pub enum StoreErrorClass {
 impl StoreErrorKind {
     /// Returns what a caller can do about a failure of this kind.
     pub fn class(self) -> StoreErrorClass {
-        use StoreErrorKind::*;
+        use StoreErrorKind::{
+            Contended, Corrupt, DamagedRow, DiskFull, FileMissing, FileReplaced, Io, Locked,
+            LogLost, NotMigrated, ReadOnly, Rejected, SchemaNewer, SchemaOlder, Standby,
+            TooManyConnections, Unreachable, Unresponsive, UnsafeCommit,
+        };
         match self {
             Unreachable => StoreErrorClass::Away,
             NotMigrated | SchemaOlder | SchemaNewer | FileMissing | FileReplaced | LogLost
@@ -92,7 +96,11 @@ impl StoreErrorKind {
     }
 
     fn as_str(self) -> &'static str {
-        use StoreErrorKind::*;
+        use StoreErrorKind::{
+            Contended, Corrupt, DamagedRow, DiskFull, FileMissing, FileReplaced, Io, Locked,
+            LogLost, NotMigrated, ReadOnly, Rejected, SchemaNewer, SchemaOlder, Standby,
+            TooManyConnections, Unreachable, Unresponsive, UnsafeCommit,
+        };
         match self {
             NotMigrated => "database was never migrated",
             SchemaOlder => "database lacks migrations",
@@ -193,7 +201,7 @@ const SERVER_CLASSES: [&str; 4] = ["08", "53", "57", "58"];
 
 impl From<sqlx::Error> for StoreError {
     fn from(error: sqlx::Error) -> StoreError {
-        use sqlx::Error::*;
+        use sqlx::Error::{Database, Io, PoolClosed, PoolTimedOut, Protocol, Tls, WorkerCrashed};
         let (kind, context) = match &error {
             Io(_) | Tls(_) | Protocol(_) | PoolClosed | WorkerCrashed => {
                 (StoreErrorKind::Unreachable, error.to_string())

@@ -231,19 +231,16 @@ impl Store {
         let mut session = self.session().await?;
 
         type Row = ObservedRow;
-        let rows = match &filter.stripe_invoice_id {
-            Some(id) => {
-                let sql = OBSERVED_PAGE_OF_INVOICE;
-                rows!(
-                    session, fetch_all, Row, sql, ms, key, kind, outcome, max, bytes, id
-                )
-            }
-            None => {
-                let sql = OBSERVED_PAGE;
-                rows!(
-                    session, fetch_all, Row, sql, ms, key, kind, outcome, max, bytes
-                )
-            }
+        let rows = if let Some(id) = &filter.stripe_invoice_id {
+            let sql = OBSERVED_PAGE_OF_INVOICE;
+            rows!(
+                session, fetch_all, Row, sql, ms, key, kind, outcome, max, bytes, id
+            )
+        } else {
+            let sql = OBSERVED_PAGE;
+            rows!(
+                session, fetch_all, Row, sql, ms, key, kind, outcome, max, bytes
+            )
         }?;
         session.done().await?;
 

@@ -113,7 +113,7 @@ impl Extractor for Carrier<'_> {
     }
 
     fn keys(&self) -> Vec<&str> {
-        self.0.keys().map(|name| name.as_str()).collect()
+        self.0.keys().map(hyper::http::HeaderName::as_str).collect()
     }
 }
 

@@ -164,10 +164,10 @@ impl Collector {
 
         match sent {
             Err(reason) if !was_away => {
-                tracing::warn!(reason, "collector rejects spans, dropping them")
+                tracing::warn!(reason, "collector rejects spans, dropping them");
             }
             Ok(()) if was_away => {
-                tracing::warn!(dropped = dropped(), "collector accepts spans again")
+                tracing::warn!(dropped = dropped(), "collector accepts spans again");
             }
             _ => {}
         }

@@ -96,10 +96,10 @@ each_database! {
             format!("{faulty}:8: must"),
             "standard input:1: /metadata/uid: ".to_owned(),
         ];
-        printed.sort();
+        printed.sort_unstable();
 
         let mut expected: Vec<&str> = locations.iter().map(String::as_str).collect();
-        expected.sort();
+        expected.sort_unstable();
         assert_eq!(printed.len(), expected.len(), "{printed:#?}");
 
         for (printed, expected) in printed.iter().zip(expected) {

@@ -627,7 +627,7 @@ each_database! {
             let uids = ["a", "b", "c"].map(|letter| format!("{letter}{round}"));
             let puts = join_all(uids.iter().map(|uid| server.store(uid, &stripe_invoice_id))).await;
             let mut statuses: Vec<u16> = puts.iter().map(|put| put.status.as_u16()).collect();
-            statuses.sort();
+            statuses.sort_unstable();
             assert_eq!(statuses, [201, 409, 409]);
             for put in puts.into_iter().filter(|put| put.status == 409) {
                 put.with_error(409, "StripeInvoiceTaken");

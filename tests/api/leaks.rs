@@ -308,7 +308,7 @@ impl TestProgram {
         let files = Files::new();
         let mut documents: Vec<String> = INVOICES.lines().map(str::to_owned).collect();
         documents.iter().for_each(|document| {
-            personal(&serde_json::from_str(document).unwrap(), &mut self.hidden)
+            personal(&serde_json::from_str(document).unwrap(), &mut self.hidden);
         });
 
         // Titles that also occur in annotations and commands.

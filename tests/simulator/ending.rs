@@ -62,7 +62,7 @@ pub fn calm_down(simulation: &mut Simulation, seed: u64) {
     let needs_account = simulation
         .invoices
         .iter()
-        .any(|invoice| invoice.is_connected());
+        .any(super::invoice_lifecycle::Invoice::is_connected);
     if !seed.is_multiple_of(2) || (needs_account && simulation.accounts_logged().is_empty()) {
         simulation.deliver_the_rest();
     }

@@ -319,13 +319,14 @@ impl Invoice {
         self.life.pay_part(amount);
         self.to(Stage::PaidInParts, Fact::Part, "");
 
-        match amount == rest {
-            true => self.to(
+        if amount == rest {
+            self.to(
                 Stage::PaidOtherwise,
                 Fact::Paid,
                 "gets its last part, and is paid",
-            ),
-            false => "gets a part",
+            )
+        } else {
+            "gets a part"
         }
     }
 

@@ -184,9 +184,9 @@ impl Process {
                 .iter()
                 .map(|replica| replica.store.clone())
                 .collect();
-            replicas
-                .iter()
-                .for_each(|replica| replica.stopping.cancel());
+            for replica in &replicas {
+                replica.stopping.cancel();
+            }
             drop(replicas);
             for writer in writers {
                 writer.finish().await;

@@ -263,10 +263,10 @@ impl Simulation {
 
         match work.end {
             End::Crash(waits) if !is_whole => {
-                self.trace_line(format!("the program crashes after {waits} waits"))
+                self.trace_line(format!("the program crashes after {waits} waits"));
             }
             End::HangUp(waits) if !is_whole => {
-                self.trace_line(format!("all of that is given up after {waits} waits"))
+                self.trace_line(format!("all of that is given up after {waits} waits"));
             }
             _ => {}
         }
@@ -283,7 +283,7 @@ impl Simulation {
                 (_, None, _) | (true, _, Some(200)) => {}
                 (false, Some(answer), Some(400)) => assert_is_error(answer, "InvalidSignature"),
                 (true, Some(answer), Some(503)) => {
-                    assert!(!answer.header("retry-after").is_empty(), "{answer:?}")
+                    assert!(!answer.header("retry-after").is_empty(), "{answer:?}");
                 }
                 _ => panic!(
                     "{} (authentic: {is_authentic}) is answered {answer:?}",

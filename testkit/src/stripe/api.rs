@@ -342,8 +342,8 @@ impl State {
 
         match parts[..] {
             ["v1", "events"] => self.list_events(request),
-            ["v1", "events", id] => self.event(request, id).map(|event| event.as_listed()),
-            ["v2", "core", "events", id] => self.event(request, id).map(|event| event.as_thin()),
+            ["v1", "events", id] => self.event(request, id).map(super::Event::as_listed),
+            ["v2", "core", "events", id] => self.event(request, id).map(super::Event::as_thin),
             ["v1", "invoices"] => self.parameters(
                 request,
                 "invoice",

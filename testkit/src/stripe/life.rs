@@ -202,7 +202,7 @@ impl Life {
         charge.failure = Some(decline(reason, &charge.id));
         let intent = self.intent.as_mut().expect("it is finalized");
         intent.status = "requires_payment_method";
-        intent.error = charge.failure.clone();
+        intent.error.clone_from(&charge.failure);
         let before =
             json!({"attempt_count": self.invoice.attempts, "attempted": self.invoice.attempted});
         self.invoice.attempts += 1;
