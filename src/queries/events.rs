@@ -9,15 +9,16 @@ use crate::domain::stripe::event::{EventKey, Observation};
 use crate::domain::time::timestamp;
 use crate::store::{EventFilter, LoggedEvent, Outcome, Store, StoreError, StoredBody};
 
-/// Events read at a time in a search for unmatched ones.
+/// Events per statement in a search for unmatched events.
 const BATCH: u32 = 1_000;
-/// Bytes of observations after which such a read ends.
+/// Bytes of observations after which such a statement ends.
 const BATCH_BYTES: usize = 1024 * 1024;
-/// Most events that one page scans for unmatched ones.
+/// Limit on the events that one page of unmatched events scans.
 const MAX_SCANNED: usize = 50_000;
-/// Most renderings on one page. Stripe's own ids have a few; many test payloads may share an id.
+/// Limit on the renderings of one page. Stripe's own ids have a few; many test payloads may share an
+/// id.
 const MAX_RENDERINGS: usize = 100;
-/// A page ends after this many bytes of bodies.
+/// Bytes of bodies after which a page ends.
 const MAX_BYTES: usize = 4 * 1024 * 1024;
 
 /// A filter by outcome.
@@ -25,7 +26,7 @@ const MAX_BYTES: usize = 4 * 1024 * 1024;
 pub enum OutcomeFilter {
     Any,
     Is(Outcome),
-    /// Events that name an invoice, but none that is stored.
+    /// Events whose invoice is not stored.
     Unmatched,
 }
 
@@ -33,7 +34,7 @@ impl OutcomeFilter {
     /// Parses `unmatched` or the name of an outcome.
     ///
     /// # Errors
-    /// The accepted values, to be put behind the name of the parameter.
+    /// Returns the accepted values as text that completes a sentence about the parameter.
     pub fn parse(text: &str) -> Result<OutcomeFilter, String> {
         match (text, Outcome::parse(text)) {
             ("unmatched", _) => Ok(OutcomeFilter::Unmatched),
@@ -56,7 +57,7 @@ pub struct PageRequest {
 /// A page of events.
 pub struct Page {
     pub events: Vec<LoggedEvent>,
-    /// Start of the next page; `None` on the last.
+    /// The position at which the next page begins, or `None` after the last page.
     pub next: Option<Cursor>,
 }
 
@@ -87,11 +88,11 @@ impl Cursor {
 
 /// Returns a page of events, latest receipt first.
 ///
-/// A page of unmatched events may be shorter than its limit although more follow: whether an invoice is stored is checked on each
-/// request, so the number of events that one request scans is bounded.
+/// A page of unmatched events may be shorter than its limit although more follow. Each request checks
+/// again which invoices are stored, so the number of events that one request scans is bounded.
 ///
 /// # Errors
-/// The database cannot be read.
+/// Returns an error if the database cannot be read.
 pub async fn page(store: &Store, request: &PageRequest) -> Result<Page, StoreError> {
     let filter = EventFilter {
         event_type: request.event_type.clone(),
@@ -151,7 +152,7 @@ async fn unmatched_page(
     }
 }
 
-/// Returns, for each event, whether it names an invoice, but none that is stored.
+/// Returns, for each event, whether it names invoices of which no one is stored.
 async fn unmatched(
     store: &Store,
     batch: &[(LoggedEvent, Option<String>)],
@@ -198,8 +199,10 @@ pub struct Renderings<Item> {
     pub next: Option<Cursor>,
 }
 
-/// Returns all renderings of an event by its id, oldest receipt first; or the one that has this key,
-/// in hexadecimal digits: unreadable events have no id. `item` makes an item of each.
+/// Returns all renderings of an event by its id, oldest receipt first. `item` converts each.
+///
+/// Unreadable events have no id: `id` may also be a key in hexadecimal digits, which one rendering
+/// has.
 ///
 /// A page ends after [`MAX_RENDERINGS`] or [`MAX_BYTES`].
 pub async fn renderings<Item>(
@@ -224,8 +227,8 @@ pub async fn renderings<Item>(
         }
 
         last = Some(Cursor::at(event));
-        // One at a time: each body may have 1 MiB. An event that `rebuild` has just replaced is
-        // found under its new key by the next request.
+        // Bodies are read one at a time because each may have 1 MiB. If `rebuild` has just replaced
+        // an event, the next request finds it under its new key.
         if let Some(stored) = store.event_by_key(&event.key).await? {
             bytes += stored.body.as_ref().map_or(0, Vec::len);
             items.push(item(stored));
@@ -300,7 +303,8 @@ pub enum Body {
     Pruned,
 }
 
-/// Converts an event with its body: JSON if it is JSON, else text if it is UTF-8, else hexadecimal digits. `bodyForm` says which.
+/// Converts an event with its body: JSON if it is JSON, else text if it is UTF-8, else hexadecimal
+/// digits. `bodyForm` names the form.
 pub fn show(stored: StoredBody) -> Shown {
     let event = listed(&stored.logged);
     let (body_form, body) = match stored.body.map(String::from_utf8) {

@@ -1,9 +1,10 @@
-//! The evidence for an invoice's history: each entry with the events that prove it, and how fresh all of it is. What `why`
-//! prints, what HTTP answers and what the page shows.
+//! The evidence for an invoice's history: each entry with the events that prove it, and the time of
+//! the last agreement with Stripe. `why`, HTTP and the page of an invoice show it.
 //!
-//! As of a moment in the past, what was received by then counts, as this version of the program reads it: received times never
-//! change, and `rebuild` keeps them. The Stripe invoice that an invoice holds counts at any time; the states that came with it,
-//! since it was first stored.
+//! For a time in the past, only the events that were received by then count, as this version of the
+//! program reads them. Receipt times never change: `rebuild` keeps them. The Stripe invoice of a
+//! stored invoice counts at any time; its imported states count from the time at which the invoice
+//! was first stored.
 
 use std::collections::{HashMap, HashSet};
 
@@ -19,44 +20,45 @@ use crate::domain::stripe::object::Object;
 use crate::domain::time::{parse_time, timestamp};
 use crate::store::{Comparison, LoggedEvent, LookupState, Store, StoreError, StoredInvoice};
 
-/// Most proofs that one entry lists: the earliest. An invoice can have 100,000 of them.
+/// Limit on the proofs that one entry lists: the earliest. An invoice can have 100,000 of them.
 const MAX_PROOFS_OF_ENTRY: usize = 100;
-/// Most proofs listed in all: those of the latest entries.
+/// Limit on the proofs listed for all entries together: those of the latest entries.
 const MAX_PROOFS: usize = 2_000;
-/// Most unfetched objects listed.
+/// Limit on the listed objects that are not fetched yet.
 const MAX_MISSING: usize = 200;
 
-/// Times in Unix milliseconds.
+/// The evidence for the history of one invoice. Times are in Unix milliseconds.
 #[derive(Clone, Debug)]
 pub struct Evidence {
     pub tenant_uid: String,
     pub invoice_uid: String,
     pub stripe_invoice_id: Option<String>,
-    /// What was received later is left out; None: all counts.
+    /// The end of the period whose events count; `None` if all events count.
     pub as_of_ms: Option<i64>,
-    /// When the invoice was first stored.
+    /// Time at which the invoice was first stored.
     pub stored_ms: i64,
-    /// When Stripe's API last agreed. Earlier agreements are not kept.
+    /// Time at which Stripe's API last agreed. Earlier agreements are not stored.
     pub confirmed_ms: Option<i64>,
-    /// Since when Stripe's API says something else.
+    /// Time since which Stripe's API differs.
     pub differs_since_ms: Option<i64>,
-    /// When the latest event about this invoice was received.
+    /// Time at which the latest event about this invoice was received.
     pub last_event_ms: Option<i64>,
     pub missing: Vec<Missing>,
     pub at_stripe: AtStripe,
-    /// In the order of the history.
+    /// The entries in the order of the history.
     pub entries: Vec<Proven>,
 }
 
-/// What Stripe last said of the invoice itself.
+/// The newest values of the invoice's own fields at Stripe.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct AtStripe {
     pub number: Option<String>,
     pub currency: Option<String>,
-    /// In minor units, as the next.
+    /// Minor units of the currency.
     pub amount_due: Option<i64>,
+    /// Minor units of the currency.
     pub amount_paid: Option<i64>,
-    /// Unix seconds.
+    /// Unix seconds of the due date.
     pub due_s: Option<i64>,
     pub livemode: Option<bool>,
     /// The connected account.
@@ -69,39 +71,42 @@ pub struct Proven {
     pub state: PaymentState,
     pub timestamp_ms: i64,
     pub message: Option<String>,
-    /// It came with the stored invoice; no event proves it.
+    /// `true` if the entry came with the stored invoice, so that no event proves it.
     pub is_imported: bool,
-    /// The earliest first; not more than [`MAX_PROOFS_OF_ENTRY`].
+    /// The earliest proofs, at most [`MAX_PROOFS_OF_ENTRY`], earliest first.
     pub proofs: Vec<LoggedEvent>,
-    /// Proofs that are not listed.
+    /// Number of proofs that are not listed.
     pub more_proofs: usize,
 }
 
 impl Proven {
-    /// Number of proofs, listed or not.
+    /// Returns the number of proofs, including those that are not listed.
     pub fn proof_count(&self) -> usize {
         self.proofs.len() + self.more_proofs
     }
 }
 
-/// What Stripe's API has still to be asked for.
+/// An object that is not fetched from Stripe's API yet, or that the API does not have.
 #[derive(Clone, Debug)]
 pub struct Missing {
-    /// The event that points to it.
+    /// The event that points to the object.
     pub event: Option<LoggedEvent>,
-    /// In words for a person in finance.
+    /// A sentence for a person in finance.
     pub message: String,
 }
 
-/// The moment that a question names: RFC 3339 with an offset. One to come is now.
+/// Parses a time in RFC 3339 with an offset into Unix milliseconds. A future time is treated as now.
 ///
 /// # Errors
-/// In words, what it must be.
+/// Returns the expected form as text.
 pub fn as_of(text: &str, now_ms: i64) -> Result<i64, String> {
     parse_time(text).map(|ms| ms.min(now_ms))
 }
 
-/// None: this tenant has no such invoice.
+/// Returns the evidence for an invoice, or `None` if this tenant has no such invoice.
+///
+/// # Errors
+/// Returns an error if the database cannot be read.
 pub async fn gather(
     store: &Store,
     tenant_uid: &str,
@@ -116,8 +121,10 @@ pub async fn gather(
 
 /// Returns the evidence for an invoice that was read with its observations.
 ///
-/// Log rows are read only for the proofs and events that are listed; of all others, only the time of
-/// receipt is.
+/// It reads log rows only for the listed proofs and events, and only the receipt times of all others.
+///
+/// # Errors
+/// Returns an error if the database cannot be read.
 pub async fn of(
     store: &Store,
     mut invoice: StoredInvoice,
@@ -177,7 +184,7 @@ pub async fn of(
     })
 }
 
-/// The history of an invoice, and what the fold knows beside it.
+/// The history of an invoice, and other results of the same observations.
 #[derive(Default)]
 struct Folded {
     entries: Vec<Entry>,
@@ -186,7 +193,7 @@ struct Folded {
     /// Ids of the events that count.
     counted_ids: HashSet<String>,
     at_stripe: AtStripe,
-    /// Whether no event says why the latest attempt failed.
+    /// `true` if no event has the reason of the latest failed attempt.
     lacks_reason: bool,
 }
 
@@ -195,7 +202,7 @@ fn fold_with_selection(
     imported: &[ImportedState],
     known: &[StoredObservation],
 ) -> Folded {
-    // Without a Stripe invoice, no observation counts.
+    // No observation counts for an invoice that names no Stripe invoice.
     let Some(id) = stripe_invoice_id else {
         return Folded {
             entries: fold(None, imported, &[]),
@@ -217,7 +224,7 @@ fn fold_with_selection(
     }
 }
 
-/// Returns when the latest event that counts was received, or a thin twin of one.
+/// Returns the receipt time of the latest event that counts, or of its thin twin.
 fn last_event_ms(
     known: &[StoredObservation],
     folded: &Folded,
@@ -239,7 +246,7 @@ fn last_event_ms(
 /// Unix milliseconds of the receipt of each event.
 type ReceiptTimes = HashMap<EventKey, i64>;
 
-/// Returns the proofs to list of each entry, of the latest entries first.
+/// Returns the proofs to list for each entry. The latest entries come first if there are too many.
 fn listed_proofs(entries: &[Entry]) -> Vec<Vec<EventKey>> {
     let mut left = MAX_PROOFS;
     let mut listed: Vec<Vec<EventKey>> = entries
@@ -255,6 +262,7 @@ fn listed_proofs(entries: &[Entry]) -> Vec<Vec<EventKey>> {
     listed
 }
 
+/// Combines the entries with the log rows of their listed proofs.
 fn proven(
     entries: Vec<Entry>,
     listed: Vec<Vec<EventKey>>,
@@ -278,6 +286,7 @@ fn proven(
         .collect()
 }
 
+/// Reads the log rows of these events.
 async fn log_rows(
     store: &Store,
     mut keys: Vec<EventKey>,
@@ -288,6 +297,7 @@ async fn log_rows(
     Ok(events.into_iter().map(|event| (event.key, event)).collect())
 }
 
+/// Reads the lookup states of thin events.
 async fn lookups(
     store: &Store,
     thin: &[&StoredObservation],
@@ -300,9 +310,10 @@ async fn lookups(
         .collect())
 }
 
-/// Returns the thin events whose details may be missing, and a line for those beyond [`MAX_MISSING`].
+/// Returns the thin events whose details may be missing, and a line for those beyond
+/// [`MAX_MISSING`].
 ///
-/// A thin event whose snapshot twin is known does not count, so none of them has one.
+/// A thin event whose snapshot twin is known does not count, so the result has no such event.
 fn thin_events<'o>(
     known: &'o [StoredObservation],
     folded: &Folded,
@@ -321,7 +332,7 @@ fn thin_events<'o>(
     (thin, line)
 }
 
-/// Returns when each object was fetched from Stripe's API.
+/// Returns the times at which each object was fetched from Stripe's API.
 fn fetch_times<'o>(
     observations: impl Iterator<Item = &'o StoredObservation>,
     received: &ReceiptTimes,
@@ -336,7 +347,7 @@ fn fetch_times<'o>(
     times
 }
 
-/// What the newest that says it says.
+/// Returns, for each field, the value from the newest observation that has it.
 fn at_stripe(observations: &InvoiceObservations) -> AtStripe {
     let invoices = || {
         let newest_first = observations.counted().iter().rev();
@@ -377,7 +388,7 @@ fn unfetched(
         };
         let id = event.object_id.as_deref().unwrap_or_default();
         let fetched_ms = fetched.get(id).map_or(&[][..], Vec::as_slice);
-        let what = name_of(&observation.observation.object);
+        let object = object_name(&observation.observation.object);
         let announced = format!(
             "Stripe announced {} without its details",
             observation.observation.kind
@@ -388,13 +399,13 @@ fn unfetched(
 
         let message = match lookup.due_ms {
             None if is_fetched => continue,
-            Some(_) => format!("{announced}: {what} is still to be fetched from Stripe's API"),
+            Some(_) => format!("{announced}: {object} is still to be fetched from Stripe's API"),
             None if fetched_ms.iter().any(|ms| *ms > until_ms) => {
-                format!("{announced}: {what} was fetched from Stripe's API later")
+                format!("{announced}: {object} was fetched from Stripe's API later")
             }
             None if fetched_ms.is_empty() && lookup.attempts > 0 => {
                 format!(
-                    "{announced}: Stripe's API was asked for {what} {} times and does not show it",
+                    "{announced}: {object} was requested from Stripe's API {} times and not found",
                     lookup.attempts
                 )
             }
@@ -408,10 +419,10 @@ fn unfetched(
     missing
 }
 
-/// The reason of the latest failure, where no event told it and Stripe's API will be asked.
+/// Returns a line for a failed attempt without a reason, if the reason will be fetched.
 fn unexplained(folded: &Folded, comparison: &Comparison) -> Option<Missing> {
     let is_missing = comparison.check_due_ms.is_some() && folded.lacks_reason;
-    let message = "No event told why the latest attempt failed: \
+    let message = "No event says why the latest attempt failed: \
                    the reason is still to be fetched from Stripe's API";
 
     is_missing.then(|| Missing {
@@ -420,7 +431,7 @@ fn unexplained(folded: &Folded, comparison: &Comparison) -> Option<Missing> {
     })
 }
 
-fn name_of(object: &Object) -> &'static str {
+fn object_name(object: &Object) -> &'static str {
     match object {
         Object::Invoice(_) => "the invoice",
         Object::InvoicePayment(_) | Object::PaymentIntent(_) => "the payment",
@@ -432,6 +443,7 @@ fn name_of(object: &Object) -> &'static str {
 }
 
 impl Evidence {
+    /// Returns the evidence as JSON, with times in RFC 3339.
     pub fn to_json(&self) -> Value {
         let time = |ms: Option<i64>| ms.map(timestamp);
         json!({

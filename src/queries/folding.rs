@@ -7,11 +7,12 @@ use tokio::sync::Semaphore;
 
 /// Largest number of observations that is parsed and folded on an async thread.
 ///
-/// Ordinary invoices have a few dozen: the way to another thread and back would cost them more than
-/// it saves.
+/// Ordinary invoices have a few dozen. For them, moving the work to another thread and back would
+/// cost more than it saves.
 const MAX_INLINE: usize = 300;
 
-/// Long folds at a time: half of the processors, so that deliveries always find a free one.
+/// Permits for concurrent long folds: half of the processors, so that deliveries always find a free
+/// processor.
 static LONG_FOLDS: LazyLock<Semaphore> = LazyLock::new(|| {
     let processors = available_parallelism().map_or(1, std::num::NonZero::get);
     Semaphore::new((processors / 2).max(1))
@@ -19,8 +20,8 @@ static LONG_FOLDS: LazyLock<Semaphore> = LazyLock::new(|| {
 
 /// Runs `work` over this many observations, on a blocking thread if they are many.
 ///
-/// If the caller is dropped, a fold that waits for its turn never starts, and one that has started
-/// keeps its turn until it ends.
+/// If the caller is dropped, a fold that waits for a permit never starts, and a fold that has started
+/// keeps its permit until it ends.
 pub async fn run_fold<T: Send + 'static>(
     observations: usize,
     work: impl FnOnce() -> T + Send + 'static,
@@ -29,13 +30,13 @@ pub async fn run_fold<T: Send + 'static>(
         return work();
     }
 
-    let turn = LONG_FOLDS
+    let permit = LONG_FOLDS
         .acquire()
         .await
         .expect("nothing closes this semaphore");
     let folding = tokio::task::spawn_blocking(move || {
         let done = work();
-        drop(turn);
+        drop(permit);
         done
     });
     match folding
@@ -44,7 +45,7 @@ pub async fn run_fold<T: Send + 'static>(
     {
         Ok(done) => done,
         Err(Ok(panic)) => std::panic::resume_unwind(panic),
-        // Only a runtime that shuts down cancels a fold, and nothing waits for its answer then.
+        // Only a runtime that shuts down cancels a fold. Its result is not needed then.
         Err(Err(_)) => std::future::pending().await,
     }
 }

@@ -11,30 +11,30 @@ use crate::store::{
     InvoiceCursor, InvoicePage, NewInvoice, ObservationRow, Store, StoreError, StoredInvoice,
 };
 
-/// Most invoices that one page searches for those in a state. A visitor who looks for a rare state
+/// Limit on the invoices that one page searches for a state. A visitor who looks for a rare state
 /// pages through the invoices in steps of this size.
 const MAX_SCANNED: usize = 5_000;
-/// Most bytes of documents and observations that one page reads.
+/// Limit on the bytes of documents and observations that one page reads.
 const MAX_SCANNED_BYTES: usize = 64 * 1024 * 1024;
-/// Bytes of documents after which a page ends. A document has at most 1 MiB, so a page has less than
-/// 5 MiB of them; it has at least one item.
+/// Bytes of documents after which a page ends. A document has at most 1 MiB, so a page has less
+/// than 5 MiB of documents. A page has at least one item unless the list has ended.
 const PAGE_BYTES: usize = 4 * 1024 * 1024;
-/// Most invoices read in one statement.
+/// Limit on the invoices that one statement reads.
 const STEP: usize = 250;
-/// Bytes of documents after which a step ends: what a request holds in memory beside its response.
+/// Bytes of documents after which a step ends. A request holds these in memory beside its response.
 const STEP_BYTES: usize = 1024 * 1024;
-/// Invoices whose observations are read in the first statement of a page. Few, because nobody knows
-/// beforehand how many observations an invoice has.
+/// Invoices whose observations the first statement of a page reads. Few, because the number of
+/// observations of an invoice is not known before they are read.
 const FIRST_CHUNK: usize = 4;
-/// Most invoices whose observations are read in one statement.
+/// Limit on the invoices whose observations one statement reads.
 const MAX_CHUNK: usize = 128;
-/// Bytes of observations above which the next statement reads them of fewer invoices.
+/// Bytes of observations above which the next statement reads the observations of fewer invoices.
 const CHUNK_BYTES: usize = 256 * 1024;
 
-/// Validates a document. Its uid is the path's if there is one, else the document's own.
+/// Validates a document. Its uid is the uid in the path, or the document's own if the path has none.
 ///
 /// # Errors
-/// All invalid fields, each with its place.
+/// Returns all invalid fields, each with its JSON pointer.
 pub fn new_invoice(
     tenant_uid: &str,
     uid: Option<&str>,
@@ -79,7 +79,7 @@ fn invoice_uid(uid: Option<&str>, document: &Value) -> Result<String, InvalidFie
         (None, None) if !document.is_object() => return Ok(String::new()),
         (None, None) => return Err(fault("is required: it names the invoice".to_owned())),
         (Some(uid), Some(Some(own))) if uid != own => {
-            return Err(fault("is not the uid in the path".to_owned()));
+            return Err(fault("differs from the uid in the path".to_owned()));
         }
         (Some(uid), _) | (None, Some(Some(uid))) => uid,
     };
@@ -89,8 +89,8 @@ fn invoice_uid(uid: Option<&str>, document: &Value) -> Result<String, InvalidFie
     Ok(uid.to_owned())
 }
 
-/// Returns the history of a stored invoice. Takes long for thousands of observations: requests use
-/// [`with_history`].
+/// Returns the history of a stored invoice. This takes long for thousands of observations, so
+/// requests use [`with_history`].
 ///
 /// # Errors
 /// [`StoreErrorKind::DamagedRow`](crate::store::StoreErrorKind) if the stored text is damaged.
@@ -103,7 +103,7 @@ pub fn history(stored: &StoredInvoice) -> Result<Vec<Entry>, StoreError> {
 }
 
 /// Folds known observations into the history of a stored invoice, off the async threads if that
-/// takes long. Returns the observations, too.
+/// takes long. Also returns the observations.
 ///
 /// # Errors
 /// [`StoreErrorKind::DamagedRow`](crate::store::StoreErrorKind) if the stored text is damaged.
@@ -200,7 +200,7 @@ impl StateFilter {
     /// Parses `none` or the name of a state.
     ///
     /// # Errors
-    /// Lists the valid values.
+    /// Returns the accepted values as a sentence.
     pub fn parse(text: &str) -> Result<StateFilter, String> {
         match (text, PaymentState::parse(text)) {
             ("none", _) => Ok(StateFilter::WithoutEntry),
@@ -224,12 +224,12 @@ impl StateFilter {
 /// The result of a search.
 pub struct Found<Item> {
     pub items: Vec<Item>,
-    /// Whether more invoices match. A longer search text finds them.
+    /// `true` if more invoices match. A longer search text finds them.
     pub has_more: bool,
 }
 
-/// Finds invoices by their Stripe id, or by their uid or its beginning; of one tenant or of all.
-/// `item` makes an item of each invoice and its history.
+/// Finds invoices by their Stripe id, or by their uid or its beginning, of one tenant or of all.
+/// `item` converts each invoice and its history.
 pub async fn find<Item>(
     store: &Store,
     tenant_uid: Option<&str>,
@@ -268,7 +268,7 @@ pub async fn find<Item>(
 
 /// A request for a page of invoices. All conditions must hold.
 pub struct PageRequest {
-    /// `None` for all tenants.
+    /// The tenant, or `None` for all tenants.
     pub tenant_uid: Option<String>,
     pub stripe_invoice_id: Option<String>,
     pub state: StateFilter,
@@ -288,6 +288,7 @@ pub struct Page<Item> {
 pub struct Cursor(InvoiceCursor);
 
 impl Cursor {
+    /// Returns the text for clients.
     pub fn to_text(&self) -> String {
         let InvoiceCursor {
             stored_ms,
@@ -300,6 +301,7 @@ impl Cursor {
         )
     }
 
+    /// Parses the text of [`Cursor::to_text`]. Returns `None` for any other text.
     pub fn parse(text: &str) -> Option<Cursor> {
         let (stored_ms, tenant_uid, invoice_uid): (i64, String, String) =
             serde_json::from_slice(&hex::decode(text).ok()?).ok()?;
@@ -314,7 +316,7 @@ impl Cursor {
         }))
     }
 
-    /// Returns when the last invoice of the page was stored.
+    /// Returns the time at which the last invoice of the page was stored, in Unix milliseconds.
     pub fn stored_ms(&self) -> i64 {
         self.0.stored_ms
     }
@@ -328,12 +330,12 @@ impl Cursor {
     }
 }
 
-/// Returns a page of invoices, newest first. `item` makes an item of each invoice and its history;
-/// the invoice itself is dropped at once, so a page holds one document at a time and its items.
+/// Returns a page of invoices, newest first. `item` converts each invoice and its history. The
+/// invoice itself is dropped at once, so a page holds one document at a time, and its items.
 ///
 /// A page may be shorter than its limit although more follow. It ends after [`PAGE_BYTES`] of
-/// documents, because documents can be large; and it searches a bounded number of invoices, because
-/// states are folded and not stored.
+/// documents, because documents can be large. It searches a bounded number of invoices, because
+/// states are folded on each read and not stored.
 pub async fn page<Item>(
     store: &Store,
     request: &PageRequest,
@@ -366,7 +368,7 @@ pub async fn page<Item>(
     }
 }
 
-/// Reads the next invoices of a page: one more than it has room for, to know whether more follow.
+/// Reads the next invoices of a page: one more than fits, to know whether more follow.
 async fn next_step(
     store: &Store,
     request: &PageRequest,

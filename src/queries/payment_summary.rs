@@ -1,22 +1,22 @@
-//! Summary of an invoice's payment in plain sentences for finance: whether it is paid, and the grounds for saying so.
+//! Summary of an invoice's payment in plain sentences for finance: its state, and the grounds for it.
 
 use super::evidence::{Evidence, Proven};
 use crate::domain::payment_state::PaymentState;
 use crate::domain::time::readable;
 use crate::store::Source;
 
-/// The answer and its grounds.
+/// The payment state of an invoice in words, and the grounds for it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PaymentSummary {
-    /// The present state; `None` if nothing is known.
+    /// The present state, or `None` if nothing is known.
     pub state: Option<PaymentState>,
-    /// Whether it is paid, and since when.
+    /// The state of the payment and its time, as a sentence.
     pub answer: String,
     /// The proofs, and the last comparison with Stripe.
     pub grounds: String,
     /// Objects that are still to be fetched from Stripe.
     pub waits: String,
-    /// Whether somebody must check the invoice before relying on the answer.
+    /// `true` if somebody must check the invoice before relying on the answer.
     pub is_doubtful: bool,
 }
 
@@ -99,7 +99,7 @@ fn grounds(evidence: &Evidence) -> String {
     let imported = last.is_some_and(|last| last.is_imported);
     let is_past = evidence.as_of_ms.is_some();
 
-    // Objects fetched during a comparison are received a moment after it started.
+    // Objects that a comparison fetches are received just after the comparison has started.
     let is_newer = |confirmed_ms: i64| {
         !proofs.is_empty()
             && proofs
@@ -195,11 +195,13 @@ mod tests {
             ),
             (
                 &[(PaymentState::Paid, 1), (PaymentState::Paid, 9)],
-                "Paid on 2026-01-31 09:00:01 UTC. Money was returned, contested or added since, last on 2026-01-31 09:00:09 UTC.",
+                "Paid on 2026-01-31 09:00:01 UTC. \
+                 Money was returned, contested or added since, last on 2026-01-31 09:00:09 UTC.",
             ),
             (
                 &[(PaymentState::Paid, 1), (PaymentState::Paid, 1)],
-                "Paid on 2026-01-31 09:00:01 UTC. Money was returned, contested or added since, last on 2026-01-31 09:00:01 UTC.",
+                "Paid on 2026-01-31 09:00:01 UTC. \
+                 Money was returned, contested or added since, last on 2026-01-31 09:00:01 UTC.",
             ),
             (
                 &[(PaymentState::PaymentPending, 0)],
@@ -207,7 +209,8 @@ mod tests {
             ),
             (
                 &[(PaymentState::PaymentInProgress, 0)],
-                "Not paid in full: a payment is in progress, or a part has arrived, since 2026-01-31 09:00:00 UTC.",
+                "Not paid in full: a payment is in progress, or a part has arrived, \
+                 since 2026-01-31 09:00:00 UTC.",
             ),
             (
                 &[(PaymentState::PaymentFailed, 0)],
@@ -251,7 +254,8 @@ mod tests {
             unreadable_reason: None,
         };
         let (before, after) = (NINE, NINE + 5_001);
-        let newer = "Proved by one event from Stripe; last compared with Stripe's API before that, at 2026-01-31 09:00:05 UTC.";
+        let newer = "Proved by one event from Stripe; \
+                     last compared with Stripe's API before that, at 2026-01-31 09:00:05 UTC.";
         let confirmed = "Confirmed with Stripe at 2026-01-31 09:00:05 UTC.";
 
         for (proofs, grounds) in [

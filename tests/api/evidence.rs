@@ -560,7 +560,7 @@ each_database! {
         assert_eq!(
             messages(&unexplained),
             [
-                "No event told why the latest attempt failed: the reason is still to be fetched from Stripe's API"
+                "No event says why the latest attempt failed: the reason is still to be fetched from Stripe's API"
             ]
         );
         assert_eq!(unexplained["missing"][0]["eventId"], Value::Null);
@@ -586,7 +586,7 @@ each_database! {
             .await
             .unwrap();
         store.close().await;
-        let given_up = "Stripe announced invoice.overdue without its details: Stripe's API was asked for the invoice 8 times and does not show it";
+        let given_up = "Stripe announced invoice.overdue without its details: the invoice was requested from Stripe's API 8 times and not found";
         assert_eq!(messages(&evidence(&server, "a").await), [given_up]);
         // Its snapshot twin has the details.
         let mut twin = thin.clone();
