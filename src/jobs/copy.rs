@@ -1,8 +1,8 @@
 //! Copies everything to another database, and compares all histories at the end.
 //!
 //! No progress is saved: both databases are read in parallel, by primary key, and differing rows
-//! are overwritten. So a killed copy is simply started again, and a later copy also applies what
-//! has changed or was deleted since: pruned payloads, rebuilt observations, revoked keys.
+//! are overwritten. So a killed copy is simply started again, and a later copy also applies later
+//! changes and deletions: pruned payloads, rebuilt observations, revoked keys.
 
 use std::cmp::{Ordering, Reverse};
 
@@ -11,46 +11,48 @@ use crate::store::{
     CopyPage, CopyTarget, InvoiceCursor, Row, Store, StoreError, StoredInvoice, Table, Value,
 };
 
-/// Invoices per page when histories are compared.
+/// Invoices per page of the comparison of histories.
 const INVOICES: u32 = 100;
-/// Differing invoices that a report names.
+/// Limit on the differing invoices that a report names.
 pub const MAX_NAMED: usize = 1_000;
 
+/// The reason why a copy stopped.
 #[derive(Debug, thiserror::Error)]
 pub enum CopyError {
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// The target holds rows that a copy would overwrite, or the source is empty. Nothing was written.
+    /// The target holds rows that a copy would overwrite, or the source is empty. The copy wrote
+    /// nothing.
     #[error("{0}")]
     TargetInUse(String),
-    #[error(
-        "another copy into this database has begun, or a command that writes to it: this one stops"
-    )]
+    #[error("another copy into this database has begun, or another command has written to it")]
     Superseded,
 }
 
+/// The result of a copy.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct CopyReport {
     pub tables: Vec<(&'static str, TableCounts)>,
-    /// Invoices whose documents were compared.
+    /// Number of invoices whose documents were compared.
     pub compared: u64,
-    /// Invoices whose documents differ.
+    /// Number of invoices whose documents differ.
     pub differing: u64,
-    /// The first [`MAX_NAMED`] of them.
+    /// The first [`MAX_NAMED`] differing invoices.
     pub named: Vec<Differing>,
 }
 
 /// Rows of a table by what the copy did with them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct TableCounts {
-    /// Rows that the source holds.
+    /// Number of rows in the source.
     pub rows: u64,
     pub new: u64,
     pub changed: u64,
-    /// Rows that the source no longer holds.
+    /// Number of rows that were removed because the source no longer has them.
     pub removed: u64,
 }
 
+/// An invoice whose document differs between source and target.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Differing {
     pub tenant_uid: String,
@@ -59,6 +61,7 @@ pub struct Differing {
     pub how: Mismatch,
 }
 
+/// The way in which an invoice differs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mismatch {
     NotInCopy,
@@ -75,10 +78,10 @@ pub struct Copying<'s> {
 }
 
 impl<'s> Copying<'s> {
-    /// Claims the target for this run, if nothing is lost by it.
+    /// Claims the target for this copy, if no row of the target is lost by it.
     ///
     /// # Errors
-    /// [`CopyError::TargetInUse`] with the reason.
+    /// Returns [`CopyError::TargetInUse`] with the reason.
     pub async fn begin(source: &'s Store, target: &'s Store) -> Result<Copying<'s>, CopyError> {
         let in_use = |reason: &str| Err(CopyError::TargetInUse(reason.to_owned()));
         if !source.holds_rows().await? {
@@ -95,16 +98,16 @@ impl<'s> Copying<'s> {
                 report: CopyReport::default(),
             }),
             CopyTarget::InUse => in_use(
-                "the database to copy to is in use: a command other than copy has written to it, and what it wrote would be lost. \
-                 Copy to an empty database",
+                "the database to copy to is in use: a command other than copy has written to it, \
+                 and a copy would overwrite those rows. Copy to an empty database",
             ),
             CopyTarget::HoldsOther(table) => in_use(&format!(
-                "the database to copy to is not empty: its table {table} holds rows that no copy brought, and they would be lost. \
-                 Copy to an empty database"
+                "the database to copy to is not empty: a copy would overwrite the rows of its table \
+                 {table}. Copy to an empty database"
             )),
             CopyTarget::CopyOfAnother => in_use(
-                "the database to copy to holds a copy of another database, which would be lost. Copy to an empty database, or give \
-                 the DATABASE_URL that it is a copy of",
+                "the database to copy to holds a copy of another database, which would be lost. \
+                 Copy to an empty database, or set DATABASE_URL to that other database",
             ),
         }
     }
@@ -112,8 +115,8 @@ impl<'s> Copying<'s> {
     /// Copies all tables. `progress` receives the name of a table and the number of rows processed.
     ///
     /// # Errors
-    /// A database is unavailable, or another process writes to the target. Copied rows stay, and
-    /// the next run continues.
+    /// Returns an error if a database is unavailable, or another process writes to the target.
+    /// Copied rows stay, and the next copy continues.
     pub async fn copy_tables(
         &mut self,
         mut progress: impl FnMut(&'static str, u64),
@@ -174,6 +177,7 @@ impl<'s> Copying<'s> {
         if !deleted.is_empty() {
             self.write(table, &[], &deleted).await?;
         }
+
         if table.has_payload() {
             for run in runs {
                 self.apply_payloads(table, &run).await?;
@@ -187,7 +191,7 @@ impl<'s> Copying<'s> {
         Ok(())
     }
 
-    /// Reads rows again with their payloads and writes them, as many at a time as fit into a page.
+    /// Reads rows again with their payloads and writes them, a page at a time.
     async fn apply_payloads(&self, table: Table, run: &[Row]) -> Result<(), CopyError> {
         let mut left = run;
         while let [first, .., last] | [first @ last] = left {
@@ -195,7 +199,7 @@ impl<'s> Copying<'s> {
                 .source
                 .rows_between(table, first.key(), last.key())
                 .await?;
-            // The rows may have been deleted meanwhile.
+            // The page is empty if the rows were deleted meanwhile.
             let Some(end) = rows.last().map(|row| row.key().to_vec()) else {
                 break;
             };
@@ -221,7 +225,7 @@ impl<'s> Copying<'s> {
     /// invoices compared.
     ///
     /// # Errors
-    /// A database is unavailable.
+    /// Returns an error if a database is unavailable.
     pub async fn compare(mut self, mut progress: impl FnMut(u64)) -> Result<CopyReport, CopyError> {
         let mut after: Option<InvoiceCursor> = None;
         loop {
@@ -271,6 +275,7 @@ fn newest_first(invoice: &StoredInvoice) -> InvoiceOrder {
     )
 }
 
+/// Compares the documents of a pair. Returns `None` if they are the same.
 fn difference(pair: Pair<StoredInvoice>) -> Option<Differing> {
     let (invoice, how) = match pair {
         (Some(source), Some(target)) if document(&source) == document(&target) => return None,
@@ -288,18 +293,20 @@ fn difference(pair: Pair<StoredInvoice>) -> Option<Differing> {
     })
 }
 
-/// Returns the document as HTTP does. A damaged invoice must be damaged alike in the copy.
+/// Returns the document that HTTP returns. A damaged invoice must have the same damage in the copy,
+/// so the error counts as its document.
 fn document(invoice: &StoredInvoice) -> Result<String, String> {
     render(invoice)
         .map(|document| document.to_string())
         .map_err(|error| error.to_string())
 }
 
-/// What source and target hold under one key.
+/// The rows of source and target under one key.
 type Pair<T> = (Option<T>, Option<T>);
 
-/// Pairs two pages of the same order by key, as far as both reach. A page is its rows, and whether
-/// it is the last. Also returns the key after which to continue, or `None` if both are the last.
+/// Pairs two pages of the same order by key, up to the end of the shorter page. A page consists of
+/// its rows and a flag, which is `true` for the last page. Also returns the key after which to
+/// continue, or `None` if both pages are the last.
 fn align<T, K: Ord>(
     source: (Vec<T>, bool),
     target: (Vec<T>, bool),
@@ -344,7 +351,7 @@ mod tests {
     use super::align;
 
     #[test]
-    fn pages_align_as_far_as_both_reach() {
+    fn pages_align_up_to_end_of_shorter_page() {
         let aligned = |here: (&[i32], bool), there: (&[i32], bool)| {
             align(
                 (here.0.to_vec(), here.1),

@@ -13,7 +13,8 @@ use crate::domain::invoice::schema::InvalidField;
 use crate::queries::invoices::new_invoice;
 use crate::store::{NewInvoice, Put, Store, StoreError};
 
-/// Invoices per transaction. On SQLite a delivery waits for the transaction: fifty take some 20 ms.
+/// Invoices per transaction. On SQLite a delivery waits for the transaction: fifty invoices take
+/// about 20 ms.
 const BATCH: usize = 50;
 
 /// Number of documents by result.
@@ -43,10 +44,10 @@ pub struct Importer<'i, P> {
 type Pending = (usize, NewInvoice);
 
 impl<P: ProgressSink> Importer<'_, P> {
-    /// Imports one file (`-`: standard input) and adds to the counts.
+    /// Imports one file (`-` for standard input) and adds to the counts.
     ///
     /// # Errors
-    /// The store is unavailable. Invoices stored before stay stored.
+    /// Returns an error if the store is unavailable. Invoices stored before stay stored.
     pub async fn import_file(&mut self, path: &Path) -> Result<(), StoreError> {
         let mut documents = json_reader::stream(path);
         let mut batch: Vec<Pending> = Vec::with_capacity(BATCH);
@@ -69,7 +70,7 @@ impl<P: ProgressSink> Importer<'_, P> {
         self.store_batch(path, &mut batch).await
     }
 
-    /// Stores and empties the batch in one transaction, then lets deliveries have their turn.
+    /// Stores and empties the batch in one transaction, then pauses so that deliveries can write.
     async fn store_batch(
         &mut self,
         path: &Path,
@@ -91,10 +92,14 @@ impl<P: ProgressSink> Importer<'_, P> {
                 Put::Created => self.counts.created += 1,
                 Put::Replaced => self.counts.replaced += 1,
                 Put::StripeInvoiceTaken | Put::PreconditionFailed => {
-                    self.report(path, line, &stripe_invoice("is held by another invoice"));
+                    self.report(
+                        path,
+                        line,
+                        &stripe_invoice("belongs to another stored invoice"),
+                    );
                 }
                 Put::StripeInvoiceFixed => {
-                    let reason = "differs from the one that this invoice holds";
+                    let reason = "differs from the Stripe invoice of the stored invoice";
                     self.report(path, line, &stripe_invoice(reason));
                 }
             }

@@ -1,8 +1,8 @@
 //! Reads JSON documents from a file: one document, an array, a list response of Stripe, or one
-//! document per line. The beginning of the file decides which.
+//! document per line. The beginning of the file decides between these forms.
 //!
-//! Arrays and lines are read one document at a time, so a file may be larger than memory. The text
-//! of each document is passed on verbatim.
+//! Arrays and lines are read one document at a time, so a file may be larger than memory. The reader
+//! does not change the text of a document.
 
 use std::cell::Cell;
 use std::fmt;
@@ -25,14 +25,14 @@ pub struct Document {
     pub text: Result<String, String>,
 }
 
-/// Receives each document. `Break` ends the reading.
+/// A callback that receives each document. `Break` ends the reading.
 type Each<'e> = &'e mut dyn FnMut(Document) -> ControlFlow<()>;
 
-/// Documents buffered between the reading thread and the storing task. Few, so that memory stays
-/// constant.
+/// Documents buffered between the reading thread and the storing task. The number is small, so that
+/// memory use stays constant.
 const BUFFERED: usize = 256;
 
-/// Reads a file (`-`: standard input) in a thread of its own. An I/O error is the last item.
+/// Reads a file (`-` for standard input) in a thread of its own. An I/O error is the last item.
 pub fn stream(path: &Path) -> mpsc::Receiver<io::Result<Document>> {
     let (found, documents) = mpsc::channel(BUFFERED);
     let path = path.to_owned();
@@ -49,7 +49,7 @@ pub fn stream(path: &Path) -> mpsc::Receiver<io::Result<Document>> {
             File::open(&path).and_then(|file| read_documents(BufReader::new(file), &mut each))
         };
         if let Err(error) = done {
-            // The receiver may have stopped listening.
+            // The send fails if the receiver was dropped.
             let _ = found.blocking_send(Err(error));
         }
     });
@@ -57,11 +57,11 @@ pub fn stream(path: &Path) -> mpsc::Receiver<io::Result<Document>> {
     documents
 }
 
-/// Reads all documents. After an invalid line the next one is read; an array or a single document
-/// ends where it becomes invalid.
+/// Reads all documents. Reading continues after an invalid line. It ends where an array or a single
+/// document becomes invalid.
 ///
 /// # Errors
-/// The file cannot be read.
+/// Returns an error if the file cannot be read.
 fn read_documents(mut reader: impl BufRead, each: Each) -> io::Result<()> {
     let (mut line, mut head) = (0, Vec::new());
     while head.trim_ascii().is_empty() {
@@ -77,11 +77,11 @@ fn read_documents(mut reader: impl BufRead, each: Each) -> io::Result<()> {
         b'[' => read_array(line, io::Cursor::new(head).chain(reader), each),
         _ if is_json(&head) => read_lines(line, head, reader, each),
         _ => {
-            // Either one document over several lines, or lines of which the first is invalid.
+            // The file is one document over several lines, or its first line is invalid.
             let mut second = Vec::new();
             reader.read_until(b'\n', &mut second)?;
             if second.first() == Some(&b'{') && is_json(&second) {
-                pass_on(line, &head, each)
+                send(line, &head, each)
                     .map_or(Ok(()), |()| read_lines(line + 1, second, reader, each))
             } else {
                 read_one(
@@ -105,9 +105,10 @@ fn read_lines(
     each: Each,
 ) -> io::Result<()> {
     loop {
-        if !text.trim_ascii().is_empty() && pass_on(line, &text, each).is_none() {
+        if !text.trim_ascii().is_empty() && send(line, &text, each).is_none() {
             return Ok(());
         }
+
         text.clear();
         line += 1;
         if reader.read_until(b'\n', &mut text)? == 0 {
@@ -119,19 +120,20 @@ fn read_lines(
 fn read_one(line: usize, mut reader: impl Read, each: Each) -> io::Result<()> {
     let mut text = Vec::new();
     reader.read_to_end(&mut text)?;
-    pass_on(line, &text, each);
+    send(line, &text, each);
     Ok(())
 }
 
-/// Passes on one text. Each item of a list response is a document. Returns `None` if the receiver
-/// wants no more.
-fn pass_on(line: usize, text: &[u8], each: Each) -> Option<()> {
+/// Sends one text to the receiver. Each item of a list response is a document. Returns `None` if the
+/// receiver has ended the reading.
+fn send(line: usize, text: &[u8], each: Each) -> Option<()> {
     #[derive(Deserialize)]
     struct List<'t> {
         object: String,
         #[serde(borrow)]
         data: Vec<&'t RawValue>,
     }
+
     if let Ok(list) = serde_json::from_slice::<List>(text)
         && list.object == "list"
     {
@@ -155,13 +157,13 @@ fn continues(flow: ControlFlow<()>) -> Option<()> {
 }
 
 fn not_json(error: &serde_json::Error, first_line: usize) -> String {
-    let what = if error.is_eof() {
+    let fault = if error.is_eof() {
         "ends in the middle of a document"
     } else {
         "is not JSON"
     };
     format!(
-        "{what} (line {}, column {})",
+        "{fault} (line {}, column {})",
         first_line + error.line().max(1) - 1,
         error.column()
     )
@@ -195,13 +197,14 @@ fn read_array(line: usize, reader: impl BufRead, each: Each) -> io::Result<()> {
     }
 }
 
+/// Visitor of an array that sends each item to the receiver.
 struct Items<'r, 'e> {
     lines: &'r Cell<usize>,
     each: Each<'e>,
 }
 
 impl<'de> Visitor<'de> for Items<'_, '_> {
-    /// `false` if the receiver wants no more.
+    /// `false` if the receiver has ended the reading.
     type Value = bool;
 
     fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
@@ -218,7 +221,7 @@ impl<'de> Visitor<'de> for Items<'_, '_> {
             })
             .is_break()
             {
-                // serde requires that the sequence is read to its end.
+                // serde requires a visitor to read the sequence to its end.
                 while items.next_element::<serde::de::IgnoredAny>()?.is_some() {}
                 return Ok(false);
             }
@@ -228,7 +231,7 @@ impl<'de> Visitor<'de> for Items<'_, '_> {
     }
 }
 
-/// A reader that counts lines. serde_json takes one byte at a time, so the count is exact.
+/// A reader that counts lines. It returns one byte at a time, so the count is exact.
 struct CountingLines<R> {
     inner: R,
     lines: Rc<Cell<usize>>,

@@ -1,8 +1,9 @@
 //! One-shot work on request: import, replay, rebuild and copy.
 //!
-//! A job may run beside a serving process on the same database. Its write transactions are short,
-//! reads come before them, and [`Store::pause_after_write`](crate::store::Store::pause_after_write)
-//! follows them, so that deliveries get their turn.
+//! A job may run beside a serving process on the same database. Its write transactions are short.
+//! A job reads before a transaction, and calls
+//! [`Store::pause_after_write`](crate::store::Store::pause_after_write) after it, so that deliveries
+//! can write in between.
 
 pub mod copy;
 pub mod import;
@@ -12,7 +13,7 @@ pub mod replay;
 
 use std::path::PathBuf;
 
-/// A document of a file that was not accepted.
+/// A document of a file that is invalid or was rejected.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct InvalidDocument {
     pub file: PathBuf,
@@ -21,14 +22,15 @@ pub struct InvalidDocument {
     pub reasons: Vec<String>,
 }
 
-/// Receives the events of a job while it runs.
+/// The receiver of a job's progress.
 pub trait ProgressSink {
+    /// Receives a document that is invalid or was rejected.
     fn invalid(&mut self, document: InvalidDocument);
     /// Receives the number of documents processed so far, over all files.
     fn progress(&mut self, documents: u64);
 }
 
-/// Whether differences are saved or only reported.
+/// The choice between saving differences and only reporting them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WriteMode {
     Save,

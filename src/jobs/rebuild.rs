@@ -1,4 +1,4 @@
-//! Derives everything again from the stored bytes: after an upgrade that reads more, or better.
+//! Derives everything again from the stored bytes, after an upgrade that reads payloads differently.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::time::Instant;
@@ -11,33 +11,35 @@ use crate::domain::stripe::object::Object;
 use crate::ingest::{Delivery, prepare};
 use crate::store::{NewEvent, Store, StoreError, StoredBody};
 
-/// Events per page that is read.
+/// Events per page of the read.
 const PAGE: u32 = 200;
-/// Events per transaction that is written. On SQLite a delivery waits for the transaction.
+/// Events per write transaction. On SQLite a delivery waits for the transaction.
 const BATCH: usize = 25;
-/// Describes an event that differs in nothing else.
-const NOT_FOUND: &str = ", and not found by all that it names";
+/// Text for an event that differs only in a missing link.
+const MISSING_LINK: &str = ", with a missing link to an object that it names";
 
 /// A difference in one event.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RebuildDifference {
-    /// `None` if the event was unreadable, and still is.
+    /// Id of the event, or `None` if it was unreadable and still is.
     pub event_id: Option<String>,
     pub event_type: Option<String>,
     pub was: String,
     pub is: String,
 }
 
+/// The result of a rebuild.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RebuildReport {
     pub events: u64,
-    /// Events whose bytes are pruned: what was read from them stays.
+    /// Number of events whose bytes are pruned: their observations stay.
     pub pruned: u64,
-    /// Differences by Stripe invoice; the empty id collects events that name none.
+    /// Differences by Stripe invoice. Events that name no invoice are under the empty id.
     pub differing: BTreeMap<String, Vec<RebuildDifference>>,
 }
 
 impl RebuildReport {
+    /// Returns whether any event differs.
     pub fn differs(&self) -> bool {
         !self.differing.is_empty()
     }
@@ -46,7 +48,8 @@ impl RebuildReport {
 /// Reads every stored event again. `progress` receives the number of events processed.
 ///
 /// # Errors
-/// The store is unavailable. Events corrected before stay corrected, and the next run continues.
+/// Returns an error if the store is unavailable. Corrected events stay corrected, and the next
+/// rebuild continues.
 pub async fn rebuild(
     store: &Store,
     mode: WriteMode,
@@ -69,8 +72,8 @@ pub async fn rebuild(
     }
 }
 
-/// Reads the events of a page again, reports the differences, and returns the differing events
-/// under the keys that they have now.
+/// Reads the events of a page again, reports the differences, and returns the differing events with
+/// their present keys.
 async fn compare_page(
     store: &Store,
     page: Vec<StoredBody>,
@@ -105,7 +108,7 @@ async fn save(store: &Store, changed: &[(EventKey, NewEvent)]) -> Result<(), Sto
     Ok(())
 }
 
-/// Returns `None` if the bytes are pruned.
+/// Derives an event again from its stored bytes. Returns `None` if the bytes are pruned.
 fn read_again(stored: &StoredBody) -> Option<NewEvent> {
     let logged = &stored.logged;
     Some(prepare(Delivery {
@@ -122,12 +125,12 @@ fn is_same(stored: &StoredBody, event: &NewEvent) -> bool {
         && stored.logged.outcome == event.outcome
 }
 
-/// Records what differs. If both readings are the same, a link to the event was missing.
+/// Adds a difference to the report. If both readings are the same, a link to the event was missing.
 fn record_difference(report: &mut RebuildReport, stored: &StoredBody, event: &NewEvent) {
     let logged = &stored.logged;
     let mut was = describe(logged.outcome.as_str(), stored.observation.as_deref());
     if is_same(stored, event) {
-        was += NOT_FOUND;
+        was += MISSING_LINK;
     }
     let difference = RebuildDifference {
         event_id: event.id.clone().or_else(|| logged.id.clone()),

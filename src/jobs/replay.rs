@@ -1,5 +1,5 @@
-//! Delivers recorded payloads again: to the store without a signature (the operator vouches for
-//! them), or signed afresh over HTTP.
+//! Delivers recorded payloads again: to the store without a signature, because the operator vouches
+//! for them, or over HTTP with a new signature.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -22,8 +22,8 @@ use crate::ingest::batch_writer::{AppendError, BatchWriter};
 use crate::ingest::{Delivery, Outcome, ingest};
 use crate::store::Source;
 
-/// Concurrent deliveries to the store. They share one transaction, for which a delivery of a
-/// serving process waits on SQLite.
+/// Concurrent deliveries to the store. They share one transaction. On SQLite a delivery of a serving
+/// process waits for it.
 const STORE_CONCURRENCY: usize = 64;
 /// Concurrent deliveries over HTTP.
 const HTTP_CONCURRENCY: usize = 8;
@@ -31,11 +31,12 @@ const HTTP_CONCURRENCY: usize = 8;
 const RETRIES: usize = 4;
 /// Delay before the first repetition. It doubles each time.
 const FIRST_DELAY: Duration = Duration::from_millis(250);
+/// Longest time until a response is complete.
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(30);
 /// Largest response that is read, in bytes.
 const MAX_RESPONSE_BYTES: usize = 64 * 1024;
 
-/// Where recorded payloads are delivered.
+/// The receiver of recorded payloads.
 pub enum Target {
     Store(BatchWriter),
     Url(Box<Endpoint>),
@@ -48,20 +49,20 @@ pub struct ReplayCounts {
     pub duplicate: u64,
     pub no_payment_fact: u64,
     pub unreadable: u64,
-    /// Payloads that were not delivered: not JSON, not an event, or not accepted.
+    /// Payloads that were not delivered: they are not JSON, are not events, or were rejected.
     pub invalid: u64,
 }
 
-/// Why replaying stopped: the target is unavailable.
+/// The reason why a replay stopped: the target is unavailable.
 #[derive(Debug, thiserror::Error)]
 pub enum ReplayError {
     #[error(transparent)]
     BatchWriter(#[from] AppendError),
-    #[error("{url} cannot be reached: {reason}")]
+    #[error("{url} is unreachable: {reason}")]
     Unreachable { url: String, reason: String },
 }
 
-/// The outcome of one delivery, or the reason why the target did not accept it.
+/// The outcome of one delivery, or the reason why the target rejected it.
 pub type Delivered = Result<Result<Outcome, String>, ReplayError>;
 
 /// Replays files to one target.
@@ -88,10 +89,10 @@ impl ReplayCounts {
 }
 
 impl<P: ProgressSink> Replayer<'_, P> {
-    /// Replays all files below a path (`-`: standard input) and adds to the counts.
+    /// Replays all files below a path (`-` for standard input) and adds to the counts.
     ///
     /// # Errors
-    /// [`ReplayError`]. Payloads delivered before stay delivered.
+    /// Returns an error if the target is unavailable. Payloads delivered before stay delivered.
     pub async fn replay(&mut self, path: &Path) -> Result<(), ReplayError> {
         match recorded_files(path) {
             Ok(files) => {
@@ -119,9 +120,14 @@ impl<P: ProgressSink> Replayer<'_, P> {
                 document = documents.recv(), if !is_at_end && in_flight.len() < concurrency => {
                     match document {
                         None => is_at_end = true,
-                        Some(Err(error)) => self.report(path, 0, format!("cannot be read: {error}")),
+                        Some(Err(error)) => {
+                            self.report(path, 0, format!("cannot be read: {error}"));
+                        }
                         Some(Ok(Document { line, text })) => match text.and_then(recorded_event) {
-                            Ok(body) => in_flight.push(deliver(target, body, line, self.clock.now_ms())),
+                            Ok(body) => {
+                                let now_ms = self.clock.now_ms();
+                                in_flight.push(deliver(target, body, line, now_ms));
+                            }
                             Err(reason) => self.report(path, line, reason),
                         },
                     }
@@ -151,7 +157,7 @@ impl<P: ProgressSink> Replayer<'_, P> {
 /// Returns all recordings below a folder, sorted by name, or the path itself if it is not a folder.
 ///
 /// # Errors
-/// A folder cannot be read.
+/// Returns an error if a folder cannot be read.
 fn recorded_files(path: &Path) -> std::io::Result<Vec<PathBuf>> {
     if !path.is_dir() {
         return Ok(vec![path.to_owned()]);
@@ -173,7 +179,8 @@ fn recorded_files(path: &Path) -> std::io::Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// Rejects payloads that are not events. Unreadable payloads are kept only if Stripe signed them.
+/// Rejects payloads that are not events: the program stores unreadable payloads only if Stripe signed
+/// them.
 fn recorded_event(text: String) -> Result<Bytes, String> {
     match read(text.as_bytes()) {
         Reading::Event(_) => Ok(Bytes::from(text)),
@@ -199,7 +206,7 @@ async fn deliver(target: &Target, body: Bytes, line: usize, now_ms: i64) -> (usi
     (line, delivered)
 }
 
-/// A webhook endpoint, and the secret that it trusts.
+/// A webhook endpoint, and the signing secret that it trusts.
 pub struct Endpoint {
     url: String,
     secrets: SigningSecrets,
@@ -207,7 +214,7 @@ pub struct Endpoint {
     client: HttpClient,
 }
 
-/// Why a request is repeated, or not.
+/// The failure of one request, which decides whether it is repeated.
 enum PostError {
     /// The endpoint answered 503.
     Busy(Response<Bytes>),
@@ -215,6 +222,7 @@ enum PostError {
 }
 
 impl Endpoint {
+    /// Returns an endpoint that accepts signatures made with the first of `secrets`.
     pub fn new(url: String, secrets: SigningSecrets, clock: Clock) -> Endpoint {
         Endpoint {
             url,
@@ -269,7 +277,7 @@ impl Endpoint {
 /// Reads the outcome from a response. Our own endpoint names it; any other 2xx counts as recorded.
 fn outcome_of(status: StatusCode, response: &[u8]) -> Result<Outcome, String> {
     if !status.is_success() {
-        return Err(format!("was answered {status}"));
+        return Err(format!("was rejected with {status}"));
     }
     let response: serde_json::Value = serde_json::from_slice(response).unwrap_or_default();
     Ok(match response["outcome"].as_str() {

@@ -189,7 +189,7 @@ each_database! {
         );
 
         for line in 1..=count {
-            let location = format!("{file}:{line}: was answered 400");
+            let location = format!("{file}:{line}: was rejected with 400");
             assert_eq!(
                 refused
                     .stderr
@@ -329,7 +329,7 @@ each_database! {
         let output = server.run(&["rebuild"]).with_code(3);
         assert!(
             output.stdout.contains(&uid)
-                && output.stdout.contains("not found by all that it names"),
+                && output.stdout.contains("with a missing link to an object that it names"),
             "{}",
             output.stdout
         );
