@@ -1,5 +1,5 @@
-//! Checks how Stripe delivers webhooks: is the endpoint enabled, does it send all event types that
-//! we read, and has it been silent for unusually long?
+//! Checks the delivery of webhooks: the endpoint must be enabled and send all event types that we
+//! read, and the time since the last webhook must not be unusually long.
 
 use std::collections::BTreeSet;
 
@@ -15,7 +15,7 @@ use crate::monitoring::log_scanner;
 use crate::monitoring::missed_webhooks::{first_missed, is_due, should_be_sent};
 use crate::stripe_api::{Scope, StripeApi, StripeApiError};
 
-/// Path of our webhook endpoint, whatever the host.
+/// Path of our webhook endpoint, on any host.
 const PATH: &str = "/webhooks/stripe";
 
 /// Checks the registered endpoints and the time since the last webhook.
@@ -54,8 +54,8 @@ pub async fn check_registered_endpoints(
     }
 }
 
-/// Returns the issues of our endpoints, recognised by their path. If none has it, all are checked: a
-/// proxy may rewrite paths.
+/// Returns the issues of our endpoints, recognised by their path. If no endpoint has the path, all
+/// are checked, because a proxy may rewrite paths.
 fn issues_of(endpoints: &[Value]) -> Vec<EndpointIssue> {
     let ours: Vec<&Value> = endpoints
         .iter()
@@ -77,13 +77,15 @@ fn issues_of(endpoints: &[Value]) -> Vec<EndpointIssue> {
 
     let issues: Vec<Option<EndpointIssue>> =
         checked.iter().map(|endpoint| issue_of(endpoint)).collect();
+
     if none_is_ours && issues.iter().any(Option::is_none) {
-        // One of them sends everything that we read. It may be ours behind a proxy.
+        // One endpoint sends everything that we read. It may be ours behind a proxy.
         return Vec::new();
     }
     issues.into_iter().flatten().collect()
 }
 
+/// Returns the issue of one endpoint, or `None` if it sends everything that we read.
 fn issue_of(endpoint: &Value) -> Option<EndpointIssue> {
     let endpoint_id = endpoint["id"].as_str().unwrap_or("?").to_owned();
     let url = address(endpoint).to_owned();
@@ -117,7 +119,7 @@ fn matches_type(pattern: &str, event_type: &str) -> bool {
     }
 }
 
-/// Returns the URL without its query, which may hold secrets.
+/// Returns the URL without its query, which may contain secrets.
 fn address(endpoint: &Value) -> &str {
     let url = endpoint["url"].as_str().unwrap_or("no address");
     url.split(['?', '#']).next().unwrap_or_default()
@@ -137,17 +139,17 @@ async fn check_silence(run: &RunContext<'_>) -> Result<Option<EndpointIssue>, Re
         .delivery_hours(delivery_gap::first_hour(last_ms))
         .await?;
 
-    // The log does not have what a dry run found.
-    let is_overdue = |event: &ApiOnlyEvent| {
+    // The events that a dry run found are not in the log.
+    let found_missed = run.recorder.api_only.iter().any(|event: &ApiOnlyEvent| {
         should_be_sent(&event.event_type)
             && parse_time(&event.created).is_ok_and(|ms| is_due(ms, last_ms, now_ms))
-    };
-    let is_missed = run.recorder.api_only.iter().any(is_overdue)
-        || first_missed(store, last_ms, now_ms).await?.is_some();
+    });
+    let is_missed = found_missed || first_missed(store, last_ms, now_ms).await?.is_some();
     Ok(judge_silence(&hours, last_ms, now_ms, is_missed))
 }
 
-/// `is_missed`: Stripe's list has events since that a webhook should have delivered.
+/// Returns an issue if the silence is unusual. `is_missed` is `true` if Stripe's list has later events
+/// that a webhook should have delivered.
 fn judge_silence(
     hours: &BTreeSet<i64>,
     last_ms: i64,

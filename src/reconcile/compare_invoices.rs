@@ -1,8 +1,9 @@
-//! Compares stored invoices with what Stripe says now. Events that were never created show only here.
+//! Compares stored invoices with Stripe's present data. Only this comparison finds changes for which
+//! Stripe created no event.
 //!
-//! Stripe's list of invoices is read newest first: as far as a run has to look for invoices that are
-//! not stored, and further while a page brings more of the wanted invoices than single requests
-//! would. The rest is requested one by one.
+//! A run reads Stripe's list of invoices newest first. It reads back to the start of the window in
+//! which it searches invoices that are not stored, and further while a page has more of the wanted
+//! invoices than single requests would return. It requests the rest one by one.
 
 use std::collections::{HashMap, HashSet};
 
@@ -27,24 +28,24 @@ use crate::stripe_api::{ListCursor, Scope, StripeApi, StripeApiError};
 
 /// Invoices read from the store in one query.
 const PAGE_ROWS: u32 = 500;
-/// Due invoices that one run compares at most.
+/// Limit on the due invoices that one run compares.
 const MAX_DUE: u32 = 5_000;
-/// Settled invoices that are compared each day.
+/// Number of settled invoices that are compared each day.
 const DAILY_SAMPLE: u32 = 200;
 const DAY_MS: i64 = 24 * 3600 * 1000;
-/// Invoices stored more recently than this are not compared: Stripe may not have them yet, and their
+/// Age from which stored invoices are compared. Stripe may not have younger ones yet, and their
 /// events may not have been received.
 const MIN_STORED_AGE_MS: i64 = 10 * 60_000;
-/// Overlap in which the list of invoices is read again, to find those that are not stored.
+/// Overlap in which the list of invoices is read again, to find invoices that are not stored.
 const OVERLAP_S: i64 = 3600;
-/// Up to this many wanted invoices are requested one by one without reading the list.
+/// Largest number of wanted invoices that are requested one by one without reading the list.
 const FEW_INVOICES: usize = 10;
-/// Pages in a row that bring no more than single requests would; then the list is left.
+/// Consecutive pages that return no more than single requests would. After them, reading ends.
 const MAX_POOR_PAGES: usize = 2;
-/// Pages of one account: more than any window has. A list that goes on is an error.
+/// Limit on the pages of one account: more than any window has. A longer list is an error.
 const MAX_PAGES: usize = 20_000;
 const MAX_CONCURRENT_CALLS: usize = 8;
-/// Accounts in which an invoice is searched if no event says which account it belongs to.
+/// Limit on the accounts in which an invoice is searched if no event names its account.
 const MAX_SEARCHED_ACCOUNTS: usize = 10;
 
 /// The invoices to compare, and the results so far.
@@ -135,7 +136,7 @@ async fn due_candidates(run: &RunContext<'_>) -> Result<Vec<CheckCandidate>, Rec
         DAY_MS,
     )
     .unwrap_or_default();
-    // The part of the daily sample for the time since the last sample.
+    // The share of the daily sample is proportional to the time since the last sample.
     let share = (now_ms - sampled_ms).clamp(0, DAY_MS) * i64::from(DAILY_SAMPLE) / DAY_MS;
     if share > 0 {
         found.extend(
@@ -160,7 +161,7 @@ async fn read_list(
     loop {
         let start = window_start_s.to_string();
         let mut query = Vec::new();
-        // Without a bound the list continues beyond the window. With one it needs no extra page.
+        // Without a bound the list continues beyond the window. A bound saves the extra page.
         if comparison.wanted.len() <= FEW_INVOICES {
             query.push(("created[gte]", &*start));
         }
@@ -191,6 +192,7 @@ async fn read_list(
     }
 }
 
+/// Compares the stored invoices of a page, and reports those that are not stored.
 async fn compare_page(
     run: &mut RunContext<'_>,
     comparison: &mut Comparison,
@@ -257,8 +259,8 @@ fn unknown_here(stripe_invoice: &Value) -> UnknownHere {
     }
 }
 
-/// Requests invoices that no list showed: older ones, and those under a test clock, which lists leave
-/// out.
+/// Requests the invoices that no list had: older invoices, and those under a test clock, which lists
+/// leave out.
 async fn request_rest(
     run: &mut RunContext<'_>,
     comparison: &mut Comparison,
@@ -322,7 +324,7 @@ async fn request_invoice(
     const RESERVED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'_');
     let path = format!("/v1/invoices/{}", utf8_percent_encode(id, RESERVED));
     let found: Option<Box<RawValue>> = match api.get(&path, &[], scope).await {
-        // An account that the key may no longer read, or an id that Stripe cannot have.
+        // The key may no longer read the account, or Stripe cannot have this id.
         Err(StripeApiError::Refused { .. }) => None,
         found => found?,
     };
@@ -331,7 +333,8 @@ async fn request_invoice(
     Ok(invoice.filter(|invoice| invoice["deleted"] != true))
 }
 
-/// Returns where to search an invoice: in the account that its events name, else in all known ones.
+/// Returns the scopes in which to search an invoice: the account that its events name, or else all
+/// known accounts.
 async fn scopes_of(
     run: &mut RunContext<'_>,
     candidate: &CheckCandidate,
@@ -347,7 +350,7 @@ async fn scopes_of(
         return Ok(vec![Scope::Account(account)]);
     }
 
-    // Events without an account are those of the key's own account.
+    // Events that name no account belong to the key's own account.
     let mut scopes = run.scopes();
     let counted = InvoiceObservations::select(&candidate.stripe_invoice_id, &observations);
     scopes.truncate(if counted.counted().is_empty() {
@@ -358,6 +361,7 @@ async fn scopes_of(
     Ok(scopes)
 }
 
+/// Saves and removes the results so far, unless this is a dry run.
 async fn save_results(
     run: &RunContext<'_>,
     comparison: &mut Comparison,

@@ -1,7 +1,6 @@
 //! Fetches the objects that thin events point to, in the context that the event names.
 //!
-//! The list of what remains to be fetched is durable. An event whose snapshot twin is known needs
-//! nothing.
+//! The list of objects to fetch is durable. An event whose snapshot twin is known needs no fetch.
 
 use std::collections::BTreeMap;
 
@@ -22,11 +21,12 @@ const BATCH: u32 = 200;
 /// Batches per run; the rest waits for the next run.
 const MAX_BATCHES: usize = 500;
 const MAX_CONCURRENT_CALLS: usize = 8;
-/// Requests for an object that Stripe does not show.
+/// Limit on the requests for an object that Stripe does not return.
 const MAX_ATTEMPTS: i64 = 8;
+/// Half of the delay after the first request that found nothing. The delay doubles each time.
 const FIRST_RETRY_MS: i64 = 60_000;
 
-/// Fetches all objects that are due. Returns `true` if there were any.
+/// Fetches all objects that are due. Returns `true` if any were due.
 pub async fn fetch_objects(run: &mut RunContext<'_>) -> Result<bool, ReconcileError> {
     let mut found = false;
     for _ in 0..MAX_BATCHES {
@@ -52,6 +52,7 @@ pub async fn fetch_objects(run: &mut RunContext<'_>) -> Result<bool, ReconcileEr
 
 /// Path and scope of an object.
 type Target = (String, Scope);
+
 /// The answer for a target, with the events that point to it.
 struct Fetched {
     target: Target,
@@ -107,7 +108,7 @@ async fn fetch_batch(
             Ok(None) | Err(StripeApiError::Refused { .. }) => {
                 tracing::warn!(
                     path,
-                    "thin event points to an object that Stripe does not show"
+                    "thin event points to an object that Stripe does not return"
                 );
                 let now_ms = run.context.clock.now_ms();
                 marks.extend(
@@ -121,7 +122,7 @@ async fn fetch_batch(
         }
     }
 
-    // What was fetched is recorded even if another call failed.
+    // Record the fetched objects even if another call failed.
     record_objects(run, objects).await?;
     if run.plan.mode == WriteMode::Save {
         run.context.store.mark_lookup(&marks).await?;
@@ -129,7 +130,7 @@ async fn fetch_batch(
     failure.map_or(Ok(()), |error| Err(error.into()))
 }
 
-/// Doubles the delay with each attempt, and gives up after some.
+/// Schedules the next request. The delay doubles, and ends after [`MAX_ATTEMPTS`].
 fn retry_later(state: LookupState, now_ms: i64) -> LookupState {
     let attempts = state.attempts + 1;
     LookupState {
@@ -139,7 +140,7 @@ fn retry_later(state: LookupState, now_ms: i64) -> LookupState {
     }
 }
 
-/// Returns where the object is that a thin event points to, or `None` if there is nothing to fetch.
+/// Returns the path and scope of a thin event's object, or `None` if there is nothing to fetch.
 async fn target_of(
     run: &RunContext<'_>,
     event: &PendingLookup,
@@ -173,7 +174,7 @@ async fn target_of(
 }
 
 /// Returns whether this is a plain path of Stripe's API. The event names the path, but must not
-/// decide anything else about the request.
+/// change anything else about the request.
 fn is_api_path(path: &str) -> bool {
     (path.starts_with("/v1/") || path.starts_with("/v2/"))
         && !path.contains("..")
@@ -198,7 +199,7 @@ fn path_of(object: &Object) -> Option<String> {
     has_plain_letters(id).then(|| format!("/v1/{list}/{id}"))
 }
 
-/// Records objects, and asks for the invoices of those that are payments.
+/// Records objects, and requests the invoices of the payments among them.
 async fn record_objects(
     run: &mut RunContext<'_>,
     objects: Vec<(Box<RawValue>, Scope)>,

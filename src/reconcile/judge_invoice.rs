@@ -1,7 +1,7 @@
 //! Compares one stored invoice with Stripe's, in three steps: observe, judge, record.
 //!
 //! [`observe`] makes all reads, [`judge`] is a pure function, [`record`] appends, reports and
-//! schedules. In a dry run nothing of that is written.
+//! schedules. A dry run writes nothing.
 
 use serde_json::Value;
 
@@ -23,7 +23,7 @@ use crate::stripe_api::Scope;
 const DAY_MS: i64 = 24 * 3600 * 1000;
 /// Longest time that Stripe's API may lag behind its own events.
 const MAX_LAG_MS: i64 = DAY_MS;
-/// When an invoice is compared again while Stripe's API lags.
+/// Delay before an invoice is compared again while Stripe's API lags.
 const LAG_RECHECK_MS: i64 = 10 * 60_000;
 
 /// Results of comparisons that are not saved yet.
@@ -31,23 +31,23 @@ const LAG_RECHECK_MS: i64 = 10 * 60_000;
 pub struct Checked(Vec<CheckResult>);
 
 impl Checked {
-    /// Takes the results out.
+    /// Returns the results and empties the list.
     pub fn take(&mut self) -> Vec<CheckResult> {
         std::mem::take(&mut self.0)
     }
 }
 
-/// The facts about an invoice from both sides.
+/// The values of an invoice in the store and at Stripe.
 struct Observed {
     differences: Vec<FieldDifference>,
     status: Option<StripeStatus>,
-    /// When Stripe created the invoice, in Unix seconds.
+    /// Unix seconds of the creation at Stripe.
     created_s: i64,
-    /// Stripe's invoice as an event, if it says something that no event asserted.
+    /// Stripe's invoice as an event, if it asserts something that no event asserted.
     new_snapshot: Option<NewEvent>,
-    /// When the newest proof was received that the invoice is paid, in Unix milliseconds.
+    /// Unix milliseconds of the receipt of the newest proof that the invoice is paid.
     paid_proof_ms: Option<i64>,
-    /// `true` if no event says why the last attempt to collect the invoice failed.
+    /// `true` if no event has the reason of the last failed attempt.
     lacks_reason: bool,
 }
 
@@ -56,7 +56,7 @@ struct Observed {
 enum Verdict {
     Agrees,
     Differs,
-    /// Stripe's API lags behind what Stripe's own events asserted.
+    /// Stripe's API lags behind Stripe's own events.
     Lags,
 }
 
@@ -93,7 +93,7 @@ pub async fn compare(
     Ok(())
 }
 
-/// Reads everything that the judgement needs.
+/// Reads everything that the judgement needs. Returns `None` if the invoice was deleted meanwhile.
 async fn observe(
     run: &mut RunContext<'_>,
     candidate: &CheckCandidate,
@@ -152,7 +152,7 @@ async fn observe(
 }
 
 /// Returns the connected account of an invoice. A foreign account that refers to the invoice does
-/// not count (rule 3.6.4): the invoice would be searched in the wrong place.
+/// not count (rule 3.6.4), because a search there would not find the invoice.
 pub(super) fn account_of_invoice(
     stripe_invoice_id: &str,
     observations: &[StoredObservation],
@@ -161,7 +161,7 @@ pub(super) fn account_of_invoice(
     observations.connected_account().map(str::to_owned)
 }
 
-/// Returns when the newest proof was received that the invoice is paid, in Unix milliseconds.
+/// Returns the Unix milliseconds of the receipt of the newest proof that the invoice is paid.
 async fn newest_paid_proof_ms(
     run: &RunContext<'_>,
     history: &[Entry],
@@ -175,16 +175,16 @@ async fn newest_paid_proof_ms(
 
     let proofs = run.context.store.events_by_keys(&paid.proofs).await?;
     if proofs.len() < paid.proofs.len() {
-        // A proof that is not in the log was found by this run.
+        // This run found the proof that is not in the log.
         return Ok(Some(run.started_ms));
     }
     Ok(proofs.iter().map(|event| event.received_ms).max())
 }
 
-/// Decides what the differences mean.
+/// Decides whether the differences count, and when to compare again.
 ///
-/// At Stripe no invoice leaves the state Paid. So if a recent event says Paid and Stripe's API does
-/// not, the API lags, and the state does not count as a difference.
+/// No invoice at Stripe leaves the state Paid. So if a recent event asserts Paid and Stripe's API
+/// does not, the API lags, and the state does not count as a difference.
 fn judge(observed: &Observed, now_ms: i64) -> Judgement {
     let lags = observed
         .paid_proof_ms

@@ -1,6 +1,6 @@
-//! The lease under which one process reconciles at a time, whichever database it uses.
+//! The lease under which one process reconciles at a time, on either database engine.
 //!
-//! The holder renews it while it lives. It expires soon after the holder died.
+//! The holder renews the lease while it runs. The lease expires soon after the holder has died.
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use crate::clock::{Clock, MAX_SKEW_MS};
 use crate::store::{Store, StoreError};
 
 const NAME: &str = "reconcile";
-/// Duration of a lease after its last renewal: others wait this long for a holder that died.
+/// Duration of a lease after its last renewal. Other processes wait this long if the holder dies.
 const DURATION: Duration = Duration::from_secs(12);
 const RENEWAL_INTERVAL: Duration = Duration::from_secs(3);
 /// Time between two attempts of a waiting process.
@@ -107,7 +107,7 @@ impl Lease {
         self.lost.cancelled().await;
     }
 
-    /// Releases the lease, so that nobody has to wait until it expires.
+    /// Releases the lease, so that no process has to wait until it expires.
     pub async fn release(self) {
         if let Err(error) = self.store.release_lease(NAME, &self.holder).await {
             tracing::warn!(%error, "failed to release lease; it will expire");
@@ -115,6 +115,7 @@ impl Lease {
     }
 }
 
+/// Takes or renews the lease. Returns `false` if another process holds it.
 async fn take(store: &Store, clock: &Clock, holder: &str) -> Result<bool, StoreError> {
     let now_ms = clock.now_ms();
     store
@@ -138,9 +139,9 @@ async fn renew(
             () = tokio::time::sleep(RENEWAL_INTERVAL) => {}
         }
 
-        let asked_ms = clock.now_ms();
+        let started_ms = clock.now_ms();
         match take(&store, &clock, &holder).await {
-            Ok(true) => expires_ms = asked_ms + DURATION.as_millis() as i64,
+            Ok(true) => expires_ms = started_ms + DURATION.as_millis() as i64,
             Ok(false) => return lost.cancel(),
             Err(_) if clock.now_ms() >= expires_ms => return lost.cancel(),
             Err(error) => tracing::debug!(%error, "failed to renew lease, will retry"),

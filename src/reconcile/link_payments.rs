@@ -1,5 +1,5 @@
-//! Finds the invoice of a payment if its events do not name it, and the reason of a failed attempt if
-//! no event has it.
+//! Finds the invoice of a payment if its events do not name it, and the reason of a failed attempt
+//! if no event has it.
 //!
 //! Since API version 2025-03-31 neither PaymentIntents nor charges name their invoice:
 //! `/v1/invoice_payments` joins them.
@@ -21,9 +21,10 @@ const BATCH: u32 = 200;
 const MAX_BATCHES: usize = 500;
 /// Longest delay until Stripe shows an InvoicePayment.
 const MAX_DELAY_S: i64 = 600;
+/// Delay before the second request for an InvoicePayment that Stripe did not show.
 const RETRY_MS: i64 = 15 * 60_000;
 
-/// Asks Stripe for the invoices of all payments that are due.
+/// Requests the invoices of all payments that are due.
 pub async fn link_payments(run: &mut RunContext<'_>) -> Result<(), ReconcileError> {
     for _ in 0..MAX_BATCHES {
         let now_ms = run.context.clock.now_ms();
@@ -46,7 +47,7 @@ pub async fn link_payments(run: &mut RunContext<'_>) -> Result<(), ReconcileErro
     Ok(())
 }
 
-/// Asks for the invoice of one event, and returns when to ask again.
+/// Requests the invoice of one event, and returns the time of the next request, if any.
 async fn look_up(
     run: &mut RunContext<'_>,
     event: &PendingLookup,
@@ -87,7 +88,7 @@ fn has_invoice_field(event: &PendingLookup) -> bool {
     object.is_some_and(|object| object.get("invoice").is_some())
 }
 
-/// Asks Stripe for the invoice of a payment, unless it is known. Returns `true` if it is known now.
+/// Requests the invoice of a payment, unless it is known. Returns `true` if it is known now.
 pub(super) async fn link_payment(
     run: &mut RunContext<'_>,
     object: &Object,
@@ -157,7 +158,7 @@ fn charge_of(object: &Object) -> Option<&str> {
     }
 }
 
-/// Requests a charge for its PaymentIntent: a refund may name only its charge.
+/// Requests a charge to find its PaymentIntent, because a refund may name only its charge.
 async fn intent_of_charge(
     run: &mut RunContext<'_>,
     charge: &str,
@@ -180,7 +181,7 @@ async fn intent_of_charge(
     Ok((intent, vec![event]))
 }
 
-/// Requests the payments of an invoice, to learn why the last attempt to collect it failed.
+/// Requests the payments of an invoice, which have the reason of the last failed attempt.
 pub(super) async fn fetch_reason(
     run: &mut RunContext<'_>,
     stripe_invoice_id: &str,
@@ -200,7 +201,7 @@ pub(super) async fn fetch_reason(
     run.recorder.record(found).await
 }
 
-/// Lists InvoicePayments. The list is empty if the API version of the account has none.
+/// Lists InvoicePayments. The list is empty if the account's API version does not have them.
 async fn list_invoice_payments(
     run: &RunContext<'_>,
     query: Query<'_>,
@@ -223,8 +224,8 @@ async fn list_invoice_payments(
     }
 }
 
-/// Prepares an InvoicePayment, and the PaymentIntent that is expanded in it, as two objects: so
-/// neither counts as changed when only the other does.
+/// Prepares an InvoicePayment and the PaymentIntent that is expanded in it as two objects, so that
+/// neither counts as changed when only the other has changed.
 fn prepare_payment(run: &RunContext<'_>, payment: &RawValue, scope: &Scope) -> Vec<NewEvent> {
     let Ok(mut payment) = serde_json::from_str::<Value>(payment.get()) else {
         return Vec::new();

@@ -1,10 +1,11 @@
 //! Runs against Stripe's API: find what no webhook delivered, and compare stored invoices.
 //!
-//! A run has these steps: `sync_events` reads Stripe's list of events, `fetch_objects` the objects of
-//! thin events, `link_payments` asks which invoice a payment belongs to, `compare_invoices` compares
-//! invoice by invoice, `check_endpoints` checks how webhooks are delivered. Everything that they find
-//! goes through `recorder`, which knows whether it is new and whose history changes. All steps are
-//! repeatable: a killed run is made again, and what is durable costs nothing the second time.
+//! A run has these steps: `sync_events` reads Stripe's list of events, `fetch_objects` fetches the
+//! objects of thin events, `link_payments` requests the invoices of payments, `compare_invoices`
+//! compares invoice by invoice, `check_endpoints` checks the delivery of webhooks. All steps pass
+//! their findings to `recorder`, which finds out whether a finding is new and changes a history. All
+//! steps are repeatable: the next run repeats a killed one, and durable findings cost nothing the
+//! second time.
 
 mod check_endpoints;
 mod compare_invoices;
@@ -68,12 +69,12 @@ pub enum WriteMode {
 pub struct Plan {
     pub extent: Extent,
     pub mode: WriteMode,
-    /// Seconds to look back in Stripe's lists, whatever is known. `None`: from where the last run
-    /// ended.
+    /// Seconds to look back in Stripe's lists, even if they were read before. `None` stands for the
+    /// time since the last run.
     pub since_s: Option<i64>,
 }
 
-/// Why a run failed.
+/// The reason why a run failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ReconcileError {
     #[error(transparent)]
@@ -87,7 +88,7 @@ pub enum ReconcileError {
 }
 
 impl ReconcileError {
-    /// Returns the cause, as far as an operator acts differently on it.
+    /// Returns the cause. Errors on which an operator acts in the same way have the same cause.
     fn cause(&self) -> RunErrorCause {
         match self {
             ReconcileError::Stripe(StripeApiError::Unauthorized(_)) => RunErrorCause::Key,
@@ -106,7 +107,7 @@ impl ReconcileError {
 const EVENT_RETENTION_S: i64 = 30 * 24 * 3600;
 /// Longest delay between receipt and commit that the search for accounts allows for.
 const MAX_COMMIT_DELAY_MS: i64 = 600_000;
-/// Connected accounts that a run reads at most.
+/// Limit on the connected accounts that a run reads.
 const MAX_ACCOUNTS: u32 = 1_000;
 
 /// A run in progress.
@@ -116,17 +117,17 @@ struct RunContext<'t> {
     recorder: Recorder<'t>,
     report: Report,
     started_ms: i64,
-    /// Connected accounts that are known.
+    /// The known connected accounts.
     accounts: Vec<String>,
-    /// PaymentIntents and charges that were looked up in this run.
+    /// PaymentIntents and charges that this run has looked up.
     looked_up: HashSet<String>,
 }
 
 /// Makes one run. The caller holds the [`Lease`], unless it is a dry run.
 ///
 /// # Errors
-/// Returns an error if Stripe or the database is unavailable. What was found before is stored, and
-/// the next run continues.
+/// Returns an error if Stripe or the database is unavailable. Earlier findings stay stored, and the
+/// next run continues.
 pub async fn run(context: &ReconcileContext, plan: Plan) -> Result<Report, ReconcileError> {
     let report = Report::new(context.clock.now_ms(), plan);
     let span = tracing::info_span!("run", run.id = report.id);
@@ -154,8 +155,7 @@ async fn run_steps(context: &ReconcileContext, report: Report) -> Result<Report,
     Ok(report)
 }
 
-/// Fetches the objects of thin events, soon after the events were received. Returns `true` if there
-/// were any.
+/// Fetches the objects of thin events soon after their receipt. Returns `true` if any were due.
 async fn run_fetching(context: &ReconcileContext) -> Result<bool, ReconcileError> {
     let plan = Plan {
         extent: Extent::Due,
@@ -216,8 +216,8 @@ impl<'t> RunContext<'t> {
         self.set_progress(&key, self.started_ms).await
     }
 
-    /// Returns the Unix second that has passed by our clock and by Stripe's. If ours is ahead, events
-    /// can still happen in seconds that a list did not show.
+    /// Returns the latest Unix second that has passed on our clock and on Stripe's. If ours is ahead,
+    /// Stripe can still create events in seconds for which a list was empty.
     fn safe_upper_bound_s(&self) -> i64 {
         let now_s = self.context.clock.now_s();
         self.context
@@ -247,8 +247,8 @@ impl<'t> RunContext<'t> {
     }
 }
 
-/// Returns the saved progress, or `None` if it lies further in the future than the overlap: a skewed
-/// clock saved it, and what happened since may not have been read.
+/// Returns the saved progress, or `None` if it lies further in the future than the overlap. A skewed
+/// clock saved it, so later events may not have been read.
 fn saved_unless_future(saved: Option<i64>, now: i64, overlap: i64) -> Option<i64> {
     saved.filter(|saved| *saved <= now.saturating_add(overlap))
 }

@@ -1,7 +1,7 @@
-//! Takes in everything that a run finds: is it new, whose history does it change, and did only
-//! Stripe's API have it?
+//! Records the findings of a run, the histories that they change, and the events that only Stripe's
+//! API had.
 //!
-//! A dry run goes the same way, but stages what it found in memory instead of appending it.
+//! A dry run takes the same steps, but stages its findings in memory instead of appending them.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -23,14 +23,14 @@ use crate::store::{NewEvent, Outcome, Source, StoreError, StoredInvoice};
 
 /// Objects whose invoices are looked up in one query.
 const OBJECTS_PER_QUERY: usize = 500;
-/// Limit on the steps between stored and staged observations that collect a history.
+/// Limit on the steps between stored and staged observations while a history is collected.
 const MAX_HOPS: usize = 10;
 
-/// Records what a run finds.
+/// The recorder of a run's findings.
 pub(super) struct Recorder<'t> {
     context: &'t ReconcileContext,
     mode: WriteMode,
-    /// The histories that may change, as they were before, by tenant and uid.
+    /// The earlier state of the histories that may change, by tenant and uid.
     before: BTreeMap<(String, String), Before>,
     /// Events that a dry run found, by key.
     staged: HashMap<EventKey, NewEvent>,
@@ -74,7 +74,7 @@ impl<'t> Recorder<'t> {
         self.prepare_body(event.to_string().into())
     }
 
-    /// Records the events that are new. Returns when they are durable.
+    /// Records the new events. Returns when they are durable.
     pub async fn record(&mut self, events: Vec<NewEvent>) -> Result<(), ReconcileError> {
         let events = self.without_known(events).await?;
         if events.is_empty() {
@@ -86,13 +86,13 @@ impl<'t> Recorder<'t> {
         match self.mode {
             WriteMode::DryRun => events.into_iter().for_each(|event| self.stage(event)),
             WriteMode::Save => {
-                // Concurrently, so that they share a commit.
+                // Append concurrently, so that the events share a commit.
                 let appending: Vec<_> = events
                     .into_iter()
                     .map(|event| append(self.context.inbox.clone(), event))
                     .collect();
                 try_join_all(appending).await?;
-                // Not at the end of the run: a run that fails later still found them.
+                // Count now and not at the end of the run, because the run may still fail.
                 let metrics = &self.context.metrics.reconcile;
                 metrics.api_only_events.inc_by(undelivered);
             }
@@ -126,7 +126,7 @@ impl<'t> Recorder<'t> {
         self.staged.insert(event.key, event);
     }
 
-    /// Remembers the histories that these events may change, as they are before.
+    /// Saves the present histories that these events may change.
     async fn remember_histories(&mut self, events: &[NewEvent]) -> Result<(), ReconcileError> {
         let store = &self.context.store;
         let invoices = self.invoices_of(events).await?;
@@ -177,7 +177,8 @@ impl<'t> Recorder<'t> {
         Ok(invoices)
     }
 
-    /// Collects the events that no webhook delivered. Returns how many a webhook should have.
+    /// Collects the events that no webhook delivered. Returns the number of those that a webhook
+    /// should have delivered.
     async fn collect_api_only(&mut self, events: &[NewEvent]) -> Result<u64, StoreError> {
         let from_list: Vec<&NewEvent> = events
             .iter()
@@ -211,7 +212,7 @@ impl<'t> Recorder<'t> {
         Ok(undelivered)
     }
 
-    /// Returns everything that is known about a stored invoice, including what a dry run found.
+    /// Returns all observations of a stored invoice, including those that a dry run found.
     pub async fn observations_of(
         &self,
         stored: &StoredInvoice,
@@ -298,7 +299,8 @@ fn is_fetched_object(event: &NewEvent) -> bool {
     event.event_type.as_deref() == Some(FETCHED)
 }
 
-/// Returns the observation of a new event, as it will be stored; `None` if it has none.
+/// Returns the observation of a new event as the store will return it, or `None` if the event has no
+/// observation.
 pub(super) fn as_stored(event: &NewEvent) -> Result<Option<StoredObservation>, StoreError> {
     event
         .observation
@@ -341,18 +343,22 @@ fn shown(entry: &Entry) -> (&'static str, i64, Option<&str>) {
 }
 
 fn change(entry: &Entry, by_key: &HashMap<EventKey, &Observation>) -> Change {
-    let proof = |key: &EventKey| by_key.get(key).map(|observation| proof_of(observation));
     Change {
         state: entry.state,
         timestamp: timestamp(entry.timestamp_ms),
         payment_msg: entry.message.clone(),
-        proofs: entry.proofs.iter().filter_map(proof).collect(),
+        proofs: entry
+            .proofs
+            .iter()
+            .filter_map(|key| by_key.get(key))
+            .map(|observation| proof_of(observation))
+            .collect(),
     }
 }
 
 fn proof_of(observation: &Observation) -> Proof {
     let what = if observation.fetched {
-        "what Stripe's API says now"
+        "read from Stripe's API"
     } else {
         observation.kind.as_str()
     };

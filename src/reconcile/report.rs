@@ -53,7 +53,7 @@ pub struct Change {
 pub struct Proof {
     /// Id of the event or object.
     pub id: String,
-    /// Type of the event, or that Stripe's API says so.
+    /// Type of the event, or a text for an object of Stripe's API.
     pub what: String,
 }
 
@@ -67,7 +67,7 @@ pub struct Differing {
     pub field: &'static str,
     pub ours: String,
     pub stripes: String,
-    /// When the difference was first seen.
+    /// Time at which the difference was first seen.
     pub since: String,
 }
 
@@ -107,12 +107,12 @@ pub struct Report {
     pub differing: Vec<Differing>,
     pub unknown_at_stripe: Vec<Invoice>,
     pub unknown_here: Vec<UnknownHere>,
-    /// Invoices for which Stripe's API lags behind its events: nothing is wrong, and they are compared
-    /// again.
+    /// Invoices for which Stripe's API lags behind its events. Nothing is wrong, and a later run
+    /// compares them again.
     pub stripe_lags: Vec<Invoice>,
     pub api_only_events: Vec<ApiOnlyEvent>,
     pub endpoint_issues: Vec<EndpointIssue>,
-    /// Set when the lists were shortened.
+    /// The numbers of items before the lists were shortened, or `None` if they are complete.
     counts: Option<RunCounts>,
 }
 
@@ -136,8 +136,8 @@ impl Report {
         }
     }
 
-    /// Returns whether the run changed or found a difference. Invoices at Stripe that are not stored do
-    /// not count: an account may have many that do not belong here.
+    /// Returns whether the run changed a history or found a difference. Invoices at Stripe that are
+    /// not stored do not count, because an account may have many that belong to other systems.
     pub fn differs(&self) -> bool {
         !(self.healed.is_empty() && self.differing.is_empty() && self.unknown_at_stripe.is_empty())
     }
@@ -151,6 +151,7 @@ impl Report {
             .collect();
         self.agreeing
             .retain(|invoice| !healed.contains(invoice.stripe_invoice_id.as_str()));
+
         self.agreeing.sort_by(by_stripe_invoice);
         self.healed
             .sort_by(|a, b| by_stripe_invoice(&a.invoice, &b.invoice));
@@ -162,13 +163,18 @@ impl Report {
             .sort_by(|a, b| a.stripe_invoice_id.cmp(&b.stripe_invoice_id));
         self.unknown_here
             .dedup_by(|a, b| a.stripe_invoice_id == b.stripe_invoice_id);
-
         self.api_only_events
             .sort_by(|a, b| (&a.created, &a.event_id).cmp(&(&b.created, &b.event_id)));
     }
 
     /// Returns the report as JSON. `endpointRemarks` has the sentences of `endpointIssues`.
     pub fn to_json(&self) -> Value {
+        let remarks: Vec<String> = self
+            .endpoint_issues
+            .iter()
+            .map(ToString::to_string)
+            .collect();
+
         json!({
             "startedAt": timestamp(self.started_ms),
             "endedAt": timestamp(self.ended_ms),
@@ -182,11 +188,11 @@ impl Report {
             "stripeLags": self.stripe_lags,
             "apiOnlyEvents": self.api_only_events,
             "endpointIssues": self.endpoint_issues,
-            "endpointRemarks": self.endpoint_issues.iter().map(ToString::to_string).collect::<Vec<_>>(),
+            "endpointRemarks": remarks,
         })
     }
 
-    /// Returns how many items each list has, or had before it was shortened.
+    /// Returns the number of items of each list, before it was shortened.
     pub fn counts(&self) -> RunCounts {
         self.counts.unwrap_or(RunCounts {
             agreeing: self.agreeing.len() as i64,
@@ -201,8 +207,8 @@ impl Report {
         })
     }
 
-    /// Returns the report as it is stored: agreeing invoices are only counted, and each other list has
-    /// its first 100 items.
+    /// Returns the report in its stored form: agreeing invoices are only counted, and each other list
+    /// has its first 100 items.
     pub(super) fn shortened(&self) -> Report {
         let mut short = self.clone();
         short.counts = Some(self.counts());

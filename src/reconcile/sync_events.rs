@@ -1,12 +1,12 @@
 //! Reads Stripe's list of events from where the last run ended, with an overlap.
 //!
-//! The overlap finds events of the same second and events that were listed late. Known events cost
-//! nothing. The list comes newest first, so it is read in windows of time, the oldest window first.
-//! When a window is durable, so is everything older, and the next run begins there. One list has all
-//! types: two lists of twenty types each would cost more calls if at least half of the events are
-//! about payments.
+//! The overlap finds events of the same second and events that Stripe listed late. Known events cost
+//! nothing. Stripe's list is newest first, so a run reads it in windows of time, the oldest window
+//! first. When a window is durable, everything older is durable too, and the next run begins there.
+//! One list has all types: two lists of twenty types each would cost more calls if at least half of
+//! the events are about payments.
 //!
-//! A run on request looks further back than the overlap, up to 500 pages, for events that were
+//! A run on request looks further back than the overlap, up to 500 pages, for events that Stripe
 //! listed very late.
 
 use bytes::Bytes;
@@ -19,13 +19,14 @@ use crate::stripe_api::{ListCursor, Scope};
 
 /// Overlap in which known events are read again.
 const OVERLAP_S: i64 = 3600;
+/// Length of the first window. Later windows adapt to [`WINDOW_PAGES`].
 const FIRST_WINDOW_S: i64 = 24 * 3600;
-/// Pages that a window should have. A killed run reads at most as many again.
+/// Number of pages that a window should have. After a kill, at most as many are read again.
 const WINDOW_PAGES: i64 = 20;
-/// Pages of known events that a run on request reads again.
+/// Limit on the pages of known events that a run on request reads again.
 const MAX_PAGES_BACK: usize = 500;
-/// Pages that a window may have: more than Stripe can create events in a second. A list that goes on
-/// is an error, because the run would otherwise skip the rest of the window.
+/// Limit on the pages of a window: more than the events that Stripe can create in a second. A longer
+/// list is an error, because the run would otherwise skip the rest of the window.
 const MAX_WINDOW_PAGES: usize = 10_000;
 
 /// Reads the events of all accounts.
@@ -87,8 +88,8 @@ enum Window {
     },
 }
 
-/// Reads the events from `from_s` until before `to_s`, or only the newest page if the window has many
-/// more pages than it should.
+/// Reads the events from `from_s` until before `to_s`, or only the newest page if the window has
+/// many more pages than it should.
 async fn read_window(
     run: &mut RunContext<'_>,
     scope: &Scope,
@@ -113,14 +114,14 @@ async fn read_window(
     })
 }
 
-/// Pages that were read.
+/// The result of reading some pages.
 struct Pages {
     pages: i64,
-    /// The last event that was read, if more follow.
+    /// The last event of the last page, if more events follow.
     continues_after: Option<ListedEvent>,
 }
 
-/// Reads up to `max_pages` of a range of seconds, after an event of the page before.
+/// Reads up to `max_pages` of a range of seconds, from the start or after an event.
 async fn read_pages(
     run: &mut RunContext<'_>,
     scope: &Scope,
@@ -161,7 +162,7 @@ async fn read_pages(
     })
 }
 
-/// The place of an event in Stripe's list.
+/// The position of an event in Stripe's list.
 struct ListedEvent {
     id: String,
     created_s: i64,
@@ -175,7 +176,7 @@ fn listed_event(event: &RawValue) -> ListedEvent {
     }
 }
 
-/// Records the events whose object can say something about a payment.
+/// Records the events that have an observation.
 async fn record_events(
     run: &mut RunContext<'_>,
     page: &[Box<RawValue>],
@@ -189,8 +190,8 @@ async fn record_events(
     run.recorder.record(events).await
 }
 
-/// Adds the account to an event. A list that is read on behalf of a connected account leaves it out;
-/// a webhook has it.
+/// Adds the account to an event. The list of a connected account leaves the account out, unlike a
+/// webhook.
 fn with_account(event: &RawValue, scope: &Scope) -> Bytes {
     let unchanged = || Bytes::copy_from_slice(event.get().as_bytes());
     let Scope::Account(account) = scope else {

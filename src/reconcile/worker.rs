@@ -1,7 +1,7 @@
-//! Reconciles next to a running server. Webhooks never wait for it.
+//! Reconciles beside a running server. Webhooks never wait for it.
 //!
-//! A run starts with the server, every five minutes, and as soon as Stripe and the database are back.
-//! Objects of thin events are fetched soon after the events were received.
+//! A run starts with the server, every five minutes, and as soon as Stripe and the database recover.
+//! The worker fetches the objects of thin events soon after their receipt.
 
 use std::time::Duration;
 
@@ -44,7 +44,7 @@ async fn work_forever(context: ReconcileContext) {
 
         match worked {
             Ok(WorkDone::Run) => (next_run, retry) = (Instant::now() + RUN_INTERVAL, FIRST_RETRY),
-            // Another replica holds the lease. Check again soon: it may die.
+            // Another replica holds the lease. Check again soon, because that replica may die.
             Ok(WorkDone::Elsewhere) => next_run = next_run.max(Instant::now() + FIRST_RETRY),
             Ok(WorkDone::Fetching) => {}
             Err(error) => {
@@ -62,6 +62,7 @@ async fn work_forever(context: ReconcileContext) {
     }
 }
 
+/// The work of one iteration. `Elsewhere` means that another process holds the lease.
 enum WorkDone {
     Run,
     Fetching,
@@ -98,7 +99,7 @@ async fn fetch_due(context: &ReconcileContext) -> Result<WorkDone, ReconcileErro
     Ok(WorkDone::Fetching)
 }
 
-/// Records a failed run, for `doctor`, which may run elsewhere.
+/// Stores the time of a failed run for `doctor`, which may run on another machine.
 async fn record_failure(context: &ReconcileContext, cause: RunErrorCause) {
     let runs = &context.metrics.reconcile.runs;
     runs.with_label_values(&["failed"]).inc();
