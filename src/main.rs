@@ -1,4 +1,5 @@
-//! Parses the arguments, runs the command, prints the causes of a failure, and exits with a code for scripts.
+//! Parses the arguments, runs the command, prints the causes of a failure, and exits with a code
+//! for scripts.
 
 use std::process::ExitCode;
 

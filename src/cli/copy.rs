@@ -14,15 +14,19 @@ use crate::telemetry;
 /// Copy everything to another database, and compare all histories at the end
 #[derive(Args)]
 #[command(after_help = "Examples:
-  stripe-reconciler copy --to postgres://USER:PASSWORD@HOST/DATABASE           from SQLite, beside a running serve
-  COPY_TO_FILE=/run/secrets/new-database stripe-reconciler copy                so that no password is on the command line
-  stripe-reconciler copy --database-url postgres://... --to sqlite://new.db    the other way
+  stripe-reconciler copy --to postgres://USER:PASSWORD@HOST/DATABASE
+      from SQLite, beside a running serve
+  COPY_TO_FILE=/run/secrets/new-database stripe-reconciler copy
+      without a password on the command line
+  stripe-reconciler copy --database-url postgres://... --to sqlite://new.db
+      from PostgreSQL to SQLite
 
-The other database must be empty or an earlier copy; then only new, changed and deleted rows are applied. A database that
-another command has written to is rejected. An interrupted copy is simply started again. The first copies may run while
-serve runs; make the last one when nothing writes to the old database any more. The exit code is 3 if histories differ.")]
+The other database must be empty or hold an earlier copy; then only new, changed and deleted rows
+are applied. A database that another command has written to is rejected. After an interruption,
+start the copy again. The first copies may run while serve runs; make the last one when nothing
+writes to the old database any more. The exit code is 3 if histories differ.")]
 pub struct Copy {
-    /// Copy to this database [env: COPY_TO, better: a flag is visible in the list of processes]
+    /// Copy to this database [env: COPY_TO, preferred: flags show in process lists]
     #[arg(long, value_name = "DATABASE_URL")]
     to: Option<String>,
     /// Print the report as JSON
@@ -30,12 +34,12 @@ pub struct Copy {
     json: bool,
 }
 
-/// Differing invoices that the text output names.
+/// Limit on the differing invoices that the text output names.
 const SHOWN: usize = 20;
 
 /// Duration of each part, in milliseconds.
 struct Durations {
-    carrying_ms: i64,
+    copying_ms: i64,
     comparing_ms: i64,
 }
 
@@ -114,35 +118,19 @@ async fn copy(source: &Store, target: &Store) -> Result<(CopyReport, Durations),
     Ok((
         report,
         Durations {
-            carrying_ms: copied_ms - started_ms,
+            copying_ms: copied_ms - started_ms,
             comparing_ms: clock.now_ms() - copied_ms,
         },
     ))
 }
 
 fn print(report: &CopyReport, took: &Durations) -> anyhow::Result<()> {
-    let row = |(
-        table,
-        TableCounts {
-            rows,
-            new,
-            changed,
-            removed,
-        },
-    ): &(&str, TableCounts)| {
-        [
-            [(*table).to_owned()].as_slice(),
-            &[rows, new, changed, removed].map(u64::to_string),
-        ]
-        .concat()
-    };
-
     output::line(output::table(
         &["TABLE", "ROWS", "NEW", "CHANGED", "REMOVED"],
-        report.tables.iter().map(row).collect(),
+        report.tables.iter().map(table_row).collect(),
     ))?;
     let rows: u64 = report.tables.iter().map(|(_, counts)| counts.rows).sum();
-    output::line(format!("\n{rows} rows in {}", rate(rows, took.carrying_ms)))?;
+    output::line(format!("\n{rows} rows in {}", rate(rows, took.copying_ms)))?;
     let compared = format!(
         "{} histories compared in {}",
         report.compared,
@@ -163,7 +151,7 @@ fn print(report: &CopyReport, took: &Durations) -> anyhow::Result<()> {
         let how = match how {
             Mismatch::NotInCopy => "is not in the copy",
             Mismatch::OnlyInCopy => "is only in the copy",
-            Mismatch::AnswersOtherwise => "is answered otherwise by the copy",
+            Mismatch::AnswersOtherwise => "has a different document in the copy",
         };
         output::line(format!(
             "  invoice {invoice_uid} of {tenant_uid} ({}) {how}",
@@ -173,16 +161,29 @@ fn print(report: &CopyReport, took: &Durations) -> anyhow::Result<()> {
 
     if report.differing > SHOWN as u64 {
         output::line(format!(
-            "  and {} more (--json names a thousand)",
+            "  and {} more (--json lists up to a thousand)",
             report.differing - SHOWN as u64
         ))?;
     }
 
     output::note(
-        "Writes to the old database during the copy also show as differences: stop them, and copy again.",
+        "Writes to the old database during the copy also show as differences. \
+         Stop the writers and copy again.",
     );
 
     Ok(())
+}
+
+fn table_row((table, counts): &(&'static str, TableCounts)) -> Vec<String> {
+    let TableCounts {
+        rows,
+        new,
+        changed,
+        removed,
+    } = counts;
+    let mut row = vec![(*table).to_owned()];
+    row.extend([rows, new, changed, removed].map(u64::to_string));
+    row
 }
 
 /// Formats a duration and a rate: `12.3 s (4567 a second)`.
@@ -209,6 +210,6 @@ fn as_json(report: &CopyReport, took: &Durations) -> serde_json::Value {
         "tables": tables.collect::<Vec<_>>(),
         "counts": {"compared": report.compared, "differing": report.differing},
         "differing": differing.collect::<Vec<_>>(),
-        "milliseconds": {"carrying": took.carrying_ms, "comparing": took.comparing_ms},
+        "milliseconds": {"carrying": took.copying_ms, "comparing": took.comparing_ms},
     })
 }

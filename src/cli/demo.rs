@@ -1,7 +1,7 @@
-//! `demo`: the main job with nothing configured.
+//! `demo`: shows the main job without configuration.
 //!
-//! A real server with its own database gets full-size payloads, signed and delivered over HTTP as Stripe delivers them: some
-//! twice, some out of order, some before their invoice is stored.
+//! A real server with its own database receives full-size payloads, signed and delivered over HTTP
+//! like Stripe's: some twice, some out of order, some before their invoice is stored.
 
 use std::time::Duration;
 
@@ -33,16 +33,17 @@ use crate::store::{Scope, Store};
 const TENANT: &str = "acme";
 /// Connections of the server. Only the demo itself connects to it.
 const CONNECTIONS: usize = 64;
-/// Concurrent deliveries, since Stripe also sends several at a time.
+/// Concurrent deliveries. Stripe also sends several at a time.
 const CONCURRENT_DELIVERIES: usize = 8;
 
-/// The events of one invoice at Stripe, and how they are delivered.
+/// The events of one invoice at Stripe, and the order of their delivery.
 struct Sample {
     title: &'static str,
     events: &'static str,
     arrival: Arrival,
 }
 
+/// The order in which the invoice and its events arrive.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Arrival {
     InOrder,
@@ -123,10 +124,10 @@ const SAMPLES: [Sample; 12] = [
     sample!("Collected outside Stripe", "collected-elsewhere", InOrder),
 ];
 
-/// One document per line. Each names its Stripe invoice.
+/// The invoice documents, one per line. Each names its Stripe invoice.
 const INVOICES: &str = include_str!("../../fixtures/invoices.jsonl");
 
-/// Show the main job with nothing configured
+/// Show the main job without configuration
 #[derive(Args)]
 #[command(after_help = "Examples:
   stripe-reconciler demo
@@ -183,8 +184,10 @@ impl Counts {
         } = self;
         let delivered = recorded + duplicate + no_payment_fact;
         format!(
-            "{invoices} invoices stored. {delivered} deliveries signed, sent and answered 2xx: {recorded} recorded, \
-             {duplicate} duplicate, {no_payment_fact} without a payment fact.\n\nThe history of each invoice:"
+            "{invoices} invoices stored. {delivered} deliveries signed, sent and answered 2xx: \
+             {recorded} recorded, {duplicate} duplicate, \
+             {no_payment_fact} without a payment fact.\n\n\
+             The history of each invoice:"
         )
     }
 }
@@ -224,6 +227,7 @@ impl Stage {
 
         let listener = http::listen(([127, 0, 0, 1], 0).into())?;
         let base = format!("http://{}", listener.local_addr()?);
+
         let stop = CancellationToken::new();
         let service = Service {
             listener,
@@ -241,6 +245,7 @@ impl Stage {
             Clock::system(),
         );
         let client = HttpClient::new(Duration::from_secs(10), 1024 * 1024);
+
         Ok(Stage {
             folder,
             base,
@@ -255,7 +260,7 @@ impl Stage {
         })
     }
 
-    /// Stores the invoice and delivers its events in the order of the sample.
+    /// Stores the invoice and delivers its events, in the order that the sample names.
     async fn play(&self, sample: &Sample, counts: &mut Counts) -> anyhow::Result<()> {
         let mut events: Vec<Bytes> = sample
             .events
@@ -290,6 +295,7 @@ impl Stage {
     async fn store_invoice(&self, document: Value) -> anyhow::Result<()> {
         let invoice = new_invoice(TENANT, None, document)
             .map_err(|faults| anyhow::anyhow!("a sample is invalid: {faults:?}"))?;
+
         self.store
             .put_invoices(&[invoice], Clock::system().now_ms())
             .await?;
@@ -305,7 +311,7 @@ impl Stage {
                 Outcome::Recorded => counts.recorded += 1,
                 Outcome::Duplicate => counts.duplicate += 1,
                 Outcome::NoPaymentFact => counts.no_payment_fact += 1,
-                Outcome::Unreadable => anyhow::bail!("a sample was unreadable"),
+                Outcome::Unreadable => anyhow::bail!("a sample is unreadable"),
             }
         }
         Ok(())
@@ -320,14 +326,15 @@ impl Stage {
         let answer = self.client.send(request).await?;
         ensure!(
             answer.status().is_success(),
-            "reading {uid} was answered {}",
+            "the request for {uid} returned {}",
             answer.status()
         );
         let invoice: Value = serde_json::from_slice(answer.body())?;
         let states = invoice
             .pointer("/status/states")
             .and_then(Value::as_array)
-            .context("an answer without states")?;
+            .context("the response has no states")?;
+
         output::line(format!(
             "\n{uid}  {} ({})",
             output::bold(sample.title),
@@ -380,7 +387,8 @@ Commands to try in another terminal:
   stripe-reconciler why {TENANT} {uid}
   stripe-reconciler invoices list
   stripe-reconciler events list
-  STRIPE_WEBHOOK_SECRET={signing_secret} stripe-reconciler replay --to {base}/webhooks/stripe EVENT.json"
+  STRIPE_WEBHOOK_SECRET={signing_secret} stripe-reconciler replay \\
+    --to {base}/webhooks/stripe EVENT.json"
         ))
     }
 

@@ -1,4 +1,4 @@
-//! `doctor`: prints what is wrong and what to do.
+//! `doctor`: prints problems and their remedies.
 
 use clap::Args;
 use serde_json::json;
@@ -13,22 +13,23 @@ use crate::store::Store;
 use crate::stripe_api::{self, StripeApi};
 use crate::telemetry;
 
-/// Columns for the text of a line.
+/// Number of columns for the text of a line.
 const WIDTH: usize = 90;
-/// Retries of a call to Stripe: an operator waits, and wants to know what Stripe answers.
+/// Retries of a call to Stripe. Few, because an operator waits for Stripe's answer.
 const RETRIES: usize = 2;
 
-/// Report what is wrong and what to do, without changing or migrating anything
+/// Report problems and their remedies, without changing or migrating anything
 #[derive(Args)]
 #[command(after_help = "Examples:
-  stripe-reconciler doctor                          with the same settings as `serve`
+  stripe-reconciler doctor                          use the same settings as `serve`
   stripe-reconciler doctor --quiet || mail ...      from cron: prints problems only
   stripe-reconciler doctor --json | jq .state
 
-With STRIPE_API_KEY it asks Stripe about the webhook endpoint and the time; without, it reports
-what the last reconcile run found. With STRIPE_WEBHOOK_SECRET it knows the configured secrets.
-Exit codes: 0 nothing is wrong, 2 a setting is invalid, 3 something is wrong, 4 the database cannot
-be used.")]
+With STRIPE_API_KEY, doctor requests the webhook endpoint and the time from Stripe; without it,
+doctor reports the findings of the last reconcile run. With STRIPE_WEBHOOK_SECRET, it also checks
+the use of the configured secrets.
+Exit codes: 0 nothing is wrong, 2 a setting is invalid, 3 something is wrong, 4 the database is
+unusable.")]
 pub struct Doctor {
     /// Print JSON
     #[arg(long)]
@@ -36,7 +37,8 @@ pub struct Doctor {
     /// Print problems only
     #[arg(long)]
     quiet: bool,
-    /// Signing secrets of `serve` [env: STRIPE_WEBHOOK_SECRET, preferred: flags show in process lists]
+    /// Signing secrets of `serve` [env: STRIPE_WEBHOOK_SECRET, preferred: flags show in process
+    /// lists]
     #[arg(long, value_name = "SECRETS")]
     stripe_webhook_secret: Option<String>,
     #[command(flatten)]
@@ -94,7 +96,7 @@ impl Doctor {
                 CheckStatus::Warning => output::bold("warning"),
                 CheckStatus::Failing => output::bold("FAILING"),
             };
-            // The escape codes for bold take no columns.
+            // The escape codes for bold occupy no columns.
             let padding = " ".repeat(9 - visible(check.state));
 
             let texts = [Some(&check.finding), check.remedy.as_ref()]
@@ -119,7 +121,7 @@ impl Doctor {
     }
 }
 
-/// Returns the columns of a printed status.
+/// Returns the number of columns of a printed status.
 fn visible(state: CheckStatus) -> usize {
     match state {
         CheckStatus::Ok => 2,
@@ -128,7 +130,7 @@ fn visible(state: CheckStatus) -> usize {
     }
 }
 
-/// Reports an unknown status as ok: missing information is not a problem.
+/// Returns ok for an unknown status, because missing information is not a problem.
 fn reported(state: CheckStatus) -> CheckStatus {
     if state == CheckStatus::Unknown {
         CheckStatus::Ok

@@ -6,13 +6,16 @@ use indicatif::ProgressBar;
 use super::output;
 use crate::jobs::{InvalidDocument, ProgressSink};
 
+/// A counter of documents, and the output of invalid ones.
 pub struct DocumentProgress(ProgressBar);
 
 impl DocumentProgress {
+    /// Shows the counter, with `unit` after the number.
     pub fn start(unit: &str) -> DocumentProgress {
         DocumentProgress(output::progress(unit))
     }
 
+    /// Removes the counter from the terminal.
     pub fn finish(self) {
         self.0.finish_and_clear();
     }

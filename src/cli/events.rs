@@ -34,7 +34,8 @@ enum Command {
     /// Show all received renderings of an event
     #[command(after_help = "Examples:
   stripe-reconciler events show evt_1Q... --json
-  stripe-reconciler events list --outcome unreadable --json | jq -r .key | head -1 | xargs stripe-reconciler events show")]
+  stripe-reconciler events list --outcome unreadable --json | jq -r .key | head -1 |
+    xargs stripe-reconciler events show")]
     Show {
         /// evt_..., or the key from `events list --json`: an unreadable event has no id
         #[arg(value_name = "ID")]
@@ -43,7 +44,7 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Write all events to standard output, one per line, oldest receipt first, as `replay` reads them
+    /// Write all events to standard output for `replay`, one per line, oldest receipt first
     #[command(after_help = "Example:\n  stripe-reconciler events export > events.jsonl")]
     Export,
     /// Delete the payload bytes of old events; their ids and facts stay
@@ -69,7 +70,8 @@ struct List {
     /// Only events that name this Stripe invoice
     #[arg(long, value_name = "in_...")]
     invoice: Option<String>,
-    /// Only with this outcome: recorded, no_payment_fact, unreadable; or unmatched: the event names an invoice that is not stored
+    /// Only with this outcome: recorded, no_payment_fact, unreadable; or unmatched, if the invoice
+    /// of the event is not stored
     #[arg(long)]
     outcome: Option<String>,
     /// Print at most this many
@@ -93,7 +95,7 @@ impl Events {
     }
 }
 
-/// Events per page that is read.
+/// Events per page of a read.
 const PAGE: u32 = 500;
 /// Events per transaction of `prune`. On SQLite a delivery waits for the transaction.
 const PRUNE_BATCH: u32 = 50;
@@ -116,6 +118,7 @@ impl List {
             after: None,
         };
         let store = settings.store(Access::Reads).await?;
+
         let (mut rows, mut left) = (Vec::new(), self.limit);
         while left > 0 {
             request.limit = left.min(PAGE) as usize;
@@ -137,7 +140,7 @@ impl List {
         if !self.json {
             output::line(output::table(
                 &[
-                    "RECEIVED", "CREATED", "ID", "TYPE", "OUTCOME", "CAME BY", "SECRET",
+                    "RECEIVED", "CREATED", "ID", "TYPE", "OUTCOME", "SOURCE", "SECRET",
                 ],
                 rows,
             ))?;
@@ -148,7 +151,7 @@ impl List {
 }
 
 impl Prune {
-    /// Prunes in small transactions. Deliveries get their turn in between.
+    /// Prunes in small transactions, so that deliveries can write in between.
     async fn run(self, settings: GlobalArgs) -> anyhow::Result<Exit> {
         let before_ms = Clock::system()
             .now_ms()
@@ -261,7 +264,7 @@ async fn export(store: &Store) -> anyhow::Result<Exit> {
 
     if left_out > 0 {
         output::note(format!(
-            "{left_out} events are left out: unreadable, or their bytes are pruned"
+            "{left_out} events are left out because they are unreadable or pruned"
         ));
     }
     Ok(Exit::Done)
@@ -269,7 +272,7 @@ async fn export(store: &Store) -> anyhow::Result<Exit> {
 
 /// Removes the line breaks between the parts of a JSON document. Strings and numbers stay verbatim.
 fn on_one_line(json: &[u8]) -> Vec<u8> {
-    // A line break inside a string is escaped, so every raw one lies between two parts.
+    // A line break inside a string is escaped, so every raw line break lies between two parts.
     json.split(|b| *b == b'\n' || *b == b'\r')
         .map(<[u8]>::trim_ascii_start)
         .collect::<Vec<_>>()

@@ -1,4 +1,5 @@
-//! `healthcheck`: whether the server on this machine is ready. For containers, whose image has no other HTTP client.
+//! `healthcheck`: checks that the server on this machine is ready. It is for containers, whose
+//! image has no other HTTP client.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
@@ -13,8 +14,9 @@ use super::{Exit, GlobalArgs};
 use crate::config::{Config, Flags, Purpose};
 use crate::http_client::HttpClient;
 
+/// Longest time until the answer is complete.
 const TIMEOUT: Duration = Duration::from_secs(3);
-/// Larger than any answer of `/readyz`, in bytes.
+/// Limit on the bytes of an answer. Any answer of `/readyz` is smaller.
 const ANSWER_LIMIT: usize = 64 << 10;
 
 /// Check whether the server on this machine is ready
@@ -23,8 +25,8 @@ const ANSWER_LIMIT: usize = 64 << 10;
   stripe-reconciler healthcheck
   stripe-reconciler healthcheck --listen-addr 127.0.0.1:8080
 
-It requests /readyz. Exit codes: 0 ready; 1 not ready: the database is unavailable, or the server is stopping;
-4 no answer.")]
+It requests /readyz. Exit codes: 0 ready; 1 not ready, because the database is unavailable or the
+server is stopping; 4 no answer.")]
 pub struct Healthcheck {
     /// Address where serve listens [env: LISTEN_ADDR] [default: 127.0.0.1:8080]
     #[arg(long, value_name = "ADDR:PORT")]

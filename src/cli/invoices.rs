@@ -1,4 +1,4 @@
-//! `invoices`: imports documents, prints one, lists all with their payment state.
+//! `invoices`: imports documents, prints one invoice, and lists all with their payment state.
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -34,10 +34,10 @@ enum Command {
   stripe-reconciler invoices import --tenant acme invoices.jsonl
   generate-invoices | stripe-reconciler invoices import --tenant acme -
 
-All valid documents are stored. Each invalid one is reported as FILE:LINE: POINTER: reason, and the exit code is 1.
-metadata.uid names the invoice, status.stripeInvoiceId the invoice at Stripe.")]
+All valid documents are stored. Each invalid one is reported as FILE:LINE: POINTER: reason, and the
+exit code is 1. metadata.uid names the invoice, status.stripeInvoiceId the invoice at Stripe.")]
     Import(Import),
-    /// Print one invoice, as the HTTP API returns it
+    /// Print the document of one invoice that the HTTP API returns
     #[command(after_help = "Example:\n  stripe-reconciler invoices get acme inv-2026-01")]
     Get { tenant: String, uid: String },
     /// List invoices with their payment state, newest first
@@ -65,7 +65,8 @@ struct List {
     /// Only of this tenant
     #[arg(long)]
     tenant: Option<String>,
-    /// Only in this state: Paid, PaymentPending, PaymentInProgress, PaymentFailed, or none: without an entry
+    /// Only in this state: Paid, PaymentPending, PaymentInProgress, PaymentFailed, or none for an
+    /// empty history
     #[arg(long)]
     state: Option<String>,
     /// Print the documents, one per line
@@ -117,6 +118,7 @@ impl Import {
             ))?;
         }
         store.close().await;
+
         Ok(if invalid > 0 {
             Exit::Refused
         } else {
@@ -150,6 +152,7 @@ impl List {
             limit: 500,
             after: None,
         };
+
         let mut rows = Vec::new();
         loop {
             let found = page(&store, &request, |invoice, history| {
@@ -192,7 +195,7 @@ impl List {
     }
 }
 
-/// A listed invoice.
+/// A listed invoice in one of the two output forms.
 enum Line {
     Json(String),
     Row(Vec<String>),

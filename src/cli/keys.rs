@@ -1,4 +1,5 @@
-//! `keys`: create, list and revoke API keys. A key is shown once; the database stores only its hash.
+//! `keys`: creates, lists and revokes API keys. A key is shown once; the database stores only its
+//! hash.
 
 use clap::{Args, Subcommand};
 use serde_json::json;
@@ -30,9 +31,8 @@ enum Command {
   stripe-reconciler keys create --operator --expires-in 90d")]
     Create(Create),
     /// List all keys, without their secret part
-    #[command(
-        after_help = "Example:\n  stripe-reconciler keys list --json | jq -r '.[] | select(.revokedAt == null) | .id'"
-    )]
+    #[command(after_help = "Example:
+  stripe-reconciler keys list --json | jq -r '.[] | select(.revokedAt == null) | .id'")]
     List {
         /// Print JSON
         #[arg(long)]
@@ -41,13 +41,14 @@ enum Command {
     /// Revoke a key immediately
     #[command(after_help = "Example:\n  stripe-reconciler keys revoke key_0197f3c2d1b47a90")]
     Revoke {
-        /// Id of the key, as `keys list` shows it
+        /// Id of the key in `keys list`
         id: String,
     },
 }
 
 #[derive(Args)]
-// Not `#[group(...)]`: clap would put every argument of the struct into it, and `--expires-in` is not a scope.
+// With `#[group(...)]` clap would put every argument of the struct into the group, although
+// `--expires-in` is not a scope.
 #[command(group = clap::ArgGroup::new("scope").required(true).args(["tenant", "operator"]))]
 struct Create {
     /// Let the key read this tenant's invoices
@@ -92,7 +93,7 @@ impl Create {
         let store = settings.store(Access::Writes).await?;
         let (key, secret) = make(&store, scope, now_ms, expires_ms).await?;
         output::note(format!(
-            "{}: {}, shown this once",
+            "{}: {}, shown only once",
             key.id,
             describe(&key.scope)
         ));
@@ -142,7 +143,7 @@ async fn list(store: &Store, json: bool) -> anyhow::Result<Exit> {
 
     let now_ms = Clock::system().now_ms();
     output::line(output::table(
-        &["ID", "OPENS", "STATE", "CREATED", "EXPIRES"],
+        &["ID", "SCOPE", "STATE", "CREATED", "EXPIRES"],
         keys.iter().map(|key| table_row(key, now_ms)).collect(),
     ))?;
 

@@ -1,4 +1,5 @@
-//! `completions` and `man`: shell completions and manual pages, generated from the texts of `--help`.
+//! `completions` and `man`: shell completions and manual pages, generated from the texts of
+//! `--help`.
 
 use std::path::{Path, PathBuf};
 
@@ -37,8 +38,8 @@ impl Completions {
         let name = command.get_name().to_owned();
         clap_complete::generate(self.shell, &mut command, name.clone(), &mut script);
         if self.shell == Shell::Bash {
-            // clap_complete writes a name with a hyphen in two ways, so subcommands have no completions
-            // (clap-rs/clap#6421).
+            // clap_complete writes a name with a hyphen in two ways, so subcommands have no
+            // completions (clap-rs/clap#6421).
             let (wrong, right) = (name.replace('-', "__subcmd__"), name.replace('-', "__"));
             script = String::from_utf8(script)?
                 .replace(&wrong, &right)
@@ -93,7 +94,7 @@ fn write_pages(command: &clap::Command, folder: &Path) -> anyhow::Result<usize> 
     Ok(pages)
 }
 
-/// Renders the examples and the text after them verbatim, with their line breaks and blanks.
+/// Renders the examples and the text after them with their line breaks and blanks.
 fn verbatim(text: &str) -> Roff {
     let mut section = Roff::new();
     let (title, rest) = text.split_once(":\n").unwrap_or(("Examples", text));

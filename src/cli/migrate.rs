@@ -11,9 +11,8 @@ use crate::telemetry;
 
 /// Apply migrations and stop (`serve` also applies them)
 #[derive(Args)]
-#[command(
-    after_help = "Example:\n  stripe-reconciler migrate --database-url sqlite:///var/lib/stripe-reconciler/db"
-)]
+#[command(after_help = "Example:
+  stripe-reconciler migrate --database-url sqlite:///var/lib/stripe-reconciler/db")]
 pub struct Migrate {
     /// Print the names of the applied migrations as JSON
     #[arg(long)]

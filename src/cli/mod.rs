@@ -1,4 +1,5 @@
-//! The command line: one file per command. Output for scripts goes to standard output, everything else to standard error.
+//! The command line: one file per command. Output for scripts goes to standard output, everything
+//! else to standard error.
 
 mod copy;
 mod demo;
@@ -40,17 +41,17 @@ use crate::telemetry;
     about,
     max_term_width = 110,
     after_help = "Examples:
-  stripe-reconciler demo                                       show the main job with nothing configured
-  stripe-reconciler keys create --operator                     create a key
-  stripe-reconciler invoices import --tenant acme in.jsonl     store invoices
-  STRIPE_WEBHOOK_SECRET=whsec_... stripe-reconciler serve      receive Stripe's webhooks
-  stripe-reconciler why acme inv-2026-01                       show what proves the state of an invoice
-  STRIPE_API_KEY=rk_... stripe-reconciler reconcile            find payments that no webhook reported
-  stripe-reconciler doctor                                     report problems and how to fix them
+  stripe-reconciler demo                                     show the main job without configuration
+  stripe-reconciler keys create --operator                   create a key
+  stripe-reconciler invoices import --tenant acme in.jsonl   store invoices
+  STRIPE_WEBHOOK_SECRET=whsec_... stripe-reconciler serve    receive Stripe's webhooks
+  stripe-reconciler why acme inv-2026-01                     show the proof of an invoice's state
+  STRIPE_API_KEY=rk_... stripe-reconciler reconcile          find payments that no webhook reported
+  stripe-reconciler doctor                                   report problems and their remedies
 
 Settings can also be set in the environment; NAME_FILE names a file that holds the value of NAME.
-Exit codes: 0 done, 1 some of the input was rejected, 2 wrong usage or configuration, 3 something differs,
-would change or is wrong, 4 the database, the server or Stripe cannot be reached."
+Exit codes: 0 done, 1 some of the input was rejected, 2 wrong usage or configuration, 3 something
+differs, would change or is wrong, 4 the database, the server or Stripe is unreachable."
 )]
 pub struct Arguments {
     #[command(flatten)]
@@ -62,7 +63,8 @@ pub struct Arguments {
 /// Options of every command.
 #[derive(Args, Clone)]
 struct GlobalArgs {
-    /// Database URL: sqlite://PATH (created if missing) or postgres://... [env: DATABASE_URL] [default: sqlite://stripe-reconciler.db]
+    /// Database URL: sqlite://PATH (created if missing) or postgres://...
+    /// [env: DATABASE_URL] [default: sqlite://stripe-reconciler.db]
     #[arg(long, global = true, value_name = "URL")]
     database_url: Option<String>,
     /// Log filter, such as info or stripe_reconciler=debug [env: RUST_LOG] [default: info]
@@ -73,6 +75,7 @@ struct GlobalArgs {
     log_format: Option<String>,
 }
 
+/// All commands, in the order of `--help`.
 #[derive(Subcommand)]
 enum Command {
     Serve(serve::Serve),
@@ -102,7 +105,7 @@ pub enum Exit {
     Refused = 1,
     /// Something differs, was corrected, would change, or is wrong.
     Differs = 3,
-    /// The database cannot be reached.
+    /// The database or the server is unreachable.
     Unreachable = 4,
 }
 
@@ -115,7 +118,7 @@ impl From<Exit> for ExitCode {
 /// Runs the command, then sends the remaining traces.
 ///
 /// # Errors
-/// Whatever ended the command; [`fail`] turns it into an exit code.
+/// Returns the failure of the command. [`fail`] turns it into an exit code.
 pub async fn run(arguments: Arguments) -> anyhow::Result<Exit> {
     let settings = arguments.settings;
     let result = match arguments.command {
@@ -174,7 +177,7 @@ pub fn fail(error: &anyhow::Error) -> ExitCode {
     }
 }
 
-/// Whether the database, the server or Stripe cannot be reached.
+/// Returns whether the database, the server or Stripe is unreachable.
 fn is_unreachable(cause: &(dyn std::error::Error + 'static)) -> bool {
     cause.is::<StoreError>()
         || cause.is::<ReplayError>()
@@ -198,11 +201,11 @@ impl GlobalArgs {
     }
 }
 
-/// Whether a command writes to the database.
+/// The access of a command to the database.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Access {
     Reads,
-    /// Ends a copy into this database: `copy` must not overwrite what the command writes.
+    /// Ends a copy into this database, so that `copy` cannot overwrite the writes of the command.
     Writes,
 }
 
@@ -226,7 +229,7 @@ async fn open(config: Config, access: Access) -> anyhow::Result<Store> {
     Ok(store)
 }
 
-/// Reads the duration of a flag, in milliseconds.
+/// Parses the duration of a flag, in milliseconds.
 fn duration_ms(flag: &str, text: &str) -> Result<i64, ConfigErrors> {
     duration::parse_ms(text).map_err(|reason| ConfigErrors(vec![format!("{flag}: {reason}")]))
 }

@@ -1,4 +1,4 @@
-//! `openapi`: prints the OpenAPI document that the server answers.
+//! `openapi`: prints the OpenAPI document that the server returns.
 
 use clap::Args;
 

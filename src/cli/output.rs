@@ -1,4 +1,5 @@
-//! Printing: aligned tables, progress and colours on a terminal only, and a silent end when a pipe closes.
+//! Printing: aligned tables, progress and colours on a terminal only, and a silent end when a pipe
+//! closes.
 
 use std::fmt::Display;
 use std::io::{self, Write};
@@ -25,11 +26,11 @@ pub fn bytes(bytes: &[u8]) -> anyhow::Result<()> {
 
 /// Prints a note for the user on standard error.
 pub fn note(text: impl Display) {
-    // If standard error is closed, nobody can read the note.
+    // If standard error is closed, the note is lost.
     let _ = writeln!(anstream::stderr().lock(), "{text}");
 }
 
-/// Whether the reader closed the pipe, as `head` does once it has enough.
+/// Returns whether the reader closed the pipe, like `head` after its last line.
 pub fn is_closed_pipe(error: &anyhow::Error) -> bool {
     error
         .chain()
@@ -37,7 +38,7 @@ pub fn is_closed_pipe(error: &anyhow::Error) -> bool {
         .any(|e| e.kind() == io::ErrorKind::BrokenPipe)
 }
 
-/// Formats aligned columns without borders. With an empty `head`, only the rows.
+/// Formats aligned columns without borders. If `head` is empty, the result has only the rows.
 pub fn table(head: &[&str], rows: Vec<Vec<String>>) -> String {
     let mut table = Table::new();
     table
@@ -56,7 +57,8 @@ pub fn table(head: &[&str], rows: Vec<Vec<String>>) -> String {
         .join("\n")
 }
 
-/// Breaks text between words into lines of at most `width` characters. A longer word gets a line of its own.
+/// Breaks text between words into lines of at most `width` characters. A longer word gets a line of
+/// its own.
 pub fn wrap(text: &str, width: usize) -> Vec<String> {
     let mut lines = vec![String::new()];
     for word in text.split_whitespace() {

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use clap::Args;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::output;
 use super::{Access, Exit, GlobalArgs};
@@ -13,10 +13,10 @@ use crate::store::Store;
 /// Derive all facts again from the stored bytes, and print the differences by invoice
 #[derive(Args)]
 #[command(after_help = "Examples:
-  stripe-reconciler rebuild --dry-run     print what would change; exit with 3 if anything would
-  stripe-reconciler rebuild               save it; exit with 3 if anything differed")]
+  stripe-reconciler rebuild --dry-run     print the differences; exit code 3 if there are any
+  stripe-reconciler rebuild               also save the new facts; exit code 3 if any differed")]
 pub struct Rebuild {
-    /// Change nothing
+    /// Print the differences without saving
     #[arg(long)]
     dry_run: bool,
     /// Print the report as JSON
@@ -69,9 +69,9 @@ fn print_text(report: &RebuildReport, holders: &Holders, mode: WriteMode) -> any
     for (stripe_invoice_id, differences) in &report.differing {
         output::line(
             match (stripe_invoice_id.as_str(), holders.get(stripe_invoice_id)) {
-                ("", _) => "no invoice named".to_owned(),
+                ("", _) => "without an invoice".to_owned(),
                 (id, Some((tenant, uid))) => format!("invoice {uid} of {tenant} ({id})"),
-                (id, None) => format!("{id}, which no stored invoice has"),
+                (id, None) => format!("{id} (not stored)"),
             },
         )?;
         for RebuildDifference {
@@ -99,23 +99,31 @@ fn print_text(report: &RebuildReport, holders: &Holders, mode: WriteMode) -> any
         "changed"
     };
     output::line(format!(
-        "{events} events read again, {pruned} of them without bytes; {differing} invoices {verb}"
+        "{events} events read again, {pruned} pruned; {differing} invoices {verb}"
     ))
 }
 
 fn print_json(report: &RebuildReport, holders: &Holders) -> anyhow::Result<()> {
-    let difference = |d: &RebuildDifference| json!({"eventId": d.event_id, "type": d.event_type, "was": d.was, "is": d.is});
-    let invoice = |(id, differences): (&String, &Vec<RebuildDifference>)| {
+    let mut differing = Vec::with_capacity(report.differing.len());
+    for (id, differences) in &report.differing {
         let holder = holders.get(id);
-        json!({
+        differing.push(json!({
             "stripeInvoiceId": Some(id).filter(|id| !id.is_empty()),
             "tenantUid": holder.map(|(tenant, _)| tenant),
             "invoiceUid": holder.map(|(_, uid)| uid),
-            "events": differences.iter().map(difference).collect::<Vec<_>>(),
-        })
-    };
-    let differing: Vec<_> = report.differing.iter().map(invoice).collect();
+            "events": differences.iter().map(as_json).collect::<Vec<_>>(),
+        }));
+    }
     let report = json!({"events": report.events, "pruned": report.pruned, "differing": differing});
 
     output::line(serde_json::to_string_pretty(&report)?)
+}
+
+fn as_json(difference: &RebuildDifference) -> Value {
+    json!({
+        "eventId": difference.event_id,
+        "type": difference.event_type,
+        "was": difference.was,
+        "is": difference.is,
+    })
 }

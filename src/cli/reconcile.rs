@@ -1,4 +1,5 @@
-//! `reconcile`: makes one run against Stripe's API and prints its report, or lists the last reports.
+//! `reconcile`: makes one run against Stripe's API and prints its report, or lists the last
+//! reports.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,33 +21,34 @@ use crate::reconcile::{
 use crate::store::{Run, Store};
 use crate::stripe_api::StripeApi;
 
-/// Items of each list that are printed. `--json` has all.
+/// Limit on the items of each list that are printed. `--json` prints all.
 const MAX_ITEMS: usize = 50;
-/// Runs that `--list` shows.
+/// Limit on the runs that `--list` shows.
 const MAX_RUNS: u32 = 20;
 
 /// Compare stored invoices with Stripe, find missed events, and report differences
 #[derive(Args)]
 #[command(after_help = "Examples:
-  STRIPE_API_KEY=rk_live_... stripe-reconciler reconcile   one run; exit code 3 if it healed or found differences
-  stripe-reconciler reconcile --dry-run                    what a run would find; changes nothing
-  stripe-reconciler reconcile --since 30d --json           everything that Stripe still lists
-  stripe-reconciler reconcile --list                       the last runs, including those of `serve`
+  STRIPE_API_KEY=rk_live_... stripe-reconciler reconcile   make one run
+  stripe-reconciler reconcile --dry-run                    report findings without saving
+  stripe-reconciler reconcile --since 30d --json           read everything that Stripe still lists
+  stripe-reconciler reconcile --list                       list the last runs, also those of `serve`
 
-It waits while another run is in progress. Repeating is harmless: a second run finds nothing new.
+The command waits while another run is in progress. Repeating is harmless: a second run finds
+nothing new. The exit code is 3 if a run healed a history or found a difference.
 A restricted key must be able to read events, invoices, invoice payments, PaymentIntents, charges
 and webhook endpoints.")]
 pub struct Reconcile {
     /// Look back this long, such as 30d or 12h [default: from where the last run ended]
     #[arg(long, value_name = "DURATION")]
     since: Option<String>,
-    /// Change nothing
+    /// Report findings without saving
     #[arg(long)]
     dry_run: bool,
     /// Print the report as JSON
     #[arg(long)]
     json: bool,
-    /// Print the reports of the last runs, without a new run
+    /// Print the reports of the last runs instead of making a run
     #[arg(long, conflicts_with_all = ["since", "dry_run"])]
     list: bool,
     #[command(flatten)]
@@ -56,7 +58,8 @@ pub struct Reconcile {
 /// Flags for access to Stripe's API.
 #[derive(Args, Clone)]
 pub(super) struct StripeFlags {
-    /// Stripe secret or restricted API key [env: STRIPE_API_KEY, preferred: flags show in process lists]
+    /// Stripe secret or restricted API key [env: STRIPE_API_KEY, preferred: flags show in process
+    /// lists]
     #[arg(long, value_name = "KEY")]
     stripe_api_key: Option<String>,
     /// Base URL of Stripe's API, for tests [env: STRIPE_API_BASE]
@@ -142,6 +145,7 @@ async fn reconcile(store: &Store, api: StripeApi, plan: Plan) -> anyhow::Result<
         clock: Clock::system(),
         metrics: Arc::default(),
     };
+
     let bar = output::progress("calls to Stripe");
     let show_calls = async {
         loop {
@@ -171,7 +175,7 @@ async fn run_under_lease(context: &ReconcileContext, plan: Plan) -> Result<Repor
     lease.run(reconcile::run(context, plan)).await
 }
 
-/// Reads `--since`, in seconds.
+/// Parses `--since`, in seconds.
 fn parse_since(text: &str) -> Result<i64, ConfigErrors> {
     Ok(duration_ms("--since", text)? / 1000)
 }
@@ -192,8 +196,8 @@ fn print_counts(report: &Report) -> anyhow::Result<()> {
         (report.unknown_here.len(), "at Stripe, but not stored here"),
     ];
 
-    for (count, what) in counts {
-        output::line(format!("{count:>8} {what}"))?;
+    for (count, label) in counts {
+        output::line(format!("{count:>8} {label}"))?;
     }
     Ok(())
 }
@@ -208,13 +212,13 @@ fn print(report: &Report) -> anyhow::Result<()> {
         "Healed"
     };
     let advice =
-        "Nothing to do. Each invoice now shows what Stripe says. No webhook had delivered it.";
+        "Nothing to do. These invoices now agree with Stripe. No webhook had delivered the events.";
     section(title, advice, &report.healed, healed)?;
-    let advice = "Find out which side is wrong. Correct the stored invoice (PUT it again), or credit, void or \
-                  replace it at Stripe.";
+    let advice = "Find out which side is wrong. Correct the stored invoice (PUT it again), \
+                  or credit, void or replace it at Stripe.";
     section("Differing", advice, &report.differing, differing)?;
-    let advice = "Stripe has no such invoice. Check status.stripeInvoiceId, and that the key is for the same \
-                  account and mode.";
+    let advice = "Stripe does not have these invoices. Check status.stripeInvoiceId, and that \
+                  the key is for the same account and mode.";
     section(
         "Not found at Stripe",
         advice,
@@ -227,14 +231,15 @@ fn print(report: &Report) -> anyhow::Result<()> {
         },
     )?;
     let advice =
-        "Store those that are yours (`invoices import`): their history appears immediately.";
+        "Store the invoices that are yours (`invoices import`): their history appears immediately.";
     section(
         "At Stripe, but not stored here",
         advice,
         &report.unknown_here,
         unknown_here,
     )?;
-    let advice = "Nothing to do. Stripe's API does not show yet what its events say. They are compared again.";
+    let advice =
+        "Nothing to do. Stripe's API lags behind its events. A later run compares them again.";
     section("Stripe's API lags", advice, &report.stripe_lags, |i| {
         vec![i.stripe_invoice_id.clone()]
     })?;
@@ -274,7 +279,7 @@ fn section<T>(
     }
     if items.len() > MAX_ITEMS {
         output::line(format!(
-            "  and {} more: --json has all",
+            "  and {} more: --json prints all",
             items.len() - MAX_ITEMS
         ))?;
     }
@@ -319,12 +324,12 @@ fn differing(differing: &Differing) -> Vec<String> {
         since,
     } = differing;
 
-    let what = match *field {
+    let label = match *field {
         "livemode" => "mode",
         other => other,
     };
     vec![format!(
-        "invoice {} of {} ({}): {what} is {ours} here and {stripes} at Stripe, seen since {since}",
+        "invoice {} of {} ({}): {label} is {ours} here and {stripes} at Stripe since {since}",
         invoice.invoice_uid, invoice.tenant_uid, invoice.stripe_invoice_id
     )]
 }
@@ -344,7 +349,7 @@ fn unknown_here(unknown: &UnknownHere) -> Vec<String> {
         .cloned()
         .collect::<Vec<_>>()
         .join(", ");
-    vec![format!("{stripe_invoice_id}  {known}, made {created}")]
+    vec![format!("{stripe_invoice_id}  {known}, created {created}")]
 }
 
 async fn list(store: &Store, json: bool) -> anyhow::Result<Exit> {
@@ -364,7 +369,7 @@ async fn list(store: &Store, json: bool) -> anyhow::Result<Exit> {
         "DIFFER",
         "NOT AT STRIPE",
         "NOT HERE",
-        "EVENTS BY API ONLY",
+        "API-ONLY EVENTS",
         "CALLS",
     ];
     output::line(output::table(&head, rows))?;

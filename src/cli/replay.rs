@@ -15,16 +15,17 @@ use crate::config::{Config, ConfigErrors, Flags, Purpose};
 use crate::ingest::batch_writer::BatchWriter;
 use crate::jobs::replay::{Endpoint, ReplayCounts, Replayer, Target};
 
-/// Deliver recorded payloads again: to the database, or signed afresh to a URL
+/// Deliver recorded payloads again: to the database, or with a new signature to a URL
 #[derive(Args)]
 #[command(after_help = "Examples:
-  stripe-reconciler replay recorded/                    into the database, without a signature, marked as replayed
+  stripe-reconciler replay recorded/        to the database, without a signature, marked as replayed
   stripe-reconciler replay events.jsonl
   curl https://api.stripe.com/v1/events -u $KEY: | stripe-reconciler replay -
-  STRIPE_WEBHOOK_SECRET=whsec_... stripe-reconciler replay --to http://127.0.0.1:8080/webhooks/stripe recorded/
+  STRIPE_WEBHOOK_SECRET=whsec_... stripe-reconciler replay \\
+    --to http://127.0.0.1:8080/webhooks/stripe recorded/
 
-A file holds one event, a list response of /v1/events, an array, or one event per line. Folders are searched for .json,
-.jsonl and .ndjson. Repeating is harmless: a known event is a duplicate.")]
+A file holds one event, a list response of /v1/events, an array, or one event per line. Folders are
+searched for .json, .jsonl and .ndjson. Repeating is harmless: a known event is a duplicate.")]
 pub struct Replay {
     /// Read these files and folders; - is standard input
     #[arg(required = true, value_name = "PATH")]
@@ -98,7 +99,8 @@ impl Replay {
             }))?;
         } else {
             output::line(format!(
-                "{recorded} recorded, {duplicate} duplicate, {no_payment_fact} without a payment fact, {invalid} refused"
+                "{recorded} recorded, {duplicate} duplicate, \
+                 {no_payment_fact} without a payment fact, {invalid} refused"
             ))?;
         }
 

@@ -26,9 +26,9 @@ use crate::reconcile::{self, ReconcileContext};
 use crate::store::Store;
 use crate::stripe_api::StripeApi;
 
-/// Largest number of connections of the listener for `/metrics`.
+/// Limit on the connections of the listener for `/metrics`.
 const METRICS_CONNECTIONS: usize = 32;
-/// Files and sockets other than connections: metrics, database, Stripe's API, log.
+/// Number of files and sockets other than connections: metrics, database, Stripe's API, log output.
 const OTHER_FILES: usize = 100;
 /// Name of the task that stores deliveries.
 const EVENT_WRITER: &str = "event writer";
@@ -39,19 +39,22 @@ const FINISH_TIMEOUT: Duration = Duration::from_secs(10);
 #[derive(Args)]
 #[command(after_help = "Examples:
   STRIPE_WEBHOOK_SECRET=whsec_... stripe-reconciler serve
-  STRIPE_WEBHOOK_SECRET='live=whsec_...,old=whsec_...' stripe-reconciler serve --listen-addr 0.0.0.0:8080
-  STRIPE_WEBHOOK_SECRET_FILE=/run/secrets/stripe stripe-reconciler serve
-  STRIPE_API_KEY=rk_live_... STRIPE_WEBHOOK_SECRET=whsec_... stripe-reconciler serve     and reconciles
+  STRIPE_WEBHOOK_SECRET='live=whsec_...,old=whsec_...' stripe-reconciler serve
+  STRIPE_WEBHOOK_SECRET_FILE=/run/secrets/stripe stripe-reconciler serve --listen-addr 0.0.0.0:8080
+  STRIPE_API_KEY=rk_live_... STRIPE_WEBHOOK_SECRET=whsec_... stripe-reconciler serve
+      also reconciles with Stripe
   STRIPE_WEBHOOK_SECRET=whsec_... stripe-reconciler serve --metrics-addr 10.0.0.5:9464
-  STRIPE_WEBHOOK_SECRET=whsec_... stripe-reconciler serve --ui                           and serves pages at /ui
+  STRIPE_WEBHOOK_SECRET=whsec_... stripe-reconciler serve --ui
+      also serves pages at /ui
 
-The first line on standard output names its address, once it is ready. Logs go to standard error.")]
+When the server is ready, the first line on standard output names its address. Logs go to standard
+error.")]
 pub struct Serve {
     /// Address to listen on; port 0 picks a free port [env: LISTEN_ADDR] [default: 127.0.0.1:8080]
     #[arg(long, value_name = "ADDR:PORT")]
     listen_addr: Option<String>,
 
-    /// Largest number of connections; beyond it, one that waits for its client is closed
+    /// Maximum number of connections; beyond it, a connection that waits for its client is closed
     /// [env: MAX_CONNECTIONS] [default: 1024]
     #[arg(long, value_name = "N")]
     max_connections: Option<String>,
@@ -62,8 +65,8 @@ pub struct Serve {
     metrics_addr: Option<String>,
 
     /// Signing secrets, separated by commas or blanks, each with or without a label:
-    /// live=whsec_...,old=whsec_... [env: STRIPE_WEBHOOK_SECRET, better: the list of processes
-    /// shows flags]
+    /// live=whsec_...,old=whsec_... [env: STRIPE_WEBHOOK_SECRET, preferred: flags show in process
+    /// lists]
     #[arg(long, value_name = "SECRETS")]
     stripe_webhook_secret: Option<String>,
 
@@ -148,6 +151,7 @@ async fn stop_on_signal(
     std::process::exit(130);
 }
 
+/// Waits for either signal.
 async fn received(terminate: &mut Signal, interrupt: &mut Signal) {
     tokio::select! {
         _ = terminate.recv() => {}
@@ -155,8 +159,8 @@ async fn received(terminate: &mut Signal, interrupt: &mut Signal) {
     }
 }
 
-/// Raises the limit of open files to what `wanted` connections need, since each is an open file.
-/// Returns the number of connections that the limit allows.
+/// Raises the limit of open files for `wanted` connections, each of which is an open file. Returns
+/// the number of connections that the limit allows.
 fn allowed_connections(wanted: usize) -> usize {
     let needed = (wanted + OTHER_FILES) as u64;
     let limit = getrlimit(Resource::Nofile);
@@ -196,13 +200,13 @@ fn listen(address: SocketAddr) -> Result<TcpListener, ConfigErrors> {
 /// The parts of a server.
 pub(super) struct Service {
     pub listener: TcpListener,
-    /// Largest number of connections of the listener.
+    /// Limit on the connections of the listener.
     pub connections: usize,
-    /// Separate listener for `/metrics`.
+    /// Separate listener for `/metrics`, or `None` if the main listener serves the metrics.
     pub metrics: Option<TcpListener>,
     pub store: Store,
     pub secrets: SigningSecrets,
-    /// `None` if this process does not reconcile.
+    /// Access to Stripe's API, or `None` if this process does not reconcile.
     pub api: Option<StripeApi>,
     pub ui: Ui,
 }
@@ -210,7 +214,8 @@ pub(super) struct Service {
 /// Runs the whole server until `stopping`, then drains it and closes the store.
 ///
 /// # Errors
-/// A task that deliveries or scrapes depend on ended before the stop. The server drained then, too.
+/// Returns an error if a task that deliveries or scrapes depend on ended before the stop. The
+/// server drains its connections in this case, too.
 pub(super) async fn serve(service: Service, stopping: CancellationToken) -> Result<(), TaskEnded> {
     let metrics: Arc<Metrics> = Arc::default();
     let (inbox, writer) = BatchWriter::start(service.store.clone(), metrics.clone());
@@ -239,9 +244,13 @@ async fn serve_with(
             metrics: metrics.clone(),
         };
         let token = stopping.clone();
-        let start = move || reconcile::work(context.clone(), token.clone());
         let name = "reconciliation worker";
-        tasks.spawn(name, keep_running(name, start, stopping.clone()));
+        let worker = keep_running(
+            name,
+            move || reconcile::work(context.clone(), token.clone()),
+            stopping.clone(),
+        );
+        tasks.spawn(name, worker);
     }
 
     let state = AppState::new(
@@ -253,9 +262,13 @@ async fn serve_with(
         stopping.clone(),
     );
     let (monitor, token) = (state.monitor.clone(), stopping.clone());
-    let start = move || monitor.clone().run(token.clone());
     let name = "health monitor";
-    tasks.spawn(name, keep_running(name, start, stopping.clone()));
+    let monitoring = keep_running(
+        name,
+        move || monitor.clone().run(token.clone()),
+        stopping.clone(),
+    );
+    tasks.spawn(name, monitoring);
 
     let metrics_at = match service.metrics {
         Some(listener) => {
@@ -295,7 +308,7 @@ async fn supervise(
         ended = tasks.next_ended() => ended,
         () = writer.ended() => TaskEnded(EVENT_WRITER),
     };
-    // After the stop, the tasks end as they should, while the listener is still draining.
+    // After the stop, the tasks end normally while the listener is still draining.
     if stopping.is_cancelled() {
         listening.await;
         return Ok(());
@@ -307,6 +320,7 @@ async fn supervise(
     Err(ended)
 }
 
+/// Waits until the last deliveries are durable, up to [`FINISH_TIMEOUT`].
 async fn finish(writer: Writer) {
     let finished = tokio::time::timeout(FINISH_TIMEOUT, writer.finish()).await;
     if finished.is_err() {

@@ -1,9 +1,10 @@
 //! Watches the background tasks of `serve`.
 //!
-//! A task that deliveries depend on ends the process: the supervisor (systemd, an orchestrator)
-//! starts a sound one, and `/readyz` answers 503 meanwhile. A task that they do not depend on is
-//! started again in place: a Stripe object that makes a reconciliation panic would otherwise keep the
-//! process from receiving deliveries, because it would meet the same object after each restart.
+//! If a task ends that deliveries depend on, the process ends. The supervisor (systemd, an
+//! orchestrator) starts a new process, and `/readyz` answers 503 meanwhile. Any other task is
+//! started again in place. Otherwise a Stripe object that makes a reconciliation panic would
+//! prevent the process from receiving deliveries, because it would read the same object after each
+//! restart.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -17,7 +18,7 @@ const FIRST_DELAY: Duration = Duration::from_secs(1);
 /// Longest delay before a restart. A task that ran for longer starts over with [`FIRST_DELAY`].
 const MAX_DELAY: Duration = Duration::from_secs(300);
 
-/// A task that deliveries or scrapes depend on ended before the stop.
+/// The end of an essential task before the stop, by its name.
 #[derive(Debug, thiserror::Error)]
 #[error("{0} ended before the server was stopped; restart it")]
 pub struct TaskEnded(pub &'static str);
@@ -30,6 +31,7 @@ pub struct EssentialTasks {
 }
 
 impl EssentialTasks {
+    /// Starts a task.
     pub fn spawn(&mut self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
         let id = self.tasks.spawn(task).id();
         self.names.insert(id, name);
@@ -47,7 +49,7 @@ impl EssentialTasks {
         TaskEnded(name)
     }
 
-    /// Waits until all tasks have ended, as they do after the stop.
+    /// Waits until all tasks have ended. Call it only after the stop, which ends them.
     pub async fn finish(mut self) {
         while !self.tasks.is_empty() {
             self.next_ended().await;
@@ -66,10 +68,11 @@ pub async fn keep_running<F>(
     let mut delay = FIRST_DELAY;
     loop {
         let started = Instant::now();
-        // A set, because it aborts its task when this future is dropped.
+        // A set aborts its task when this future is dropped, unlike a plain task handle.
         let mut task = JoinSet::new();
         task.spawn(start());
         let result = task.join_next().await.unwrap_or(Ok(()));
+
         log_panic(name, &result);
         if stopping.is_cancelled() {
             return;
@@ -109,14 +112,14 @@ mod tests {
         let start = move || {
             let (number, stop) = (counted.fetch_add(1, Ordering::Relaxed), stop.clone());
             async move {
-                assert_ne!(number, 0, "the first one panics");
+                assert_ne!(number, 0, "the first start panics");
                 stop.cancel();
             }
         };
         let kept = keep_running("test", start, stopping.clone());
         tokio::time::timeout(Duration::from_secs(30), kept)
             .await
-            .expect("the second run stops it");
+            .expect("the second start stops the loop");
 
         assert_eq!(starts.load(Ordering::Relaxed), 2);
     }

@@ -1,4 +1,4 @@
-//! `why`: each entry of an invoice's history, and the events that prove it.
+//! `why`: prints each entry of an invoice's history, and the events that prove it.
 
 use clap::Args;
 
@@ -9,7 +9,7 @@ use crate::config::ConfigErrors;
 use crate::queries::evidence::{self, Evidence, Proven};
 use crate::store::LoggedEvent;
 
-/// Show why an invoice is in the state it is in: each entry of its history, and the events that prove it
+/// Show each entry of an invoice's history, and the events that prove it
 #[derive(Args)]
 #[command(after_help = "Examples:
   stripe-reconciler why acme inv-2026-01
@@ -18,7 +18,7 @@ use crate::store::LoggedEvent;
 pub struct Why {
     tenant: String,
     uid: String,
-    /// Show what was known at this time: count only what had been received by then
+    /// Show the history as known at this time: only events received by then count
     #[arg(long, value_name = "TIME")]
     as_of: Option<String>,
     /// Print the JSON of GET /v1/tenants/TENANT/invoices/UID/evidence
@@ -67,10 +67,7 @@ fn print(evidence: &Evidence) -> anyhow::Result<()> {
         output::or_dash(stripe_invoice_id)
     ))?;
     if evidence.as_of_ms.is_some() {
-        output::line(format!(
-            "as it was known at {}",
-            output::time(evidence.as_of_ms)
-        ))?;
+        output::line(format!("as known at {}", output::time(evidence.as_of_ms)))?;
     }
 
     output::line(match evidence.last_event_ms {
@@ -78,11 +75,11 @@ fn print(evidence: &Evidence) -> anyhow::Result<()> {
             "last event received {}",
             output::time(evidence.last_event_ms)
         ),
-        None => "no event about it was received".to_owned(),
+        None => "no event about this invoice was received".to_owned(),
     })?;
     output::line(match (evidence.confirmed_ms, evidence.differs_since_ms) {
         (_, Some(_)) => format!(
-            "Stripe's API says something else since {}",
+            "Stripe's API has differed since {}",
             output::time(evidence.differs_since_ms)
         ),
         (Some(_), _) => format!(
@@ -118,22 +115,10 @@ fn print_entry(entry: &Proven) -> anyhow::Result<()> {
         entry.state.as_str()
     ))?;
     if entry.is_imported {
-        return output::line("  came with the stored invoice");
+        return output::line("  imported with the stored invoice");
     }
 
-    let row = |event: &LoggedEvent| {
-        vec![
-            format!("  {}", output::or_dash(&event.id)),
-            output::or_dash(&event.event_type),
-            format!(
-                "happened {}",
-                output::time(event.created_s.map(|s| s * 1000))
-            ),
-            format!("received {}", output::time(Some(event.received_ms))),
-            came_by(event),
-        ]
-    };
-    let table = output::table(&[], entry.proofs.iter().map(row).collect());
+    let table = output::table(&[], entry.proofs.iter().map(proof_row).collect());
     table
         .lines()
         .try_for_each(|line| output::line(format!("  {line}")))?;
@@ -144,7 +129,18 @@ fn print_entry(entry: &Proven) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn came_by(event: &LoggedEvent) -> String {
+fn proof_row(event: &LoggedEvent) -> Vec<String> {
+    let created_ms = event.created_s.map(|s| s * 1000);
+    vec![
+        format!("  {}", output::or_dash(&event.id)),
+        output::or_dash(&event.event_type),
+        format!("happened {}", output::time(created_ms)),
+        format!("received {}", output::time(Some(event.received_ms))),
+        source(event),
+    ]
+}
+
+fn source(event: &LoggedEvent) -> String {
     match &event.secret_label {
         Some(label) => format!("by {}, signed with {label}", event.source.as_str()),
         None => format!("by {}", event.source.as_str()),

@@ -448,14 +448,14 @@ each_direction! {
 
         let named = output.stdout.lines().filter(|line| {
             line.starts_with("  invoice inv-")
-                && line.ends_with(") is answered otherwise by the copy")
+                && line.ends_with(") has a different document in the copy")
         });
         assert_eq!(named.count(), 20, "{output:?}");
         assert!(
             output.stdout.contains(": 25 differ\n")
                 && output
                     .stdout
-                    .ends_with("  and 5 more (--json names a thousand)\n"),
+                    .ends_with("  and 5 more (--json lists up to a thousand)\n"),
             "{output:?}"
         );
         assert!(output.stderr.contains("copy again"), "{output:?}");

@@ -249,7 +249,7 @@ each_database! {
                 .stdout;
             assert!(
                 text.contains(&format!(
-                    "as it was known at {}",
+                    "as known at {}",
                     body["asOf"].as_str().unwrap()
                 )),
                 "{text}"

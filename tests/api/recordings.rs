@@ -598,7 +598,7 @@ each_database! {
         );
 
         let text = server.run(&["why", "acme", &uid]).with_code(0).stdout;
-        assert!(text.contains("came with the stored invoice"), "{text}");
+        assert!(text.contains("imported with the stored invoice"), "{text}");
 
         for entry in &entries[1..] {
             let proofs = entry["proofs"].as_array().unwrap();
