@@ -102,8 +102,8 @@ impl<'s> Copying<'s> {
                  and a copy would overwrite those rows. Copy to an empty database",
             ),
             CopyTarget::HoldsOther(table) => in_use(&format!(
-                "the database to copy to is not empty: a copy would overwrite the rows of its table \
-                 {table}. Copy to an empty database"
+                "the database to copy to is not empty: a copy would overwrite the rows of its \
+                 table {table}. Copy to an empty database"
             )),
             CopyTarget::CopyOfAnother => in_use(
                 "the database to copy to holds a copy of another database, which would be lost. \

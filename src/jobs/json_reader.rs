@@ -1,8 +1,8 @@
 //! Reads JSON documents from a file: one document, an array, a list response of Stripe, or one
 //! document per line. The beginning of the file decides between these forms.
 //!
-//! Arrays and lines are read one document at a time, so a file may be larger than memory. The reader
-//! does not change the text of a document.
+//! Arrays and lines are read one document at a time, so a file may be larger than memory. The
+//! reader does not change the text of a document.
 
 use std::cell::Cell;
 use std::fmt;
@@ -124,8 +124,8 @@ fn read_one(line: usize, mut reader: impl Read, each: Each) -> io::Result<()> {
     Ok(())
 }
 
-/// Sends one text to the receiver. Each item of a list response is a document. Returns `None` if the
-/// receiver has ended the reading.
+/// Sends one text to the receiver. Each item of a list response is a document. Returns `None` if
+/// the receiver has ended the reading.
 fn send(line: usize, text: &[u8], each: Each) -> Option<()> {
     #[derive(Deserialize)]
     struct List<'t> {

@@ -1,9 +1,9 @@
 //! One-shot work on request: import, replay, rebuild and copy.
 //!
-//! A job may run beside a serving process on the same database. Its write transactions are short.
-//! A job reads before a transaction, and calls
-//! [`Store::pause_after_write`](crate::store::Store::pause_after_write) after it, so that deliveries
-//! can write in between.
+//! A job may run beside a serving process on the same database. Its write transactions are short. A
+//! job reads before a transaction, and calls
+//! [`Store::pause_after_write`](crate::store::Store::pause_after_write) after it, so that
+//! deliveries can write in between.
 
 pub mod copy;
 pub mod import;

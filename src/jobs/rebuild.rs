@@ -1,4 +1,5 @@
-//! Derives everything again from the stored bytes, after an upgrade that reads payloads differently.
+//! Derives everything again from the stored bytes, after an upgrade that reads payloads
+//! differently.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::time::Instant;

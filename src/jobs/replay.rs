@@ -22,8 +22,8 @@ use crate::ingest::batch_writer::{AppendError, BatchWriter};
 use crate::ingest::{Delivery, Outcome, ingest};
 use crate::store::Source;
 
-/// Concurrent deliveries to the store. They share one transaction. On SQLite a delivery of a serving
-/// process waits for it.
+/// Concurrent deliveries to the store. They share one transaction. On SQLite a delivery of a
+/// serving process waits for it.
 const STORE_CONCURRENCY: usize = 64;
 /// Concurrent deliveries over HTTP.
 const HTTP_CONCURRENCY: usize = 8;
@@ -179,8 +179,8 @@ fn recorded_files(path: &Path) -> std::io::Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// Rejects payloads that are not events: the program stores unreadable payloads only if Stripe signed
-/// them.
+/// Rejects payloads that are not events: the program stores unreadable payloads only if Stripe
+/// signed them.
 fn recorded_event(text: String) -> Result<Bytes, String> {
     match read(text.as_bytes()) {
         Reading::Event(_) => Ok(Bytes::from(text)),

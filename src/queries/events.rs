@@ -15,8 +15,8 @@ const BATCH: u32 = 1_000;
 const BATCH_BYTES: usize = 1024 * 1024;
 /// Limit on the events that one page of unmatched events scans.
 const MAX_SCANNED: usize = 50_000;
-/// Limit on the renderings of one page. Stripe's own ids have a few; many test payloads may share an
-/// id.
+/// Limit on the renderings of one page. Stripe's own ids have a few; many test payloads may share
+/// an id.
 const MAX_RENDERINGS: usize = 100;
 /// Bytes of bodies after which a page ends.
 const MAX_BYTES: usize = 4 * 1024 * 1024;
@@ -88,8 +88,9 @@ impl Cursor {
 
 /// Returns a page of events, latest receipt first.
 ///
-/// A page of unmatched events may be shorter than its limit although more follow. Each request checks
-/// again which invoices are stored, so the number of events that one request scans is bounded.
+/// A page of unmatched events may be shorter than its limit although more follow. Each request
+/// checks again which invoices are stored, so the number of events that one request scans is
+/// bounded.
 ///
 /// # Errors
 /// Returns an error if the database cannot be read.

@@ -95,7 +95,8 @@ pub struct Missing {
     pub message: String,
 }
 
-/// Parses a time in RFC 3339 with an offset into Unix milliseconds. A future time is treated as now.
+/// Parses a time in RFC 3339 with an offset into Unix milliseconds. A future time is treated as
+/// now.
 ///
 /// # Errors
 /// Returns the expected form as text.
@@ -121,7 +122,8 @@ pub async fn gather(
 
 /// Returns the evidence for an invoice that was read with its observations.
 ///
-/// It reads log rows only for the listed proofs and events, and only the receipt times of all others.
+/// It reads log rows only for the listed proofs and events, and only the receipt times of all
+/// others.
 ///
 /// # Errors
 /// Returns an error if the database cannot be read.
@@ -230,14 +232,13 @@ fn last_event_ms(
     folded: &Folded,
     received: &ReceiptTimes,
 ) -> Option<i64> {
-    let is_twin = |stored: &StoredObservation| {
-        let twin = stored.observation.snapshot_event.as_deref();
-        twin.is_some_and(|id| folded.counted_ids.contains(id))
-    };
-
     known
         .iter()
-        .filter(|stored| folded.counted.contains(&stored.key) || is_twin(stored))
+        .filter(|stored| {
+            let twin = stored.observation.snapshot_event.as_deref();
+            folded.counted.contains(&stored.key)
+                || twin.is_some_and(|id| folded.counted_ids.contains(id))
+        })
         .filter(|stored| !stored.observation.fetched)
         .filter_map(|stored| received.get(&stored.key).copied())
         .max()
@@ -475,22 +476,12 @@ impl Missing {
 
 impl Proven {
     fn to_json(&self) -> Value {
-        let proof = |event: &LoggedEvent| {
-            json!({
-                "id": event.id,
-                "type": event.event_type,
-                "createdAt": event.created_s.map(|s| timestamp(s.saturating_mul(1000))),
-                "receivedAt": timestamp(event.received_ms),
-                "source": event.source.as_str(),
-                "secretLabel": event.secret_label,
-            })
-        };
         let mut json = json!({
             "state": self.state.as_str(),
             "timestamp": timestamp(self.timestamp_ms),
             "paymentMsg": self.message,
             "imported": self.is_imported,
-            "proofs": self.proofs.iter().map(proof).collect::<Vec<_>>(),
+            "proofs": self.proofs.iter().map(proof_json).collect::<Vec<_>>(),
         });
         if self.more_proofs > 0 {
             json["moreProofs"] = self.more_proofs.into();
@@ -498,4 +489,15 @@ impl Proven {
 
         json
     }
+}
+
+fn proof_json(event: &LoggedEvent) -> Value {
+    json!({
+        "id": event.id,
+        "type": event.event_type,
+        "createdAt": event.created_s.map(|s| timestamp(s.saturating_mul(1000))),
+        "receivedAt": timestamp(event.received_ms),
+        "source": event.source.as_str(),
+        "secretLabel": event.secret_label,
+    })
 }

@@ -20,8 +20,8 @@ static LONG_FOLDS: LazyLock<Semaphore> = LazyLock::new(|| {
 
 /// Runs `work` over this many observations, on a blocking thread if they are many.
 ///
-/// If the caller is dropped, a fold that waits for a permit never starts, and a fold that has started
-/// keeps its permit until it ends.
+/// If the caller is dropped, a fold that waits for a permit never starts, and a fold that has
+/// started keeps its permit until it ends.
 pub async fn run_fold<T: Send + 'static>(
     observations: usize,
     work: impl FnOnce() -> T + Send + 'static,

@@ -31,7 +31,8 @@ const MAX_CHUNK: usize = 128;
 /// Bytes of observations above which the next statement reads the observations of fewer invoices.
 const CHUNK_BYTES: usize = 256 * 1024;
 
-/// Validates a document. Its uid is the uid in the path, or the document's own if the path has none.
+/// Validates a document. Its uid is the uid in the path, or the document's own if the path has
+/// none.
 ///
 /// # Errors
 /// Returns all invalid fields, each with its JSON pointer.

@@ -1,4 +1,5 @@
-//! Summary of an invoice's payment in plain sentences for finance: its state, and the grounds for it.
+//! Summary of an invoice's payment in plain sentences for finance: its state, and the grounds for
+//! it.
 
 use super::evidence::{Evidence, Proven};
 use crate::domain::payment_state::PaymentState;
