@@ -148,8 +148,8 @@ async fn check_silence(run: &RunContext<'_>) -> Result<Option<EndpointIssue>, Re
     Ok(judge_silence(&hours, last_ms, now_ms, is_missed))
 }
 
-/// Returns an issue if the silence is unusual. `is_missed` is `true` if Stripe's list has later events
-/// that a webhook should have delivered.
+/// Returns an issue if the silence is unusual. `is_missed` is `true` if Stripe's list has later
+/// events that a webhook should have delivered.
 fn judge_silence(
     hours: &BTreeSet<i64>,
     last_ms: i64,

@@ -1,5 +1,5 @@
-//! Compares stored invoices with Stripe's present data. Only this comparison finds changes for which
-//! Stripe created no event.
+//! Compares stored invoices with Stripe's present data. Only this comparison finds changes for
+//! which Stripe created no event.
 //!
 //! A run reads Stripe's list of invoices newest first. It reads back to the start of the window in
 //! which it searches invoices that are not stored, and further while a page has more of the wanted
@@ -259,8 +259,8 @@ fn unknown_here(stripe_invoice: &Value) -> UnknownHere {
     }
 }
 
-/// Requests the invoices that no list had: older invoices, and those under a test clock, which lists
-/// leave out.
+/// Requests the invoices that no list had: older invoices, and those under a test clock, which
+/// lists leave out.
 async fn request_rest(
     run: &mut RunContext<'_>,
     comparison: &mut Comparison,

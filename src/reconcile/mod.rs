@@ -3,9 +3,9 @@
 //! A run has these steps: `sync_events` reads Stripe's list of events, `fetch_objects` fetches the
 //! objects of thin events, `link_payments` requests the invoices of payments, `compare_invoices`
 //! compares invoice by invoice, `check_endpoints` checks the delivery of webhooks. All steps pass
-//! their findings to `recorder`, which finds out whether a finding is new and changes a history. All
-//! steps are repeatable: the next run repeats a killed one, and durable findings cost nothing the
-//! second time.
+//! their findings to `recorder`, which finds out whether a finding is new and changes a history.
+//! All steps are repeatable: the next run repeats a killed one, and durable findings cost nothing
+//! the second time.
 
 mod check_endpoints;
 mod compare_invoices;
@@ -216,8 +216,8 @@ impl<'t> RunContext<'t> {
         self.set_progress(&key, self.started_ms).await
     }
 
-    /// Returns the latest Unix second that has passed on our clock and on Stripe's. If ours is ahead,
-    /// Stripe can still create events in seconds for which a list was empty.
+    /// Returns the latest Unix second that has passed on our clock and on Stripe's. If ours is
+    /// ahead, Stripe can still create events in seconds for which a list was empty.
     fn safe_upper_bound_s(&self) -> i64 {
         let now_s = self.context.clock.now_s();
         self.context
@@ -247,8 +247,8 @@ impl<'t> RunContext<'t> {
     }
 }
 
-/// Returns the saved progress, or `None` if it lies further in the future than the overlap. A skewed
-/// clock saved it, so later events may not have been read.
+/// Returns the saved progress, or `None` if it lies further in the future than the overlap. A
+/// skewed clock saved it, so later events may not have been read.
 fn saved_unless_future(saved: Option<i64>, now: i64, overlap: i64) -> Option<i64> {
     saved.filter(|saved| *saved <= now.saturating_add(overlap))
 }

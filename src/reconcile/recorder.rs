@@ -299,8 +299,8 @@ fn is_fetched_object(event: &NewEvent) -> bool {
     event.event_type.as_deref() == Some(FETCHED)
 }
 
-/// Returns the observation of a new event as the store will return it, or `None` if the event has no
-/// observation.
+/// Returns the observation of a new event as the store will return it, or `None` if the event has
+/// no observation.
 pub(super) fn as_stored(event: &NewEvent) -> Result<Option<StoredObservation>, StoreError> {
     event
         .observation

@@ -207,8 +207,8 @@ impl Report {
         })
     }
 
-    /// Returns the report in its stored form: agreeing invoices are only counted, and each other list
-    /// has its first 100 items.
+    /// Returns the report in its stored form: agreeing invoices are only counted, and each other
+    /// list has its first 100 items.
     pub(super) fn shortened(&self) -> Report {
         let mut short = self.clone();
         short.counts = Some(self.counts());

@@ -1,10 +1,10 @@
 //! Reads Stripe's list of events from where the last run ended, with an overlap.
 //!
-//! The overlap finds events of the same second and events that Stripe listed late. Known events cost
-//! nothing. Stripe's list is newest first, so a run reads it in windows of time, the oldest window
-//! first. When a window is durable, everything older is durable too, and the next run begins there.
-//! One list has all types: two lists of twenty types each would cost more calls if at least half of
-//! the events are about payments.
+//! The overlap finds events of the same second and events that Stripe listed late. Known events
+//! cost nothing. Stripe's list is newest first, so a run reads it in windows of time, the oldest
+//! window first. When a window is durable, everything older is durable too, and the next run begins
+//! there. One list has all types: two lists of twenty types each would cost more calls if at least
+//! half of the events are about payments.
 //!
 //! A run on request looks further back than the overlap, up to 500 pages, for events that Stripe
 //! listed very late.
@@ -25,8 +25,8 @@ const FIRST_WINDOW_S: i64 = 24 * 3600;
 const WINDOW_PAGES: i64 = 20;
 /// Limit on the pages of known events that a run on request reads again.
 const MAX_PAGES_BACK: usize = 500;
-/// Limit on the pages of a window: more than the events that Stripe can create in a second. A longer
-/// list is an error, because the run would otherwise skip the rest of the window.
+/// Limit on the pages of a window: more than the events that Stripe can create in a second. A
+/// longer list is an error, because the run would otherwise skip the rest of the window.
 const MAX_WINDOW_PAGES: usize = 10_000;
 
 /// Reads the events of all accounts.

@@ -1,7 +1,7 @@
 //! Reconciles beside a running server. Webhooks never wait for it.
 //!
-//! A run starts with the server, every five minutes, and as soon as Stripe and the database recover.
-//! The worker fetches the objects of thin events soon after their receipt.
+//! A run starts with the server, every five minutes, and as soon as Stripe and the database
+//! recover. The worker fetches the objects of thin events soon after their receipt.
 
 use std::time::Duration;
 
