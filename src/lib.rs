@@ -4,13 +4,13 @@
 //!
 //! The history of an invoice is a function of the *set* of authentic events known about it. A
 //! delivery therefore only appends (its bytes, and what we read in them); it locks and updates
-//! nothing. The history is folded when the invoice is read. Order, duplicates, and events that
-//! arrive before their invoice need no special path.
+//! nothing. A read folds the history. Order, duplicates, and events that arrive before their invoice
+//! need no special path.
 //!
 //! # The rooms
 //!
 //! A room imports only the rooms that its row names, and a row names only rooms above it.
-//! `tests/import_law` enforces this table, and that files import each other in no circle.
+//! `tests/import_law` enforces this table, and rejects circular imports between files.
 //!
 //! | room | purpose | may import |
 //! | --- | --- | --- |
@@ -38,17 +38,18 @@
 //!   `ingest/batch_writer` (group commit) → `store/events` (one batch, one durable transaction) →
 //!   200.
 //! * **Read**: `http/invoices` → `store/invoice_reads` (key, invoice and observations in one round
-//!   trip) → `domain/history` → JSON.
+//!   trip) → `queries/invoices` → `domain/history` (fold) → JSON.
 //! * **Reconcile run**: `reconcile` lists the steps in order: `sync_events`, `fetch_objects`,
-//!   `link_payments`, `compare_invoices`, `check_endpoints`. Everything found goes through
-//!   `recorder` to `ingest`.
-//! * **Replay**: recorded payloads → `jobs/json_reader` → `ingest`, without a signature and marked
-//!   as replayed.
-//! * **Rebuild**: stored bytes → `domain/stripe/event` again → compare → report, and save if asked.
-//! * **Copy**: `store/copy` on two databases, page by page → `jobs/copy` → differences are written →
-//!   all histories are compared.
-//! * **Scrape and `doctor`**: `monitoring/monitor` continues its scan of the log; the path of a
-//!   delivery only increments counters.
+//!   `link_payments`, `compare_invoices` (with `judge_invoice`), `check_endpoints`. All findings go
+//!   through `recorder` to `ingest`.
+//! * **Replay**: recorded payloads → `jobs/json_reader` → `jobs/replay` → `ingest`, without a
+//!   signature and marked as replayed; or signed and posted to a URL.
+//! * **Rebuild**: stored bytes → `domain/stripe/event` again → `jobs/rebuild` compares → report, and
+//!   save unless it is a dry run.
+//! * **Copy**: `store/copy` reads two databases page by page → `jobs/copy` writes the differences →
+//!   `jobs/copy` compares all histories.
+//! * **Scrape and `doctor`**: `monitoring/log_scanner` continues its scan of the log, and
+//!   `monitoring/snapshot` loads the totals. The path of a delivery only increments counters.
 
 pub mod domain;
 

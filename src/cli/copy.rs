@@ -15,7 +15,7 @@ use crate::telemetry;
 #[derive(Args)]
 #[command(after_help = "Examples:
   stripe-reconciler copy --to postgres://USER:PASSWORD@HOST/DATABASE
-      from SQLite, beside a running serve
+      from SQLite, while serve runs
   COPY_TO_FILE=/run/secrets/new-database stripe-reconciler copy
       without a password on the command line
   stripe-reconciler copy --database-url postgres://... --to sqlite://new.db

@@ -326,7 +326,7 @@ impl Stage {
         let answer = self.client.send(request).await?;
         ensure!(
             answer.status().is_success(),
-            "the request for {uid} returned {}",
+            "the server answered {} for {uid}",
             answer.status()
         );
         let invoice: Value = serde_json::from_slice(answer.body())?;

@@ -37,7 +37,7 @@ impl EssentialTasks {
         self.names.insert(id, name);
     }
 
-    /// Waits for the next task that ends. Never returns if there is no task.
+    /// Waits for the end of a task. Never returns if no task is left.
     pub async fn next_ended(&mut self) -> TaskEnded {
         let (id, result) = match self.tasks.join_next_with_id().await {
             Some(Ok((id, ()))) => (id, Ok(())),

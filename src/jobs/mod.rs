@@ -1,7 +1,7 @@
 //! One-shot work on request: import, replay, rebuild and copy.
 //!
-//! A job may run beside a serving process on the same database. Its write transactions are short. A
-//! job reads before a transaction, and calls
+//! A job may run while another process serves the same database. Its write transactions are short.
+//! A job reads before a transaction, and calls
 //! [`Store::pause_after_write`](crate::store::Store::pause_after_write) after it, so that
 //! deliveries can write in between.
 

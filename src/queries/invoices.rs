@@ -21,7 +21,8 @@ const MAX_SCANNED_BYTES: usize = 64 * 1024 * 1024;
 const PAGE_BYTES: usize = 4 * 1024 * 1024;
 /// Limit on the invoices that one statement reads.
 const STEP: usize = 250;
-/// Bytes of documents after which a step ends. A request holds these in memory beside its response.
+/// Bytes of documents after which a step ends. A request holds these bytes and its response in
+/// memory.
 const STEP_BYTES: usize = 1024 * 1024;
 /// Invoices whose observations the first statement of a page reads. Few, because the number of
 /// observations of an invoice is not known before they are read.

@@ -1,4 +1,4 @@
-//! Reconciles beside a running server. Webhooks never wait for it.
+//! Reconciles while the server runs. Webhooks never wait for the worker.
 //!
 //! A run starts with the server, every five minutes, and as soon as Stripe and the database
 //! recover. The worker fetches the objects of thin events soon after their receipt.
