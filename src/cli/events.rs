@@ -164,6 +164,7 @@ impl Prune {
             let started = Instant::now();
             let (count, next) = store.forget_bodies(before_ms, after, PRUNE_BATCH).await?;
             pruned += count;
+
             bar.inc(u64::from(PRUNE_BATCH));
             if next.is_none() {
                 break;

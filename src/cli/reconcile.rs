@@ -212,7 +212,7 @@ fn print(report: &Report) -> anyhow::Result<()> {
         "Healed"
     };
     let advice =
-        "Nothing to do. These invoices now agree with Stripe. No webhook had delivered the events.";
+        "Nothing to do. Each history now includes the events that no webhook had delivered.";
     section(title, advice, &report.healed, healed)?;
     let advice = "Find out which side is wrong. Correct the stored invoice (PUT it again), \
                   or credit, void or replace it at Stripe.";

@@ -204,6 +204,7 @@ async fn compare_page(
         .iter()
         .filter_map(|invoice| invoice["id"].as_str())
         .collect();
+
     let stored = run.context.store.check_candidates(&ids).await?;
     let stored: HashMap<&str, &CheckCandidate> = stored
         .iter()

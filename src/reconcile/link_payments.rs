@@ -230,6 +230,7 @@ fn prepare_payment(run: &RunContext<'_>, payment: &RawValue, scope: &Scope) -> V
     let Ok(mut payment) = serde_json::from_str::<Value>(payment.get()) else {
         return Vec::new();
     };
+
     let account = scope.account();
     let mut found = Vec::new();
     let intent = payment

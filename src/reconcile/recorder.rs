@@ -23,7 +23,7 @@ use crate::store::{NewEvent, Outcome, Source, StoreError, StoredInvoice};
 
 /// Objects whose invoices are looked up in one query.
 const OBJECTS_PER_QUERY: usize = 500;
-/// Limit on the steps between stored and staged observations while a history is collected.
+/// Limit on the steps between stored and staged observations during the collection of a history.
 const MAX_HOPS: usize = 10;
 
 /// The recorder of a run's findings.
