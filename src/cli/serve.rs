@@ -245,12 +245,8 @@ async fn serve_with(
         };
         let token = stopping.clone();
         let name = "reconciliation worker";
-        let worker = keep_running(
-            name,
-            move || reconcile::work(context.clone(), token.clone()),
-            stopping.clone(),
-        );
-        tasks.spawn(name, worker);
+        let start = move || reconcile::work(context.clone(), token.clone());
+        tasks.spawn(name, keep_running(name, start, stopping.clone()));
     }
 
     let state = AppState::new(
@@ -263,12 +259,8 @@ async fn serve_with(
     );
     let (monitor, token) = (state.monitor.clone(), stopping.clone());
     let name = "health monitor";
-    let monitoring = keep_running(
-        name,
-        move || monitor.clone().run(token.clone()),
-        stopping.clone(),
-    );
-    tasks.spawn(name, monitoring);
+    let start = move || monitor.clone().run(token.clone());
+    tasks.spawn(name, keep_running(name, start, stopping.clone()));
 
     let metrics_at = match service.metrics {
         Some(listener) => {

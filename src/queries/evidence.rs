@@ -263,7 +263,6 @@ fn listed_proofs(entries: &[Entry]) -> Vec<Vec<EventKey>> {
     listed
 }
 
-/// Combines the entries with the log rows of their listed proofs.
 fn proven(
     entries: Vec<Entry>,
     listed: Vec<Vec<EventKey>>,
@@ -287,7 +286,6 @@ fn proven(
         .collect()
 }
 
-/// Reads the log rows of these events.
 async fn log_rows(
     store: &Store,
     mut keys: Vec<EventKey>,
@@ -298,7 +296,6 @@ async fn log_rows(
     Ok(events.into_iter().map(|event| (event.key, event)).collect())
 }
 
-/// Reads the lookup states of thin events.
 async fn lookups(
     store: &Store,
     thin: &[&StoredObservation],
@@ -444,7 +441,6 @@ fn object_name(object: &Object) -> &'static str {
 }
 
 impl Evidence {
-    /// Returns the evidence as JSON, with times in RFC 3339.
     pub fn to_json(&self) -> Value {
         let time = |ms: Option<i64>| ms.map(timestamp);
         json!({
