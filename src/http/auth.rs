@@ -13,7 +13,7 @@ static API_KEY: HeaderName = HeaderName::from_static("apikey");
 /// Returns the scope of the key in the request.
 ///
 /// # Errors
-/// `Unauthorized` without a valid key, whatever is wrong with it.
+/// `Unauthorized` without a valid key. The error does not tell the client why a key is invalid.
 pub async fn authenticate(state: &AppState, headers: &HeaderMap) -> Result<Scope, ApiError> {
     let mut found = Vec::new();
     for hash in key_hashes(headers).iter().flatten() {
@@ -45,7 +45,7 @@ pub fn key_hashes(headers: &HeaderMap) -> [Option<[u8; 32]>; 2] {
 /// Returns the scope of the first key that is valid now.
 ///
 /// # Errors
-/// `Unauthorized` if all keys are expired or revoked, or there are none.
+/// `Unauthorized` if `found` is empty, or if all its keys are expired or revoked.
 pub fn scope(state: &AppState, found: Vec<ApiKey>) -> Result<Scope, ApiError> {
     let now_ms = state.clock.now_ms();
     let valid = found.into_iter().find(|key| {
@@ -54,13 +54,15 @@ pub fn scope(state: &AppState, found: Vec<ApiKey>) -> Result<Scope, ApiError> {
     valid.map(|key| key.scope).ok_or(ApiError::Unauthorized)
 }
 
-/// Rejects repeated headers: a proxy may have checked a different one.
+/// Returns the value of a header that occurs once. Repeated headers are rejected, because a proxy
+/// may have checked a different one.
 fn single_header<'h>(headers: &'h HeaderMap, name: &HeaderName) -> Option<&'h [u8]> {
     let mut values = headers.get_all(name).iter();
     let value = values.next()?.as_bytes().trim_ascii();
     (values.next().is_none() && !value.is_empty()).then_some(value)
 }
 
+/// Removes the `Bearer` scheme, if there is one.
 fn without_scheme(value: &[u8]) -> &[u8] {
     match value.split_at_checked(7) {
         Some((scheme, key)) if scheme.eq_ignore_ascii_case(b"bearer ") => key.trim_ascii(),

@@ -1,4 +1,4 @@
-//! The errors of the HTTP interface: the one place where a failure becomes a status code and a body.
+//! The errors of the HTTP interface. Only this file turns a failure into a status code and a body.
 
 use std::any::Any;
 use std::error::Error;
@@ -26,7 +26,7 @@ pub enum ApiError {
     InvalidPath(String),
     InvalidQuery(String),
     InvalidInvoice(Vec<InvalidField>),
-    /// A webhook delivery that is not from Stripe. Without details, so that a forger learns nothing.
+    /// A webhook delivery that is not from Stripe. Carries no details that could help a forger.
     InvalidSignature,
     /// An HTTP/1.1 request without a `Host` header, or with several.
     InvalidHost,
@@ -38,8 +38,8 @@ pub enum ApiError {
     StripeInvoiceTaken,
     StripeInvoiceFixed,
     PreconditionFailed,
-    /// The request was dropped to free memory for others; the client should retry later. Not logged as
-    /// an error, because a flood of large bodies causes it.
+    /// The request was dropped to free memory for others; the client should retry later. It is not
+    /// logged as an error, because a flood of large bodies causes it.
     Overloaded,
     /// The client should retry later. The reason goes to the log only.
     Unavailable(String),
@@ -48,6 +48,7 @@ pub enum ApiError {
 }
 
 impl ApiError {
+    /// Returns the status code of the response.
     pub fn status(&self) -> StatusCode {
         match self {
             ApiError::Unauthorized => StatusCode::UNAUTHORIZED,
@@ -72,40 +73,43 @@ impl ApiError {
     fn code_and_message(&self) -> (&'static str, &str) {
         match self {
             ApiError::Unauthorized => ("Unauthorized", "a valid API key is needed"),
-            ApiError::Forbidden => ("Forbidden", "this needs an operator's key"),
+            ApiError::Forbidden => ("Forbidden", "an operator's key is needed"),
             ApiError::NotFound => ("ResourceNotFound", "there is no such resource"),
             ApiError::MethodNotAllowed => (
                 "MethodNotAllowed",
-                "this resource does not take this method",
+                "this resource does not support this method",
             ),
             ApiError::InvalidPath(reason) => ("InvalidPath", reason),
             ApiError::InvalidQuery(reason) => ("InvalidQuery", reason),
             ApiError::InvalidInvoice(_) => (
                 "InvalidInvoice",
-                "the body is no valid v1Invoice; details.faults says what is wrong and where",
+                "the body is not a valid v1Invoice; details.faults lists each fault and its position",
             ),
             ApiError::InvalidSignature => ("InvalidSignature", "the delivery was not accepted"),
             ApiError::InvalidHost => (
                 "InvalidHost",
                 "an HTTP/1.1 request needs exactly one Host header",
             ),
-            ApiError::BadBody => ("InvalidBody", "the body could not be read to its end"),
+            ApiError::BadBody => ("InvalidBody", "the body is incomplete"),
             ApiError::TooLarge => ("PayloadTooLarge", "the body is larger than 1 MiB"),
             ApiError::TooSlow => ("RequestTimeout", "the body took too long to arrive"),
             ApiError::StripeInvoiceTaken => (
                 "StripeInvoiceTaken",
-                "another invoice holds this stripeInvoiceId",
+                "another invoice has this stripeInvoiceId",
             ),
             ApiError::StripeInvoiceFixed => (
                 "StripeInvoiceFixed",
-                "this invoice holds another stripeInvoiceId, which never changes",
+                "this invoice has another stripeInvoiceId, which cannot change",
             ),
             ApiError::PreconditionFailed => (
                 "PreconditionFailed",
-                "the invoice is not what the condition says",
+                "the invoice does not meet the condition of If-Match or If-None-Match",
             ),
             ApiError::Overloaded | ApiError::Unavailable(_) => ("Unavailable", "try again later"),
-            ApiError::Internal(_) => ("InternalError", "something went wrong here"),
+            ApiError::Internal(_) => (
+                "InternalError",
+                "unexpected failure; the server log has the details",
+            ),
         }
     }
 
@@ -129,25 +133,27 @@ impl ApiError {
         let (code, message) = self.code_and_message();
         let body =
             json!({"code": code, "message": message, "details": self.details(), "ref": request_id});
+
         let headers = response.headers_mut();
         headers.remove(header::CONTENT_LENGTH);
         headers.insert(
             header::CONTENT_TYPE,
             HeaderValue::from_static("application/json"),
         );
+
         if self.status() == StatusCode::SERVICE_UNAVAILABLE {
             headers.insert(header::RETRY_AFTER, HeaderValue::from_static("2"));
         }
-
         if matches!(self, ApiError::Unauthorized) {
             headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("ApiKey"));
         }
+
         *response.body_mut() = Body::from(body.to_string());
     }
 }
 
-/// The error travels as an extension of the response. `middleware` writes the body, because the body
-/// names the request.
+/// Attaches the error to the response as an extension. `middleware` writes the body, because the
+/// body contains the request id.
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let mut response = self.status().into_response();
@@ -169,11 +175,12 @@ impl From<StoreError> for ApiError {
 
 impl From<QueryRejection> for ApiError {
     fn from(_: QueryRejection) -> ApiError {
-        ApiError::InvalidQuery("the query cannot be read, or repeats a name".to_owned())
+        ApiError::InvalidQuery("the query cannot be parsed or repeats a parameter".to_owned())
     }
 }
 
-/// A body that was shed to free memory is answered 503; any other incomplete body is the client's.
+/// Answers 503 if the body was shed to free memory. For any other incomplete body, the client is at
+/// fault.
 impl From<BytesRejection> for ApiError {
     fn from(rejection: BytesRejection) -> ApiError {
         match &rejection {
@@ -186,6 +193,7 @@ impl From<BytesRejection> for ApiError {
     }
 }
 
+/// Returns whether [`BodyError::Shed`] is among the causes of a rejection.
 fn is_shed(rejection: &BytesRejection) -> bool {
     let mut cause: Option<&(dyn Error + 'static)> = Some(rejection);
     while let Some(error) = cause {
@@ -197,14 +205,15 @@ fn is_shed(rejection: &BytesRejection) -> bool {
     false
 }
 
-/// A delivery that was not stored is answered 503, so that Stripe redelivers it.
+/// Answers 503 if a delivery was not stored, so that Stripe redelivers it.
 impl From<AppendError> for ApiError {
     fn from(error: AppendError) -> ApiError {
         ApiError::Unavailable(error.to_string())
     }
 }
 
-/// Returns the error for a response that the framework made. `None` for a success.
+/// Returns the error for a response that the framework created, or `None` if its status is not a
+/// client error.
 pub fn from_status(status: StatusCode) -> Option<ApiError> {
     match status {
         StatusCode::PAYLOAD_TOO_LARGE => Some(ApiError::TooLarge),
@@ -213,7 +222,7 @@ pub fn from_status(status: StatusCode) -> Option<ApiError> {
     }
 }
 
-/// Answers a request whose handler panicked. The other requests go on.
+/// Answers a request whose handler panicked. Other requests are not affected.
 pub fn panicked(cause: Box<dyn Any + Send>) -> Response {
     let text = cause
         .downcast_ref::<&str>()

@@ -13,7 +13,7 @@ use super::invoices;
 use super::pagination::{self, ItemWriter};
 use crate::queries::events::{self, Cursor, OutcomeFilter, PageRequest};
 
-/// The query parameters of the list.
+/// The query parameters of the list of events.
 #[derive(Deserialize)]
 pub struct ListQuery {
     #[serde(rename = "type")]
@@ -43,13 +43,14 @@ pub async fn list(
     Ok(respond(items, page.next))
 }
 
-/// The query parameters of the renderings of an event.
+/// The query parameters of the list of renderings.
 #[derive(Deserialize)]
 pub struct RenderingsQuery {
     cursor: Option<String>,
 }
 
-/// Answers `GET /v1/events/{id}`: all renderings of an event, oldest receipt first, with their bodies.
+/// Answers `GET /v1/events/{id}`: all renderings of an event with their bodies, oldest receipt
+/// first.
 ///
 /// Each body is written into the response before the next one is read.
 pub async fn show(
@@ -93,13 +94,13 @@ pub async fn without_id(State(state): State<AppState>, headers: HeaderMap) -> Ap
 
 impl ListQuery {
     fn into_request(self) -> Result<PageRequest, ApiError> {
-        let invalid = |reason: String| ApiError::InvalidQuery(format!("outcome {reason}"));
         Ok(PageRequest {
             event_type: pagination::sought("type", self.event_type)?,
             stripe_invoice_id: pagination::sought("invoice", self.invoice)?,
             outcome: match self.outcome.as_deref() {
                 None => OutcomeFilter::Any,
-                Some(text) => OutcomeFilter::parse(text).map_err(invalid)?,
+                Some(text) => OutcomeFilter::parse(text)
+                    .map_err(|reason| ApiError::InvalidQuery(format!("outcome {reason}")))?,
             },
             limit: pagination::limit(self.limit.as_deref())?,
             after: pagination::cursor(self.cursor.as_deref(), Cursor::parse)?,

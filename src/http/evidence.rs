@@ -1,5 +1,5 @@
-//! `GET /v1/tenants/{tenantUid}/invoices/{invoiceUid}/evidence`: the events that prove the state of an
-//! invoice.
+//! `GET /v1/tenants/{tenantUid}/invoices/{invoiceUid}/evidence`: the events that prove the state of
+//! an invoice.
 
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{Query, State};
@@ -17,11 +17,11 @@ use crate::queries::evidence;
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct EvidenceQuery {
-    /// Events received later are ignored. `None` for the evidence as it is now.
+    /// The time after which received events are ignored. `None` for the current evidence.
     as_of: Option<String>,
 }
 
-/// Answers with the evidence for an invoice.
+/// Answers `GET .../evidence`: the evidence for an invoice.
 pub async fn read(
     State(state): State<AppState>,
     headers: HeaderMap,
@@ -35,10 +35,9 @@ pub async fn read(
     }
 
     let Query(query) = query?;
-    let as_of = |text: String| evidence::as_of(&plus(&text), state.clock.now_ms());
     let as_of_ms = query
         .as_of
-        .map(as_of)
+        .map(|text| evidence::as_of(&plus(&text), state.clock.now_ms()))
         .transpose()
         .map_err(|reason| ApiError::InvalidQuery(format!("asOf {reason}")))?;
 
@@ -52,8 +51,8 @@ pub async fn read(
     Ok((headers, evidence.to_json().to_string()).into_response())
 }
 
-/// Turns spaces back into `+`: form decoding turns the `+` of a UTC offset into a space, and no time
-/// contains a space.
+/// Turns spaces back into `+`. Form decoding turns the `+` of a UTC offset into a space, and no
+/// time contains a space.
 fn plus(text: &str) -> String {
     text.replace(' ', "+")
 }

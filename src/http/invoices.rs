@@ -93,7 +93,7 @@ pub async fn put(
     answer(status, invoice, tag).await
 }
 
-/// The query parameters of the list.
+/// The query parameters of the list of invoices.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ListQuery {
@@ -175,7 +175,7 @@ pub fn valid(path: TenantAndInvoice) -> Result<(String, String), ApiError> {
     Ok((tenant_uid, invoice_uid))
 }
 
-/// Returns the only id in a path. `name` is its name in the message of the error.
+/// Returns the only id in a path. `name` is the name of the parameter in the error message.
 ///
 /// # Errors
 /// `InvalidPath` if it is not a valid id.
@@ -189,6 +189,7 @@ fn valid_uid(name: &str, uid: &str) -> Result<(), ApiError> {
     schema::validate_uid(uid).map_err(|reason| ApiError::InvalidPath(format!("{name} {reason}")))
 }
 
+/// Returns the error for a path that axum could not decode.
 fn not_utf8() -> ApiError {
     ApiError::InvalidPath("the path is not UTF-8".to_owned())
 }
@@ -208,7 +209,7 @@ fn parse(body: &[u8]) -> Result<Value, ApiError> {
     })
 }
 
-/// Returns an invoice with its history as a response.
+/// Answers with an invoice and its history.
 async fn answer(
     status: StatusCode,
     invoice: StoredInvoice,
@@ -224,8 +225,10 @@ async fn answer(
     Ok((status, headers, body).into_response())
 }
 
-/// Returns the entity tag of an invoice: a hash of everything that its response depends on, which are
-/// the document, the observations and the version of this program. Nothing is folded for it.
+/// Returns the entity tag of an invoice: a hash of everything that its response depends on.
+///
+/// The response depends on the document, the observations and the version of this program. The tag
+/// is computed without folding the history.
 fn etag(invoice: &StoredInvoice) -> String {
     let mut keys: Vec<_> = invoice.observations.iter().map(|known| known.key).collect();
     keys.sort();
@@ -244,11 +247,12 @@ fn etag(invoice: &StoredInvoice) -> String {
 fn matches(headers: &HeaderMap, name: &HeaderName, tag: Option<&str>) -> Option<bool> {
     let mut values = headers.get_all(name).iter().peekable();
     values.peek()?;
-    let named = |value: &str| {
-        value
-            .split(',')
-            .map(str::trim)
-            .any(|one| one == "*" || one.strip_prefix("W/").unwrap_or(one) == tag.unwrap_or("*"))
-    };
-    Some(tag.is_some() && values.any(|value| value.to_str().is_ok_and(named)))
+
+    let mut listed = values
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .map(str::trim);
+    Some(tag.is_some_and(|tag| {
+        listed.any(|item| item == "*" || item.strip_prefix("W/").unwrap_or(item) == tag)
+    }))
 }

@@ -15,14 +15,17 @@ use super::error::ApiError;
 use crate::store::{ApiKey, Scope, StoreError};
 use crate::telemetry;
 
+/// Media type of Prometheus's text format.
 const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
 /// Longest time to look up a key, so that a scrape is answered while the database hangs.
 const KEY_TIMEOUT: Duration = Duration::from_secs(1);
 /// Largest number of cached keys.
 const CACHED_KEYS: usize = 4;
 
-/// The operator keys, by hash, that scraped last. While the database is unreachable, no key can be
-/// looked up; cached keys still scrape, so that Prometheus learns of the outage.
+/// The operator keys, by hash, that scraped last.
+///
+/// While the database is unreachable, no key can be looked up. Cached keys can still scrape, so
+/// that Prometheus sees the outage.
 #[derive(Clone, Default)]
 pub struct ScrapeKeyCache(Arc<Mutex<Vec<CachedKey>>>);
 
@@ -65,8 +68,8 @@ pub async fn with_key(
 ) -> Result<Response, ApiError> {
     let mut found = Vec::new();
     for hash in key_hashes(&headers).iter().flatten() {
-        let asked = tokio::time::timeout(KEY_TIMEOUT, state.store.key_by_hash(hash)).await;
-        match asked.unwrap_or_else(|_| Err(StoreError::unresponsive())) {
+        let lookup = tokio::time::timeout(KEY_TIMEOUT, state.store.key_by_hash(hash)).await;
+        match lookup.unwrap_or_else(|_| Err(StoreError::unresponsive())) {
             Ok(key) => {
                 state.scrapers.remember(hash, key.as_ref());
                 found.extend(key);

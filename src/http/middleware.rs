@@ -1,4 +1,5 @@
-//! What every request passes: a request id, a time limit, a log line, and the body of an error.
+//! The middleware of every request: a request id, a time limit, a log line, and the body of an
+//! error.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -27,7 +28,7 @@ pub async fn request(
     next: Next,
 ) -> Response {
     let started = Instant::now();
-    // Always our own id, whatever the client sends: support looks it up in our log.
+    // Ignore an id that the client sends: support looks up our own id in our log.
     let id = Uuid::now_v7().to_string();
     let method = request.method().clone();
     // The pattern, because a path may hold personal data that must not reach the log.
@@ -69,7 +70,7 @@ pub async fn request(
         Some(reason) => {
             tracing::error!(%method, route, status, duration_ms, reason, "request failed");
         }
-        // At `debug`: a line for each of thousands of deliveries a second costs more than they do.
+        // `debug`, because a line costs more than a delivery, and thousands may arrive per second.
         None => tracing::debug!(%method, route, status, duration_ms, "request"),
     }
     response
@@ -98,8 +99,8 @@ fn complete(response: &mut Response, route: &str, id: &str) -> Option<ApiError> 
     error
 }
 
-/// Returns whether the request names its host as HTTP/1.1 requires (RFC 9112, 3.2): once. Without
-/// this check, a proxy and this server could disagree on whom the request is for.
+/// Returns whether the request names its host exactly once, as HTTP/1.1 requires (RFC 9112, 3.2).
+/// Without this check, a proxy and this server could disagree on the host of the request.
 fn has_valid_host(request: &Request) -> bool {
     let count = request.headers().get_all(header::HOST).iter().count();
     count == 1 || (count == 0 && request.version() < Version::HTTP_11)
@@ -110,7 +111,7 @@ fn has_valid_host(request: &Request) -> bool {
 #[derive(Clone)]
 struct StatusBeforeCompression(StatusCode);
 
-/// Notes the status for [`complete`]. This layer is inside the compression.
+/// Records the status for [`complete`]. This layer is inside the compression layer.
 pub async fn note_status(request: Request, next: Next) -> Response {
     let is_negotiated = request.headers().contains_key(header::ACCEPT_ENCODING);
     let mut response = next.run(request).await;
@@ -121,8 +122,8 @@ pub async fn note_status(request: Request, next: Next) -> Response {
     response
 }
 
-/// Returns the span of a request. Without a collector it holds only the id: the other attributes
-/// cost more than a delivery.
+/// Returns the span of a request. Without a collector it holds only the id, because the other
+/// attributes cost more than a delivery.
 fn span(id: &str, method: &Method, route: &str, headers: &HeaderMap) -> Span {
     if !tracing::enabled!(Level::DEBUG) {
         return tracing::info_span!("request", request.id = id);
@@ -148,16 +149,18 @@ fn span(id: &str, method: &Method, route: &str, headers: &HeaderMap) -> Span {
 fn timed_out(connection: Option<&ConnectionState>) -> ApiError {
     match connection {
         Some(connection) if connection.is_reading_body() => ApiError::TooSlow,
-        _ => ApiError::Unavailable("the request took too long".to_owned()),
+        _ => ApiError::Unavailable("request timed out".to_owned()),
     }
 }
 
-/// Makes the tag of a compressed response weak: its bytes differ from those that a strong tag names.
+/// Weakens the entity tag of a compressed response, whose bytes differ from those that a strong tag
+/// identifies.
 fn weaken_etag(response: &mut Response) {
     let headers = response.headers_mut();
     if !headers.contains_key(header::CONTENT_ENCODING) {
         return;
     }
+
     let strong = headers
         .get(header::ETAG)
         .and_then(|tag| tag.to_str().ok())

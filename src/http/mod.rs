@@ -2,9 +2,9 @@
 //!
 //! `webhook` receives Stripe's deliveries. `invoices` is the read endpoint and the operator's calls
 //! next to it; `evidence` and `events` show the proofs; `ui` serves pages. `health` answers
-//! orchestrators, `metrics` Prometheus, and `openapi` documents the API. `error` is the one place where
-//! a failure becomes a status code, and `middleware` is what every request passes. `server` accepts
-//! connections, limits and evicts them, and drains them at the end.
+//! orchestrators, `metrics` Prometheus, and `openapi` documents the API. Only `error` turns
+//! failures into status codes; `middleware` wraps every request. `server` accepts connections,
+//! limits and evicts them, and drains them when the server stops.
 
 mod auth;
 mod error;
@@ -41,10 +41,10 @@ use metrics::ScrapeKeyCache;
 pub use server::{listen, serve};
 pub use ui::session_token;
 
-/// Largest request body, in bytes. Stripe's events stay far below.
+/// Largest request body, in bytes. Stripe's events are far smaller.
 const BODY_LIMIT: usize = 1024 * 1024;
 
-/// What all handlers share; cheap to clone.
+/// The state that all handlers share; cheap to clone.
 #[derive(Clone)]
 pub struct AppState {
     pub store: Store,
@@ -59,7 +59,7 @@ pub struct AppState {
 }
 
 impl AppState {
-    /// Combines the parts. The health monitor is created, but not started.
+    /// Creates the state. The health monitor is created, but not started.
     pub fn new(
         store: Store,
         inbox: BatchWriter,
@@ -98,7 +98,7 @@ pub enum MetricsAt {
     ListenerOfItsOwn,
 }
 
-/// Whether the pages at `/ui` are served.
+/// The setting that serves or omits the pages at `/ui`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ui {
     Shown,
@@ -149,6 +149,7 @@ pub fn metrics_router(state: AppState) -> Router {
 /// Adds the layers that every route shares.
 fn finish(routes: Router<AppState>, state: AppState) -> Router {
     let metrics = state.metrics.clone();
+
     routes
         .fallback(async || ApiError::NotFound)
         .method_not_allowed_fallback(async || ApiError::MethodNotAllowed)

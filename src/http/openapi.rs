@@ -1,5 +1,5 @@
-//! The OpenAPI document of the HTTP interface. `openapi.json` is written by hand; `tests/api/openapi.rs`
-//! and `tests/schemathesis` check it against the code.
+//! The OpenAPI document of the HTTP interface. `openapi.json` is written by hand;
+//! `tests/api/openapi.rs` and `tests/schemathesis` check it against the code.
 //!
 //! The schema of an invoice to store is derived here from the schema of an invoice in a response:
 //! absent fields may be `null`, and times may have any offset.
@@ -13,6 +13,7 @@ static DOCUMENT: LazyLock<String> = LazyLock::new(|| {
     let mut document: Value =
         serde_json::from_str(include_str!("openapi.json")).expect("a test parses the file");
     document["info"]["version"] = env!("CARGO_PKG_VERSION").into();
+
     let answered = document["components"]["schemas"]
         .as_object()
         .cloned()
@@ -29,13 +30,13 @@ static DOCUMENT: LazyLock<String> = LazyLock::new(|| {
     serde_json::to_string_pretty(&document).expect("a JSON value always serialises")
 });
 
-/// RFC 3339 as requests may write it: with any offset and any number of fractional digits.
+/// Pattern of a time in a request: RFC 3339 with any offset and any number of fractional digits.
 const TIME: &str = concat!(
     "^(?!0000)[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])",
     "[Tt]([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\\.[0-9]+)?",
     "([Zz]|[+-]([01][0-9]|2[0-3]):[0-5][0-9])$"
 );
-/// Fields that every response has and a request need not have.
+/// Fields that are required in responses and optional in requests.
 const ALWAYS_ANSWERED: [&str; 2] = ["status", "states"];
 
 /// Returns the document as JSON.
@@ -43,7 +44,7 @@ pub fn document() -> &'static str {
     &DOCUMENT
 }
 
-/// `GET /openapi.json`
+/// Answers `GET /openapi.json`.
 pub async fn read() -> ([(HeaderName, &'static str); 2], &'static str) {
     (
         [
@@ -54,7 +55,8 @@ pub async fn read() -> ([(HeaderName, &'static str); 2], &'static str) {
     )
 }
 
-/// Returns the name of a part of an invoice in requests. `None` if the schema is not such a part.
+/// Returns the name of a part of an invoice in requests, or `None` if the schema is not such a
+/// part.
 fn input_name(answered: &str) -> Option<String> {
     answered
         .strip_prefix("v1")
@@ -65,7 +67,12 @@ fn input_name(answered: &str) -> Option<String> {
 fn input(answered: &Value) -> Value {
     if answered["format"] == "date-time" {
         let example = "2026-01-31T09:15:00Z";
-        return json!({"type": "string", "format": "date-time", "pattern": TIME, "examples": [example]});
+        return json!({
+            "type": "string",
+            "format": "date-time",
+            "pattern": TIME,
+            "examples": [example],
+        });
     }
 
     if let Some(name) = answered["$ref"]
@@ -108,7 +115,7 @@ fn input(answered: &Value) -> Value {
     schema
 }
 
-/// Returns the schema of an optional field: `null` means the same as leaving it out.
+/// Returns the schema of an optional field, which also accepts `null` as absent.
 fn or_null(answered: &Value) -> Value {
     let mut schema = json!({"anyOf": [input(answered), {"type": "null"}]});
     for name in ["description", "readOnly"] {

@@ -1,16 +1,19 @@
-//! What all lists share: their query parameters, and the form of a page.
+//! The query parameters and the page format that all lists share.
 
 use serde::Serialize;
 
 use super::error::ApiError;
 use crate::domain::invoice::schema;
 
-/// Items in a page if the query does not say.
+/// Number of items in a page if the query sets no limit.
 const DEFAULT_LIMIT: usize = 50;
-/// Most items in a page.
+/// Largest number of items in a page.
 const MAX_LIMIT: usize = 500;
 
 /// Returns the number of items that a query requests.
+///
+/// # Errors
+/// `InvalidQuery` if it is not a number from 1 to [`MAX_LIMIT`].
 pub fn limit(text: Option<&str>) -> Result<usize, ApiError> {
     match text.map(str::parse) {
         None => Ok(DEFAULT_LIMIT),
@@ -21,26 +24,35 @@ pub fn limit(text: Option<&str>) -> Result<usize, ApiError> {
     }
 }
 
-/// Returns the position at which a list continues, as `parse` reads it from the text of a cursor.
+/// Returns the position at which a list continues. `parse` reads it from the text of a cursor.
+///
+/// # Errors
+/// `InvalidQuery` if `parse` cannot read the cursor.
 pub fn cursor<C>(
     text: Option<&str>,
     parse: impl Fn(&str) -> Option<C>,
 ) -> Result<Option<C>, ApiError> {
-    let invalid = || ApiError::InvalidQuery("cursor is not one that was given out here".to_owned());
-    text.map(|text| parse(text).ok_or_else(invalid)).transpose()
+    text.map(|text| {
+        parse(text).ok_or_else(|| {
+            ApiError::InvalidQuery("cursor was not issued by this server".to_owned())
+        })
+    })
+    .transpose()
 }
 
-/// Returns an id or a type to search for, if it is valid.
+/// Returns an id or a type to search for. `name` is the name of the parameter in the error message.
+///
+/// # Errors
+/// `InvalidQuery` if the text is invalid.
 pub fn sought(name: &str, text: Option<String>) -> Result<Option<String>, ApiError> {
-    let invalid = |reason: String| ApiError::InvalidQuery(format!("{name} {reason}"));
     text.as_deref()
         .map(schema::validate_uid)
         .transpose()
-        .map_err(invalid)?;
+        .map_err(|reason| ApiError::InvalidQuery(format!("{name} {reason}")))?;
     Ok(text)
 }
 
-/// Writes a page as JSON, item by item: `{"items": [...], "nextCursor": "..."}`.
+/// A page that is written as JSON, item by item: `{"items": [...], "nextCursor": "..."}`.
 ///
 /// Only the text of the page is in memory, never all of its items.
 pub struct ItemWriter {
@@ -56,6 +68,7 @@ impl ItemWriter {
         }
     }
 
+    /// Appends an item.
     pub fn write(&mut self, item: &impl Serialize) {
         if !self.is_empty {
             self.json.push(b',');
@@ -77,7 +90,7 @@ impl ItemWriter {
 
     fn write_value(&mut self, value: &impl Serialize) {
         serde_json::to_writer(&mut self.json, value)
-            .expect("items have string keys, and a vector takes all that is written to it");
+            .expect("items have string keys, and writing to a vector cannot fail");
     }
 }
 

@@ -1,8 +1,9 @@
-//! `POST /webhooks/stripe`: Stripe delivers here.
+//! `POST /webhooks/stripe`: receives Stripe's deliveries.
 //!
-//! Limit, signature, then JSON: nothing is parsed before it is authentic, and nothing is answered 2xx before it is on disk. What
-//! cannot be right by its head alone is refused before its body is read: forgeries shall cost their sender more than us. Every
-//! delivery is counted once, whatever becomes of it.
+//! Checks the size, then the signature, and parses JSON last: only authentic deliveries are parsed,
+//! and only deliveries on disk are answered 2xx. A delivery is rejected on its headers alone where
+//! possible, so that forgeries are cheap for us. Every delivery is counted once, whatever its
+//! outcome.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -23,34 +24,36 @@ use crate::ingest::{self, Delivery, Outcome};
 use crate::metrics::{Metrics, Rejection};
 use crate::store::Source;
 
-/// How long a delivery may wait for the disk.
+/// Longest time for a delivery to become durable.
 const DEADLINE: Duration = Duration::from_secs(10);
-/// Bytes of a body that are hashed before others have their turn: large forgeries shall not hold small deliveries up.
+/// Bytes of a body that are hashed before the task yields, so that large forgeries do not delay
+/// small deliveries.
 const TURN: usize = 64 * 1024;
 
+/// Answers `POST /webhooks/stripe`.
 pub async fn receive(
     State(state): State<AppState>,
     request: Request,
 ) -> Result<Json<Value>, ApiError> {
-    let mut counting = OutcomeGuard {
+    let mut guard = OutcomeGuard {
         metrics: state.metrics.clone(),
         ended: Err(Rejection::Abandoned),
     };
 
-    match take(&state, request).await {
+    match accept(&state, request).await {
         Ok((outcome, took)) => {
-            counting.ended = Ok((outcome, took));
+            guard.ended = Ok((outcome, took));
             Ok(Json(json!({"received": true, "outcome": outcome.as_str()})))
         }
         Err((why, error)) => {
-            counting.ended = Err(why);
+            guard.ended = Err(why);
             Err(error)
         }
     }
 }
 
-/// What a delivery came to, and how long that took once all of it was there.
-async fn take(
+/// Verifies and stores a delivery. Returns its outcome and the time since its body was complete.
+async fn accept(
     state: &AppState,
     request: Request,
 ) -> Result<(Outcome, Duration), (Rejection, ApiError)> {
@@ -66,8 +69,9 @@ async fn take(
         .cloned()
         .collect();
     let lines: Vec<&[u8]> = lines.iter().map(HeaderValue::as_bytes).collect();
-    let signature = SignatureHeader::read(&lines).map_err(refused)?;
+    let signature = SignatureHeader::read(&lines).map_err(rejected)?;
     let body = Bytes::from_request(request, state).await.map_err(unread)?;
+
     let started = Instant::now();
     let received_ms = state.clock.now_ms();
     let mut verifier = state.secrets.verifier(&signature);
@@ -80,12 +84,13 @@ async fn take(
 
     let label = verifier
         .finish(received_ms.div_euclid(1000))
-        .map_err(refused)?;
+        .map_err(rejected)?;
     if let Some(connection) = &connection {
         connection.set_trusted();
     }
 
-    // A connection that the server kept waiting until the stop is served as if it had been in time.
+    // The server kept this connection waiting until the stop, so serve it as if it had come in
+    // time.
     let was_waiting = connection.is_some_and(|connection| connection.was_waiting_at_stop());
     if state.stopping.is_cancelled() && !was_waiting {
         return Err((
@@ -101,22 +106,19 @@ async fn take(
         secret_label,
         received_ms,
     };
-    let kept = tokio::time::timeout(DEADLINE, ingest::ingest(&state.inbox, delivery)).await;
-    let too_slow = |_| {
-        (
-            Rejection::TimedOut,
-            ApiError::Unavailable("the delivery waited too long for the disk".to_owned()),
-        )
-    };
-    let outcome = kept
-        .map_err(too_slow)?
+    let stored = tokio::time::timeout(DEADLINE, ingest::ingest(&state.inbox, delivery)).await;
+    let outcome = stored
+        .map_err(|_| {
+            (
+                Rejection::TimedOut,
+                ApiError::Unavailable("delivery was not durable in time".to_owned()),
+            )
+        })?
         .map_err(|error| (reason(&error), error.into()))?;
-    if outcome == Outcome::Unreadable {
-        tracing::warn!(
-            "a delivery is kept that this version cannot read: see `events list --outcome unreadable`"
-        );
-    }
 
+    if outcome == Outcome::Unreadable {
+        tracing::warn!("delivery stored as unreadable; see `events list --outcome unreadable`");
+    }
     if outcome == Outcome::Duplicate {
         state.monitor.record_repeated(&body, received_ms, label);
     }
@@ -124,6 +126,7 @@ async fn take(
     Ok((outcome, started.elapsed()))
 }
 
+/// Returns the reason and the error for a body that could not be read.
 fn unread(rejection: BytesRejection) -> (Rejection, ApiError) {
     let error = ApiError::from(rejection);
     let reason = match error {
@@ -134,6 +137,7 @@ fn unread(rejection: BytesRejection) -> (Rejection, ApiError) {
     (reason, error)
 }
 
+/// Returns the reason, as metrics count it, for a delivery that was not stored.
 fn reason(error: &AppendError) -> Rejection {
     match error {
         AppendError::Full => Rejection::QueueFull,
@@ -142,7 +146,8 @@ fn reason(error: &AppendError) -> Rejection {
     }
 }
 
-/// Counts a delivery when it is dropped: also one whose sender went away, or was too slow, in the middle.
+/// Counts a delivery on drop. The count includes deliveries whose sender disconnected or was too
+/// slow.
 struct OutcomeGuard {
     metrics: Arc<Metrics>,
     ended: Result<(Outcome, Duration), Rejection>,
@@ -157,11 +162,12 @@ impl Drop for OutcomeGuard {
     }
 }
 
-fn refused(refusal: SignatureError) -> (Rejection, ApiError) {
+/// Logs a delivery with an invalid signature, and returns the reason and the error.
+fn rejected(error: SignatureError) -> (Rejection, ApiError) {
     tracing::warn!(
-        reason = refusal.as_str(),
-        meaning = refusal.meaning(),
-        "a delivery was refused"
+        reason = error.as_str(),
+        meaning = error.meaning(),
+        "delivery rejected"
     );
-    (Rejection::Signature(refusal), ApiError::InvalidSignature)
+    (Rejection::Signature(error), ApiError::InvalidSignature)
 }

@@ -1,9 +1,9 @@
 //! The metrics of this process, in Prometheus's format. Names and labels are defined only here; no
 //! label grows with the number of customers.
 //!
-//! Counters and histograms are atomics, so counting never waits for a lock. `monitoring/monitor` sets
-//! the gauges that need the database; a delivery never does. The metrics of the process itself come
-//! from the `prometheus` crate, under the names that all clients use.
+//! Counters and histograms are atomics, so counting never waits for a lock. `monitoring/monitor`
+//! sets the gauges that need the database; a delivery never does. The metrics of the process itself
+//! come from the `prometheus` crate, under the names that all clients use.
 
 mod registry;
 
@@ -145,7 +145,8 @@ pub struct Reconcile {
 }
 
 impl Default for Metrics {
-    /// Registers every metric, with every known label value, so that each series exists from the start.
+    /// Registers every metric, with every known label value, so that each series exists from the
+    /// start.
     fn default() -> Metrics {
         let registry = Registry::new();
         let r = MetricRegistrar(&registry);

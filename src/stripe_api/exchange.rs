@@ -136,8 +136,8 @@ impl StripeApi {
     }
 }
 
-/// The transport that async-stripe sends through. The crate returns only what its own types read, so
-/// this keeps the bytes and hands the crate `null`.
+/// The transport that async-stripe sends through. The crate returns only what its own types read,
+/// so this keeps the bytes and hands the crate `null`.
 struct Exchange<'a> {
     api: &'a StripeApi,
     answer: Mutex<Option<Bytes>>,

@@ -3,8 +3,8 @@
 //!
 //! One [`StripeApi`] is one rate limit for the whole process: see `rate_limit`. `exchange` sends a
 //! request and retries it, with growing delays and jitter, while Stripe is busy or unreachable.
-//! `list_cursor` follows a list, and ends one that does not. Which objects are requested, and what a
-//! response means, is the business of `reconcile`. This room sends only GET.
+//! `list_cursor` follows a list, and ends one that does not. Which objects are requested, and what
+//! a response means, is the business of `reconcile`. This room sends only GET.
 
 mod exchange;
 mod list_cursor;

@@ -6,8 +6,8 @@ use std::time::Duration;
 use tokio::sync::Mutex;
 use tokio::time::Instant;
 
-/// Length of a window: a little more than Stripe's second, because calls arrive less evenly than they
-/// are sent.
+/// Length of a window: a little more than Stripe's second, because calls arrive less evenly than
+/// they are sent.
 const WINDOW: Duration = Duration::from_millis(1100);
 
 /// A sliding window per endpoint.

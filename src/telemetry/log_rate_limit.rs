@@ -1,6 +1,6 @@
-//! Limits the log lines of each kind per period, so that a flood of requests does not fill the disk.
-//! Lines beyond the limit are counted, and the count is logged. Lines below `info` are never limited:
-//! an operator who enables them wants all of them.
+//! Limits the log lines of each kind per period, so that a flood of requests does not fill the
+//! disk. Lines beyond the limit are counted, and the count is logged. Lines below `info` are never
+//! limited: an operator who enables them wants all of them.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -49,7 +49,8 @@ impl LogRateLimit {
         limit
     }
 
-    /// Starts a new period. Returns the messages over the limit and how many lines of each were dropped.
+    /// Starts a new period. Returns the messages over the limit and how many lines of each were
+    /// dropped.
     fn end_period(&self) -> Vec<(String, u64)> {
         let kinds = std::mem::take(&mut *self.kinds());
         let too_many = kinds.into_values().filter(|kind| kind.count > LINES);

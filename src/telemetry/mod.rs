@@ -1,5 +1,6 @@
 //! Logs and traces. Logs go to standard error, as text or JSON; spans go to a collector if one is
-//! configured. A failure is logged once, where it is handled. No level logs a payload, header or secret.
+//! configured. A failure is logged once, where it is handled. No level logs a payload, header or
+//! secret.
 //!
 //! The path of a single delivery is logged at `debug` and costs nothing while that is off. Spans of
 //! `debug` go to the collector whatever the log level.
@@ -132,8 +133,8 @@ fn lines<S: Subscriber + for<'s> LookupSpan<'s>>(
 /// A library that logs parts of connection strings and password files, at any level.
 const NEVER: &str = "sqlx_postgres::options";
 
-/// Returns whether an event may be logged. Below `info`, libraries may log rows, headers and keys, so
-/// no setting enables those.
+/// Returns whether an event may be logged. Below `info`, libraries may log rows, headers and keys,
+/// so no setting enables those.
 fn is_harmless(metadata: &Metadata) -> bool {
     is_ours(metadata) || *metadata.level() <= Level::INFO && !metadata.target().starts_with(NEVER)
 }

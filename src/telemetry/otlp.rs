@@ -1,5 +1,5 @@
-//! Sends spans to a collector by OTLP over HTTP. No request waits for it: spans that do not fit into
-//! the queue, or that the collector rejects, are dropped and counted.
+//! Sends spans to a collector by OTLP over HTTP. No request waits for it: spans that do not fit
+//! into the queue, or that the collector rejects, are dropped and counted.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;

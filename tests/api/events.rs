@@ -324,7 +324,7 @@ each_database! {
             server
                 .process
                 .log()
-                .contains("a delivery is kept that this version cannot read")
+                .contains("delivery stored as unreadable")
         );
 
         shown.sort();

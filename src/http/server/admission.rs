@@ -1,11 +1,11 @@
 //! Admits connections to a listener, up to a limit, and decides which one is evicted beyond it.
 //!
 //! Every newcomer is admitted. If the listener is full, it evicts one connection that waits for its
-//! peer: see [`ConnectionState::eviction_rank`]. So connections that are opened and left alone, or
-//! fed slowly, shut nobody out. A connection is never evicted while the server works on its request,
-//! or while its bytes have arrived and were not read yet: then the server is the slow side.
+//! peer: see [`ConnectionState::eviction_rank`]. Idle or slow connections therefore cannot lock
+//! other clients out. A connection is never evicted while the server works on its request, or while
+//! bytes have arrived that the server has not read, because then the server is the slow side.
 //!
-//! Request bodies share one memory budget in the same way. There are no quotas by peer address:
+//! Request bodies share one memory budget in the same way. Quotas by peer address would not help:
 //! behind a load balancer, all connections come from one address.
 
 use std::collections::HashMap;
@@ -19,14 +19,15 @@ use super::connection::{Activity, ConnectionState};
 
 /// Memory for request bodies of all connections together, in bytes.
 const BODY_BUDGET: usize = 64 * 1024 * 1024;
-/// Longest time between two requests. Load balancers keep connections for a minute: the side that
-/// sends requests should be the one that closes.
+/// Longest time between two requests. Load balancers keep connections for a minute, and the side
+/// that sends requests should be the one that closes.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(75);
 /// Longest time for a request head, from its first byte.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest time for a peer to read a response that did not fit into the socket buffer.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(60);
-/// Longest time a peer may go on sending a body that nobody reads. It needs some to see its response.
+/// Longest time for a peer to keep sending a body that nobody reads. The peer needs some time to
+/// see its response.
 const LINGER_TIMEOUT: Duration = Duration::from_secs(2);
 /// Delay before another connection is evicted if the first one has not closed.
 const RETRY_DELAY: Duration = Duration::from_millis(50);
@@ -84,11 +85,13 @@ impl ConnectionLimiter {
             }
             self.evict_one();
 
-            // All may be busy, or the evicted connection may have received a request meanwhile.
+            // All connections may be busy, or the evicted one may have received a request
+            // meanwhile.
             let _ = tokio::time::timeout(RETRY_DELAY, released).await;
         }
     }
 
+    /// Admits a connection, or returns `None` if the listener is full.
     fn try_acquire(&self) -> Option<Permit> {
         let mut table = self.0.table();
         if table.connections.len() >= self.0.limit {
@@ -144,8 +147,8 @@ impl ConnectionLimiter {
     }
 }
 
-/// Returns how long a peer may leave a connection in this activity. `None`: requests have a time
-/// limit of their own, bodies included.
+/// Returns how long a peer may leave a connection in this activity. `None` while a request body
+/// arrives or the server works: `middleware` limits the time of a request, its body included.
 fn timeout(activity: Activity) -> Option<Duration> {
     match activity {
         Activity::New | Activity::Idle => Some(IDLE_TIMEOUT),
@@ -158,7 +161,7 @@ fn timeout(activity: Activity) -> Option<Duration> {
 
 impl Shared {
     fn table(&self) -> MutexGuard<'_, ConnectionTable> {
-        // No code panics while it holds the lock, and the map would still be valid.
+        // No code panics while it holds the lock, and the map would stay valid if it did.
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -175,12 +178,13 @@ impl Shared {
         }
     }
 
+    /// Releases bytes of a body that are no longer in memory.
     pub fn release_buffered(&self, bytes: usize) {
         self.buffered_bytes.fetch_sub(bytes, Ordering::Relaxed);
     }
 
-    /// Sheds the oldest body that is larger than its share of the budget, untrusted peers first. Its
-    /// request is answered 503. A body within its share is never shed.
+    /// Sheds the oldest body that is larger than its share of the budget, untrusted peers first.
+    /// Its request is answered 503. A body within its share is never shed.
     fn shed_one_body(&self) {
         let share = self.body_budget / self.limit;
         let table = self.table();

@@ -13,7 +13,7 @@ fn limiter(limit: usize, body_budget: usize) -> ConnectionLimiter {
     limiter
 }
 
-/// Connections whose peers are silent, each a second older than the next.
+/// Opens connections whose peers are silent.
 fn connect<const N: usize>(limiter: &ConnectionLimiter) -> [Permit; N] {
     std::array::from_fn(|_| {
         let permit = limiter.try_acquire().unwrap();
@@ -22,14 +22,14 @@ fn connect<const N: usize>(limiter: &ConnectionLimiter) -> [Permit; N] {
     })
 }
 
-/// Makes the first connection the oldest, with a second between each two.
+/// Spaces the connections 10 ms apart. The first one becomes the oldest.
 fn space_out(permits: &[&Permit]) {
     for (position, permit) in permits.iter().rev().enumerate() {
         permit.connection.make_older_ms(10 * position as u64);
     }
 }
 
-/// The order in which all connections but the busy ones are evicted, by their position.
+/// Returns the positions of the connections in the order of their eviction. Busy ones are absent.
 fn eviction_order(limiter: &ConnectionLimiter, permits: &[&Permit]) -> Vec<usize> {
     let mut order = Vec::new();
     for _ in 0..=permits.len() {
@@ -96,7 +96,7 @@ fn buffered_request_is_answered_before_close() {
     assert_eq!(
         permit.connection.close_request(),
         CloseRequest::Close,
-        "its bytes are there: the peer is not the slow side"
+        "its request has arrived, so the peer is not the slow side"
     );
 
     permit.connection.set_busy();
@@ -110,7 +110,7 @@ fn buffered_request_is_answered_before_close() {
 }
 
 #[test]
-fn oldest_large_body_is_shed_and_none_within_share() {
+fn oldest_body_above_share_is_shed() {
     let limiter = limiter(4, 100);
     let [busy, small, first, second] = connect(&limiter);
     let all = [&busy, &small, &first, &second];
@@ -132,7 +132,7 @@ fn oldest_large_body_is_shed_and_none_within_share() {
     assert_eq!(
         first.connection.close_request(),
         CloseRequest::Nothing,
-        "it is answered, not reset"
+        "a request whose body is shed is answered, not reset"
     );
     assert_eq!(
         limiter.0.buffered_bytes.load(Ordering::Relaxed),
@@ -143,13 +143,17 @@ fn oldest_large_body_is_shed_and_none_within_share() {
     second.connection.add_buffered(20);
     assert_eq!(shed(), [false, false, true, true]);
     busy.connection.add_buffered(100);
-    assert_eq!(shed(), [false, false, true, true], "no other body is large");
+    assert_eq!(
+        shed(),
+        [false, false, true, true],
+        "no other body exceeds its share"
+    );
 
     first.connection.set_responded();
     first.connection.set_reading_body();
     assert!(
         !first.connection.is_body_shed(),
-        "the next body starts anew"
+        "the next body is not shed yet"
     );
 
     drop((busy, small, first, second));

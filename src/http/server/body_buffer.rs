@@ -1,14 +1,14 @@
-//! One buffer for the whole body of a request, whatever the size of its chunks.
+//! The buffer for the whole body of a request, whatever the size of its chunks.
 
 use axum::body::Bytes;
 
 /// Capacity of the first buffer, in bytes. Most deliveries fit.
 const FIRST_CAPACITY: usize = 8 * 1024;
 
-/// Collects the chunks of a body.
+/// A buffer that collects the chunks of a body.
 ///
-/// A chunk that is kept by itself costs 25 bytes more than it holds, so a body in chunks of one byte
-/// would cost 25 times its size.
+/// Storing a chunk separately would cost 25 bytes more than its content, so a body in chunks of one
+/// byte would cost 25 times its size.
 #[derive(Default)]
 pub struct BodyBuffer {
     bytes: Vec<u8>,
@@ -16,9 +16,10 @@ pub struct BodyBuffer {
 
 impl BodyBuffer {
     /// Appends a chunk and returns by how many bytes the buffer grew in memory. `expected` is the
-    /// number of bytes that are still to come, as far as the head of the request says.
+    /// number of bytes still to come, from the request head; 0 if the head does not say.
     ///
-    /// The capacity follows what has arrived, not what was announced: announcing costs nothing.
+    /// The capacity follows the bytes that have arrived, not the announced length, because
+    /// announcing costs a client nothing.
     pub fn push(&mut self, chunk: &[u8], expected: u64) -> usize {
         let before = self.bytes.capacity();
         let needed = self.bytes.len() + chunk.len();
@@ -44,7 +45,7 @@ impl BodyBuffer {
         self.bytes.is_empty()
     }
 
-    /// Returns the bytes so far, and leaves the buffer empty.
+    /// Returns the bytes so far and empties the buffer.
     pub fn take(&mut self) -> Bytes {
         std::mem::take(&mut self.bytes).into()
     }
@@ -55,7 +56,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn tiny_chunks_share_one_buffer_whose_capacity_is_reported() {
+    fn tiny_chunks_share_one_buffer_and_growth_is_reported() {
         let mut buffer = BodyBuffer::default();
         let grown: usize = (0..100_000).map(|n| buffer.push(&[n as u8], 0)).sum();
         assert_eq!(buffer.len(), 100_000);
@@ -69,10 +70,11 @@ mod tests {
         let mut buffer = BodyBuffer::default();
         assert_eq!(buffer.push(&[1; 100], 900), 1000);
         assert_eq!(buffer.push(&[1; 900], 0), 0);
+
         let mut announced = BodyBuffer::default();
         assert!(
             announced.push(&[1], 1_000_000) <= FIRST_CAPACITY,
-            "it follows what arrived"
+            "the capacity follows the bytes that arrived"
         );
     }
 }

@@ -1,7 +1,7 @@
-//! The state of one connection: what it is doing, since when, and what it is asked to do.
+//! The state of one connection: its activity, the start of that activity, and requests to close.
 //!
-//! The connection's own task writes most of it, the limiter in `admission` reads it. All fields are
-//! atomics, so neither waits for the other.
+//! The connection's own task writes most of the state, and the limiter in `admission` reads it. All
+//! fields are atomics, so neither waits for the other.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
@@ -14,10 +14,10 @@ use super::admission::Shared;
 /// Age in milliseconds from which an unfinished request head counts as slow. A head fits into a few
 /// packets, so an honest client sends it within two round trips.
 const SLOW_HEAD_MS: u64 = 1000;
-/// Bits that hold the [`Activity`] beside the time of its start.
+/// Number of bits that hold the [`Activity`], below the time of its start.
 const ACTIVITY_BITS: u32 = 3;
 
-/// What a connection is doing.
+/// The current activity of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Activity {
     /// Connected; the peer has sent no byte yet.
@@ -28,7 +28,7 @@ pub enum Activity {
     ReadingHead,
     /// The body of a request is arriving.
     ReadingBody,
-    /// The request is complete, or nobody reads the rest of it: the peer waits for the server.
+    /// The request is complete, or nobody reads the rest of it. The peer waits for the server.
     Busy,
     /// The peer does not read its response.
     WriteBlocked,
@@ -36,7 +36,7 @@ pub enum Activity {
     Lingering,
 }
 
-/// What the server wants a connection to do.
+/// An instruction of the server to a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CloseRequest {
     /// Stay open.
@@ -58,14 +58,14 @@ pub struct EvictionRank {
     since_ms: u64,
 }
 
-/// How likely a waiting connection does harm, most likely first.
+/// The suspicion that a waiting connection does harm, strongest first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Suspicion {
     /// A request head that has been incomplete for longer than [`SLOW_HEAD_MS`].
     SlowHead,
-    /// No request in progress, so closing loses nothing.
+    /// No request is in progress, so closing loses nothing.
     Unused,
-    /// A request or response in progress: closing loses it.
+    /// A request or response is in progress, and closing loses it.
     InProgress,
 }
 
@@ -75,17 +75,17 @@ pub struct ConnectionState {
     since_and_activity: AtomicU64,
     /// Bytes of the request body that are in memory.
     buffered_bytes: AtomicUsize,
-    /// Whether every byte that has arrived was read.
+    /// `true` if every byte that has arrived was read.
     is_input_drained: AtomicBool,
     /// A [`CloseRequest`].
     close_request: AtomicU8,
-    /// Whether the connection carried a delivery with a valid signature.
+    /// `true` once the connection carried a delivery with a valid signature.
     is_trusted: AtomicBool,
-    /// Whether the body in progress has to be dropped to free memory.
+    /// `true` if the body in progress has to be dropped to free memory.
     is_body_shed: AtomicBool,
-    /// Whether a request head was complete on this connection.
+    /// `true` once a request head was complete on this connection.
     has_begun: AtomicBool,
-    /// Whether the first request head was complete only after the server was told to stop.
+    /// `true` if the first request head was complete only after the server started to stop.
     was_waiting_at_stop: AtomicBool,
     waker: AtomicWaker,
     shared: Arc<Shared>,
@@ -144,7 +144,7 @@ impl ConnectionState {
         self.enter(Activity::Busy);
     }
 
-    /// Records that the request is done and the response goes out.
+    /// Records that the request is done and its response is being sent.
     pub fn set_responded(&self) {
         self.release_buffered();
         self.enter(if self.is_reading_body() {
@@ -154,7 +154,7 @@ impl ConnectionState {
         });
     }
 
-    /// Records that the peer does not read what it is sent.
+    /// Records that the peer does not read its response.
     pub fn set_write_blocked(&self) {
         if self.activity() == Activity::Idle {
             self.enter(Activity::WriteBlocked);
@@ -166,8 +166,8 @@ impl ConnectionState {
         self.is_trusted.store(true, Ordering::Relaxed);
     }
 
-    /// Records that a request head is complete. If it is the first one, and the server has been told
-    /// to stop, the connection waited in the accept queue or was just accepted at that time.
+    /// Records that a request head is complete. If it is the first one and the server is stopping,
+    /// the connection was in the accept queue, or had just been accepted, when the stop began.
     pub fn begin_request(&self, is_stopping: bool) {
         let has_begun = self.has_begun.swap(true, Ordering::Relaxed);
         if !has_begun && is_stopping {
@@ -176,9 +176,9 @@ impl ConnectionState {
     }
 }
 
-/// Requests to the connection, and its state as others see it.
+/// Requests to the connection, and its state for other tasks.
 impl ConnectionState {
-    /// Sets the task to wake when the connection is asked to do something.
+    /// Sets the task to wake when the connection receives an instruction.
     pub fn register_waker(&self, waker: &Waker) {
         self.waker.register(waker);
     }
@@ -187,7 +187,7 @@ impl ConnectionState {
         self.waker.wake();
     }
 
-    /// Returns what the connection has to do now.
+    /// Returns the instruction that the connection has to follow now.
     pub fn close_request(&self) -> CloseRequest {
         match self.close_request.load(Ordering::Relaxed) {
             0 => CloseRequest::Nothing,
@@ -218,7 +218,8 @@ impl ConnectionState {
         self.is_body_shed.load(Ordering::Relaxed)
     }
 
-    /// Returns whether a request body is arriving: if time runs out now, the peer was too slow.
+    /// Returns whether a request body is arriving. If the request times out now, the peer was too
+    /// slow.
     pub fn is_reading_body(&self) -> bool {
         self.activity() == Activity::ReadingBody
     }
@@ -243,8 +244,8 @@ impl ConnectionState {
         self.was_waiting_at_stop.load(Ordering::Relaxed)
     }
 
-    /// Returns how soon the connection is evicted, or `None` if it must not be: either the server
-    /// still owes it a response, or it is closing already.
+    /// Returns the position in the eviction order, or `None` if the connection must not be evicted:
+    /// either the server still owes it a response, or it is already closing.
     pub fn eviction_rank(&self, now_ms: u64) -> Option<EvictionRank> {
         let since_ms = self.since_ms();
         let suspicion = match self.activity() {
@@ -297,7 +298,7 @@ impl ConnectionState {
         match self.activity() {
             Activity::Busy => false,
             Activity::WriteBlocked => true,
-            // Bytes that have arrived but were not read yet: then the server is the slow side.
+            // If bytes have arrived that the server has not read, the server is the slow side.
             Activity::New
             | Activity::Idle
             | Activity::ReadingHead

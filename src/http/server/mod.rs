@@ -1,7 +1,7 @@
 //! The accept loop: admits connections, serves them, and drains them when the server stops.
 //!
-//! `admission` limits the number of connections and enforces their timeouts; `connection` is the
-//! state of one of them, and `watched` the socket and body that report to it.
+//! `admission` limits the number of connections and enforces their timeouts. `connection` holds the
+//! state of one connection; the socket and body in `watched` report to it.
 
 mod admission;
 mod body_buffer;
@@ -41,7 +41,7 @@ const HEAD_LIMIT: usize = 64 * 1024;
 const BACKLOG: u32 = 4096;
 /// Interval of the timeout checks.
 const TICK: Duration = Duration::from_secs(1);
-/// Pause after a failed accept that only the end of another connection can repair.
+/// Pause after a failed accept, which only succeeds after another connection has closed.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// Longest time for requests in progress to finish after the stop.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(20);
@@ -51,8 +51,8 @@ const DRAIN_TICK: Duration = Duration::from_millis(100);
 /// sooner would reset a client that has just connected.
 const NEW_GRACE_MS: u64 = 1000;
 
-/// Listens on an address. If the accept queue overflows, the system refuses connections of all
-/// peers alike.
+/// Listens on an address. If the accept queue overflows, the system refuses connections of any
+/// peer.
 ///
 /// # Errors
 /// The address is in use, or does not belong to this machine.
@@ -68,8 +68,8 @@ pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     socket.listen(BACKLOG)
 }
 
-/// Serves up to `connections` connections at a time until `stop`, then drains: the connections that
-/// wait in the accept queue are served too, and requests in progress finish.
+/// Serves up to `connections` connections at a time until `stop`, then drains: serves the
+/// connections that wait in the accept queue, and lets requests in progress finish.
 pub async fn serve(
     listener: TcpListener,
     router: Router,
@@ -94,7 +94,7 @@ pub async fn serve(
     }
 }
 
-/// One listener and everything its connections need.
+/// A listener's settings and the resources that its connections share.
 struct Server {
     http: http1::Builder,
     router: Router,
@@ -104,7 +104,8 @@ struct Server {
 }
 
 impl Server {
-    /// Returns the connection that was accepted at the moment of the stop and not served yet.
+    /// Accepts connections until the stop. Returns the connection that was accepted but not
+    /// admitted when the stop came, or `None` if there was no such connection.
     async fn accept_until_stop(&self, listener: &TcpListener) -> Option<TcpStream> {
         let mut tick = tokio::time::interval(TICK);
         loop {
@@ -135,7 +136,8 @@ impl Server {
         }
     }
 
-    /// Serves the rest of the accept queue, closes the listener, and waits for all connections.
+    /// Serves the rest of the accept queue, closes the listener, and waits for all connections to
+    /// end.
     async fn drain(&self, listener: TcpListener, unserved: Option<TcpStream>) {
         if let Some(socket) = unserved {
             self.serve_queued(socket).await;
@@ -157,10 +159,10 @@ impl Server {
         }
     }
 
-    /// Accepts what waits in the queue, without waiting for more, and closes the listener. The
-    /// count is bounded, because newcomers may join the queue all the time.
+    /// Accepts the queued connections without waiting for more, and closes the listener. The count
+    /// is bounded, because newcomers may join the queue at any time.
     async fn accept_queued(&self, listener: TcpListener) -> io::Result<()> {
-        // The system call itself: tokio would first wait for its driver to report the queue.
+        // Use the system call directly: tokio would first wait for its driver to report the queue.
         let listener = listener.into_std()?;
         for _ in 0..BACKLOG {
             let socket = match listener.accept() {
@@ -202,7 +204,7 @@ fn is_gone(error: &io::Error) -> bool {
     )
 }
 
-/// Serves one connection to its end.
+/// Serves one connection until it closes.
 async fn attend<I, S>(connection: http1::Connection<I, S>, permit: Permit, stop: CancellationToken)
 where
     I: rt::Read + rt::Write + Unpin,
@@ -211,9 +213,10 @@ where
     let state = &permit.connection;
     let mut connection = pin!(connection);
     let mut is_shutting_down = false;
+
     let ended = poll_fn(|cx| {
         state.register_waker(cx.waker());
-        // Read what has arrived before deciding to close.
+        // Read the bytes that have arrived before deciding to close.
         if let Poll::Ready(ended) = connection.as_mut().poll(cx) {
             return Poll::Ready(Some(ended));
         }
@@ -222,12 +225,14 @@ where
         if close_request == CloseRequest::Abort {
             return Poll::Ready(None);
         }
+
         let is_stopped = stop.is_cancelled() && !state.is_new_within(NEW_GRACE_MS);
         if !is_shutting_down && (close_request == CloseRequest::Close || is_stopped) {
             is_shutting_down = true;
             connection.as_mut().graceful_shutdown();
             return connection.as_mut().poll(cx).map(Some);
         }
+
         Poll::Pending
     });
 
@@ -264,7 +269,7 @@ fn service(
             let mut response = response.await;
             connection.set_responded();
             if let (true, Ok(response)) = (connection.is_lingering(), &mut response) {
-                // The rest of this body stands where the next request would begin.
+                // The rest of this body would be read as the start of the next request.
                 response
                     .headers_mut()
                     .insert(header::CONNECTION, HeaderValue::from_static("close"));

@@ -14,10 +14,10 @@ use super::body_buffer::BodyBuffer;
 use super::connection::ConnectionState;
 use crate::http::BODY_LIMIT;
 
-/// Bytes that a peer may send after its response, before the server stops reading them.
+/// Bytes that the server reads and discards after a response, before it stops reading.
 const UNREAD_LIMIT: usize = 2 * 1024 * 1024;
 
-/// Why a request body is incomplete.
+/// The reason why a request body is incomplete.
 #[derive(Debug, thiserror::Error)]
 pub enum BodyError {
     /// The body was dropped to free memory for others.
@@ -28,8 +28,9 @@ pub enum BodyError {
     Receive(#[from] hyper::Error),
 }
 
-/// A request body that arrives in one piece, whatever its chunks, is counted while it does, and can be
-/// shed.
+/// A request body that is handed over in one piece, whatever its chunks.
+///
+/// Its bytes are counted as they arrive, and it can be shed.
 pub struct WatchedBody {
     pub body: Incoming,
     /// Chunks that have arrived.
@@ -38,7 +39,7 @@ pub struct WatchedBody {
 }
 
 impl WatchedBody {
-    /// Returns everything that has arrived as one frame, or `None` if that is nothing.
+    /// Returns all bytes that have arrived as one frame, or `None` if no byte has arrived.
     fn take_frame(&mut self) -> Option<Result<Frame<Bytes>, BodyError>> {
         (!self.buffer.is_empty()).then(|| Ok(Frame::data(self.buffer.take())))
     }
@@ -57,12 +58,13 @@ impl Body for WatchedBody {
                 drop(self.buffer.take());
                 return Poll::Ready(Some(Err(BodyError::Shed)));
             }
+
             let frame = ready!(Pin::new(&mut self.body).poll_frame(cx)?);
             let Some(frame) = frame else {
                 self.connection.set_busy();
                 return Poll::Ready(self.take_frame());
             };
-            // Trailers: no handler reads them.
+            // Skip trailers, because no handler reads them.
             let Ok(chunk) = frame.into_data() else {
                 continue;
             };
@@ -72,14 +74,15 @@ impl Body for WatchedBody {
                 self.connection.set_busy();
             }
             if is_last && self.buffer.is_empty() {
-                // The usual delivery: one chunk, which need not be copied.
+                // The usual delivery is one chunk, which need not be copied.
                 self.connection.add_buffered(chunk.len());
                 return Poll::Ready(Some(Ok(Frame::data(chunk))));
             }
+
             let expected = self.body.size_hint().lower();
             let grown = self.buffer.push(&chunk, expected);
             self.connection.add_buffered(grown);
-            // A body above the limit is handed over as it is: the handler refuses it by its size.
+            // Hand over a body above the limit as it is: the handler rejects it by its size.
             if is_last || self.buffer.len() > BODY_LIMIT {
                 return Poll::Ready(self.take_frame());
             }

@@ -16,13 +16,13 @@ use crate::http::pagination;
 use crate::queries::events::{self, Cursor, OutcomeFilter, Page, PageRequest};
 use crate::store::{LoggedEvent, Outcome, Scope, StoredBody};
 
-/// Events on one page.
+/// Number of events on one page.
 const PAGE_SIZE: usize = 50;
-/// Bytes of a body that the page shows.
+/// Largest number of bytes of a text that the page shows.
 const MAX_SHOWN: usize = 64 * 1024;
-/// Bytes in a row of a hexadecimal dump.
+/// Number of bytes in a row of a hexadecimal dump.
 const DUMP_ROW_BYTES: usize = 16;
-/// Rows of a hexadecimal dump.
+/// Largest number of rows of a hexadecimal dump.
 const DUMP_ROWS: usize = 256;
 const OPERATOR: Visitor = Visitor(Scope::Operator);
 
@@ -32,21 +32,23 @@ pub struct EventListParams {
     cursor: Option<String>,
 }
 
+/// Answers `GET /ui/events`: a page of events, latest received first.
 pub async fn list(
     State(state): State<AppState>,
     _: Operator,
-    asked: Result<Query<EventListParams>, QueryRejection>,
+    params: Result<Query<EventListParams>, QueryRejection>,
 ) -> Result<Html<String>, ApiError> {
-    let Query(asked) = asked?;
-    let invoice = asked.invoice.filter(|invoice| !invoice.trim().is_empty());
+    let Query(params) = params?;
+    let invoice = params.invoice.filter(|invoice| !invoice.trim().is_empty());
     let named = pagination::sought("invoice", invoice.map(|invoice| invoice.trim().to_owned()))?;
     let page = page(
         &state,
         named.clone(),
         OutcomeFilter::Any,
-        asked.cursor.as_deref(),
+        params.cursor.as_deref(),
     )
     .await?;
+
     let named = named.unwrap_or_default();
     let content = html! {
         h1 { "Events" }
@@ -59,7 +61,7 @@ pub async fn list(
                 button type="submit" { "Find" }
             }
         }
-        (table(&page, "/ui/events", &named, asked.cursor.is_some()))
+        (table(&page, "/ui/events", &named, params.cursor.is_some()))
     };
 
     Ok(layout::page(
@@ -70,26 +72,28 @@ pub async fn list(
     ))
 }
 
+/// Answers `GET /ui/unreadable`: the deliveries that this version cannot read.
 pub async fn unreadable(
     State(state): State<AppState>,
     _: Operator,
-    asked: Result<Query<EventListParams>, QueryRejection>,
+    params: Result<Query<EventListParams>, QueryRejection>,
 ) -> Result<Html<String>, ApiError> {
-    let Query(asked) = asked?;
+    let Query(params) = params?;
     let page = page(
         &state,
         None,
         OutcomeFilter::Is(Outcome::Unreadable),
-        asked.cursor.as_deref(),
+        params.cursor.as_deref(),
     )
     .await?;
+
     let content = html! {
         h1 { "Unreadable" }
         p.intro {
-            "Deliveries that Stripe signed, but that this version cannot read as an event. Their bytes are kept. "
+            "Deliveries that Stripe signed, but that this version cannot read as an event. Their bytes are stored. "
             "After an upgrade, " code { "stripe-reconciler rebuild" } " reads them again."
         }
-        (table(&page, "/ui/unreadable", "", asked.cursor.is_some()))
+        (table(&page, "/ui/unreadable", "", params.cursor.is_some()))
     };
 
     Ok(layout::page(
@@ -122,10 +126,18 @@ fn table(page: &Page, path: &str, invoice: &str, goes_on: bool) -> Markup {
     let next = page
         .next
         .map(|cursor| address(path, &[("invoice", invoice), ("cursor", &cursor.to_text())]));
+
     html! {
         @if page.events.is_empty() { p.empty { "No events." } } @else {
             table.cards {
-                thead { tr { th scope="col" { "Event" } th scope="col" { "Content" } th scope="col" { "Happened" } th scope="col" { "Received" } } }
+                thead {
+                    tr {
+                        th scope="col" { "Event" }
+                        th scope="col" { "Content" }
+                        th scope="col" { "Happened" }
+                        th scope="col" { "Received" }
+                    }
+                }
                 tbody { @for event in &page.events { (row(event)) } }
             }
         }
@@ -166,15 +178,16 @@ pub struct EventPageParams {
     cursor: Option<String>,
 }
 
+/// Answers `GET /ui/event`: the renderings of an event.
 pub async fn show(
     State(state): State<AppState>,
     _: Operator,
-    asked: Result<Query<EventPageParams>, QueryRejection>,
+    params: Result<Query<EventPageParams>, QueryRejection>,
 ) -> Result<Html<String>, ApiError> {
     let Ok(Query(EventPageParams {
         id: event_id,
         cursor,
-    })) = asked
+    })) = params
     else {
         return Err(ApiError::NotFound);
     };
@@ -233,7 +246,7 @@ fn rendering(stored: &StoredBody) -> Markup {
     }
 }
 
-/// Renders a body as text if it is text, else as a hexadecimal dump.
+/// Renders a body as text if it is UTF-8 without NUL, otherwise as a hexadecimal dump.
 fn bytes(body: &[u8]) -> Markup {
     let text = std::str::from_utf8(body)
         .ok()
@@ -262,29 +275,29 @@ fn bytes(body: &[u8]) -> Markup {
     }
 }
 
-/// Formats rows of hexadecimal digits with their ASCII characters.
+/// Formats the first [`DUMP_ROWS`] rows as hexadecimal digits with their ASCII characters.
 fn dump(body: &[u8]) -> String {
-    let ascii = |byte: &u8| {
-        if byte.is_ascii_graphic() || *byte == b' ' {
-            char::from(*byte)
-        } else {
-            '.'
-        }
-    };
-    let row = |(at, row): (usize, &[u8])| {
-        let digits: Vec<String> = row.iter().map(|byte| format!("{byte:02x}")).collect();
-        let text: String = row.iter().map(ascii).collect();
-        format!(
-            "{:06x}  {:<47}  {text}",
-            at * DUMP_ROW_BYTES,
-            digits.join(" ")
-        )
-    };
-
     body.chunks(DUMP_ROW_BYTES)
         .take(DUMP_ROWS)
         .enumerate()
-        .map(row)
+        .map(|(index, row)| {
+            let digits: Vec<String> = row.iter().map(|byte| format!("{byte:02x}")).collect();
+            let text: String = row.iter().map(|byte| ascii(*byte)).collect();
+            format!(
+                "{:06x}  {:<47}  {text}",
+                index * DUMP_ROW_BYTES,
+                digits.join(" ")
+            )
+        })
         .collect::<Vec<_>>()
         .join("\n")
+}
+
+/// Returns the ASCII character of a byte, or `.` if it is not printable.
+fn ascii(byte: u8) -> char {
+    if byte.is_ascii_graphic() || byte == b' ' {
+        char::from(byte)
+    } else {
+        '.'
+    }
 }

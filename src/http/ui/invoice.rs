@@ -1,4 +1,5 @@
-//! `/ui/invoice?tenant=&uid=&at=`: whether an invoice is paid, and the history with the proof of every entry.
+//! `/ui/invoice?tenant=&uid=&at=`: the payment state of an invoice, and its history with the proof
+//! of every entry.
 
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{Query, State as Given};
@@ -19,7 +20,7 @@ use crate::http::error::ApiError;
 use crate::queries::evidence::{self, Evidence, Missing, Proven};
 use crate::queries::payment_summary::summarise;
 
-/// Proofs of an entry that are visible at first; the others unfold.
+/// Number of proofs of an entry that are visible at first. The visitor can unfold the others.
 const VISIBLE_PROOFS: usize = 3;
 
 #[derive(Deserialize)]
@@ -29,13 +30,14 @@ pub struct InvoicePageParams {
     at: Option<String>,
 }
 
+/// Answers `GET /ui/invoice`.
 pub async fn show(
     Given(state): Given<AppState>,
     visitor: Visitor,
-    asked: Result<Query<InvoicePageParams>, QueryRejection>,
+    params: Result<Query<InvoicePageParams>, QueryRejection>,
 ) -> Result<Html<String>, ApiError> {
-    // An invalid id and another tenant's invoice look the same: not found.
-    let Ok(Query(InvoicePageParams { tenant, uid, at })) = asked else {
+    // An invalid id and another tenant's invoice get the same response: not found.
+    let Ok(Query(InvoicePageParams { tenant, uid, at })) = params else {
         return Err(ApiError::NotFound);
     };
     let is_valid = validate_uid(&tenant).is_ok() && validate_uid(&uid).is_ok();
@@ -48,6 +50,7 @@ pub async fn show(
         .map(|text| evidence::as_of(&as_time(&text), state.clock.now_ms()))
         .transpose()
         .map_err(|reason| ApiError::InvalidQuery(format!("The time {reason}")))?;
+
     let invoice = state
         .store
         .invoice(&tenant, &uid)
@@ -55,6 +58,7 @@ pub async fn show(
         .ok_or(ApiError::NotFound)?;
     let document = serde_json::from_str(&invoice.document).unwrap_or_default();
     let evidence = evidence::of(&state.store, invoice, as_of_ms).await?;
+
     let content = html! {
         nav.back aria-label="Back" { a href="/ui" { "Invoices" } }
         (answer(&evidence))
@@ -80,8 +84,8 @@ pub async fn show(
     ))
 }
 
-/// Completes the value of a browser's date and time field, which has no offset and sometimes no seconds. It is UTC, as its label
-/// says.
+/// Completes the value of a browser's date and time field, which has no offset and sometimes no
+/// seconds. The label of the field asks for UTC.
 fn as_time(text: &str) -> String {
     let text = text.trim().replace(' ', "+");
     match text.len() {
@@ -93,6 +97,7 @@ fn as_time(text: &str) -> String {
 
 fn answer(evidence: &Evidence) -> Markup {
     let summary = summarise(evidence);
+
     html! {
         section.answer.(layout::tone(summary.state)) aria-labelledby="invoice" {
             p.answer-state { (badge(summary.state)) @if let Some(ms) = evidence.as_of_ms { span.then { "as known at " (time(ms)) } } }
@@ -105,8 +110,8 @@ fn answer(evidence: &Evidence) -> Markup {
     }
 }
 
-/// Returns the messages below the answer: the latest, or from the first payment on, since later entries tell what happened to the
-/// money.
+/// Returns the messages below the answer: those from the first payment on, because later entries
+/// explain what happened to the money, or only the latest if there is no payment.
 fn latest_messages(entries: &[Proven]) -> impl Iterator<Item = &str> {
     let paid = entries
         .iter()
@@ -126,9 +131,10 @@ fn open(missing: &Missing, visitor: &Visitor) -> Markup {
     }
 }
 
-/// Renders the timeline: a point for each entry, and the time between them.
+/// Renders the timeline: a point for each entry, and the time between two entries.
 fn line(evidence: &Evidence, visitor: &Visitor) -> Markup {
     let entries = &evidence.entries;
+
     html! {
         @if entries.is_empty() { p.empty { "There is no entry yet." } }
         ol.line {
@@ -234,7 +240,7 @@ fn facts(evidence: &Evidence, document: &Value) -> Markup {
     }
 }
 
-/// Returns the day of a time in a document.
+/// Returns the date of a time in a document.
 fn day(time: &str) -> &str {
     time.split('T').next().unwrap_or(time)
 }

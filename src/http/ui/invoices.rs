@@ -1,4 +1,4 @@
-//! `/ui`: the invoices with their states, newest first, and the search.
+//! `/ui`: the list of invoices with their states, newest first, and the search.
 
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{Query, State as Given};
@@ -17,7 +17,7 @@ use crate::http::pagination;
 use crate::queries::invoices::{self as queries, Cursor, Page, PageRequest, StateFilter};
 use crate::store::{StoreError, StoredInvoice};
 
-/// Invoices on one page.
+/// Number of invoices on one page.
 const PAGE_SIZE: usize = 50;
 
 #[derive(Deserialize)]
@@ -27,14 +27,15 @@ pub struct InvoiceListParams {
     cursor: Option<String>,
 }
 
+/// Answers `GET /ui`: a page of invoices, or the results of a search.
 pub async fn list(
     Given(state): Given<AppState>,
     visitor: Visitor,
-    asked: Result<Query<InvoiceListParams>, QueryRejection>,
+    params: Result<Query<InvoiceListParams>, QueryRejection>,
 ) -> Result<Response, ApiError> {
-    let Query(asked) = asked?;
-    let sought = asked.q.as_deref().unwrap_or_default().trim();
-    let filter = asked.state.as_deref().unwrap_or_default();
+    let Query(params) = params?;
+    let sought = params.q.as_deref().unwrap_or_default().trim();
+    let filter = params.state.as_deref().unwrap_or_default();
     if !sought.is_empty() {
         return find(&state, &visitor, sought).await;
     }
@@ -48,12 +49,13 @@ pub async fn list(
             StateFilter::parse(filter).map_err(ApiError::InvalidQuery)?
         },
         limit: PAGE_SIZE,
-        after: pagination::cursor(asked.cursor.as_deref(), Cursor::parse)?,
+        after: pagination::cursor(params.cursor.as_deref(), Cursor::parse)?,
     };
+
     let is_first = request.after.is_none();
     let Page { items: rows, next } = queries::page(&state.store, &request, row).await?;
 
-    // Below a full page, the link to the next page is enough.
+    // A full page needs no hint: its link to the next page is enough.
     let looked_back_to_ms = next
         .as_ref()
         .filter(|_| rows.len() < PAGE_SIZE && request.state != StateFilter::Any)
@@ -61,6 +63,7 @@ pub async fn list(
     let next =
         next.map(|cursor| address("/ui", &[("state", filter), ("cursor", &cursor.to_text())]));
     let first = (!is_first).then(|| address("/ui", &[("state", filter)]));
+
     let content = html! {
         h1 { "Invoices" }
         (search(""))
@@ -77,6 +80,8 @@ pub async fn list(
     Ok(layout::page("Invoices", CurrentPage::Invoices, Some(&visitor), content).into_response())
 }
 
+/// Renders the results of a search, or redirects to the only invoice whose uid or Stripe id matches
+/// exactly.
 async fn find(state: &AppState, visitor: &Visitor, sought: &str) -> Result<Response, ApiError> {
     let found = queries::find(&state.store, visitor.tenant(), sought, PAGE_SIZE, row).await?;
     if let [only] = &found.items[..]
@@ -104,7 +109,7 @@ async fn find(state: &AppState, visitor: &Visitor, sought: &str) -> Result<Respo
     Ok(layout::page("Search", CurrentPage::Invoices, Some(visitor), content).into_response())
 }
 
-/// An invoice in the table: what remains of it when its document is dropped.
+/// A row of the table: the fields of an invoice that the page shows, without its document.
 struct Row {
     tenant_uid: String,
     invoice_uid: String,

@@ -21,6 +21,7 @@ pub enum CurrentPage {
     Events,
 }
 
+/// Pages that only operators may open: the entry, its path and its name.
 const FOR_OPERATORS: [(CurrentPage, &str, &str); 5] = [
     (CurrentPage::Unmatched, "/ui/waiting", "Unmatched"),
     (CurrentPage::Unreadable, "/ui/unreadable", "Unreadable"),
@@ -33,7 +34,7 @@ const FOR_OPERATORS: [(CurrentPage, &str, &str); 5] = [
     (CurrentPage::Alarms, "/ui/alarms", "Alarms"),
 ];
 
-/// Renders a whole page. `visitor` is `None` if nobody is signed in.
+/// Renders a page with its frame. `visitor` is `None` if nobody is signed in.
 pub fn page(
     title: &str,
     here: CurrentPage,
@@ -43,6 +44,7 @@ pub fn page(
     let link = |part: CurrentPage, to: &str, name: &str| {
         html! { li { a href=(to) aria-current=[(part == here).then_some("page")] { (name) } } }
     };
+
     let markup = html! {
         (DOCTYPE)
         html lang="en" {
@@ -98,7 +100,7 @@ pub fn notice(title: &str, text: &str) -> Html<String> {
     )
 }
 
-/// Renders a state as text with an icon, so that it never depends on colour alone.
+/// Renders a state as text with an icon, so that no reader depends on colour.
 pub fn badge(state: Option<PaymentState>) -> Markup {
     html! { span.badge.(tone(state)) { (icon(state)) (name(state)) } }
 }
@@ -144,6 +146,7 @@ pub fn icon(state: Option<PaymentState>) -> Markup {
     }
 }
 
+/// Renders the logo.
 fn mark() -> Markup {
     html! {
         svg viewBox="0 0 24 24" width="22" height="22" aria-hidden="true" focusable="false" {
@@ -155,13 +158,15 @@ fn mark() -> Markup {
     }
 }
 
-/// Renders the id of an event, or its key if it has no id. `links` adds a link to its page, which is for operators.
+/// Renders the id of an event, or its key if it has no id. `links` adds a link to its page, which
+/// only operators may open.
 pub fn event_id(event: &LoggedEvent, links: bool) -> Markup {
     let shown = event.id.clone().unwrap_or_else(|| hex::encode(event.key.0));
     html! { @if links { a href=(event_address(event)) { (id(&shown)) } } @else { (id(&shown)) } }
 }
 
-/// Returns the address of an event's page: by its id, which all its renderings share, or by its key if the id is invalid.
+/// Returns the address of an event's page. It contains the id, which all renderings share, or the
+/// key if there is no valid id.
 pub fn event_address(event: &LoggedEvent) -> String {
     let by_id = event.id.clone().filter(|id| validate_uid(id).is_ok());
     address(
@@ -170,10 +175,11 @@ pub fn event_address(event: &LoggedEvent) -> String {
     )
 }
 
-/// Renders an event: its type, when it happened, when and how it was received. `links` adds a link to its page, which is for
-/// operators.
+/// Renders an event: its type, when it happened, and when and how it was received. `links` adds a
+/// link to its page, which only operators may open.
 pub fn event(event: &LoggedEvent, links: bool) -> Markup {
     let kind = event.event_type.as_deref().unwrap_or("unreadable");
+
     html! {
         div.event {
             p.event-name {
@@ -189,7 +195,7 @@ pub fn event(event: &LoggedEvent, links: bool) -> Markup {
     }
 }
 
-/// Renders how an event was received.
+/// Renders the source of an event, and the label of the secret that signed it.
 pub fn came_by(event: &LoggedEvent) -> Markup {
     let source = match event.source {
         Source::Webhook => "webhook",

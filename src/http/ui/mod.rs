@@ -1,8 +1,10 @@
-//! Pages for people: whether an invoice is paid and how we know; for the operator, unmatched events and problems.
+//! Web pages. They show whether an invoice is paid and which events prove it; for operators, they
+//! also show unmatched events and problems.
 //!
-//! The template escapes all text, and no page needs a script. All pages are read-only. They are not part of the API, so
-//! `openapi.json` leaves them out. Ids are query parameters, because a path cannot hold every id. `session` identifies the visitor,
-//! `layout` is the frame, `text` makes text from outside safe to display; the other files are the pages.
+//! The template escapes all text, and no page needs a script. All pages are read-only. They are not
+//! part of the API, so `openapi.json` omits them. Ids are query parameters, because a path cannot
+//! hold every id. `session` identifies the visitor, `layout` is the frame, and `text` makes
+//! external text safe to display; the other files are the pages.
 
 mod events;
 mod invoice;
@@ -29,9 +31,12 @@ use super::error::ApiError;
 /// Largest form, in bytes. The sign-in form has a key and an address.
 const FORM_LIMIT: usize = 16 * 1024;
 
-/// Allows only our style sheet and our forms, so that markup that got past the escaping can do nothing.
-const POLICY: &str = "default-src 'none'; style-src 'self'; img-src data:; form-action 'self'; frame-ancestors 'none'; base-uri 'none'";
-/// `same-origin`, not `no-referrer`: with the latter, browsers would not send the origin of a form either.
+/// Content security policy. It allows only our style sheet and our forms, so that injected markup
+/// cannot load or send anything.
+const POLICY: &str = "default-src 'none'; style-src 'self'; img-src data:; form-action 'self'; \
+                      frame-ancestors 'none'; base-uri 'none'";
+/// Headers that restrict pages. The referrer policy is `same-origin`, because with `no-referrer`
+/// browsers would not send the origin of a form either.
 const GUARDS: [(HeaderName, &str); 5] = [
     (header::CONTENT_SECURITY_POLICY, POLICY),
     (header::REFERRER_POLICY, "same-origin"),
@@ -43,7 +48,8 @@ const GUARDS: [(HeaderName, &str); 5] = [
     ),
 ];
 
-/// The style sheet. Its path contains a hash of its content, so that browsers may cache it without limit.
+/// The style sheet. Its path contains a hash of its content, so browsers may cache it without
+/// limit.
 struct Style {
     text: &'static str,
     path: String,
@@ -77,6 +83,7 @@ pub fn routes() -> Router<AppState> {
         .layer(DefaultBodyLimit::max(FORM_LIMIT))
 }
 
+/// Serves the style sheet.
 async fn style() -> Response {
     let headers = [
         (header::CONTENT_TYPE, "text/css; charset=utf-8"),
@@ -85,17 +92,18 @@ async fn style() -> Response {
     (headers, STYLE.text).into_response()
 }
 
-/// Whether a route of [`routes`] is a page.
+/// Returns whether a route belongs to [`routes`].
 pub fn is_page(route: &str) -> bool {
     route == "/ui" || route.starts_with("/ui/")
 }
 
-/// Completes the response of a page: renders an error as a page, and adds the headers that restrict what pages may do.
+/// Completes the response of a page: renders an error as a page and adds the [`GUARDS`].
 pub fn finish(response: &mut Response, error: Option<&ApiError>, request_id: &str) {
     if let Some(error) = error.filter(|error| error.status() == response.status()) {
         let (title, text) = error_text(error);
         let page = layout::notice(title, &format!("{text} (Request {request_id}.)"));
         *response.body_mut() = Body::from(page.0);
+
         let headers = response.headers_mut();
         headers.remove(header::CONTENT_LENGTH);
         headers.insert(
@@ -132,8 +140,9 @@ fn error_text(error: &ApiError) -> (&'static str, String) {
         ApiError::InvalidQuery(reason) | ApiError::InvalidPath(reason) => ("Invalid request", format!("{reason}.")),
         ApiError::Unavailable(_) => (
             "The database does not answer",
-            "Try again in a moment. Until it recovers, deliveries are answered 503 and nothing is lost: Stripe redelivers for three days. \
-             If you are on call: the server log has the cause, and `stripe-reconciler doctor` tells you what to do."
+            "Try again in a moment. Until the database recovers, deliveries get 503 and nothing is \
+             lost, because Stripe redelivers for three days. If you are on call: the server log has \
+             the cause, and `stripe-reconciler doctor` tells you what to do."
                 .to_owned(),
         ),
         ApiError::Internal(_) => ("Internal error", "The server log has the details.".to_owned()),

@@ -1,4 +1,4 @@
-//! `/ui/waiting`, `/ui/reconciliation` and `/ui/alarms`: the state of the service, for the operator.
+//! `/ui/waiting`, `/ui/reconciliation` and `/ui/alarms`: the state of the service, for operators.
 
 use axum::extract::State as Given;
 use axum::response::Html;
@@ -14,18 +14,20 @@ use crate::http::AppState;
 use crate::http::error::ApiError;
 use crate::store::{Run, Scope};
 
-/// Most unmatched invoices on the page.
+/// Largest number of unmatched invoices on the page.
 const MAX_UNMATCHED: u32 = 200;
-/// Most reconcile runs on the page.
+/// Largest number of reconcile runs on the page.
 const MAX_RUNS: u32 = 12;
 const OPERATOR: Visitor = Visitor(Scope::Operator);
 
+/// Answers `GET /ui/waiting`: the Stripe invoices that have events but are not stored.
 pub async fn unmatched(
     Given(state): Given<AppState>,
     _: Operator,
 ) -> Result<Html<String>, ApiError> {
     let unmatched = state.store.unmatched_invoices(MAX_UNMATCHED + 1).await?;
     let now_ms = state.clock.now_ms();
+
     let content = html! {
         h1 { "Unmatched events" }
         p.intro {
@@ -34,7 +36,14 @@ pub async fn unmatched(
         }
         @if unmatched.is_empty() { p.empty { "No unmatched events." } } @else {
             table.cards {
-                thead { tr { th scope="col" { "Stripe invoice" } th scope="col" { "Events" } th scope="col" { "Waits for" } th scope="col" { "Since" } } }
+                thead {
+                    tr {
+                        th scope="col" { "Stripe invoice" }
+                        th scope="col" { "Events" }
+                        th scope="col" { "Waits for" }
+                        th scope="col" { "Since" }
+                    }
+                }
                 tbody {
                     @for invoice in unmatched.iter().take(MAX_UNMATCHED as usize) {
                         tr {
@@ -58,10 +67,12 @@ pub async fn unmatched(
     ))
 }
 
+/// Answers `GET /ui/alarms`: the checks of `doctor`, worst first.
 pub async fn alarms(Given(state): Given<AppState>, _: Operator) -> Html<String> {
     let input = DoctorInput {
         store: Ok(state.store.clone()),
-        // A page view must not cost a call to Stripe: it shows what the last run saw.
+        // A page view must not cost a call to Stripe, so the page shows the results of the last
+        // run.
         api: None,
         reconciles: state.metrics.reconcile.enabled.get() == 1,
         secrets: Some(state.secrets.names()),
@@ -78,6 +89,7 @@ pub async fn alarms(Given(state): Given<AppState>, _: Operator) -> Html<String> 
         .count();
 
     checks.sort_by_key(|check| std::cmp::Reverse(check.state));
+
     let content = html! {
         h1 { "Alarms" }
         p.intro {
@@ -92,7 +104,7 @@ pub async fn alarms(Given(state): Given<AppState>, _: Operator) -> Html<String> 
 
 fn check_item(check: &Check) -> Markup {
     use crate::domain::payment_state::PaymentState as Payment;
-    // The icons of payment states also fit here: done, unknown, wrong.
+    // The icons of payment states also fit the status of a check.
     let (tone, word, icon) = match check.state {
         CheckStatus::Ok => ("good", "Ok", Some(Payment::Paid)),
         CheckStatus::Unknown => ("unknown", "Unknown", None),
@@ -109,6 +121,7 @@ fn check_item(check: &Check) -> Markup {
     }
 }
 
+/// Answers `GET /ui/reconciliation`: the last reconcile runs.
 pub async fn reconciliation(
     Given(state): Given<AppState>,
     _: Operator,
@@ -131,7 +144,7 @@ pub async fn reconciliation(
     ))
 }
 
-/// The lists of a report, most important first.
+/// The lists of a run report with their titles, most important first.
 const LISTS: [(&str, &str); 8] = [
     ("differing", "Differ"),
     ("unknownAtStripe", "Not at Stripe"),
@@ -177,7 +190,7 @@ fn run_section(run: &Run) -> Markup {
     }
 }
 
-/// Renders an item of a list.
+/// Renders an item of a list of a run report.
 fn item_text(list: &str, item: &Value) -> Markup {
     let text = |name: &str| item[name].as_str().unwrap_or_default();
     let invoice = || {

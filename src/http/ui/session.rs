@@ -1,7 +1,8 @@
 //! Sign-in with an API key, and the cookie that replaces the key afterwards (see `session_token`).
 //!
-//! Pages are read-only, so only sign-in and sign-out need protection from other sites: both require a `POST` that the browser
-//! marks as same-origin. Attempts are not limited: a key has 256 random bits.
+//! Pages are read-only, so only sign-in and sign-out need protection from other sites. Both require
+//! a `POST` that the browser marks as same-origin. Attempts are not limited, because a key has 256
+//! random bits.
 
 use axum::Form;
 use axum::extract::rejection::{FormRejection, QueryRejection};
@@ -28,11 +29,11 @@ static FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto"
 /// The signed-in visitor. Redirects to the sign-in page if there is no valid session.
 pub struct Visitor(pub Scope);
 
-/// A signed-in operator. Answers 403 to a tenant's visitor.
+/// A signed-in operator. Answers 403 to a visitor with a tenant's key.
 pub struct Operator;
 
 impl Visitor {
-    /// Returns the tenant whose invoices the visitor may read; `None` for all tenants.
+    /// Returns the tenant whose invoices the visitor may read, or `None` for all tenants.
     pub fn tenant(&self) -> Option<&str> {
         match &self.0 {
             Scope::Tenant(tenant_uid) => Some(tenant_uid),
@@ -74,6 +75,7 @@ impl FromRequestParts<AppState> for Operator {
     }
 }
 
+/// Returns the scope of the signed-in visitor, or `None` if there is no valid session.
 async fn signed_in(state: &AppState, headers: &HeaderMap) -> Result<Option<Scope>, ApiError> {
     let Some(claim) = cookie(headers).and_then(Claim::read) else {
         return Ok(None);
@@ -87,7 +89,8 @@ async fn signed_in(state: &AppState, headers: &HeaderMap) -> Result<Option<Scope
     Ok(auth::scope(state, vec![key]).ok())
 }
 
-/// Returns the value of the session cookie. Other programs on this host may set cookies with arbitrary bytes.
+/// Returns the value of the session cookie. Other programs on this host may set cookies with
+/// arbitrary bytes.
 fn cookie(headers: &HeaderMap) -> Option<&str> {
     let lines = headers
         .get_all(header::COOKIE)
@@ -107,7 +110,7 @@ pub struct SignInParams {
     next: Option<String>,
 }
 
-/// Shows the sign-in form.
+/// Answers `GET /ui/sign-in`: the sign-in form.
 pub async fn ask(query: Result<Query<SignInParams>, QueryRejection>) -> Response {
     let Query(wanted) = query.unwrap_or_default();
     form(&next(wanted.next), None).into_response()
@@ -134,6 +137,7 @@ pub async fn sign_in(
             StatusCode::PAYLOAD_TOO_LARGE => ApiError::TooLarge,
             _ => ApiError::BadBody,
         })?;
+
     let wanted = next(wanted);
     let hash = api_key::hash(key.trim().as_bytes());
     let found = state.store.key_by_hash(&hash).await?;
@@ -158,7 +162,8 @@ pub async fn sign_out(headers: HeaderMap) -> Response {
     (set_cookie(&headers, "", 0), Redirect::to("/ui/sign-in")).into_response()
 }
 
-/// Sets the session cookie. It is `Secure` if a proxy says that the browser used https.
+/// Returns the header that sets the session cookie. The cookie is `Secure` if a proxy reports that
+/// the browser used https.
 fn set_cookie(headers: &HeaderMap, value: &str, life_s: i64) -> [(HeaderName, HeaderValue); 1] {
     let proto = headers
         .get(&FORWARDED_PROTO)
@@ -178,7 +183,8 @@ fn set_cookie(headers: &HeaderMap, value: &str, life_s: i64) -> [(HeaderName, He
     )]
 }
 
-/// Whether a `POST` comes from one of our pages. Over plain http some browsers send only `Origin`, which must name this host.
+/// Returns whether a `POST` comes from one of our pages. Over plain http some browsers send only
+/// `Origin`, which must name this host.
 fn is_from_here(headers: &HeaderMap) -> bool {
     let text = |name: &HeaderName| headers.get(name).and_then(|value| value.to_str().ok());
     match (
@@ -194,8 +200,11 @@ fn is_from_here(headers: &HeaderMap) -> bool {
     }
 }
 
+/// Answers 403 to a `POST` from another site.
 fn from_elsewhere() -> Response {
-    let text = "Your browser did not mark the request as coming from this site. Open the page again and sign in or out there.";
+    let text = "Your browser did not mark the request as coming from this site. \
+                Open the page again and sign in or out there.";
+
     (
         StatusCode::FORBIDDEN,
         layout::notice("Request from another site", text),
@@ -203,20 +212,25 @@ fn from_elsewhere() -> Response {
         .into_response()
 }
 
-/// Returns where to go after signing in: only to one of our pages.
+/// Returns the page to open after the sign-in: the wanted page if it is one of ours, else `/ui`.
 fn next(wanted: Option<String>) -> String {
-    let is_ours = |wanted: &String| {
-        let rest = wanted.strip_prefix("/ui");
-        // Our paths have neither. Browsers resolve encoded dots, which could lead out of `/ui`.
-        let path = wanted.split('?').next().unwrap_or_default();
-        rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(['/', '?']))
-            && wanted
-                .bytes()
-                .all(|byte| byte.is_ascii_graphic() && byte != b'\\')
-            && !path.contains(['%', '.'])
-            && !path.starts_with("/ui/sign-")
-    };
-    wanted.filter(is_ours).unwrap_or_else(|| "/ui".to_owned())
+    wanted
+        .filter(|wanted| is_our_page(wanted))
+        .unwrap_or_else(|| "/ui".to_owned())
+}
+
+/// Returns whether an address is one of our pages, other than those to sign in or out.
+fn is_our_page(wanted: &str) -> bool {
+    let rest = wanted.strip_prefix("/ui");
+    let path = wanted.split('?').next().unwrap_or_default();
+
+    rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(['/', '?']))
+        && wanted
+            .bytes()
+            .all(|byte| byte.is_ascii_graphic() && byte != b'\\')
+        // Our paths contain neither. Browsers resolve encoded dots, which could lead out of `/ui`.
+        && !path.contains(['%', '.'])
+        && !path.starts_with("/ui/sign-")
 }
 
 fn form(next: &str, mistake: Option<&str>) -> Html<String> {
@@ -239,7 +253,8 @@ fn form(next: &str, mistake: Option<&str>) -> Html<String> {
                     "A tenant's key shows the invoices of its tenant, an operator's key shows everything. All pages are read-only. "
                     "You stay signed in for 12 hours."
                 }
-                // Browsers do not send the session with a link from another site, but do with a click here.
+                // Browsers omit the session cookie for a link on another site, but send it after a
+                // click here.
                 @if mistake.is_none() && next != "/ui" { p.hint { "Signed in already? " a href=(next) { "Open the page" } "." } }
             }
         },

@@ -1,40 +1,45 @@
 //! The session cookie of a signed-in browser: its content, and how it is authenticated.
 //!
-//! `<id of the API key>.<end, Unix seconds>.<tag>`. The tag is an HMAC by the first signing secret, over the end, the id, and the
-//! hash that is kept of the key. All replicas know these, so there is no table of sessions; a session outlives a restart, and ends
-//! with its key. Neither the database alone nor the cookie of another key is enough to make one, and none holds a key.
+//! The format is `<id of the API key>.<end, Unix seconds>.<tag>`. The tag is an HMAC by the first
+//! signing secret, over the end, the id, and the stored hash of the key. All replicas know these
+//! values, so no table of sessions is needed: a session outlives a restart and ends with its key. A
+//! cookie does not contain the key, and neither the database alone nor the cookie of another key is
+//! enough to forge one.
 //!
-//! A session has one encoding: `+5` or `05` for a time, or upper-case hex digits, would make several cookies of one, which then
-//! pass whatever lists or compares cookies.
+//! A session has exactly one encoding. If `+5` or `05` were accepted as a time, or upper-case hex
+//! digits in the tag, one session would have several cookies, and tools that list or compare
+//! cookies would miss some of them.
 
 use subtle::{Choice, ConstantTimeEq};
 
 use crate::domain::stripe::signing_secrets::SigningSecrets;
 
-/// How long it lasts.
+/// Lifetime of a session, in seconds.
 pub const LIFE_S: i64 = 12 * 3600;
 
-/// What a cookie claims.
+/// The content of a session cookie, not yet authenticated.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Claim<'c> {
     pub key_id: &'c str,
+    /// Unix seconds of the end of the session.
     until_s: i64,
     tag: [u8; 32],
 }
 
-/// The cookie of who showed this key.
+/// Returns the session cookie for a visitor who has presented this key.
 pub fn issue(secrets: &SigningSecrets, key_id: &str, key_sha256: &[u8], now_s: i64) -> String {
     let until_s = now_s.saturating_add(LIFE_S);
     let tag = secrets.tags(&message(key_id, key_sha256, until_s))[0];
     encode(key_id, until_s, &tag)
 }
 
-/// Returns the one encoding of a session that is accepted.
+/// Returns the only accepted encoding of a session.
 fn encode(key_id: &str, until_s: i64, tag: &[u8; 32]) -> String {
     format!("{key_id}.{until_s}.{}", hex::encode(tag))
 }
 
 impl<'c> Claim<'c> {
+    /// Parses a cookie. Returns `None` if it is malformed or not in the only accepted encoding.
     pub fn read(cookie: &'c str) -> Option<Claim<'c>> {
         let mut parts = cookie.split('.');
         let (Some(key_id), Some(until), Some(hex), None) =
@@ -42,6 +47,7 @@ impl<'c> Claim<'c> {
         else {
             return None;
         };
+
         let mut tag = [0; 32];
         hex::decode_to_slice(hex, &mut tag).ok()?;
         let claim = Claim {
@@ -53,20 +59,23 @@ impl<'c> Claim<'c> {
         (encode(key_id, claim.until_s, &tag) == cookie).then_some(claim)
     }
 
-    /// Made by one of our secrets for the key with this hash, and not over.
+    /// Returns whether one of our secrets issued this session for the key with this hash, and
+    /// whether the session has not ended.
     pub fn holds(&self, secrets: &SigningSecrets, key_sha256: &[u8], now_s: i64) -> bool {
         let tags = secrets.tags(&message(self.key_id, key_sha256, self.until_s));
         let is_ours = tags
             .iter()
             .fold(Choice::from(0), |any, tag| any | tag.ct_eq(&self.tag));
-        // One that ends later than any was made for was made by a clock that is ahead.
+
+        // A skewed clock issued a session that ends implausibly late, so it does not count.
         bool::from(is_ours)
             && (now_s..=now_s.saturating_add(2 * LIFE_S)).contains(&self.until_s)
             && now_s != self.until_s
     }
 }
 
-/// It begins with no number: what Stripe signs does.
+/// Returns the authenticated bytes. They must not begin with a number, because the bytes that
+/// Stripe signs do, and a tag must not serve as a signature of a delivery.
 fn message(key_id: &str, key_sha256: &[u8], until_s: i64) -> Vec<u8> {
     [
         b"session of a browser\n",
@@ -88,26 +97,33 @@ mod tests {
     }
 
     #[test]
-    fn a_session_holds_for_its_key_until_its_end() {
+    fn session_is_valid_for_its_key_until_its_end() {
         let (ours, hash) = (secrets("whsec_a"), [7; 32]);
         let cookie = issue(&ours, "key_1", &hash, NOW);
         let claim = Claim::read(&cookie).unwrap();
         assert_eq!(claim.key_id, "key_1");
         assert!(claim.holds(&ours, &hash, NOW) && claim.holds(&ours, &hash, NOW + LIFE_S - 1));
-        assert!(!claim.holds(&ours, &hash, NOW + LIFE_S), "it is over");
-        assert!(!claim.holds(&ours, &[8; 32], NOW), "it is of another key");
+        assert!(
+            !claim.holds(&ours, &hash, NOW + LIFE_S),
+            "the session has ended"
+        );
+        assert!(
+            !claim.holds(&ours, &[8; 32], NOW),
+            "the session belongs to another key"
+        );
         assert!(
             !claim.holds(&secrets("whsec_b"), &hash, NOW),
-            "the database alone makes none"
+            "the database alone cannot forge a session"
         );
         assert!(
             claim.holds(&secrets("whsec_b,whsec_a"), &hash, NOW),
-            "a rotated secret still counts"
+            "an older secret is still accepted"
         );
+
         let longer = cookie.replace(&(NOW + LIFE_S).to_string(), &(NOW + LIFE_S + 1).to_string());
         assert!(!Claim::read(&longer).unwrap().holds(&ours, &hash, NOW));
-        let other = cookie.replace("key_1", "key_2");
 
+        let other = cookie.replace("key_1", "key_2");
         assert!(!Claim::read(&other).unwrap().holds(&ours, &hash, NOW));
     }
 
@@ -120,12 +136,12 @@ mod tests {
             assert_eq!(Claim::read(&format!("key_1.{until}.{tag}")), None);
         }
         let upper = tag.to_uppercase();
-        assert_ne!(upper, tag, "it has a letter");
+        assert_ne!(upper, tag, "the tag has a letter");
         assert_eq!(Claim::read(&format!("key_1.{until}.{upper}")), None);
     }
 
     #[test]
-    fn what_is_no_session_claims_nothing() {
+    fn malformed_cookie_is_rejected() {
         let cookie = issue(&secrets("whsec_a"), "key_1", &[7; 32], NOW);
         let shorter = &cookie[..cookie.len() - 2];
 

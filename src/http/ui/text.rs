@@ -1,4 +1,4 @@
-//! Text for pages: text from outside with its control characters escaped, times, durations and addresses.
+//! Text for pages: external text with escaped control characters, times, durations and addresses.
 
 use std::borrow::Cow;
 
@@ -32,7 +32,7 @@ pub fn visible(text: &str) -> Cow<'_, str> {
     Cow::Owned(escaped)
 }
 
-/// Escapes as [`visible`], and keeps line breaks.
+/// Escapes like [`visible`], but keeps line breaks.
 pub fn visible_lines(text: &str) -> String {
     text.split('\n')
         .map(|line| visible(line.strip_suffix('\r').unwrap_or(line)))
@@ -40,6 +40,7 @@ pub fn visible_lines(text: &str) -> String {
         .join("\n")
 }
 
+/// Returns whether a character is a control character, invisible, or changes the writing direction.
 fn is_tricky(c: char) -> bool {
     let is_invisible =
         matches!(c, '\u{ad}' | '\u{61c}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}');
@@ -47,7 +48,7 @@ fn is_tricky(c: char) -> bool {
     (c.is_control() && c != '\t') || is_invisible || is_mark
 }
 
-/// Renders text from outside, isolated from the direction of the text around it.
+/// Renders external text, isolated from the writing direction of the text around it.
 pub fn quoted(text: &str) -> Markup {
     html! { bdi { (visible(text)) } }
 }
@@ -62,7 +63,7 @@ pub fn time(ms: i64) -> Markup {
     html! { time datetime=(timestamp(ms)) { (readable(ms)) } }
 }
 
-/// Renders one of our sentences, without a line break inside a date.
+/// Renders one of our sentences. No line breaks inside a date.
 pub fn sentence(text: &str) -> Markup {
     let words: Vec<&str> = text.split(' ').collect();
     let is_date =
@@ -75,12 +76,16 @@ pub fn sentence(text: &str) -> Markup {
     }
 }
 
-/// Renders one of our texts, in which names are between backticks.
+/// Renders one of our texts, in which backticks enclose names.
 pub fn marked(text: &str) -> Markup {
-    html! { @for (at, part) in text.split('`').enumerate() { @if at % 2 == 1 { (id(part)) } @else { (quoted(part)) } } }
+    html! {
+        @for (at, part) in text.split('`').enumerate() {
+            @if at % 2 == 1 { (id(part)) } @else { (quoted(part)) }
+        }
+    }
 }
 
-/// Formats the amount of a document, with two decimals if these are exact.
+/// Formats an amount of a document, with two decimals if these are exact.
 pub fn amount(number: &serde_json::Number) -> String {
     let rounded = number
         .as_f64()
