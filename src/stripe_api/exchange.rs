@@ -1,4 +1,4 @@
-//! Sends one request to Stripe, retries it, and judges the response.
+//! Sends one request to Stripe, retries it, and classifies the response.
 
 use std::fmt;
 use std::sync::atomic::Ordering;
@@ -20,7 +20,9 @@ use super::{Query, Scope, StripeApi, StripeApiError, VERSION};
 use crate::domain::redact;
 use crate::http_client::HttpClientError;
 
+/// Delay before the first retry. It doubles with each retry.
 const FIRST_DELAY: Duration = Duration::from_millis(250);
+/// Longest delay between two attempts.
 const MAX_DELAY: Duration = Duration::from_secs(8);
 
 impl StripeApi {
@@ -32,7 +34,8 @@ impl StripeApi {
         scope: &Scope,
     ) -> Result<Bytes, StripeApiError> {
         let query = encode(query);
-        // async-stripe knows neither contexts nor versions other than v1: those calls bypass it.
+        // async-stripe supports neither contexts nor versions other than v1, so those calls bypass
+        // it.
         let (path_in_v1, account) = match (path.strip_prefix("/v1"), scope) {
             (Some(path), Scope::Own) => (path, None),
             (Some(path), Scope::Account(account)) => (path, Some(account)),
@@ -84,7 +87,7 @@ impl StripeApi {
 
         let request = self.request(path, query, scope)?;
         let span = tracing::debug_span!(
-            "ask Stripe",
+            "call Stripe",
             otel.kind = "client",
             http.request.method = "GET",
             url.path = path,
@@ -94,8 +97,8 @@ impl StripeApi {
         let answer = sent.map_err(|error| Failure::from_client(path, error))?;
         span.record("http.response.status_code", answer.status().as_u16());
 
-        self.note_time(&answer);
-        judge(path, &answer)
+        self.record_time(&answer);
+        classify(path, &answer)
     }
 
     fn request(
@@ -120,11 +123,11 @@ impl StripeApi {
 
         request
             .body(Full::default())
-            .map_err(|error| Failure::lasting(refused(path, 0, &error.to_string())))
+            .map_err(|error| Failure::lasting(denied(path, 0, &error.to_string())))
     }
 
-    /// Keeps Stripe's clock, which `doctor` compares with ours.
-    fn note_time(&self, answer: &Response<Bytes>) {
+    /// Stores the time of Stripe's clock, which `doctor` compares with ours.
+    fn record_time(&self, answer: &Response<Bytes>) {
         let date = answer
             .headers()
             .get("date")
@@ -166,9 +169,10 @@ impl StripeClientErr for StripeApiError {
     }
 }
 
-/// Why one attempt failed, and whether a retry may succeed.
+/// The error of a failed attempt.
 struct Failure {
     error: StripeApiError,
+    /// `true` if a retry may succeed.
     is_transient: bool,
 }
 
@@ -187,7 +191,8 @@ impl Failure {
         }
     }
 
-    /// A response that exceeds the limit would exceed it again, and cost as much.
+    /// Converts an error of the HTTP client. A response above the size limit is not retried: it
+    /// would exceed the limit again and cost as much.
     fn from_client(path: &str, error: HttpClientError) -> Failure {
         match error {
             HttpClientError::TooLarge(_) => {
@@ -201,14 +206,17 @@ impl Failure {
 }
 
 /// Returns the body of a successful response.
-fn judge(path: &str, answer: &Response<Bytes>) -> Result<Bytes, Failure> {
+///
+/// # Errors
+/// A transient or lasting [`Failure`]. Stripe's header `stripe-should-retry` overrides the status.
+fn classify(path: &str, answer: &Response<Bytes>) -> Result<Bytes, Failure> {
     let (status, body) = (answer.status(), answer.body());
     if status.is_success() {
-        // Cut short, or sent by a proxy: the next response may be complete.
+        // The response was cut short or came from a proxy. The next one may be complete.
         let parsed = serde_json::from_slice::<&RawValue>(body);
         return parsed
             .map(|_| body.clone())
-            .map_err(|_| Failure::transient(format!("the answer to {path} is no JSON")));
+            .map_err(|_| Failure::transient(format!("the response to {path} is not JSON")));
     }
 
     let reason = reason(status, body);
@@ -225,11 +233,9 @@ fn judge(path: &str, answer: &Response<Bytes>) -> Result<Bytes, Failure> {
     let is_away = is_transient || status.is_server_error();
     let error = match status {
         StatusCode::UNAUTHORIZED => StripeApiError::Unauthorized(reason),
-        StatusCode::TOO_MANY_REQUESTS => {
-            StripeApiError::Busy(format!("{path} was answered {reason}"))
-        }
-        _ if is_away => StripeApiError::Away(format!("{path} was answered {reason}")),
-        status => refused(path, status.as_u16(), &reason),
+        StatusCode::TOO_MANY_REQUESTS => StripeApiError::Busy(format!("{path} returned {reason}")),
+        _ if is_away => StripeApiError::Away(format!("{path} returned {reason}")),
+        status => denied(path, status.as_u16(), &reason),
     };
     Err(Failure {
         error,
@@ -237,7 +243,7 @@ fn judge(path: &str, answer: &Response<Bytes>) -> Result<Bytes, Failure> {
     })
 }
 
-/// Returns the status, and Stripe's own message where it is safe and useful.
+/// Returns the status, followed by Stripe's own message if that is safe and useful.
 fn reason(status: StatusCode, body: &[u8]) -> String {
     #[derive(Deserialize)]
     struct Body {
@@ -251,15 +257,15 @@ fn reason(status: StatusCode, body: &[u8]) -> String {
 
     let parsed = serde_json::from_slice::<Body>(body).ok();
     let message = parsed.and_then(|body| body.error.message.or(body.error.code));
-    // 401 messages echo part of the key and add nothing: drop them. 403 messages echo it masked but
-    // name the missing permission: keep, redacted.
+    // Drop 401 messages: they echo part of the key and add nothing. Keep 403 messages, redacted:
+    // they echo the masked key but name the missing permission.
     match message.filter(|_| status != StatusCode::UNAUTHORIZED) {
         Some(message) => format!("{status}: {}", redact::clean(&message)),
         None => status.to_string(),
     }
 }
 
-fn refused(path: &str, status: u16, reason: &str) -> StripeApiError {
+fn denied(path: &str, status: u16, reason: &str) -> StripeApiError {
     StripeApiError::Refused {
         path: path.to_owned(),
         status,
@@ -267,7 +273,7 @@ fn refused(path: &str, status: u16, reason: &str) -> StripeApiError {
     }
 }
 
-/// Returns the endpoint whose rate a path counts against: `/v1/invoices` for `/v1/invoices/in_1`.
+/// Returns the endpoint whose rate limit applies to a path: `/v1/invoices` for `/v1/invoices/in_1`.
 fn endpoint(path: &str) -> &str {
     match path.match_indices('/').nth(2) {
         Some((end, _)) => &path[..end],
@@ -275,6 +281,7 @@ fn endpoint(path: &str) -> &str {
     }
 }
 
+/// Percent-encodes query parameters.
 fn encode(query: Query) -> String {
     use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
     const RESERVED: &AsciiSet = &NON_ALPHANUMERIC
@@ -306,7 +313,7 @@ mod tests {
     #[test]
     fn transient_failures_are_retried_and_others_are_not() {
         let is_transient = |answer: Response<Bytes>| {
-            judge("/v1/events", &answer)
+            classify("/v1/events", &answer)
                 .err()
                 .map(|failure| failure.is_transient)
         };
@@ -336,7 +343,7 @@ mod tests {
     #[test]
     fn error_keeps_stripes_message_but_no_part_of_the_key() {
         let message = |status, body| {
-            judge("/v1/events", &answer(status, None, body))
+            classify("/v1/events", &answer(status, None, body))
                 .err()
                 .unwrap()
                 .error
@@ -348,11 +355,12 @@ mod tests {
         );
         assert_eq!(
             denied,
-            "Stripe refused /v1/events: 403 Forbidden: The key lacks `rak_event_read`."
+            "Stripe rejected /v1/events: 403 Forbidden: The key lacks `rak_event_read`."
         );
+
         let hidden = format!(
-            "The provided key 'rk_live_{}qs8Kgd' does not have the required permissions for this endpoint on account \
-             'acct_1'. Having the 'rak_event_read' permission would allow this request to continue.",
+            "The provided key 'rk_live_{}qs8Kgd' does not have the required permissions for this \
+             endpoint on account 'acct_1'. Having the 'rak_event_read' permission would allow this request to continue.",
             "*".repeat(93)
         );
         let hidden = serde_json::json!({"error": {"message": hidden}}).to_string();
@@ -361,11 +369,11 @@ mod tests {
             !lacks.contains("qs8Kgd") && lacks.contains("Having the 'rak_event_read' permission"),
             "{lacks}"
         );
+
         let unauthorized = message(
             401,
             r#"{"error":{"message":"Invalid API Key provided: sk_live_abc"}}"#,
         );
-
         assert_eq!(
             unauthorized,
             "Stripe does not accept STRIPE_API_KEY: 401 Unauthorized"

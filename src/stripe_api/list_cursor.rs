@@ -1,4 +1,4 @@
-//! Follows a list of Stripe's page by page, and ends one that has no end.
+//! Follows a list of Stripe's page by page, and stops if the list does not end.
 
 use std::collections::HashSet;
 
@@ -7,9 +7,9 @@ use serde_json::value::RawValue;
 
 use super::{StripeApiError, StripePage};
 
-/// The position in a list: what `starting_after` has to be for the next page.
+/// The position in a list: the value of `starting_after` for the next page.
 ///
-/// Stripe, or a proxy in its place, may answer `has_more` for ever, or ignore `starting_after` and
+/// Stripe, or a proxy in its place, may answer `has_more` forever, or ignore `starting_after` and
 /// repeat a page. Both would keep a run busy without an error, so the cursor reports them.
 pub struct ListCursor {
     path: &'static str,
@@ -20,7 +20,7 @@ pub struct ListCursor {
 }
 
 impl ListCursor {
-    /// Starts at the first page. `max_pages` has to exceed what a real list can have.
+    /// Starts at the first page. `max_pages` has to exceed the number of pages of any real list.
     pub fn new(path: &'static str, max_pages: usize) -> ListCursor {
         ListCursor {
             path,
@@ -30,33 +30,33 @@ impl ListCursor {
         }
     }
 
-    /// Goes on after this id.
+    /// Continues after this id.
     pub fn starting_at(mut self, id: String) -> ListCursor {
         self.last_ids.insert(id.clone());
         self.starting_after = Some(id);
         self
     }
 
-    /// Returns the value of `starting_after`. `None` for the first page.
+    /// Returns the value of `starting_after`, or `None` for the first page.
     pub fn starting_after(&self) -> Option<&str> {
         self.starting_after.as_deref()
     }
 
-    /// Moves behind this page. Returns whether another page follows.
+    /// Advances past this page. Returns whether another page follows.
     ///
     /// # Errors
-    /// [`StripeApiError::Invalid`] if the list has more pages than can be, or another page is
-    /// announced but its position is not behind all earlier ones.
+    /// [`StripeApiError::Invalid`] if the list has too many pages, or if another page is announced
+    /// but the last item of this page has no id or an id that ended an earlier page.
     pub fn advance(&mut self, page: &StripePage) -> Result<bool, StripeApiError> {
         if !page.has_more {
             return Ok(false);
         }
         let Some(id) = page.data.last().and_then(|item| id_of(item)) else {
-            let reason = "it says that more follows, but its last item has no id";
+            let reason = "has_more is true, but the last item has no id";
             return Err(StripeApiError::invalid(self.path, reason));
         };
         if !self.last_ids.insert(id.clone()) {
-            let reason = format!("the list does not move on: it comes back to {id}");
+            let reason = format!("the list does not advance: it returns to {id}");
             return Err(StripeApiError::invalid(self.path, reason));
         }
         if self.last_ids.len() >= self.max_pages {
@@ -69,6 +69,7 @@ impl ListCursor {
     }
 }
 
+/// Returns the id of an item, or `None` if it has none or an empty one.
 fn id_of(item: &RawValue) -> Option<String> {
     #[derive(Deserialize)]
     struct Item {
@@ -111,11 +112,11 @@ mod tests {
         let mut cursor = ListCursor::new("/v1/events", 10);
         cursor.advance(&page(&["a", "b"], true)).unwrap();
         let repeated = error(cursor.advance(&page(&["a", "b"], true)));
-        assert!(repeated.contains("/v1/events") && repeated.contains("comes back to b"));
+        assert!(repeated.contains("/v1/events") && repeated.contains("returns to b"));
 
         cursor.advance(&page(&["c"], true)).unwrap();
         let circle = error(cursor.advance(&page(&["b"], true)));
-        assert!(circle.contains("comes back to b"), "{circle}");
+        assert!(circle.contains("returns to b"), "{circle}");
 
         let mut cursor = ListCursor::new("/v1/events", 10).starting_at("x".to_owned());
         assert!(cursor.advance(&page(&["x"], true)).is_err());

@@ -3,8 +3,8 @@
 //!
 //! One [`StripeApi`] is one rate limit for the whole process: see `rate_limit`. `exchange` sends a
 //! request and retries it, with growing delays and jitter, while Stripe is busy or unreachable.
-//! `list_cursor` follows a list, and ends one that does not. Which objects are requested, and what
-//! a response means, is the business of `reconcile`. This room sends only GET.
+//! `list_cursor` follows a list, and stops if it does not end. Which objects are requested, and
+//! what a response means, is the business of `reconcile`. This room sends only GET.
 
 mod exchange;
 mod list_cursor;
@@ -24,15 +24,17 @@ pub use list_cursor::ListCursor;
 use rate_limit::RateLimit;
 pub use settings::{StripeApiKey, StripeSettings};
 
-/// API version, sent with every call so that responses stay the same when Stripe's default changes.
+/// API version. Every call sends it, so that responses keep their format if Stripe's default
+/// changes.
 pub const VERSION: &str = "2026-09-30.endive";
 /// Longest time for one attempt, its body included.
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(20);
-/// Largest response that is read, in bytes: a hundred events, each as large as a webhook may be.
+/// Largest accepted response, in bytes: a hundred events, each as large as a webhook may be.
 const ANSWER_LIMIT: usize = 100 << 20;
-/// Items per page: the most that Stripe allows.
+/// Number of items per page, the maximum that Stripe allows.
 const PAGE_SIZE: &str = "100";
-/// Attempts after the first where nobody waits for the result: about half a minute.
+/// Number of retries in background work, where nobody waits for the result. They take about half a
+/// minute.
 pub const RETRIES: usize = 6;
 
 /// A client of Stripe's API; cheap to clone. Clones share the connections, the rate limit and the
@@ -47,7 +49,7 @@ struct Shared {
     rate_limit: RateLimit,
     retries: usize,
     calls: AtomicU64,
-    /// Stripe's clock in its latest response, Unix seconds; 0 before the first response.
+    /// Unix seconds of Stripe's clock in its latest response; 0 before the first response.
     answered_s: AtomicI64,
 }
 
@@ -63,7 +65,8 @@ pub enum Scope {
 }
 
 impl Scope {
-    /// Returns the connected account: `acct_1` alone, or at the end of a path of contexts.
+    /// Returns the connected account, which may be the last part of a context such as
+    /// `org_1/acct_1`.
     pub fn account(&self) -> Option<&str> {
         match self {
             Scope::Own => None,
@@ -83,27 +86,27 @@ pub struct StripePage {
     pub has_more: bool,
 }
 
-/// Why a call has no usable result.
+/// The reason why a call has no usable result.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum StripeApiError {
     /// No usable response, after all attempts.
     #[error("Stripe cannot be reached: {0}")]
     Away(String),
     /// Stripe limits the calls of this account, after all attempts.
-    #[error("Stripe takes no more calls now: {0}")]
+    #[error("Stripe rate limit reached: {0}")]
     Busy(String),
     /// The key is invalid, so no call can succeed.
     #[error("Stripe does not accept STRIPE_API_KEY: {0}")]
     Unauthorized(String),
-    /// Stripe rejected the request; retrying changes nothing.
-    #[error("Stripe refused {path}: {reason}")]
+    /// Stripe rejected the request. A retry would not help.
+    #[error("Stripe rejected {path}: {reason}")]
     Refused {
         path: String,
         status: u16,
         reason: String,
     },
     /// Stripe answered with success, but the response breaks the rules of its API.
-    #[error("the answer to {path} cannot be used: {reason}")]
+    #[error("unusable response to {path}: {reason}")]
     Invalid { path: String, reason: String },
 }
 
@@ -137,7 +140,8 @@ impl StripeApi {
         self.0.calls.load(Ordering::Relaxed)
     }
 
-    /// Returns Stripe's clock in its latest response, in Unix seconds. `None` before the first.
+    /// Returns the time of Stripe's clock in its latest response, in Unix seconds, or `None` before
+    /// the first response.
     pub fn answered_s(&self) -> Option<i64> {
         Some(self.0.answered_s.load(Ordering::Relaxed)).filter(|seconds| *seconds != 0)
     }
@@ -169,8 +173,8 @@ impl StripeApi {
         })
     }
 
-    /// Returns an object such as `/v1/invoices/in_1`. `None` if it does not exist, or not for this
-    /// key.
+    /// Returns an object such as `/v1/invoices/in_1`, or `None` if it does not exist or this key
+    /// may not read it.
     ///
     /// # Errors
     /// See [`StripeApiError`].

@@ -1,12 +1,13 @@
-//! The checked settings of Stripe's API. No message or debug output shows the key.
+//! The validated settings of Stripe's API. No message or debug output shows the key.
 
 use std::fmt;
 
 use hyper::Uri;
 use hyper::header::HeaderValue;
 
+/// Base URL of Stripe's API.
 const STRIPE: &str = "https://api.stripe.com";
-/// Calls per second and endpoint: a quarter of what Stripe allows an account in live mode.
+/// Calls per second and endpoint: a quarter of the number that Stripe allows in live mode.
 const DEFAULT_RATE: u32 = 25;
 
 /// The settings of Stripe's API.
@@ -17,7 +18,7 @@ pub struct StripeSettings {
     pub base: String,
     /// Calls per second and endpoint.
     pub rate: u32,
-    /// Attempts after the first.
+    /// Number of retries after the first attempt.
     pub retries: usize,
 }
 
@@ -40,23 +41,23 @@ impl StripeApiKey {
         let text = text.trim();
         if text.starts_with("pk_") {
             let reason = "is a publishable key (pk_...): \
-                          give a secret (sk_...) or a restricted key (rk_...)";
+                          use a secret key (sk_...) or a restricted key (rk_...)";
             return Err(reason.to_owned());
         }
 
         if text.starts_with("whsec_") {
             let reason = "is a webhook's signing secret (whsec_...): \
-                          give a secret (sk_...) or restricted key (rk_...)";
+                          use a secret key (sk_...) or a restricted key (rk_...)";
             return Err(reason.to_owned());
         }
 
         if text.is_empty() || !text.bytes().all(|b| b.is_ascii_graphic()) {
-            let reason = "is not an API key: it contains blanks or other invalid characters";
+            let reason = "is not an API key: it contains spaces or other invalid characters";
             return Err(reason.to_owned());
         }
 
         let mut bearer = HeaderValue::from_str(&format!("Bearer {text}"))
-            .map_err(|_| "is not an API key: it cannot be sent".to_owned())?;
+            .map_err(|_| "is not an API key: it is not a valid header value".to_owned())?;
         bearer.set_sensitive(true);
 
         Ok(StripeApiKey(bearer))
@@ -68,7 +69,7 @@ impl StripeApiKey {
 }
 
 impl StripeSettings {
-    /// Parses the base URL of the API. `None` is Stripe's own.
+    /// Parses the base URL of the API. `None` selects Stripe's own.
     ///
     /// # Errors
     /// A message if the text is not an HTTP URL without a path.
@@ -84,12 +85,13 @@ impl StripeSettings {
         match (uri.scheme_str(), uri.authority(), uri.path()) {
             (Some("http" | "https"), Some(_), "" | "/") => Ok(base.to_owned()),
             _ => Err(format!(
-                "`{text}` is not an address such as {STRIPE}: it needs http:// or https://, a host, and no path"
+                "`{text}` is not an address such as {STRIPE}: \
+                 it needs http:// or https://, a host, and no path"
             )),
         }
     }
 
-    /// Parses the rate. `None` is the default.
+    /// Parses the rate. `None` selects the default.
     ///
     /// # Errors
     /// A message if the text is not a number from 1 to 1000.
@@ -116,14 +118,15 @@ mod tests {
             format!("{:?}", StripeApiKey::parse("sk_test_123").unwrap()),
             "ApiKey(..)"
         );
+
         for wrong in ["", "pk_live_xyz", "whsec_xyz", "sk_xyz z", "sk_xyz\u{e9}"] {
-            let said = StripeApiKey::parse(wrong).unwrap_err();
-            assert!(!said.contains("xyz"), "{said}");
+            let message = StripeApiKey::parse(wrong).unwrap_err();
+            assert!(!message.contains("xyz"), "{message}");
         }
     }
 
     #[test]
-    fn base_address_has_no_path() {
+    fn base_url_has_no_path_and_rate_is_positive() {
         assert_eq!(StripeSettings::parse_base(None).unwrap(), STRIPE);
         assert_eq!(
             StripeSettings::parse_base(Some("http://127.0.0.1:9/")).unwrap(),
@@ -132,6 +135,7 @@ mod tests {
         for wrong in ["api.stripe.com", "ftp://x", "https://x/v1", ""] {
             assert!(StripeSettings::parse_base(Some(wrong)).is_err(), "{wrong}");
         }
+
         assert!(StripeSettings::parse_rate(Some("0")).is_err());
         assert_eq!(StripeSettings::parse_rate(Some("7")), Ok(7));
     }

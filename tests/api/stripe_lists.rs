@@ -105,7 +105,7 @@ async fn reconcile(fault: Fault) -> String {
 async fn repeated_page_of_stripe_ends_run() {
     let said = reconcile(Fault::StuckCursor).await;
     assert!(
-        said.contains("/v1/events") && said.contains("does not move on"),
+        said.contains("/v1/events") && said.contains("does not advance"),
         "{said}"
     );
 }

@@ -226,7 +226,7 @@ each_database! {
         let calls: Vec<_> = collector
             .spans()
             .into_iter()
-            .filter(|span| span.name == "ask Stripe")
+            .filter(|span| span.name == "call Stripe")
             .collect();
         assert!(
             calls

@@ -191,7 +191,7 @@ each_database! {
             .assert_mentions(
                 "endpoint",
                 &[
-                    "Stripe takes no more calls now",
+                    "Stripe rate limit reached",
                     "429 Too Many Requests",
                     "let them make fewer",
                 ],
