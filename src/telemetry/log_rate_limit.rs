@@ -13,18 +13,20 @@ use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::Layer;
 use tracing_subscriber::layer::Context;
 
-/// Lines of one kind that are written in a [`PERIOD`].
+/// Number of lines of one kind that are written in a [`PERIOD`].
 const LINES: u64 = 20;
 /// Length of a counting period.
 const PERIOD: Duration = Duration::from_secs(10);
 
-/// Counts the lines of the current period by their place in the program.
+/// The number of lines in the current period by call site.
 #[derive(Clone, Default)]
 pub struct LogRateLimit(Arc<Mutex<HashMap<Identifier, Kind>>>);
 
+/// The lines of one call site.
 #[derive(Default)]
 struct Kind {
     count: u64,
+    /// The message of the first line over the limit.
     message: String,
 }
 
@@ -49,8 +51,7 @@ impl LogRateLimit {
         limit
     }
 
-    /// Starts a new period. Returns the messages over the limit and how many lines of each were
-    /// dropped.
+    /// Starts a new period. Returns each message over the limit with the number of dropped lines.
     fn end_period(&self) -> Vec<(String, u64)> {
         let kinds = std::mem::take(&mut *self.kinds());
         let too_many = kinds.into_values().filter(|kind| kind.count > LINES);
@@ -60,7 +61,7 @@ impl LogRateLimit {
     }
 
     fn kinds(&self) -> MutexGuard<'_, HashMap<Identifier, Kind>> {
-        // A panic leaves counts that are still usable.
+        // The counts are still usable after a panic.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -81,7 +82,7 @@ impl<S: Subscriber> Layer<S> for LogRateLimit {
     }
 }
 
-/// Reads the message of an event.
+/// A visitor that reads the message of an event.
 struct Message<'m>(&'m mut String);
 
 impl Visit for Message<'_> {
@@ -112,6 +113,7 @@ mod tests {
         let subscriber = tracing_subscriber::registry()
             .with(written.clone())
             .with(limit.clone());
+
         tracing::subscriber::with_default(subscriber, || {
             for number in 0..50 {
                 tracing::warn!(number, "refused");
@@ -119,6 +121,7 @@ mod tests {
             }
             tracing::warn!("another kind");
         });
+
         let count = |level| {
             written
                 .0
@@ -128,7 +131,6 @@ mod tests {
                 .filter(|l| **l == level)
                 .count()
         };
-
         assert_eq!((count(Level::WARN), count(Level::DEBUG)), (21, 50));
         assert_eq!(limit.end_period(), [("refused".to_owned(), 30)]);
         assert_eq!(limit.end_period(), []);

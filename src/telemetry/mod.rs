@@ -27,12 +27,12 @@ use log_rate_limit::LogRateLimit;
 pub use otlp::dropped as dropped_spans;
 pub use settings::OtlpSettings;
 
-/// The log format and level, and the trace collector.
+/// The log filter and format, and the trace collector.
 #[derive(Debug)]
 pub struct TelemetrySettings {
     pub filter: EnvFilter,
     pub format: LogFormat,
-    /// `None` if there is no collector.
+    /// Trace collector. `None` if spans are not sent.
     pub otlp: Option<OtlpSettings>,
 }
 
@@ -51,11 +51,10 @@ static QUEUE: OnceLock<otlp::Queue> = OnceLock::new();
 /// # Errors
 /// A message that repeats the filter.
 pub fn filter(text: &str) -> Result<EnvFilter, String> {
-    EnvFilter::try_new(text)
-        .map_err(|error| format!("the log filter `{text}` cannot be read: {error}"))
+    EnvFilter::try_new(text).map_err(|error| format!("invalid log filter `{text}`: {error}"))
 }
 
-/// Starts logs and traces. Only the first call has an effect. Needs a running tokio.
+/// Starts logs and traces. Only the first call has an effect. Requires a running tokio runtime.
 pub fn start(settings: TelemetrySettings) {
     let TelemetrySettings {
         filter,
@@ -66,7 +65,7 @@ pub fn start(settings: TelemetrySettings) {
         .with(filter_fn(is_harmless))
         .with(LogRateLimit::start());
 
-    // Only tests start it twice; the first subscriber stays.
+    // Only tests call this function twice. The first subscriber stays.
     let _ = match otlp {
         // One filter for all layers costs less than one per layer.
         None => base.with(lines(format)).with(filter).try_init(),
@@ -90,7 +89,7 @@ pub fn start(settings: TelemetrySettings) {
     };
 }
 
-/// Sends the queued spans. Call it after everything else has ended.
+/// Sends the queued spans. Call it after all other tasks have ended.
 pub async fn finish() {
     if let Some(queue) = QUEUE.get() {
         queue.flush().await;
@@ -106,6 +105,7 @@ pub fn continue_trace(span: &Span, headers: &HeaderMap) {
     }
 }
 
+/// Request headers, from which the trace context is read.
 struct Carrier<'h>(&'h HeaderMap);
 
 impl Extractor for Carrier<'_> {
@@ -118,6 +118,7 @@ impl Extractor for Carrier<'_> {
     }
 }
 
+/// Returns the layer that writes log lines to standard error.
 fn lines<S: Subscriber + for<'s> LookupSpan<'s>>(
     format: LogFormat,
 ) -> Box<dyn Layer<S> + Send + Sync> {
@@ -130,7 +131,7 @@ fn lines<S: Subscriber + for<'s> LookupSpan<'s>>(
     }
 }
 
-/// A library that logs parts of connection strings and password files, at any level.
+/// Target of a library that logs parts of connection strings and password files, at any level.
 const NEVER: &str = "sqlx_postgres::options";
 
 /// Returns whether an event may be logged. Below `info`, libraries may log rows, headers and keys,

@@ -21,18 +21,19 @@ use tokio::sync::{mpsc, oneshot};
 use super::settings::OtlpSettings;
 use crate::http_client::HttpClient;
 
-/// Spans that may wait for the collector.
+/// Capacity of the queue in front of the collector, in spans.
 const QUEUE: usize = 4096;
 /// Largest number of spans in one request.
 const BATCH: usize = 512;
 /// Pause after a batch that was not full, so that spans gather.
 const GATHER_DELAY: Duration = Duration::from_secs(1);
+/// Longest time for one request, its response included.
 const SEND_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest time to send the queued spans when the process ends.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(3);
 /// Largest number of links of a span: a batch links to each request that it commits.
 const MAX_LINKS: u32 = 1024;
-/// Largest response that is read, in bytes.
+/// Largest accepted response, in bytes.
 const ANSWER_LIMIT: usize = 64 * 1024;
 
 static DROPPED: AtomicU64 = AtomicU64::new(0);
@@ -50,11 +51,11 @@ pub struct Queue(mpsc::Sender<Queued>);
 enum Queued {
     // Boxed, because the queue allocates every slot at the size of the largest variant.
     Span(Box<SpanData>),
-    /// Answered when everything queued before it was sent or dropped.
+    /// Answered when all spans queued before it have been sent or dropped.
     Flush(oneshot::Sender<()>),
 }
 
-/// Starts the sender. Needs a running tokio.
+/// Starts the sender. Requires a running tokio runtime.
 pub fn start(settings: OtlpSettings) -> (SdkTracer, Queue) {
     let (queue, waiting) = mpsc::channel(QUEUE);
     let queue = Queue(queue);
@@ -78,7 +79,7 @@ impl Queue {
     pub async fn flush(&self) {
         let flushed = async {
             let (done, is_done) = oneshot::channel();
-            // Both fail only if the sender has ended, and then there is nothing to wait for.
+            // Both calls fail only if the sender has ended. Then no span is left to wait for.
             let _ = self.0.send(Queued::Flush(done)).await;
             let _ = is_done.await;
         };
@@ -107,6 +108,7 @@ impl SpanProcessor for Queue {
     }
 }
 
+/// Sends spans in batches until the queue is closed.
 async fn send_all(mut waiting: mpsc::Receiver<Queued>, mut collector: Collector) {
     let mut queued = Vec::with_capacity(BATCH);
     while waiting.recv_many(&mut queued, BATCH).await > 0 {
@@ -118,25 +120,27 @@ async fn send_all(mut waiting: mpsc::Receiver<Queued>, mut collector: Collector)
                 Queued::Flush(done) => flushes.push(done),
             }
         }
+
         collector.send(spans).await;
         let is_flushing = !flushes.is_empty();
         // The caller may have timed out.
         for done in flushes {
             let _ = done.send(());
         }
+
         if !is_full && !is_flushing {
             tokio::time::sleep(GATHER_DELAY).await;
         }
     }
 }
 
-/// The collector, and whether it accepts spans.
+/// The collector and its last known state.
 struct Collector {
     client: HttpClient,
     settings: OtlpSettings,
     resource: ResourceAttributesWithSchema,
-    /// Whether the last batch failed. A failure is logged once, not with every batch.
-    is_away: bool,
+    /// `true` if the last batch failed. A failure is logged once, not with every batch.
+    is_failing: bool,
 }
 
 impl Collector {
@@ -145,7 +149,7 @@ impl Collector {
             client: HttpClient::new(SEND_TIMEOUT, ANSWER_LIMIT),
             settings,
             resource: resource.into(),
-            is_away: false,
+            is_failing: false,
         }
     }
 
@@ -160,13 +164,12 @@ impl Collector {
             DROPPED.fetch_add(count as u64, Ordering::Relaxed);
         }
 
-        let was_away = std::mem::replace(&mut self.is_away, sent.is_err());
-
+        let was_failing = std::mem::replace(&mut self.is_failing, sent.is_err());
         match sent {
-            Err(reason) if !was_away => {
+            Err(reason) if !was_failing => {
                 tracing::warn!(reason, "collector rejects spans, dropping them");
             }
-            Ok(()) if was_away => {
+            Ok(()) if was_failing => {
                 tracing::warn!(dropped = dropped(), "collector accepts spans again");
             }
             _ => {}
@@ -188,11 +191,11 @@ impl Collector {
             .await
             .map_err(|error| error.to_string())?;
 
-        // Report the status only: the body may repeat the spans.
+        // Report only the status, because the body may repeat the spans.
         if answer.status().is_success() {
             Ok(())
         } else {
-            Err(format!("it answers {}", answer.status()))
+            Err(format!("status {}", answer.status()))
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The settings of the trace collector, from OpenTelemetry's own variables.
+//! The settings of the trace collector, from the standard variables of OpenTelemetry.
 
 use std::fmt;
 
@@ -7,7 +7,7 @@ use hyper::header::{HeaderMap, HeaderName, HeaderValue};
 use opentelemetry_sdk::trace::Sampler;
 use percent_encoding::percent_decode_str;
 
-/// The collector, and which spans it gets.
+/// The collector, and the sampler that selects its spans.
 pub struct OtlpSettings {
     pub endpoint: Uri,
     /// May contain the key of the collector.
@@ -17,7 +17,7 @@ pub struct OtlpSettings {
 }
 
 impl OtlpSettings {
-    /// Returns the URL for spans, from the base URL of the collector.
+    /// Derives the URL for spans from the base URL of the collector.
     ///
     /// # Errors
     /// A message if the text is not an HTTP URL. It does not repeat the URL.
@@ -25,15 +25,15 @@ impl OtlpSettings {
         let uri = format!("{}/v1/traces", text.trim_end_matches('/'))
             .parse::<Uri>()
             .ok();
-        let is_web = |uri: &Uri| {
-            matches!(uri.scheme_str(), Some("http" | "https")) && uri.authority().is_some()
-        };
+
         // The URL may contain a password, so the message does not repeat it.
-        uri.filter(is_web)
-            .ok_or_else(|| "must be a URL such as http://127.0.0.1:4318".to_owned())
+        uri.filter(|uri| {
+            matches!(uri.scheme_str(), Some("http" | "https")) && uri.authority().is_some()
+        })
+        .ok_or_else(|| "must be a URL such as http://127.0.0.1:4318".to_owned())
     }
 
-    /// Checks that the protocol is the only supported one.
+    /// Checks that the protocol is `http/protobuf`, the only supported one.
     ///
     /// # Errors
     /// A message for any other protocol.
@@ -122,14 +122,15 @@ mod tests {
         assert_eq!(headers["api-key"], "a secret=");
         assert_eq!(headers["authorization"], "Basic eA==");
         assert!(!format!("{headers:?}").contains("secret"));
+
         for wrong in ["secret", "a b=secret", "x=secret%0a", "ok=1,=secret"] {
-            let mistake = OtlpSettings::parse_headers(wrong).unwrap_err();
-            assert!(!mistake.contains("secret"), "{mistake}");
+            let message = OtlpSettings::parse_headers(wrong).unwrap_err();
+            assert!(!message.contains("secret"), "{message}");
         }
     }
 
     #[test]
-    fn endpoint_is_base_of_url() {
+    fn endpoint_is_derived_from_base_url() {
         let parse = |text: &str| OtlpSettings::parse_endpoint(text).map(|uri| uri.to_string());
         assert_eq!(
             parse("http://127.0.0.1:4318").unwrap(),
@@ -151,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn samplers_have_their_standard_names() {
+    fn samplers_use_standard_names() {
         for (name, ratio, is_right) in [
             (None, None, true),
             (Some("traceidratio"), Some("0.25"), true),
