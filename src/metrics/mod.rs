@@ -1,5 +1,5 @@
-//! The metrics of this process, in Prometheus's format. Names and labels are defined only here; no
-//! label grows with the number of customers.
+//! The metrics of this process, in Prometheus's format. Names and labels are defined only here. No
+//! label has more values with more customers.
 //!
 //! Counters and histograms are atomics, so counting never waits for a lock. `monitoring/monitor`
 //! sets the gauges that need the database; a delivery never does. The metrics of the process itself
@@ -25,14 +25,16 @@ const SECONDS: [f64; 14] = [
 const ROWS: [f64; 9] = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0];
 /// Outcomes of acknowledged deliveries.
 const OUTCOMES: [&str; 4] = ["recorded", "duplicate", "no_payment_fact", "unreadable"];
+/// Modes of Stripe.
 const MODES: [&str; 2] = ["live", "test"];
-/// Results of a run: everything agrees; something differs or was put right; the run failed.
+/// Results of a reconcile run: all invoices agree; an invoice differs or was healed; the run
+/// failed.
 const RESULTS: [&str; 3] = ["agrees", "differs", "failed"];
-/// Kinds of backlog: objects that thin events name, payments whose invoice is unknown, invoices to
-/// compare.
+/// Kinds of backlog: objects that thin events name, payments without a known invoice, and invoices
+/// to compare.
 const BACKLOGS: [&str; 3] = ["objects", "links", "checks"];
 
-/// Why a delivery was not acknowledged.
+/// The reason why a delivery was not acknowledged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Rejection {
     /// The signature is missing or invalid.
@@ -42,7 +44,7 @@ pub enum Rejection {
     Incomplete,
     /// The event queue is full.
     QueueFull,
-    /// The bodies of all requests together need too much memory.
+    /// The bodies of all requests together exceed the memory budget.
     Overloaded,
     /// The event was not durable within its deadline.
     TimedOut,
@@ -71,9 +73,10 @@ impl Rejection {
         Rejection::Abandoned,
     ];
 
+    /// Returns the value of the label `reason`.
     pub fn as_str(self) -> &'static str {
         match self {
-            Rejection::Signature(refusal) => refusal.as_str(),
+            Rejection::Signature(error) => error.as_str(),
             Rejection::TooLarge => "too_large",
             Rejection::Incomplete => "incomplete",
             Rejection::QueueFull => "queue_full",
@@ -108,7 +111,7 @@ pub struct Metrics {
 /// Metrics of the database.
 pub struct Database {
     pub up: IntGauge,
-    /// By the name of the setting, `1` if it is off.
+    /// `1` if the setting is off, by its name.
     pub unsafe_setting: IntGaugeVec,
     pub size_bytes: Gauge,
     pub wal_bytes: Gauge,
@@ -118,7 +121,7 @@ pub struct Database {
     pub looked_timestamp_seconds: Gauge,
 }
 
-/// Metrics of the event log, whichever process wrote it.
+/// Metrics of the event log, which several processes may write.
 pub struct Log {
     pub events_without_invoice: IntGauge,
     pub oldest_without_invoice_age_seconds: Gauge,
@@ -127,7 +130,7 @@ pub struct Log {
     pub secret_last_used_timestamp_seconds: GaugeVec,
 }
 
-/// Metrics of the runs against Stripe's API.
+/// Metrics of the reconcile runs against Stripe's API.
 pub struct Reconcile {
     pub enabled: IntGauge,
     pub runs: IntCounterVec,
@@ -151,7 +154,6 @@ impl Default for Metrics {
         let registry = Registry::new();
         let r = MetricRegistrar(&registry);
         r.process();
-        let reasons = Rejection::ALL.map(Rejection::as_str);
         r.gauges(
             "build_info",
             "Version of the running program",
@@ -160,6 +162,7 @@ impl Default for Metrics {
         )
         .with_label_values(&[env!("CARGO_PKG_VERSION")])
         .set(1);
+        let reasons = Rejection::ALL.map(Rejection::as_str);
 
         Metrics {
             deliveries: r.counters(
@@ -199,14 +202,14 @@ impl Default for Metrics {
                 "Duration of GET requests below /v1",
                 &SECONDS,
             ),
-            queue_depth: r.gauge("queue_depth", "Deliveries that wait for a commit"),
+            queue_depth: r.gauge("queue_depth", "Deliveries waiting for a commit"),
             queue_capacity: r.gauge(
                 "queue_capacity",
                 "Largest number of deliveries that may wait for a commit",
             ),
             spans_dropped: r.gauge(
                 "spans_dropped",
-                "Spans that no collector received, since the start",
+                "Spans dropped since the start, because the queue was full or the collector failed",
             ),
             database: Database::register(&r),
             log: Log::register(&r),
@@ -225,7 +228,7 @@ impl Database {
             ),
             unsafe_setting: r.gauges(
                 "database_unsafe_setting",
-                "1: PostgreSQL's server has this setting off, and can lose commits in a crash",
+                "1 if the PostgreSQL server has this setting off and can lose commits in a crash",
                 "setting",
                 &["fsync", "full_page_writes", "synchronous_commit"],
             ),
@@ -250,20 +253,22 @@ impl Database {
 impl Log {
     fn register(r: &MetricRegistrar) -> Log {
         let (delivered, used) = (
-            "Unix time of the last webhook of a mode; 0 if none is known",
+            "Unix time of the last webhook of a mode; 0 if unknown",
             "Unix time when a configured secret last matched; 0 if never",
         );
+
         Log {
             events_without_invoice: r.gauge(
                 "events_without_invoice",
-                "Events of the last 30 days about invoices that are not stored; stops counting at 10000 invoices",
+                "Events of the last 30 days about invoices that are not stored; \
+                 stops counting at 10000 invoices",
             ),
             oldest_without_invoice_age_seconds: r.float(
                 "oldest_event_without_invoice_age_seconds",
-                "Age of the oldest event about an invoice that is not stored; 0 if there is none",
+                "Age of the oldest event about an invoice that is not stored; 0 without such events",
             ),
             unreadable_events: r
-                .gauge("unreadable_events", "Events of the last 30 days that could not be read; stops counting at 10000"),
+                .gauge("unreadable_events", "Unreadable events of the last 30 days; stops counting at 10000"),
             last_delivery_timestamp_seconds: r.floats("last_delivery_timestamp_seconds", delivered, "mode", &MODES),
             secret_last_used_timestamp_seconds: r.floats("secret_last_used_timestamp_seconds", used, "label", &[]),
         }
@@ -279,14 +284,14 @@ impl Reconcile {
             ),
             runs: r.counters(
                 "reconcile_runs_total",
-                "Runs of this process, by result",
+                "Reconcile runs of this process, by result",
                 "result",
                 &RESULTS,
             ),
-            healed: r.counter("reconcile_healed_total", "Histories that runs changed"),
+            healed: r.counter("reconcile_healed_total", "Invoice histories that reconcile runs changed"),
             api_only_events: r.counter(
                 "reconcile_api_only_events_total",
-                "Events that a run found and no webhook had delivered",
+                "Events that a reconcile run found and no webhook had delivered",
             ),
             api_calls: r.counter(
                 "reconcile_api_calls_total",
@@ -294,7 +299,8 @@ impl Reconcile {
             ),
             backlog: r.gauges(
                 "reconcile_backlog",
-                "Lookups that wait for Stripe's API; stops counting at 10000 objects, 10000 checks, and 10000 links each of charges, payment intents and refunds",
+                "Lookups that wait for Stripe's API; stops counting at 10000 objects, 10000 checks, \
+                 and 10000 links each of charges, payment intents and refunds",
                 "kind",
                 &BACKLOGS,
             ),
@@ -304,7 +310,7 @@ impl Reconcile {
             ),
             unknown_at_stripe: r.gauge(
                 "reconcile_unknown_at_stripe",
-                "Invoices of the last run that Stripe does not know",
+                "Invoices of the last run that do not exist at Stripe",
             ),
             unknown_here: r.gauge(
                 "reconcile_unknown_here",
@@ -312,7 +318,7 @@ impl Reconcile {
             ),
             endpoint_remarks: r.gauge(
                 "reconcile_endpoint_remarks",
-                "Problems of the webhook endpoint that the last run found",
+                "Problems of the webhook endpoint found by the last run",
             ),
             last_success_timestamp_seconds: r.float(
                 "reconcile_last_success_timestamp_seconds",
@@ -331,11 +337,13 @@ impl Reconcile {
 }
 
 impl Metrics {
+    /// Counts a delivery that was answered 2xx.
     pub fn acknowledged(&self, outcome: &'static str, took: Duration) {
         self.deliveries.with_label_values(&[outcome]).inc();
         self.ack_seconds.observe(took.as_secs_f64());
     }
 
+    /// Counts a delivery that was not acknowledged.
     pub fn rejected(&self, why: Rejection) {
         self.rejected.with_label_values(&[why.as_str()]).inc();
     }
@@ -351,11 +359,12 @@ impl Metrics {
         self.batch_size.observe(rows as f64);
     }
 
+    /// Counts a batch that the database rejected.
     pub fn commit_failed(&self) {
         self.commit_failures.inc();
     }
 
-    /// Counts a GET below /v1. `route` is the pattern, never the path, which has unbounded values.
+    /// Counts a GET below /v1. `route` is the pattern, because paths have unbounded values.
     pub fn read(&self, route: &str, status: &str, took: Duration) {
         self.reads.with_label_values(&[route, status]).inc();
         self.read_seconds.observe(took.as_secs_f64());

@@ -1,4 +1,4 @@
-//! Registers metrics: with our prefix, and with a series for every known label value.
+//! Registers metrics with our prefix and with a series for every known label value.
 
 use prometheus::core::Collector;
 #[cfg(target_os = "linux")]
@@ -11,12 +11,13 @@ use prometheus::{
 /// A registry under construction.
 pub(super) struct MetricRegistrar<'r>(pub &'r Registry);
 
-/// Proof: names are constants, and `tests/api/metrics.rs` registers all of them.
+/// Proof that registration succeeds: names are constants, and `tests/api/metrics.rs` registers all
+/// of them.
 const UNIQUE: &str = "names are well-formed and unique";
 
 impl MetricRegistrar<'_> {
     /// Registers the metrics of the process itself, such as its memory and open files. They have no
-    /// prefix: dashboards for any program use them.
+    /// prefix, because dashboards for any program use them.
     pub fn process(&self) {
         #[cfg(target_os = "linux")]
         self.0
