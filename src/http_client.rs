@@ -1,4 +1,4 @@
-//! HTTP as a client: one pool of connections, with a limit on every wait and every body.
+//! An HTTP client with one pool of connections. Every wait and every body has a limit.
 
 use std::error::Error;
 use std::time::Duration;
@@ -11,7 +11,7 @@ use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 
-/// Longest time that an unused connection is kept.
+/// Longest time that an unused connection stays in the pool.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A pool of connections; cheap to clone, and clones share it.
@@ -19,23 +19,24 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
 pub struct HttpClient {
     client: Client<HttpsConnector<HttpConnector>, Full<Bytes>>,
     timeout: Duration,
-    /// Largest response body that is read, in bytes.
+    /// Largest accepted response body, in bytes.
     limit: usize,
 }
 
-/// Why there is no complete response. The texts contain nothing of the request.
+/// The reason why there is no complete response. The messages contain no part of the request.
 #[derive(Debug, thiserror::Error)]
 pub enum HttpClientError {
-    #[error("no answer within {} s", .0.as_secs())]
+    #[error("no response within {} s", .0.as_secs())]
     Timeout(Duration),
-    #[error("the answer is larger than {} MiB", .0 >> 20)]
+    #[error("the response is larger than {} MiB", .0 >> 20)]
     TooLarge(usize),
     #[error("{0}")]
     Failed(String),
 }
 
 impl HttpClient {
-    /// Creates a pool. `timeout` applies to an exchange as a whole, its body included.
+    /// Creates a pool. `timeout` applies to a whole exchange, its bodies included. `limit` is the
+    /// largest accepted response body, in bytes.
     pub fn new(timeout: Duration, limit: usize) -> HttpClient {
         let tls = hyper_rustls::HttpsConnectorBuilder::new()
             .with_webpki_roots()
@@ -75,15 +76,18 @@ impl HttpClient {
             .unwrap_or(Err(HttpClientError::Timeout(self.timeout)))
     }
 
+    /// Returns the error for a response body that could not be read.
     fn body_failed(&self, error: &(dyn Error + Send + Sync + 'static)) -> HttpClientError {
         if error.is::<LengthLimitError>() {
             return HttpClientError::TooLarge(self.limit);
         }
+
         HttpClientError::Failed(error.to_string())
     }
 }
 
-/// hyper's own message says only that a request failed; the deepest cause says why.
+/// Converts an error of hyper. Its own message only says that a request failed, so the deepest
+/// cause is used.
 fn failed(error: &dyn Error) -> HttpClientError {
     let mut cause = error;
     while let Some(deeper) = cause.source() {
