@@ -1,9 +1,9 @@
 //! The metrics of this process, in Prometheus's format. Names and labels are defined only here. No
-//! label has more values with more customers.
+//! label has a value per customer.
 //!
 //! Counters and histograms are atomics, so counting never waits for a lock. `monitoring/monitor`
-//! sets the gauges that need the database; a delivery never does. The metrics of the process itself
-//! come from the `prometheus` crate, under the names that all clients use.
+//! sets the gauges that need the database, so that no delivery has to. The metrics of the process
+//! itself come from the `prometheus` crate, under the names that all clients use.
 
 mod registry;
 

@@ -3,8 +3,8 @@
 //!
 //! One [`StripeApi`] is one rate limit for the whole process: see `rate_limit`. `exchange` sends a
 //! request and retries it, with growing delays and jitter, while Stripe is busy or unreachable.
-//! `list_cursor` follows a list, and stops if it does not end. Which objects are requested, and
-//! what a response means, is the business of `reconcile`. This room sends only GET.
+//! `list_cursor` follows a list, and stops if it does not end. `reconcile` decides which objects to
+//! request and interprets the responses. This room sends only GET.
 
 mod exchange;
 mod list_cursor;
