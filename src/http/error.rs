@@ -83,7 +83,7 @@ impl ApiError {
             ApiError::InvalidQuery(reason) => ("InvalidQuery", reason),
             ApiError::InvalidInvoice(_) => (
                 "InvalidInvoice",
-                "the body is not a valid v1Invoice; details.faults lists each fault and its position",
+                "the body is not a valid v1Invoice; details.faults lists every fault",
             ),
             ApiError::InvalidSignature => ("InvalidSignature", "the delivery was not accepted"),
             ApiError::InvalidHost => (

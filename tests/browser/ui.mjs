@@ -30,7 +30,7 @@ async function finance(javaScriptEnabled) {
   await page.getByLabel("Date and time, UTC").fill("2026-01-01T12:00:00");
   await page.getByRole("button", { name: "Show" }).click();
   await page.getByText("Nothing was known about its payment at that time").waitFor();
-  await page.getByRole("link", { name: "Show the present history" }).click();
+  await page.getByRole("link", { name: "Show the current history" }).click();
   await page.getByText(/^Paid on/).waitFor();
 
   await page.goto(`${base}/ui`);

@@ -16,7 +16,7 @@ pub struct BodyBuffer {
 
 impl BodyBuffer {
     /// Appends a chunk and returns by how many bytes the buffer grew in memory. `expected` is the
-    /// number of bytes still to come, from the request head; 0 if the head does not say.
+    /// number of bytes still to come, from the request head; 0 if unknown.
     ///
     /// The capacity follows the bytes that have arrived, not the announced length, because
     /// announcing costs a client nothing.

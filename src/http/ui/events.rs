@@ -239,7 +239,7 @@ fn rendering(stored: &StoredBody) -> Markup {
                 div { dt { "Key" } dd { (id(&hex::encode(event.key.0))) } }
             }
             @match &stored.body {
-                None => p.hint { "Its bytes were pruned; its facts are kept." },
+                None => p.hint { "Its bytes were pruned; its facts remain stored." },
                 Some(body) => (bytes(body)),
             }
         }

@@ -286,9 +286,9 @@ fn at_a_time(evidence: &Evidence) -> Markup {
                 }
             }
             @if as_of_ms.is_some() {
-                p { a href=(address("/ui/invoice", &[("tenant", tenant_uid), ("uid", invoice_uid)])) { "Show the present history" } }
+                p { a href=(address("/ui/invoice", &[("tenant", tenant_uid), ("uid", invoice_uid)])) { "Show the current history" } }
             } @else {
-                p.hint { "Counts only what had been received by then, as an auditor would have seen it." }
+                p.hint { "Uses only events received by then, as an auditor would have seen them." }
             }
         }
     }

@@ -134,18 +134,29 @@ pub fn finish(response: &mut Response, error: Option<&ApiError>, request_id: &st
 /// Returns the title and the text of an error page.
 fn error_text(error: &ApiError) -> (&'static str, String) {
     match error {
-        ApiError::NotFound => ("Not found", "This page does not exist, or you may not see it.".to_owned()),
-        ApiError::Forbidden => ("Operators only", "This page needs an operator's key.".to_owned()),
+        ApiError::NotFound => (
+            "Not found",
+            "This page does not exist, or you may not see it.".to_owned(),
+        ),
+        ApiError::Forbidden => (
+            "Operators only",
+            "This page needs an operator's key.".to_owned(),
+        ),
         ApiError::MethodNotAllowed => ("Method not allowed", "This page is read-only.".to_owned()),
-        ApiError::InvalidQuery(reason) | ApiError::InvalidPath(reason) => ("Invalid request", format!("{reason}.")),
+        ApiError::InvalidQuery(reason) | ApiError::InvalidPath(reason) => {
+            ("Invalid request", format!("{reason}."))
+        }
         ApiError::Unavailable(_) => (
             "The database does not answer",
-            "Try again in a moment. Until the database recovers, deliveries get 503 and nothing is \
-             lost, because Stripe redelivers for three days. If you are on call: the server log has \
-             the cause, and `stripe-reconciler doctor` tells you what to do."
+            "Try again in a moment. Until the database recovers, deliveries get 503 and \
+             nothing is lost, because Stripe redelivers for three days. If you are on call: the \
+             server log has the cause, and `stripe-reconciler doctor` tells you what to do."
                 .to_owned(),
         ),
-        ApiError::Internal(_) => ("Internal error", "The server log has the details.".to_owned()),
+        ApiError::Internal(_) => (
+            "Internal error",
+            "The server log has the details.".to_owned(),
+        ),
         _ => ("Invalid form", "Open the page again and retry.".to_owned()),
     }
 }

@@ -32,7 +32,7 @@ pub async fn unmatched(
         h1 { "Unmatched events" }
         p.intro {
             "These Stripe invoices have events, but no stored invoice names them. Their history appears as soon as one does. "
-            "Events that wait for long belong to an invoice that was never stored, or was stored without its " code { "stripeInvoiceId" } "."
+            "Events that stay unmatched belong to an invoice that was never stored, or was stored without its " code { "stripeInvoiceId" } "."
         }
         @if unmatched.is_empty() { p.empty { "No unmatched events." } } @else {
             table.cards {
@@ -55,7 +55,7 @@ pub async fn unmatched(
                     }
                 }
             }
-            @if unmatched.len() > MAX_UNMATCHED as usize { p.hint { "There are more. These have waited longest." } }
+            @if unmatched.len() > MAX_UNMATCHED as usize { p.hint { "There are more. These are the oldest." } }
         }
     };
 
@@ -129,7 +129,7 @@ pub async fn reconciliation(
     let runs = state.store.last_runs(MAX_RUNS, i64::MAX).await?;
     let content = html! {
         h1 { "Reconciliation" }
-        p.intro { "The last reconcile runs against Stripe's API: what agrees, what was healed, what differs." }
+        p.intro { "The last reconcile runs against Stripe's API: which invoices agree, were healed, or differ." }
         @if runs.is_empty() {
             p.empty { "No run yet. Set STRIPE_API_KEY for " code { "serve" } ", or run " code { "stripe-reconciler reconcile" } "." }
         }
