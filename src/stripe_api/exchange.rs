@@ -233,8 +233,8 @@ fn classify(path: &str, answer: &Response<Bytes>) -> Result<Bytes, Failure> {
     let is_away = is_transient || status.is_server_error();
     let error = match status {
         StatusCode::UNAUTHORIZED => StripeApiError::Unauthorized(reason),
-        StatusCode::TOO_MANY_REQUESTS => StripeApiError::Busy(format!("{path} returned {reason}")),
-        _ if is_away => StripeApiError::Away(format!("{path} returned {reason}")),
+        StatusCode::TOO_MANY_REQUESTS => StripeApiError::Busy(format!("{path} answered {reason}")),
+        _ if is_away => StripeApiError::Away(format!("{path} answered {reason}")),
         status => denied(path, status.as_u16(), &reason),
     };
     Err(Failure {
@@ -360,7 +360,8 @@ mod tests {
 
         let hidden = format!(
             "The provided key 'rk_live_{}qs8Kgd' does not have the required permissions for this \
-             endpoint on account 'acct_1'. Having the 'rak_event_read' permission would allow this request to continue.",
+             endpoint on account 'acct_1'. Having the 'rak_event_read' permission would allow this \
+             request to continue.",
             "*".repeat(93)
         );
         let hidden = serde_json::json!({"error": {"message": hidden}}).to_string();

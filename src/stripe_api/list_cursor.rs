@@ -69,7 +69,7 @@ impl ListCursor {
     }
 }
 
-/// Returns the id of an item, or `None` if it has none or an empty one.
+/// Returns the id of an item, or `None` if the id is absent or empty.
 fn id_of(item: &RawValue) -> Option<String> {
     #[derive(Deserialize)]
     struct Item {
