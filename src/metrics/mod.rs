@@ -265,12 +265,24 @@ impl Log {
             ),
             oldest_without_invoice_age_seconds: r.float(
                 "oldest_event_without_invoice_age_seconds",
-                "Age of the oldest event about an invoice that is not stored; 0 without such events",
+                "Age of the oldest event about an invoice that is not stored; 0 if none",
             ),
-            unreadable_events: r
-                .gauge("unreadable_events", "Unreadable events of the last 30 days; stops counting at 10000"),
-            last_delivery_timestamp_seconds: r.floats("last_delivery_timestamp_seconds", delivered, "mode", &MODES),
-            secret_last_used_timestamp_seconds: r.floats("secret_last_used_timestamp_seconds", used, "label", &[]),
+            unreadable_events: r.gauge(
+                "unreadable_events",
+                "Unreadable events of the last 30 days; stops counting at 10000",
+            ),
+            last_delivery_timestamp_seconds: r.floats(
+                "last_delivery_timestamp_seconds",
+                delivered,
+                "mode",
+                &MODES,
+            ),
+            secret_last_used_timestamp_seconds: r.floats(
+                "secret_last_used_timestamp_seconds",
+                used,
+                "label",
+                &[],
+            ),
         }
     }
 }
@@ -288,7 +300,10 @@ impl Reconcile {
                 "result",
                 &RESULTS,
             ),
-            healed: r.counter("reconcile_healed_total", "Invoice histories that reconcile runs changed"),
+            healed: r.counter(
+                "reconcile_healed_total",
+                "Invoice histories that reconcile runs changed",
+            ),
             api_only_events: r.counter(
                 "reconcile_api_only_events_total",
                 "Events that a reconcile run found and no webhook had delivered",
@@ -299,8 +314,8 @@ impl Reconcile {
             ),
             backlog: r.gauges(
                 "reconcile_backlog",
-                "Lookups that wait for Stripe's API; stops counting at 10000 objects, 10000 checks, \
-                 and 10000 links each of charges, payment intents and refunds",
+                "Lookups that wait for Stripe's API; stops counting at 10000 objects, \
+                 10000 checks, and 10000 links each of charges, payment intents and refunds",
                 "kind",
                 &BACKLOGS,
             ),
