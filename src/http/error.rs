@@ -19,7 +19,8 @@ use crate::store::{StoreError, StoreErrorClass};
 pub enum ApiError {
     Unauthorized,
     Forbidden,
-    /// The resource does not exist or belongs to another tenant. The client cannot tell which.
+    /// The resource does not exist or belongs to another tenant. The response does not reveal
+    /// which.
     NotFound,
     MethodNotAllowed,
     /// Names the part of the path and why it is not a valid id.
@@ -41,9 +42,9 @@ pub enum ApiError {
     /// The request was dropped to free memory for others; the client should retry later. It is not
     /// logged as an error, because a flood of large bodies causes it.
     Overloaded,
-    /// The client should retry later. The reason goes to the log only.
+    /// The client should retry later. Only the log shows the reason.
     Unavailable(String),
-    /// A bug. The reason goes to the log only.
+    /// A bug. Only the log shows the reason.
     Internal(String),
 }
 

@@ -1,5 +1,5 @@
 //! The OpenAPI document of the HTTP interface. `openapi.json` is written by hand;
-//! `tests/api/openapi.rs` and `tests/schemathesis` check it against the code.
+//! `tests/api/openapi.rs` and `tests/schemathesis` check the file against the code.
 //!
 //! The schema of an invoice to store is derived here from the schema of an invoice in a response:
 //! absent fields may be `null`, and times may have any offset.

@@ -89,8 +89,7 @@ async fn accept(
         connection.set_trusted();
     }
 
-    // The server kept this connection waiting until the stop, so serve it as if it had come in
-    // time.
+    // Still accept a delivery whose connection the server kept waiting until the stop.
     let was_waiting = connection.is_some_and(|connection| connection.was_waiting_at_stop());
     if state.stopping.is_cancelled() && !was_waiting {
         return Err((

@@ -63,7 +63,7 @@ pub fn time(ms: i64) -> Markup {
     html! { time datetime=(timestamp(ms)) { (readable(ms)) } }
 }
 
-/// Renders one of our sentences. No line breaks inside a date.
+/// Renders one of our sentences, and prevents line breaks inside dates.
 pub fn sentence(text: &str) -> Markup {
     let words: Vec<&str> = text.split(' ').collect();
     let is_date =
