@@ -2,8 +2,8 @@
 //! configured. A failure is logged once, where it is handled. No level logs a payload, header or
 //! secret.
 //!
-//! The path of a single delivery is logged at `debug` and costs nothing while that is off. Spans of
-//! `debug` go to the collector whatever the log level.
+//! The path of a single delivery is logged at `debug` and costs nothing while `debug` is off. Spans
+//! of `debug` go to the collector whatever the log level.
 
 mod log_rate_limit;
 mod otlp;
