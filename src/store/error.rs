@@ -1,7 +1,7 @@
-//! Why a store call failed, and what its caller can do about it.
+//! Errors of store calls: the kind of failure, and the options that the caller has.
 //!
-//! The kind is decided here, once, from the SQLSTATE or SQLite result code. Nobody else looks at an
-//! engine's message.
+//! This module alone derives the kind, from the SQLSTATE or SQLite result code. No other code reads
+//! an engine's message.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -13,7 +13,7 @@ use sqlx::postgres::PgDatabaseError;
 
 /// A failed store call.
 ///
-/// Cheap to clone: one failed commit answers a whole batch of deliveries.
+/// Cheap to clone, because one failed commit answers a whole batch of deliveries.
 #[derive(Clone, Debug)]
 pub struct StoreError {
     kind: StoreErrorKind,
@@ -21,7 +21,7 @@ pub struct StoreError {
     source: Option<Arc<sqlx::Error>>,
 }
 
-/// The cause of a failure, as far as an operator acts differently on it.
+/// The cause of a failure. Causes differ if an operator acts differently on them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum StoreErrorKind {
     /// The database is empty: no migration was ever applied.
@@ -30,11 +30,11 @@ pub enum StoreErrorKind {
     SchemaOlder,
     /// A newer version of this program migrated the database.
     SchemaNewer,
-    /// The SQLite file does not exist, or no longer does.
+    /// The SQLite file does not exist, or no longer exists.
     FileMissing,
     /// Another file took the place of the SQLite file that was opened.
     FileReplaced,
-    /// SQLite's write-ahead log, or its index, is not the one in use, or was truncated.
+    /// SQLite's write-ahead log or its index was replaced, deleted or truncated.
     LogLost,
     /// The database, its file or the transaction is read-only.
     ReadOnly,
@@ -44,7 +44,7 @@ pub enum StoreErrorKind {
     DiskFull,
     /// PostgreSQL has no free connection slot.
     TooManyConnections,
-    /// Another process or statement holds what this call needs.
+    /// Another process or statement holds a lock that this call needs.
     Locked,
     /// The database file is damaged, or is not a database.
     Corrupt,
@@ -52,11 +52,11 @@ pub enum StoreErrorKind {
     DamagedRow,
     /// SQLite cannot read, write or open its file.
     Io,
-    /// The server cannot be reached, or is about to go away.
+    /// The server cannot be reached, or is shutting down.
     Unreachable,
     /// The server did not answer in time.
     Unresponsive,
-    /// Another writer was faster.
+    /// A concurrent writer caused a conflict.
     Contended,
     /// The database acknowledges commits that a crash can lose or damage.
     UnsafeCommit,
@@ -67,7 +67,7 @@ pub enum StoreErrorKind {
 /// The options that a caller has after a failure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StoreErrorClass {
-    /// No other call will fare better now: the circuit breaker opens.
+    /// No other call can succeed now: the circuit breaker opens.
     Away,
     /// The same call may succeed later: the answer is 503.
     Unavailable,
@@ -78,7 +78,7 @@ pub enum StoreErrorClass {
 }
 
 impl StoreErrorKind {
-    /// Returns what a caller can do about a failure of this kind.
+    /// Returns the options that a caller has after a failure of this kind.
     pub fn class(self) -> StoreErrorClass {
         use StoreErrorKind::{
             Contended, Corrupt, DamagedRow, DiskFull, FileMissing, FileReplaced, Io, Locked,
@@ -132,7 +132,7 @@ impl fmt::Display for StoreErrorKind {
 }
 
 impl StoreError {
-    /// Creates an error of this kind. `context` says what the kind does not; it may be empty.
+    /// Creates an error of this kind. `context` adds what the kind leaves open; it may be empty.
     pub(crate) fn new(kind: StoreErrorKind, context: impl Into<Cow<'static, str>>) -> StoreError {
         StoreError {
             kind,
@@ -163,12 +163,12 @@ impl StoreError {
         self.kind
     }
 
-    /// Returns what a caller can do about it.
+    /// Returns the options that a caller has after this error.
     pub fn class(&self) -> StoreErrorClass {
         self.kind.class()
     }
 
-    /// Returns the cause without its kind: the engine's message, or what the store found.
+    /// Returns the cause without its kind: the message of the engine or of the store.
     pub fn reason(&self) -> &str {
         if self.context.is_empty() {
             self.kind.as_str()
@@ -195,7 +195,7 @@ impl std::error::Error for StoreError {
     }
 }
 
-/// SQLSTATE classes that mean the server is away or about to be: connection exception,
+/// SQLSTATE classes that mean the server is unavailable or about to be: connection exception,
 /// insufficient resources, operator intervention, system error.
 const SERVER_CLASSES: [&str; 4] = ["08", "53", "57", "58"];
 
@@ -246,7 +246,7 @@ fn kind_of_sqlstate(code: &str) -> StoreErrorKind {
         "40001" | "40P01" => StoreErrorKind::Contended,
         "42P01" => StoreErrorKind::NotMigrated,
         "25006" => StoreErrorKind::ReadOnly,
-        // A standby runs no serializable transaction, and says "feature not supported".
+        // A standby rejects a serializable transaction with "feature not supported".
         "0A000" => StoreErrorKind::Standby,
         "53100" => StoreErrorKind::DiskFull,
         // A cancelled statement, or one that took too long, proves nothing about the server.

@@ -1,11 +1,11 @@
-//! The rows of the event log: what goes in, what comes out, and how they are stored.
+//! The rows of the event log: new events, stored events, and their columns.
 
 use std::collections::HashSet;
 
 use super::StoreError;
 use crate::domain::stripe::event::{EventKey, Link};
 
-/// How an event arrived.
+/// The channel by which an event arrived.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Source {
     Webhook,
@@ -13,7 +13,7 @@ pub enum Source {
     Api,
 }
 
-/// What the reader found in an event.
+/// The result of reading an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
     Recorded,
@@ -47,7 +47,8 @@ impl Outcome {
         }
     }
 
-    /// Returns the outcome of this name, as flags and queries use it, or `None` if there is none.
+    /// Returns the outcome with this name, as flags and queries use it, or `None` for an unknown
+    /// name.
     pub fn parse(text: &str) -> Option<Outcome> {
         [
             Outcome::Recorded,
@@ -87,7 +88,8 @@ impl PackedBody {
 #[derive(Clone, Debug)]
 pub struct NewEvent {
     pub key: EventKey,
-    /// `None` if the event is unreadable. The next four fields may also be missing in the event.
+    /// Id of the event. `None` if the event is unreadable. The next four fields may also be missing
+    /// in the event.
     pub id: Option<String>,
     pub event_type: Option<String>,
     pub api_version: Option<String>,
@@ -107,8 +109,8 @@ pub struct NewEvent {
 }
 
 impl NewEvent {
-    /// Returns the mentioned objects that are not invoices, as a JSON array, or `None` if there are
-    /// none. A history follows these links to further events.
+    /// Returns the mentioned objects that are not invoices, as a JSON array, or `None` if the event
+    /// mentions no other object. A history follows these links to further events.
     pub(super) fn linked(&self) -> Option<String> {
         let ids: Vec<&str> = self
             .mentions
@@ -120,7 +122,7 @@ impl NewEvent {
     }
 }
 
-/// Whether an appended event was new.
+/// The result of appending an event: new, or a duplicate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Appended {
     New,
@@ -148,11 +150,11 @@ pub struct LoggedEvent {
 pub struct StoredBody {
     pub logged: LoggedEvent,
     pub observation: Option<String>,
-    /// `None` if the body was pruned.
+    /// The packed body. `None` if it was pruned.
     pub body: Option<Vec<u8>>,
 }
 
-/// Conditions on the rows to list. All that are given must hold.
+/// Conditions on the rows to list. All conditions that are set must hold.
 #[derive(Clone, Debug, Default)]
 pub struct EventFilter {
     pub event_type: Option<String>,
@@ -184,7 +186,7 @@ pub(super) type LoggedRow = (
     String,
     Text,
 );
-/// A [`LoggedRow`], its observation, and how many rows were found, whatever their bytes.
+/// A [`LoggedRow`], its observation, and the number of rows found before the byte limit applied.
 pub(super) type ObservedRow = (
     Vec<u8>,
     Text,
@@ -237,7 +239,6 @@ pub(super) fn logged(row: LoggedRow) -> Result<LoggedEvent, StoreError> {
         outcome,
         unreadable_reason,
     ) = row;
-    let unknown = || StoreError::damaged(format!("unknown outcome of an event: `{outcome}`"));
 
     Ok(LoggedEvent {
         key: event_key(key)?,
@@ -249,7 +250,9 @@ pub(super) fn logged(row: LoggedRow) -> Result<LoggedEvent, StoreError> {
         received_ms,
         source: Source::parse(&source)?,
         secret_label,
-        outcome: Outcome::parse(&outcome).ok_or_else(unknown)?,
+        outcome: Outcome::parse(&outcome).ok_or_else(|| {
+            StoreError::damaged(format!("unknown outcome of an event: `{outcome}`"))
+        })?,
         unreadable_reason,
     })
 }
@@ -282,8 +285,8 @@ pub(super) fn stored_body(row: BodyRow) -> Result<StoredBody, StoreError> {
 
 /// Returns the first event of each key, sorted by key.
 ///
-/// The others are duplicates, of which nothing is stored. The order lets neighbours share pages of
-/// an index, and lets the batches of several replicas lock rows in the same order.
+/// The other events are duplicates and are not stored. Because of the order, neighbours share pages
+/// of an index, and the batches of several replicas lock rows in the same order.
 pub(super) fn firsts(batch: &[NewEvent]) -> Vec<&NewEvent> {
     let mut keys = HashSet::with_capacity(batch.len());
     let mut firsts: Vec<&NewEvent> = batch

@@ -1,4 +1,4 @@
-//! The event log: pages of it, single events, and the few changes that are allowed.
+//! The event log: reads pages and single events, and makes the few allowed changes.
 //!
 //! Deliveries are appended by `engine`. After that, only `prune` and `rebuild` change a row.
 
@@ -21,7 +21,7 @@ pub(super) const LAST: (i64, EventKey) = (i64::MAX, EventKey([255; EventKey::LEN
 pub struct ObservedPage {
     /// Each event with its `Observation` as JSON.
     pub events: Vec<(LoggedEvent, Option<String>)>,
-    /// Whether more events may follow.
+    /// `true` if more events may follow.
     pub has_more: bool,
 }
 
@@ -49,7 +49,7 @@ const PAGE_OF_INVOICE: &str = concat!(
         and key in (select event_key from mentions where object_id = $6)
       order by received_ms desc, key desc limit $5"
 );
-/// Selects rows with their observations, up to the observation that reaches `$6` bytes: at least
+/// Selects rows with their observations, up to the observation that reaches `$6` bytes, at least
 /// one. `octet_length` reads the length without the text.
 macro_rules! observed_page {
     ($filter:literal) => {
@@ -75,8 +75,8 @@ macro_rules! observed_page {
 const OBSERVED_PAGE: &str = observed_page!("");
 const OBSERVED_PAGE_OF_INVOICE: &str =
     observed_page!("and key in (select event_key from mentions where object_id = $7)");
-/// Finds the rows by the start of their keys first and sorts them then. Otherwise PostgreSQL would
-/// search the whole log in its order.
+/// First finds the rows by the start of their keys, then sorts them. Otherwise PostgreSQL would
+/// scan the whole log in sort order.
 const BY_ID: &str = concat!(
     "with found as materialized (select received_ms, key from events where key between $1 and $2 and id = $3)
      select ",
@@ -133,8 +133,8 @@ const INSERT_EVENT: &str = concat!(
     ", telling, linked, body) values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)
      on conflict do nothing"
 );
-/// `$1` is a JSON array of pairs: an object, and an event key in hexadecimal digits. Selects the keys
-/// of the pairs that are not stored.
+/// `$1` is a JSON array of pairs: an object, and an event key in hexadecimal digits. Selects the
+/// keys of the pairs that are not stored.
 const UNMENTIONED_IN_SQLITE: &str = "
     select distinct unhex(value->>1) from json_each($1)
     where not exists (
@@ -360,7 +360,7 @@ impl Store {
     /// order of their receipt.
     ///
     /// Returns how many events had a body, and where the next step begins, or `None` after the last
-    /// step. Unreadable events keep their body: nothing else is known of them.
+    /// step. Unreadable events keep their body, because it is the only information about them.
     ///
     /// The position is read before the transaction, which then holds the write lock for one
     /// statement.
@@ -396,10 +396,11 @@ impl Store {
         Ok((pruned, Some((*last_ms, event_key(last_key.clone())?))))
     }
 
-    /// Replaces events by what this version reads in the same bytes, in one transaction.
+    /// Replaces events by the result of reading the same bytes with this version, in one
+    /// transaction.
     ///
-    /// An event that became readable gets a new key. If that key is in the log already, only the old
-    /// row is deleted. Old mentions stay: they lead to no row and do no harm.
+    /// An event that became readable gets a new key. If that key is in the log already, only the
+    /// old row is deleted. Old mentions stay; they lead to no row and are harmless.
     pub async fn replace_readings(&self, batch: &[(EventKey, NewEvent)]) -> Result<(), StoreError> {
         let mut session = self.transaction().await?;
         for (old, event) in batch {

@@ -1,8 +1,9 @@
 //! Reads an invoice with its observations and the caller's API keys in one round trip.
 //!
 //! The observations of an invoice are those of every event that its links reach: from the invoice
-//! to the events that mention it, to the objects that these name, to the events that mention those,
-//! and so on. More events may be reached than belong to the invoice; `domain::history` decides.
+//! to the events that mention it, to the objects that these events name, to the events that mention
+//! those objects, and so on. More events may be reached than belong to the invoice;
+//! `domain::history` decides.
 
 use std::collections::HashMap;
 
@@ -23,11 +24,11 @@ type Row = (
     Option<i64>,
     Option<String>,
 );
-/// Whether the key has the second of the hashes, and the key.
+/// An API key, preceded by `true` if its hash is the second of the requested hashes.
 type RequestedKey = (bool, KeyRow);
 
-/// The statements that differ between the engines: neither plans a recursion well by itself, and
-/// each needs hints of its own.
+/// The statements that differ between the engines. Neither engine plans a recursion well by itself,
+/// and each needs its own hints.
 struct EngineSql {
     invoice_with_observations: &'static str,
     observations_of_each: &'static str,
@@ -67,8 +68,8 @@ impl Store {
         Ok(invoice)
     }
 
-    /// Returns the API keys with these hashes, in the order of the hashes, and the invoice if one of
-    /// the keys may read it.
+    /// Returns the API keys with these hashes, in the order of the hashes, and the invoice if one
+    /// of the keys may read it.
     ///
     /// Expired and revoked keys are returned too. Without a key that may read the invoice, the
     /// invoice is not looked up, so that the time to answer does not reveal whether it exists.
@@ -85,8 +86,8 @@ impl Store {
         Ok(found)
     }
 
-    /// Returns the observations of these objects and of all that belong with them, in no order.
-    /// Others may be among them.
+    /// Returns the observations of these objects and of all objects linked to them, in no
+    /// particular order. Unrelated observations may be among them.
     pub async fn observations_for(
         &self,
         object_ids: &[String],
@@ -99,7 +100,8 @@ impl Store {
         Ok(found.into_values().flatten().collect())
     }
 
-    /// Reads the observations of these invoices into them. Others may be among them.
+    /// Reads the observations of these invoices into them. Unrelated observations may be among
+    /// them.
     pub async fn add_observations(&self, invoices: &mut [StoredInvoice]) -> Result<(), StoreError> {
         let mut session = self.session().await?;
         add_observations(&mut session, invoices).await?;
@@ -165,7 +167,7 @@ pub(super) async fn read(
     Ok((Some(invoice), keys))
 }
 
-/// Reads a JSON array of [`RequestedKey`]s, and sorts it by the order of the hashes.
+/// Parses a JSON array of [`RequestedKey`]s and sorts it by the order of the hashes.
 fn api_keys(json: &str) -> Result<Vec<ApiKey>, StoreError> {
     let mut keys: Vec<RequestedKey> =
         serde_json::from_str(json).map_err(|_| StoreError::damaged("an API key is damaged"))?;
@@ -174,10 +176,12 @@ fn api_keys(json: &str) -> Result<Vec<ApiKey>, StoreError> {
 }
 
 fn read_lines(lines: &str) -> Result<Vec<ObservationRow>, StoreError> {
-    let damaged = || StoreError::damaged("an observation of an invoice is damaged");
     lines
         .lines()
-        .map(|line| read_line(line).ok_or_else(damaged))
+        .map(|line| {
+            read_line(line)
+                .ok_or_else(|| StoreError::damaged("an observation of an invoice is damaged"))
+        })
         .collect()
 }
 
@@ -261,7 +265,7 @@ mod tests {
         }
     }
 
-    /// Otherwise another tenant's invoice would cost more than a missing one.
+    /// Otherwise reading another tenant's invoice would take longer than reading a missing one.
     #[tokio::test]
     async fn key_is_checked_before_invoice_is_read() {
         let folder = tempfile::tempdir().unwrap();

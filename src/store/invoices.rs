@@ -19,13 +19,14 @@ pub struct StoredInvoice {
     pub stripe_invoice_id: Option<String>,
     /// The normalised `v1Invoice` as JSON, without `status.states`.
     pub document: String,
-    /// The states that came with the first version of the document: a JSON array of `ImportedState`.
+    /// The states that came with the first version of the document: a JSON array of
+    /// `ImportedState`.
     pub imported_states: String,
     /// Unix milliseconds of the first time the invoice was stored.
     pub stored_ms: i64,
     /// Version number that grows whenever the document changes.
     pub revision: i64,
-    /// Empty if the invoice was read without them.
+    /// Observations of the invoice. Empty if it was read without them.
     pub observations: Vec<ObservationRow>,
 }
 
@@ -75,15 +76,15 @@ pub struct InvoiceCursor {
 #[derive(Clone, Debug)]
 pub struct InvoicePage {
     pub invoices: Vec<StoredInvoice>,
-    /// Whether more invoices may follow.
+    /// `true` if more invoices may follow.
     pub has_more: bool,
 }
 
 /// Attempts to run a transaction that conflicts with others.
 const ATTEMPTS: u32 = 8;
 
-/// Selects the rows that `$rows` finds, in this order, up to the document that reaches `$bytes`:
-/// at least one. `octet_length` reads the length without the document.
+/// Selects the rows that `$rows` finds, in this order, up to the document that reaches `$bytes`, at
+/// least one. `octet_length` reads the length without the document.
 macro_rules! documents {
     ($rows:expr, $order:literal, $bytes:literal) => {
         concat!(
@@ -121,10 +122,11 @@ macro_rules! page {
 }
 const PAGE: &str = page!("order by stored_ms desc, tenant_uid, invoice_uid");
 const PAGE_OF_TENANT: &str = page!("and tenant_uid = $6 order by stored_ms desc, invoice_uid");
-/// At most one row. A statement of its own, because planners may otherwise read all invoices.
+/// Selects at most one row. It is a separate statement, because planners may otherwise read all
+/// invoices.
 const PAGE_OF_STRIPE_INVOICE: &str = page!("and stripe_invoice_id = $6");
-/// Finds the invoice in the index alone, and reads its row only if it belongs to the tenant: another
-/// tenant's invoice takes no longer than a missing one.
+/// Finds the invoice in the index alone, and reads its row only if it belongs to the tenant, so
+/// reading another tenant's invoice takes no longer than reading a missing one.
 const PAGE_OF_TENANT_AND_STRIPE_INVOICE: &str = page!(
     "and tenant_uid = $6 and invoice_uid =
          (select invoice_uid from invoices where stripe_invoice_id = $7 and tenant_uid = $6)"
@@ -144,7 +146,7 @@ const BY_UID_OF_TENANT: &str = documents!(
     "$4"
 );
 pub(super) type InvoiceRow = (String, String, Option<String>, String, String, i64, i64);
-/// How many rows were found, whatever their bytes; then an [`InvoiceRow`].
+/// Number of rows found before the byte limit applied, followed by an [`InvoiceRow`].
 type PageRow = (
     i64,
     String,
@@ -231,7 +233,7 @@ impl Store {
         let mut answers = Vec::with_capacity(batch.len());
         for new in batch {
             let (tenant_uid, invoice_uid) = (&new.tenant_uid, &new.invoice_uid);
-            // Only a precondition needs the observations, and gathering them takes the longest.
+            // Only a precondition needs the observations, and reading them takes the longest.
             let stored = match precondition {
                 Some(_) => {
                     invoice_reads::read(&mut session, tenant_uid, invoice_uid, Reader::Internal)
@@ -261,7 +263,7 @@ impl Store {
     }
 
     /// Returns a page of invoices with their observations, newest first by the time they were first
-    /// stored, then by tenant and uid; of one tenant or of all.
+    /// stored, then by tenant and uid, for one tenant or for all.
     ///
     /// Documents and observations are unlimited in bytes: callers that answer a request use
     /// [`Store::documents_page`] and [`Store::add_observations`].
@@ -298,7 +300,7 @@ impl Store {
     }
 
     /// Returns the invoices whose uid starts with `start`, by uid, then tenant, without their
-    /// observations; of one tenant or of all. The page ends with the document that reaches
+    /// observations, for one tenant or for all. The page ends with the document that reaches
     /// `max_bytes`.
     pub async fn documents_by_uid(
         &self,

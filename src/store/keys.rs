@@ -32,7 +32,7 @@ pub struct ApiKey {
     pub revoked_ms: Option<i64>,
 }
 
-/// Id, tenant, created, expires, revoked.
+/// Columns of an API key: id, tenant, created, expires, revoked.
 pub(super) type KeyRow = (String, Option<String>, i64, Option<i64>, Option<i64>);
 
 const INSERT: &str = "

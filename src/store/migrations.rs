@@ -1,4 +1,4 @@
-//! The embedded migrations, and which of them a database has.
+//! The embedded migrations: applies them, and checks which of them a database has.
 
 use std::cmp::Ordering;
 use std::time::Duration;
@@ -64,8 +64,9 @@ impl Store {
             return Ok(Vec::new());
         }
 
-        // sqlx has no lock on SQLite. On PostgreSQL its lock belongs to a session, which a pooler
-        // does not keep. A transaction is a lock on both; sqlx's own become savepoints inside it.
+        // sqlx takes no lock on SQLite. On PostgreSQL its lock belongs to a session, which a pooler
+        // does not keep. A transaction is a lock on both; sqlx's own transactions become savepoints
+        // inside it.
         match &self.0 {
             Engine::Sqlite(store) => {
                 let mut connection = store.writer().await?;
@@ -117,10 +118,10 @@ impl Store {
         }
     }
 
-    /// Returns what [`Store::ping`] does, or [`StoreErrorKind::Unresponsive`] after `limit`.
+    /// Returns the result of [`Store::ping`], or [`StoreErrorKind::Unresponsive`] after `limit`.
     ///
     /// # Errors
-    /// As [`Store::ping`].
+    /// The same as for [`Store::ping`].
     pub async fn ping_within(&self, limit: Duration) -> Result<(), StoreError> {
         tokio::time::timeout(limit, self.ping())
             .await
@@ -144,16 +145,15 @@ async fn migrate_on(
     });
     let mut migrator = Migrator::with_migrations(migrations.into());
 
-    // Its lock would belong to the session. The transaction already holds ours.
+    // sqlx's lock would belong to the session. The transaction already holds our lock.
     migrator.set_locking(false);
     connection.ensure_migrations_table(MIGRATIONS_TABLE).await?;
     let before = connection.list_applied_migrations(MIGRATIONS_TABLE).await?;
     migrator.run_direct(None, connection, false).await?;
-    let is_new = |version: i64| before.iter().all(|applied| applied.version != version);
 
     Ok(MIGRATIONS
         .iter()
-        .filter(|(version, ..)| is_new(*version))
+        .filter(|(version, ..)| before.iter().all(|applied| applied.version != *version))
         .map(|(_, name, _)| *name)
         .collect())
 }

@@ -1,11 +1,12 @@
-//! The only SQL. A `Store` is opened by URL; every method is one statement or one transaction.
+//! The store, which holds all SQL. A [`Store`] is opened by URL; every method is one statement or
+//! one transaction.
 //!
-//! `events` is the log of deliveries, `invoices` the stored documents, `invoice_reads` what a read
-//! needs in one round trip, `keys` the API keys, `reconcile` the state of reconciliation,
+//! `events` is the log of deliveries, `invoices` the stored documents, `invoice_reads` the read of
+//! an invoice in one round trip, `keys` the API keys, `reconcile` the state of reconciliation,
 //! `monitoring` the totals for operators, `copy` moves everything to another database. Both engines
-//! share the SQL text and run it through `engine/connection`. Where they differ, in opening and
-//! appending, see `engine/sqlite` and `engine/postgres`. What rows mean to a payment is not known
-//! here: that is `domain`.
+//! share the SQL text and run it through `engine/connection`. The engines differ in opening and
+//! appending, see `engine/sqlite` and `engine/postgres`. `domain` decides what rows mean for a
+//! payment.
 
 mod copy;
 mod engine;
@@ -42,13 +43,13 @@ use engine::connection::Connection;
 use engine::postgres::PostgresStore;
 use engine::sqlite::SqliteStore;
 
-/// Rare things are counted up to this number; there may be more.
+/// Limit of counts of rare rows; there may be more.
 pub const COUNT_LIMIT: u32 = 10_000;
 
-/// Shortest pause after a write of a batch command. A commit that takes less leaves no time for a
-/// waiting process to try again.
+/// Shortest pause after a write of a batch command. A shorter one leaves a waiting process no time
+/// to retry.
 const MIN_PAUSE: Duration = Duration::from_millis(5);
-/// Longest pause. A write that took longer was waiting for others itself.
+/// Longest pause. A write that took longer was itself waiting for other writers.
 const MAX_PAUSE: Duration = Duration::from_secs(1);
 
 /// A database. Cheap to clone.
@@ -85,7 +86,7 @@ impl Store {
     /// Opens an existing database. Creates no file.
     ///
     /// # Errors
-    /// [`StoreErrorKind::FileMissing`] if there is no such file.
+    /// [`StoreErrorKind::FileMissing`] if the file does not exist.
     pub async fn connect_to_existing(url: &str) -> Result<Store, StoreError> {
         Store::check_url(url)
             .map_err(|reason| StoreError::new(StoreErrorKind::Rejected, reason))?;
@@ -130,10 +131,11 @@ impl Store {
         }
     }
 
-    /// Appends a batch in one transaction. Answers in the order of the batch.
+    /// Appends a batch in one transaction and returns results in the order of the batch.
     ///
-    /// When it returns, the whole batch is durable, or nothing of it is stored. Repeating is
-    /// harmless: a key that is already stored, or twice in the batch, is a duplicate.
+    /// On return, either the whole batch is durable or no event of it is stored. Repeating the call
+    /// is harmless: a key that is already stored, or that occurs twice in the batch, is a
+    /// duplicate.
     pub async fn append(&self, batch: &[NewEvent]) -> Result<Vec<Appended>, StoreError> {
         match &self.0 {
             Engine::Sqlite(store) => store.append(batch).await,
@@ -150,7 +152,7 @@ impl Store {
     }
 
     /// Returns which settings of the server make acknowledged commits unsafe, as last reported.
-    /// SQLite's settings are ours and always safe.
+    /// SQLite is always safe, because this program makes its settings itself.
     pub fn durability(&self) -> Durability {
         match &self.0 {
             Engine::Sqlite(_) => Durability::SAFE,
@@ -158,18 +160,19 @@ impl Store {
         }
     }
 
-    /// Pauses a batch command after a write that took `worked`, so that a serving process can write.
+    /// Pauses a batch command after a write that took `worked`, so that a serving process can
+    /// write.
     ///
-    /// SQLite has one write lock and no queue for it: a waiting process tries again after 1 to
-    /// 100 ms, and starves beside a process that takes the lock again at once. A pause as long as
-    /// the work leaves half of the time to others. PostgreSQL locks rows, and needs no pause.
+    /// SQLite has one write lock and no queue for it: a waiting process retries after 1 to 100 ms,
+    /// and starves if another process retakes the lock at once. A pause as long as the work leaves
+    /// half of the time to others. PostgreSQL locks rows, and needs no pause.
     pub async fn pause_after_write(&self, worked: Duration) {
         if matches!(self.0, Engine::Sqlite(_)) {
             tokio::time::sleep(worked.clamp(MIN_PAUSE, MAX_PAUSE)).await;
         }
     }
 
-    /// Closes all connections. Everything that was answered is already on disk.
+    /// Closes all connections. Every acknowledged write is already on disk.
     pub async fn close(&self) {
         match &self.0 {
             Engine::Sqlite(store) => store.close().await,
@@ -177,7 +180,7 @@ impl Store {
         }
     }
 
-    /// Checks out a connection for statements that read, or that each stand alone.
+    /// Checks out a connection for statements that read or are independent of each other.
     async fn session(&self) -> Result<Connection, StoreError> {
         match &self.0 {
             Engine::Sqlite(store) => store.session().await,
@@ -185,8 +188,8 @@ impl Store {
         }
     }
 
-    /// Begins a transaction whose statements each stand alone: nothing in it depends on what it
-    /// read, so no concurrent transaction can disturb it.
+    /// Begins a transaction of independent statements. No statement depends on an earlier read, so
+    /// no concurrent transaction can disturb it.
     async fn writing(&self) -> Result<Connection, StoreError> {
         match &self.0 {
             Engine::Sqlite(store) => store.transaction().await,

@@ -1,8 +1,8 @@
-//! Totals for operators: when things last happened, which hours are busy, which invoices events wait
-//! for, and counts of rare things.
+//! Totals for operators: when things last happened, which hours are busy, which invoices events are
+//! waiting for, and counts of rare rows.
 //!
-//! A scanner derives them from the log, behind the deliveries, which pay nothing for it. An index
-//! and a limit bound every statement, however long the log is.
+//! A scanner derives the totals from the log in the background, at no cost to deliveries. An index
+//! and a limit bound every statement even if the log is long.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -24,7 +24,7 @@ pub struct LogRow {
     pub secret_label: Option<String>,
     /// The stored observation, as JSON.
     pub observation: Option<String>,
-    /// Present only if there is no observation and the body was not pruned.
+    /// The packed body, present only if the row has no observation and the body was not pruned.
     pub body: Option<PackedBody>,
 }
 
@@ -36,7 +36,7 @@ impl LogRow {
     }
 }
 
-/// The activity in a part of the log. Times in Unix milliseconds.
+/// The activity in a section of the log. Times in Unix milliseconds.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ActivityDelta {
     /// When things last happened, by stored key.
@@ -85,7 +85,7 @@ const LOG_ROWS: &str = "
            case when telling is null and outcome <> 'unreadable' then body end
     from events where (received_ms, key) > ($1, $2) and received_ms <= $3
     order by received_ms, key limit $4";
-/// Key, received, source, secret label, observation, body.
+/// Columns of a [`LogRow`]: key, received, source, secret label, observation, body.
 type LogRowColumns = (
     Vec<u8>,
     i64,
@@ -105,8 +105,8 @@ const HOURS: &str = "select hour from delivery_hours where hour >= $1 order by h
 const RECORD_HOUR: &str = "insert into delivery_hours (hour) values ($1) on conflict do nothing";
 const DELETE_HOURS: &str = "delete from delivery_hours where hour < $1";
 
-/// Looks invoices up one by one: for `not exists`, PostgreSQL may choose a join that reads all of
-/// them. `$1`: pairs of a Stripe invoice id and a time, as JSON.
+/// Looks up invoices one by one, because for `not exists`, PostgreSQL may choose a join that reads
+/// all of them. `$1`: pairs of a Stripe invoice id and a time, as JSON.
 macro_rules! record_unmatched {
     ($id:literal, $at:literal, $pairs:literal) => {
         concat!(
@@ -130,7 +130,8 @@ const RECORD_UNMATCHED_IN_POSTGRES: &str = record_unmatched!(
     "jsonb_array_elements($1::jsonb)"
 );
 const DELETE_UNMATCHED: &str = "delete from awaited where received_ms < $1";
-/// Checks again whether the invoice is stored: it may have been stored concurrently with the insert.
+/// Checks again whether the invoice is stored: it may have been stored concurrently with the
+/// insert.
 const UNMATCHED: &str = "
     select stripe_invoice_id, received_ms,
            (select count(*) from mentions where object_id = stripe_invoice_id) as events
@@ -178,8 +179,8 @@ impl Store {
         found.into_iter().map(log_row).collect()
     }
 
-    /// Saves what a part of the log adds. Deletes hours before `first_hour`, and unmatched invoices
-    /// whose first event was received before `unmatched_from_ms`.
+    /// Saves the activity of a section of the log. Deletes hours before `first_hour`, and unmatched
+    /// invoices whose first event was received before `unmatched_from_ms`.
     pub async fn save_activity(
         &self,
         delta: &ActivityDelta,
@@ -326,7 +327,7 @@ impl Store {
     }
 
     /// Returns the clock of the database server, in Unix milliseconds, or `None` on SQLite, which
-    /// has ours.
+    /// uses this machine's clock.
     pub async fn time_ms(&self) -> Result<Option<i64>, StoreError> {
         if matches!(self.0, Engine::Sqlite(_)) {
             return Ok(None);

@@ -1,4 +1,4 @@
-//! Rows that `copy` carries from one database to another.
+//! Tables and rows that `copy` transfers from one database to another.
 
 pub(super) mod rows;
 pub(super) mod tables;

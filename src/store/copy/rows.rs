@@ -1,6 +1,8 @@
-//! The store's side of `copy`: reads tables in pages by primary key, and overwrites the rows of another database with them.
+//! The store's side of `copy`: reads tables in pages by primary key, and overwrites the rows of
+//! another database with them.
 //!
-//! The target's `progress` table records which run may write to it, so that `copy` never overwrites what another command wrote.
+//! The target's `progress` table records which run may write to it, so that `copy` never overwrites
+//! what another command wrote.
 
 use futures_util::{Stream, TryStreamExt};
 use sqlx::{AssertSqlSafe, ColumnIndex, Decode, Type};
@@ -9,7 +11,7 @@ use super::tables::{Column, Kind, Table};
 use crate::store::engine::connection::{Connection, EngineConnection, execute, rows};
 use crate::store::{Store, StoreError};
 
-/// A page ends after this many bytes.
+/// Size in bytes at which a page of rows ends.
 const PAGE_BYTES: usize = 2 << 20;
 
 /// The value of one column.
@@ -27,23 +29,23 @@ pub struct Row {
     key: usize,
 }
 
-/// Rows in the order of their keys.
+/// A page of rows in the order of their keys.
 #[derive(Clone, Debug)]
 pub struct CopyPage {
     pub rows: Vec<Row>,
-    /// No row follows.
+    /// `true` if no row follows.
     pub is_last: bool,
 }
 
-/// Whether `copy` may write to a database.
+/// The result of checking whether `copy` may write to a database.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CopyTarget {
     Ready,
-    /// Another command than `copy` wrote to it.
+    /// A command other than `copy` wrote to the database.
     InUse,
     /// This table has rows that no copy wrote.
     HoldsOther(&'static str),
-    /// It is a copy of another database.
+    /// The database is a copy of another one.
     CopyOfAnother,
 }
 
@@ -101,11 +103,13 @@ const IS_STILL_MINE: &str = "
                                      and not exists (select 1 from progress as noted where noted.name = 'copy over')";
 const END_COPYING: &str =
     "insert into progress (name, value) values ('copy over', $1) on conflict (name) do nothing";
-/// Takes the row lock. It waits for a page in progress and makes the next page fail the "still mine" check.
+/// Takes the row lock. It waits for a page in progress and makes the next page fail the "still
+/// mine" check.
 const END_RUN: &str = "update progress set value = 0 where name = 'copy run'";
 
 impl Store {
-    /// Returns the id by which copies know this database. Stores `new_id` if it has none yet.
+    /// Returns the id by which copies identify this database. Stores `new_id` if the database has
+    /// no id yet.
     pub async fn copy_id(&self, new_id: i64) -> Result<i64, StoreError> {
         let mut session = self.writing().await?;
         execute!(session, SET_COPY_ID, new_id)?;
@@ -114,8 +118,8 @@ impl Store {
         Ok(id)
     }
 
-    /// Makes this database a copy of `of` if it is empty or already such a copy. From then on only `run` may write to it, and
-    /// earlier runs may not.
+    /// Makes this database a copy of `of` if it is empty or already a copy of `of`. From then on
+    /// only `run` may write to the database; earlier runs may not.
     pub async fn begin_copy(&self, of: i64, run: i64) -> Result<CopyTarget, StoreError> {
         let mut session = self.transaction().await?;
         let notes = rows!(session, fetch_all, (String, i64), COPY_NOTES)?;
@@ -143,7 +147,7 @@ impl Store {
         Ok(target)
     }
 
-    /// Ends copying into this database: from now on another command writes to it.
+    /// Ends copying into this database, because another command writes to it from now on.
     pub async fn end_copying(&self, now_ms: i64) -> Result<(), StoreError> {
         let mut session = self.writing().await?;
         execute!(session, END_RUN)?;
@@ -151,7 +155,7 @@ impl Store {
         session.commit().await
     }
 
-    /// Whether the database has rows to copy.
+    /// Returns whether the database has rows to copy.
     pub async fn holds_rows(&self) -> Result<bool, StoreError> {
         let mut session = self.session().await?;
         let held = self.first_that_holds_rows(&mut session).await?;
@@ -180,7 +184,8 @@ impl Store {
         Ok(None)
     }
 
-    /// Returns the rows after this key in the form that is compared: a payload is replaced by its length.
+    /// Returns the rows after this key in the form used for comparison, with each payload replaced
+    /// by its length.
     pub async fn rows_after(
         &self,
         table: Table,
@@ -205,7 +210,8 @@ impl Store {
         Ok(page)
     }
 
-    /// Returns the whole rows between two keys, both included. Returns only the first of them if they exceed a page in bytes.
+    /// Returns the complete rows between two keys, both included. Returns only the first rows if
+    /// all of them exceed a page in bytes.
     pub async fn rows_between(
         &self,
         table: Table,
@@ -226,8 +232,8 @@ impl Store {
         Ok(page)
     }
 
-    /// Overwrites rows and deletes others, in one transaction. Returns `false` and changes nothing if this run may no longer write
-    /// here.
+    /// Overwrites rows and deletes others, in one transaction. Returns `false` and leaves the
+    /// database unchanged if this run may no longer write to it.
     pub async fn apply(
         &self,
         run: i64,
@@ -287,7 +293,7 @@ macro_rules! bound {
     }};
 }
 
-/// Reads rows up to the byte limit, so that a page fits into memory however large the rows are.
+/// Reads rows up to the byte limit, so that a page fits into memory even if the rows are large.
 async fn read(
     session: &mut Connection,
     sql: String,
@@ -325,18 +331,19 @@ where
 {
     let (mut rows, mut bytes) = (Vec::new(), 0);
     while let Some(row) = found.try_next().await? {
-        let cell = |(n, (_, kind)): (usize, &Column)| match kind {
-            Kind::Text => row.try_get(n).map(Value::Text),
-            Kind::Number => row.try_get(n).map(Value::Number),
-            Kind::Bytes | Kind::Payload => row.try_get(n).map(Value::Bytes),
-        };
         let cells = columns
             .iter()
             .enumerate()
-            .map(cell)
+            .map(|(n, (_, kind))| match kind {
+                Kind::Text => row.try_get(n).map(Value::Text),
+                Kind::Number => row.try_get(n).map(Value::Number),
+                Kind::Bytes | Kind::Payload => row.try_get(n).map(Value::Bytes),
+            })
             .collect::<Result<Vec<Value>, _>>()?;
+
         bytes += cells.iter().map(Value::bytes).sum::<usize>();
         rows.push(Row { cells, key });
+
         if bytes >= PAGE_BYTES {
             return Ok(CopyPage {
                 rows,
@@ -369,7 +376,8 @@ async fn change(session: &mut Connection, sql: String, binds: &[Value]) -> Resul
     }
 }
 
-/// Writes rows: one by one in SQLite, where a statement needs no round trip; in PostgreSQL all in one statement, column by column.
+/// Writes rows: one by one in SQLite, where a statement needs no round trip; in PostgreSQL all in
+/// one statement, column by column.
 async fn write(session: &mut Connection, table: Table, rows: &[Row]) -> Result<(), StoreError> {
     if let EngineConnection::Postgres(connection) = &mut session.connection {
         let (inner, named, watch) = connection.start();

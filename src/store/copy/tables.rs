@@ -1,9 +1,11 @@
 //! The tables that `copy` copies to another database, and the statements for it.
 //!
-//! A migration that adds a table or column also adds it to [`Table::ALL`]: a test below compares the two. Two things are not
-//! copied: `leases`, because a lease is valid only in its own database, and the entries of `copy` itself in `progress`.
+//! Every table and column that a migration adds must also be added to [`Table::ALL`]; a test below
+//! compares the two. Two things are not copied: `leases`, because a lease is valid only in its own
+//! database, and the entries of `copy` itself in `progress`.
 
-/// A table that is copied. Its statements are built from these constants alone; no input reaches them.
+/// A table that `copy` transfers. Its statements are built from these constants alone; they contain
+/// no input.
 #[derive(Clone, Copy, Debug)]
 pub struct Table {
     pub name: &'static str,
@@ -13,7 +15,7 @@ pub struct Table {
     pub(in crate::store) key: usize,
     /// Condition on the rows to copy.
     only: &'static str,
-    /// Most rows of a page.
+    /// Largest number of rows in a page.
     pub(in crate::store) page: i64,
 }
 
@@ -22,7 +24,7 @@ pub(in crate::store) enum Kind {
     Text,
     Number,
     Bytes,
-    /// Large bytes that never change except by being pruned, so equal lengths mean equal bytes.
+    /// A large value that never changes except by pruning, so equal lengths mean equal bytes.
     Payload,
 }
 use Kind::{Bytes, Number, Payload, Text};
@@ -32,8 +34,9 @@ pub(in crate::store) type Column = (&'static str, Kind);
 const ALL_ROWS: &str = "1 = 1";
 
 impl Table {
-    /// All tables, in the order of copying. Progress is copied before the rows that the work adds: if others write meanwhile, the
-    /// copy then repeats some work instead of skipping it. Events are copied before their links, so that no event lacks its links.
+    /// All tables, in the order of copying. Progress is copied before the rows that depend on it.
+    /// If others write meanwhile, the copy then repeats some work instead of skipping it. Events
+    /// are copied before their links, so that no event lacks its links.
     pub const ALL: [Table; 9] = [
         Table {
             name: "api_keys",
@@ -141,7 +144,8 @@ impl Table {
         },
     ];
 
-    /// Whether its rows have to be read once more, by [`Store::rows_between`], to be written elsewhere.
+    /// Returns whether the rows have a payload, so that [`Store::rows_between`] must read them in
+    /// full before they are written.
     pub fn has_payload(&self) -> bool {
         self.columns.iter().any(|(_, kind)| *kind == Payload)
     }
@@ -162,7 +166,7 @@ impl Table {
             .join(", ")
     }
 
-    /// `$1, $2` for the cells of a key.
+    /// Returns the placeholders of a key's cells, such as `$1, $2`.
     fn binds(first: usize, count: usize) -> String {
         (first..first + count)
             .map(|n| format!("${n}"))
@@ -170,7 +174,8 @@ impl Table {
             .join(", ")
     }
 
-    /// The rows as they are compared: of a payload, its length.
+    /// Returns the statement that selects rows for comparison, with each payload replaced by its
+    /// length.
     fn select(&self) -> String {
         let column = |(name, kind): &Column| match kind {
             Payload => format!("cast(length({name}) as bigint)"),
@@ -219,7 +224,7 @@ impl Table {
         )
     }
 
-    /// Returns the statement that reads one row, if there is one.
+    /// Returns the statement that reads one row if the table has any.
     pub(in crate::store) fn any(&self) -> String {
         format!(
             "select {} from {} where {} limit 1",

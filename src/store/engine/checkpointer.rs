@@ -1,8 +1,10 @@
-//! The task that moves SQLite's write-ahead log into the database file, and saves it if it is lost.
+//! The task that moves SQLite's write-ahead log into the database file, and rescues the log if its
+//! path is lost.
 //!
-//! It works beside the writer and not in the commit of a delivery. Between checkpoints it checks
-//! whether the files are still the ones that were opened. Its connection is opened together with
-//! the store and is never replaced, so it can read a log whose path leads elsewhere by now.
+//! The task runs in parallel to the writer, outside the commit of a delivery. Between checkpoints
+//! it checks whether the files are still the ones that were opened. Its connection is opened
+//! together with the store and is never replaced, so it can still read a log whose path now leads
+//! to another file.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -17,34 +19,36 @@ use tokio::time::MissedTickBehavior;
 use super::file_identity::OpenFiles;
 use crate::store::{StoreError, StoreErrorKind};
 
-/// Moves the frames that no reader needs any more, and makes nobody wait.
+/// Statement that moves the frames that no reader needs any more. It blocks no other connection.
 pub(super) const CHECKPOINT: &str = "pragma wal_checkpoint(passive)";
-/// Moves all frames and begins the log anew, so that no commit is appended behind a hole.
+/// Statement that moves all frames and restarts the log, so that no commit is appended behind a
+/// hole.
 const RESTART_LOG: &str = "pragma wal_checkpoint(truncate)";
-/// Delay between two checks of the files. What is acknowledged while the log is lost is in danger
-/// for this long: a crash before the log is saved would lose it.
+/// Delay between two checks of the files. A delivery acknowledged while the log is lost is at risk
+/// for this long: a crash before the log is saved would lose the delivery.
 const CHECK_INTERVAL: Duration = Duration::from_millis(250);
-/// What a saved database file must say as the open connection does.
+/// Query whose result must be the same on the open connection and in the saved database file.
 const FINGERPRINT: &str = "
     select page_count, (select max(version) from _sqlx_migrations),
            (select hex(key) from events order by received_ms desc, key desc limit 1)
     from pragma_page_count()";
 
 type Fingerprint = (i64, Option<i64>, Option<String>);
-/// Whether a lock was in the way, the frames in the log, and how many of them were moved.
+/// Result of a checkpoint: 1 if a lock blocked it, the frames in the log, and the frames moved.
 type CheckpointRow = (i64, i64, i64);
 
 pub(super) enum Request {
     Checkpoint,
-    /// Closes the connection. As the last one, it moves what is left into the database file.
+    /// Closes the connection. The last connection to close moves the remaining frames into the
+    /// database file.
     Close(oneshot::Sender<()>),
 }
 
 pub(super) struct Checkpointer {
     pub(super) connection: SqliteConnection,
-    /// The task ends when all senders are gone, or when it is asked to close.
+    /// The task ends when all senders are dropped, or on [`Request::Close`].
     pub(super) requests: mpsc::Receiver<Request>,
-    /// Set after a checkpoint. What arrived meanwhile is left to the writer.
+    /// Set after a checkpoint. The writer moves the frames that arrived meanwhile.
     pub(super) is_almost_done: Arc<AtomicBool>,
     pub(super) file: PathBuf,
     pub(super) files: Arc<OpenFiles>,
@@ -75,7 +79,7 @@ impl Checkpointer {
     }
 
     async fn checkpoint(&mut self) {
-        // With another index, SQLite would move frames by the wrong map.
+        // With a different index, SQLite would move frames to the wrong pages.
         if self.files.verify().is_err() {
             return;
         }
@@ -87,7 +91,7 @@ impl Checkpointer {
 
     async fn check_files(&mut self, state: LogState) -> LogState {
         if self.files.is_log_shorter() {
-            // The log's own error is logged by the next check and by each refused statement.
+            // The next check and each refused statement log the error of the log itself.
             let _ = restart_shorter_log(&mut self.connection, &self.files).await;
         }
         let Err(change) = self.files.verify() else {
@@ -131,20 +135,20 @@ impl Checkpointer {
     }
 }
 
-/// What has happened to the log so far, and was logged.
+/// The last state of the log that was written to the server log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum LogState {
     InPlace,
-    /// A file changed, and nothing in the log needs to be saved.
+    /// A file changed, and no frame of the log needs to be saved.
     Changed,
     SaveFailed,
     Saved,
 }
 
-/// Decides what a log that became shorter means, before anything is written to it.
+/// Decides whether a log that became shorter lost frames, before anything is written to it.
 ///
 /// # Errors
-/// Frames are missing, or a reader is in the way.
+/// Returns an error if frames are missing, or if a reader blocks the checkpoint.
 pub(super) async fn restart_shorter_log(
     connection: &mut SqliteConnection,
     files: &OpenFiles,
@@ -168,8 +172,8 @@ pub(super) async fn restart_shorter_log(
     }
 }
 
-/// Moves everything that the open log holds into the database file, opens that file by its path
-/// and compares. Returns the number of frames.
+/// Moves all frames of the open log into the database file, opens that file by its path and
+/// compares fingerprints. Returns the number of frames.
 async fn save(connection: &mut SqliteConnection, file: &Path) -> Result<i64, StoreError> {
     let (busy, frames, moved): CheckpointRow = sqlx::query_as(CHECKPOINT)
         .fetch_one(&mut *connection)
@@ -181,7 +185,7 @@ async fn save(connection: &mut SqliteConnection, file: &Path) -> Result<i64, Sto
         ));
     }
 
-    // Immutable: read without a log, as the next start will find the file.
+    // `immutable` reads the file without a log, as the next start will.
     let mut reopened = SqliteConnectOptions::new()
         .filename(file)
         .read_only(true)

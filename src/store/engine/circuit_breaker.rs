@@ -1,4 +1,5 @@
-//! Circuit breaker of a PostgreSQL server: while the server is unavailable, nobody waits for it.
+//! Circuit breaker of a PostgreSQL server: while the server is unavailable, calls fail without
+//! waiting.
 //!
 //! A failed statement or connection proves nothing about the server, because an idle timeout, a
 //! load balancer or a firewall may have closed the connection. So only a probe on a new connection
@@ -18,19 +19,19 @@ use crate::store::{StoreError, StoreErrorClass, StoreErrorKind};
 
 /// Longest duration of one statement, and of any other wait for the server.
 pub(in crate::store) const STATEMENT_TIMEOUT: Duration = Duration::from_secs(5);
-/// Longest duration of a probe. A connection is opened in some milliseconds, and in a second where
-/// the machine has far too much to do.
+/// Longest duration of a probe. Opening a connection takes some milliseconds, or a second on an
+/// overloaded machine.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
-/// Duration of a statement after which the server is probed: a paused server refuses nothing.
-/// Shorter than the wait for a free connection: if all connections of the pool turn silent at once,
-/// they are replaced before the callers that wait for one are turned away.
+/// Duration of a statement after which the server is probed, because a paused server reports no
+/// error. It is shorter than the wait for a free connection. So if all connections of the pool turn
+/// silent at once, they are replaced before waiting callers time out.
 const SUSPECT_AFTER: Duration = Duration::from_millis(500);
-/// Pause before a process of the server that works on a slow statement is looked at again.
+/// Pause before checking again a server process that executes a slow statement.
 const LOOK_AGAIN_AFTER: Duration = Duration::from_secs(1);
 /// Pause between two probes while the breaker is open.
 const PROBE_INTERVAL: Duration = Duration::from_millis(200);
-/// Pause between the two looks at a process of the server that seems to do nothing: the first may
-/// have met it just before the statement arrived, or just after its answer was sent.
+/// Pause between two checks of a server process that seems idle. The first check may have run just
+/// before the statement arrived, or just after the answer was sent.
 const SECOND_LOOK_AFTER: Duration = Duration::from_millis(200);
 
 #[derive(Clone, Debug)]
@@ -39,16 +40,16 @@ pub(in crate::store) struct CircuitBreaker(Arc<BreakerState>);
 #[derive(Debug)]
 struct BreakerState {
     target: ServerTarget,
-    /// Why the breaker is open. `None` while it is closed.
+    /// Reason why the breaker is open. `None` while it is closed.
     open: watch::Sender<Option<OpenReason>>,
-    /// A probe that [`CircuitBreaker::suspect`] started is running.
+    /// `true` while a probe that [`CircuitBreaker::suspect`] started is running.
     is_probing: AtomicBool,
     last_probe: watch::Sender<Probe>,
     /// Number of statements that the server has answered.
     answers: AtomicU64,
-    /// What the server last reported.
+    /// The durability settings that the server last reported.
     durability: Mutex<Durability>,
-    /// Connections opened before this moment may lead to a server that is gone.
+    /// Connections opened before this time may lead to a server that no longer exists.
     current_since: Mutex<Instant>,
 }
 
@@ -65,7 +66,7 @@ pub(in crate::store) enum OpenReason {
 pub(in crate::store) enum Suspicion {
     /// A wait ended without an answer, or a connection broke.
     NoAnswer,
-    /// The server rejected a write: somebody made it read-only, or it is no longer the primary.
+    /// The server rejected a write because it was made read-only or is no longer the primary.
     ReadOnly,
 }
 
@@ -78,14 +79,14 @@ struct Probe {
     busy_backends: Option<Arc<[i32]>>,
 }
 
-/// Reasons why nobody waits for a statement any longer. The server may have executed it.
+/// Reasons for abandoning a statement. The server may have executed it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::store) enum StatementAbandoned {
     TimedOut,
     /// The breaker opened.
     Rejected,
-    /// The server answers others and does not work on this statement: the connection swallowed the
-    /// statement or its answer.
+    /// The server answers other statements and does not execute this one, because the connection
+    /// lost the statement or its answer.
     ConnectionLost,
 }
 
@@ -141,12 +142,12 @@ impl CircuitBreaker {
         &self.0.target
     }
 
-    /// Returns the time before which opened connections are not to be used.
+    /// Returns the earliest time at which a usable connection was opened.
     pub(in crate::store) fn current_since(&self) -> Instant {
         *self.lock_current_since()
     }
 
-    /// Returns at once, with an error if the breaker is open.
+    /// Returns an error if the breaker is open. Never waits.
     pub(in crate::store) fn check(&self) -> Result<(), StoreError> {
         match *self.0.open.borrow() {
             Some(reason) => Err(reason.error()),
@@ -154,7 +155,7 @@ impl CircuitBreaker {
         }
     }
 
-    /// Opens a connection. If that fails, asks a probe about the server, and tries once more.
+    /// Opens a connection. If that fails, probes the server and retries once.
     pub(in crate::store) async fn connect(&self) -> Result<Backend, StoreError> {
         let error = match self.connect_once().await {
             Err(error) if error.class() == StoreErrorClass::Away => error,
@@ -173,7 +174,7 @@ impl CircuitBreaker {
         Ok(backend)
     }
 
-    /// Opens the breaker if the server must not be used, whatever it answers.
+    /// Opens the breaker if the server answers but must not be used.
     pub(in crate::store) fn verify(&self, report: &ServerReport) -> Result<(), StoreError> {
         self.keep_durability(report.durability);
         if report.role == ServerRole::Standby {
@@ -183,7 +184,7 @@ impl CircuitBreaker {
         self.check()
     }
 
-    /// Returns what the server last reported about its settings.
+    /// Returns the settings that the server last reported.
     pub(in crate::store) fn durability(&self) -> Durability {
         let locked = self.0.durability.lock();
         *locked.unwrap_or_else(PoisonError::into_inner)
@@ -209,8 +210,8 @@ impl CircuitBreaker {
         }
     }
 
-    /// Waits for a statement, until it takes too long, the breaker opens, or the connection of the
-    /// server's process `process_id` turns out to be dead.
+    /// Waits for a statement until it times out, the breaker opens, or the connection to the server
+    /// process `process_id` proves dead.
     pub(in crate::store) async fn run<T>(
         &self,
         process_id: Option<i32>,
@@ -228,7 +229,7 @@ impl CircuitBreaker {
         }
     }
 
-    /// Waits for the server, and probes it after `suspect_after`.
+    /// Waits for the server and probes it after `suspect_after`.
     pub(in crate::store) async fn with_deadline<T>(
         &self,
         suspect_after: Duration,
@@ -250,7 +251,7 @@ impl CircuitBreaker {
         }
     }
 
-    /// Returns when the server works for others and not for the client of this process.
+    /// Returns once the server answers other clients but not the client of this server process.
     async fn lost(&self, process_id: Option<i32>) {
         let Some(process_id) = process_id else {
             return std::future::pending().await;
@@ -274,7 +275,8 @@ impl CircuitBreaker {
         }
     }
 
-    /// Translates the end of a statement, and probes the server if it may be unavailable.
+    /// Converts the end of a statement into its result, and probes the server if it may be
+    /// unavailable.
     pub(in crate::store) fn record<T>(
         &self,
         ended: Result<Result<T, sqlx::Error>, StatementAbandoned>,
@@ -330,10 +332,10 @@ impl CircuitBreaker {
         self.0.answers.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Probes the server in the background, and opens the breaker if the server is unavailable.
+    /// Probes the server in the background and opens the breaker if the server is unavailable.
     ///
-    /// An overloaded machine may fail to accept the probe in time and yet answer statements: the
-    /// breaker stays closed then.
+    /// The breaker stays closed if an overloaded machine does not accept the probe in time but
+    /// still answers statements.
     pub(in crate::store) fn suspect(&self, why: Suspicion) {
         if self.0.open.borrow().is_some() || self.0.is_probing.swap(true, Ordering::AcqRel) {
             return;
@@ -352,7 +354,8 @@ impl CircuitBreaker {
                     if report.role == ServerRole::Primary && why == Suspicion::ReadOnly {
                         *breaker.lock_current_since() = Instant::now();
                     }
-                    // The breaker is open now if the report is bad: nothing else to do here.
+                    // `verify` has opened the breaker if the report is bad; there is nothing else
+                    // to do here.
                     let _ = breaker.verify(&report);
                 }
                 Err(error)
@@ -378,7 +381,7 @@ impl CircuitBreaker {
             self.suspect(Suspicion::NoAnswer);
             let is_open = self.check().is_err();
             if is_open || probes.changed().await.is_err() {
-                // Nobody asks for details of a server that is unavailable.
+                // No caller needs the details of an unavailable server.
                 return Probe {
                     started: since,
                     busy_backends: None,
@@ -419,7 +422,7 @@ impl CircuitBreaker {
         tracing::warn!("database available again");
     }
 
-    /// Opens a connection, and asks for the report and for busy processes.
+    /// Opens a connection, and queries the report and the busy processes.
     async fn probe(&self) -> Result<(ServerReport, Option<Arc<[i32]>>), StoreError> {
         let probing = async {
             let (mut backend, report) = self.0.target.connect().await?;
@@ -431,11 +434,10 @@ impl CircuitBreaker {
             super::pool::Poolable::close(backend).await;
             Ok((report, busy))
         };
-        let unreachable = || OpenReason::Unresponsive.error();
 
         timeout(PROBE_TIMEOUT, probing)
             .await
-            .unwrap_or_else(|_| Err(unreachable()))
+            .unwrap_or_else(|_| Err(OpenReason::Unresponsive.error()))
     }
 
     fn lock_current_since(&self) -> MutexGuard<'_, Instant> {

@@ -1,4 +1,4 @@
-//! A connection of either engine, and statements on it: same text, same tuples for both.
+//! A connection of either engine and statements on it, with the same text and tuples for both.
 
 use sqlx::{Executor, SqliteConnection};
 
@@ -9,8 +9,8 @@ use crate::store::StoreError;
 
 /// One connection, for some statements or for a transaction.
 ///
-/// A drop in the middle of a transaction, or after a statement that did not end, closes the
-/// connection: the database rolls back.
+/// A drop within a transaction, or before a statement has ended, closes the connection, so the
+/// database rolls back.
 pub(in crate::store) struct Connection {
     pub(in crate::store) connection: EngineConnection,
     in_transaction: bool,
@@ -22,7 +22,7 @@ pub(in crate::store) enum EngineConnection {
     Postgres(PostgresConnection),
 }
 
-/// A pooled connection to SQLite, which knows whether its last statement ended.
+/// A pooled connection to SQLite that tracks whether its last statement ended.
 pub(in crate::store) struct SqliteSession {
     pooled: Pooled<InterruptibleConnection>,
     /// A statement runs on the connection's thread, even if its caller no longer waits for it.
@@ -49,7 +49,7 @@ macro_rules! rows {
     };
 }
 
-/// Does what [`rows`] does, for a statement that only PostgreSQL has.
+/// Reads rows as [`rows`] does, for a statement that only PostgreSQL has.
 macro_rules! rows_in_postgres {
     ($connection:expr, $method:ident, $row:ty, $sql:expr $(, $bind:expr)* $(,)?) => {
         loop {
@@ -157,7 +157,7 @@ impl Connection {
         Ok(())
     }
 
-    /// Notes whether a transaction is open, for statements that begin or end one themselves.
+    /// Records whether a transaction is open, for statements that begin or end one themselves.
     pub(in crate::store) fn set_in_transaction(&mut self, in_transaction: bool) {
         self.in_transaction = in_transaction;
     }
@@ -175,7 +175,7 @@ impl Connection {
 impl Drop for Connection {
     fn drop(&mut self) {
         match &mut self.connection {
-            // A failed statement leaves SQLite's connection as it was.
+            // A failed statement does not change the state of a SQLite connection.
             EngineConnection::Sqlite(connection) if self.is_done || !self.in_transaction => {
                 connection.set_reusable();
             }

@@ -1,9 +1,9 @@
-//! Whether the files of a SQLite database are still the ones that were opened.
+//! Checks that the files of a SQLite database are still the ones that were opened.
 //!
 //! A database in WAL mode is three files: the database, its write-ahead log (`-wal`) and the index
-//! of that log (`-shm`). SQLite goes on writing to a file that was deleted, renamed or replaced,
-//! and the next start does not find what was written there. So every statement checks first that
-//! each path still leads to the opened file. A path that leads there again is accepted again.
+//! of that log (`-shm`). SQLite continues to write to a file that was deleted, renamed or replaced,
+//! and the next start does not find these writes. So every statement checks first that each path
+//! still leads to the opened file. A path that leads to the opened file again is accepted again.
 
 use std::fmt;
 use std::fs::File;
@@ -18,16 +18,16 @@ use rustix::io::Errno;
 
 use crate::store::{StoreError, StoreErrorKind};
 
-/// Checks of a suspicious state before it counts. A process that opens or closes the database at
-/// this moment shows the same state for some milliseconds.
+/// Number of checks that must find a suspicious state before it counts. A process that is opening
+/// or closing the database causes the same state for some milliseconds.
 const CHECKS: u32 = 20;
 /// Delay between two of these checks.
 const CHECK_INTERVAL: Duration = Duration::from_millis(50);
-/// Bytes at the start of the log: its header.
+/// Size in bytes of the header at the start of the log.
 const LOG_HEADER_BYTES: u64 = 32;
-/// Bytes of a frame of the log that precede its page.
+/// Size in bytes of the header that precedes the page in each frame of the log.
 const FRAME_HEADER_BYTES: u64 = 24;
-/// Bytes of one of the two copies of the header at the start of the index.
+/// Size in bytes of one of the two header copies at the start of the index.
 const INDEX_HEADER_BYTES: usize = 48;
 
 /// The three files of an open database.
@@ -36,13 +36,13 @@ pub(super) struct OpenFiles {
     database: OpenFile,
     log: OpenFile,
     index: OpenFile,
-    /// Largest length of the log that was seen, in bytes. SQLite writes over a log and never
-    /// shortens it unless somebody asks for a truncating checkpoint.
+    /// Largest observed length of the log in bytes. SQLite overwrites a log and never shortens it,
+    /// except in a truncating checkpoint.
     log_bytes: AtomicU64,
     is_log_truncated: AtomicBool,
 }
 
-/// A path, and the file that it led to when it was opened.
+/// A path and the file that it led to when the database was opened.
 #[derive(Debug)]
 struct OpenFile {
     role: FileRole,
@@ -60,19 +60,19 @@ pub(super) enum FileRole {
     Index,
 }
 
-/// What happened to a file that is in use.
+/// A change to a file that is in use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Change {
     Missing,
     Replaced,
     Truncated,
-    /// It is missing, and another process uses it.
+    /// The file is missing, and another process uses it.
     MissingElsewhere,
-    /// Another process uses a different one.
+    /// Another process uses a different file.
     ReplacedElsewhere,
 }
 
-/// A file that is no longer the one in use.
+/// A path that no longer leads to the file in use.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct FileChange {
     role: FileRole,
@@ -116,7 +116,7 @@ impl From<FileChange> for StoreError {
 }
 
 impl OpenFiles {
-    /// Remembers the files of a database that has an open connection.
+    /// Records the files of a database that has an open connection.
     pub(super) fn remember(file: &Path) -> OpenFiles {
         let open_file = |role, path: PathBuf| OpenFile {
             role,
@@ -135,7 +135,7 @@ impl OpenFiles {
     }
 
     /// # Errors
-    /// The first file that was deleted, renamed, replaced or truncated.
+    /// Returns the first file that was deleted, renamed, replaced or truncated.
     pub(super) fn verify(&self) -> Result<(), FileChange> {
         self.database.verify()?;
         self.log.verify()?;
@@ -147,39 +147,39 @@ impl OpenFiles {
         Ok(())
     }
 
-    /// Returns true if the log holds what only an open connection can still read: its path leads
-    /// elsewhere, and the database file is the one that was opened.
+    /// Returns `true` if only an open connection can still read the log, because its path leads to
+    /// another file while the database file is the one that was opened.
     pub(super) fn is_log_lost(&self) -> bool {
         self.log.verify().is_err() && self.database.verify().is_ok()
     }
 
-    /// Returns true if the opened log is shorter than it was. Either somebody made a truncating
-    /// checkpoint, and nothing is lost, or somebody cut the file.
+    /// Returns `true` if the opened log is shorter than it was. Either a truncating checkpoint ran
+    /// and nothing is lost, or somebody truncated the file.
     pub(super) fn is_log_shorter(&self) -> bool {
         let is_shorter = length(&self.log.path) < self.log_bytes.load(Ordering::Relaxed);
         is_shorter && self.log.verify().is_ok()
     }
 
-    /// Records the present length of the log as the largest one.
+    /// Records the current length of the log as the largest one.
     pub(super) fn record_log_length(&self) {
         self.log_bytes
             .fetch_max(length(&self.log.path), Ordering::Relaxed);
     }
 
-    /// Records that a truncating checkpoint succeeded: the log begins anew.
+    /// Records that a truncating checkpoint succeeded and the log restarts.
     pub(super) fn record_log_restart(&self) {
         self.log_bytes
             .store(length(&self.log.path), Ordering::Relaxed);
     }
 
-    /// Records that frames of the log are gone. No write is accepted until the database is opened
-    /// again: SQLite would append behind the hole, where a recovery never looks.
+    /// Records that frames of the log are lost. No write is accepted until the database is opened
+    /// again, because SQLite would append behind the hole, which recovery never reads.
     pub(super) fn record_log_truncated(&self) {
         self.is_log_truncated.store(true, Ordering::Relaxed);
     }
 
-    /// Renames a file that lies in the place of the lost log, and returns its new path. Recovery
-    /// after a crash would read it and write old pages over new ones.
+    /// Renames a file at the path of the lost log and returns its new path. Recovery after a crash
+    /// would otherwise read the file and overwrite new pages with old ones.
     pub(super) fn set_aside_foreign_log(&self) -> std::io::Result<Option<PathBuf>> {
         let Some(found) = identity(&self.log.path).filter(|found| Some(*found) != self.log.opened)
         else {
@@ -210,11 +210,11 @@ impl OpenFile {
     }
 }
 
-/// Refuses to open a database whose log is not the one that another process writes to. SQLite
-/// would create an empty log beside the index of the old one, and read and write nonsense.
+/// Refuses to open a database whose log is not the one that another process writes to. SQLite would
+/// create an empty log next to the index of the old log, and read and write corrupt data.
 ///
 /// # Errors
-/// The file that is missing or was replaced.
+/// Returns the file that is missing or was replaced.
 pub(super) async fn verify_joinable(file: &Path) -> Result<(), FileChange> {
     let mut found = Ok(());
     for check in 0..CHECKS {
@@ -230,8 +230,8 @@ pub(super) async fn verify_joinable(file: &Path) -> Result<(), FileChange> {
 }
 
 /// # Errors
-/// What a process that has the database open would find changed. Without such a process, the same
-/// state is harmless: SQLite begins with what is there.
+/// Returns the change that a process with the database open would detect. Without such a process
+/// the same state is harmless, because SQLite starts from the existing files.
 fn compare_log_with_index(file: &Path) -> Result<(), FileChange> {
     let (log, index) = (log_path(file), index_path(file));
     let changed = |role, path: &Path, change| {
@@ -251,7 +251,7 @@ fn compare_log_with_index(file: &Path) -> Result<(), FileChange> {
     let Some(header) = IndexHeader::read(&index) else {
         return Ok(());
     };
-    // The log is read between two reads of the index: a commit may change both meanwhile.
+    // Read the log between two reads of the index, because a commit may change both meanwhile.
     let is_same_log = header.describes(&log);
     if is_same_log || IndexHeader::read(&index) != Some(header) {
         return Ok(());
@@ -259,17 +259,17 @@ fn compare_log_with_index(file: &Path) -> Result<(), FileChange> {
     changed(FileRole::Log, &log, Change::ReplacedElsewhere)
 }
 
-/// What the index (`-shm`) says about its log. See "The WAL-Index File Format" of SQLite.
+/// The header of the index (`-shm`), which describes its log. See SQLite's "WAL-Index File Format".
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct IndexHeader {
     page_bytes: u64,
     frames: u64,
-    /// Copied from the header of the log that the index belongs to.
+    /// The salt, copied from the header of the log that the index belongs to.
     salt: [u8; 8],
 }
 
 impl IndexHeader {
-    /// Returns `None` if the index is empty, or is just being written.
+    /// Reads the header. Returns `None` if the index is empty or a write to it is in progress.
     ///
     /// The caller must not have the database open: closing any handle to a file gives up all locks
     /// of the process on it.
@@ -282,7 +282,7 @@ impl IndexHeader {
             return None;
         }
 
-        // Numbers are in the byte order of the machine; a page of 64 KiB is written as 1.
+        // Numbers are in native byte order; a page size of 64 KiB is written as 1.
         let page_bytes = match u16::from_ne_bytes([first[14], first[15]]) {
             1 => 1 << 16,
             bytes => u64::from(bytes),
@@ -295,7 +295,7 @@ impl IndexHeader {
         })
     }
 
-    /// Returns true if the file holds as many frames as the index counts, under the same salt.
+    /// Returns `true` if the file holds as many frames as the index counts, under the same salt.
     fn describes(&self, log: &Path) -> bool {
         if self.frames == 0 {
             return true;
@@ -309,7 +309,8 @@ impl IndexHeader {
     }
 }
 
-/// Returns true if another process has the database open: it holds a shared lock on the file.
+/// Returns `true` if another process has the database open, that is, holds a shared lock on the
+/// file.
 ///
 /// The caller must not have the database open, see [`IndexHeader::read`].
 fn is_in_use(file: &Path) -> bool {
@@ -326,7 +327,8 @@ fn index_path(file: &Path) -> PathBuf {
     with_suffix(file, "-shm")
 }
 
-/// SQLite puts its files beside the database that a symbolic link leads to, not beside the link.
+/// Resolves symbolic links. SQLite creates its files next to the database that a link leads to, not
+/// next to the link.
 fn with_suffix(file: &Path, suffix: &str) -> PathBuf {
     let file = file.canonicalize().unwrap_or_else(|_| file.to_owned());
     let mut path = file.into_os_string();
@@ -339,7 +341,7 @@ fn identity(file: &Path) -> Option<Identity> {
     Some((metadata.dev(), metadata.ino()))
 }
 
-/// Length in bytes, 0 if the file is missing.
+/// Returns the length in bytes, or 0 if the file is missing.
 fn length(file: &Path) -> u64 {
     std::fs::metadata(file).map_or(0, |metadata| metadata.len())
 }

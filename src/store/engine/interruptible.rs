@@ -1,4 +1,4 @@
-//! A SQLite connection whose statement ends when nobody waits for it any more.
+//! A SQLite connection that interrupts its statement when the caller stops waiting.
 
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
@@ -9,16 +9,16 @@ use sqlx::{ConnectOptions, SqliteConnection};
 
 use super::pool::Poolable;
 
-/// Instructions of SQLite's virtual machine between two checks: some milliseconds at most.
+/// Instructions of SQLite's virtual machine between two checks, which take some milliseconds at
+/// most.
 const CHECK_EVERY: i32 = 10_000;
 
 /// A SQLite connection that interrupts its statement when it is dropped.
 ///
 /// sqlx runs each connection on a thread of its own. Dropping the connection alone lets the thread
-/// finish its statement: a reader that nobody waits for keeps its snapshot, and with it the WAL
-/// grows.
+/// finish its statement, so an abandoned reader would keep its snapshot and the WAL would grow.
 pub(in crate::store) struct InterruptibleConnection {
-    /// `None` only while it is closed.
+    /// The connection. `None` only while it is being closed.
     connection: Option<SqliteConnection>,
     is_abandoned: Arc<AtomicBool>,
 }
@@ -30,11 +30,10 @@ impl InterruptibleConnection {
         let mut connection = options.connect().await?;
         let is_abandoned = Arc::new(AtomicBool::new(false));
         let flag = is_abandoned.clone();
-        let is_wanted = move || !flag.load(Ordering::Relaxed);
         connection
             .lock_handle()
             .await?
-            .set_progress_handler(CHECK_EVERY, is_wanted);
+            .set_progress_handler(CHECK_EVERY, move || !flag.load(Ordering::Relaxed));
 
         Ok(InterruptibleConnection {
             connection: Some(connection),
@@ -51,8 +50,8 @@ impl Drop for InterruptibleConnection {
 
 impl Poolable for InterruptibleConnection {
     async fn close(mut self) {
-        // The file is closed either way. Only the last connection could fail in a checkpoint, and
-        // the WAL keeps what it could not copy.
+        // The file is closed either way. Only the last connection can fail in a checkpoint, and the
+        // WAL keeps the frames that were not copied.
         if let Some(connection) = self.connection.take() {
             let _ = sqlx::Connection::close(connection).await;
         }

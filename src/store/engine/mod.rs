@@ -1,4 +1,4 @@
-//! Connections of the two engines: opening, pooling, and what their SQL cannot share.
+//! Connections of the two engines: opening, pooling, and the SQL that the engines cannot share.
 
 mod checkpointer;
 pub(super) mod circuit_breaker;

@@ -2,8 +2,8 @@
 //!
 //! sqlx's own pool pings every connection that is returned: one round trip to the server, or to
 //! SQLite's thread, after each read and each batch. Meanwhile nobody else can use the connection.
-//! This pool reuses a connection without a question if its last user reported success, and closes
-//! it otherwise. How to open a connection, and what to ask it, is the caller's business.
+//! This pool reuses a connection without a ping if its last user reported success, and closes it
+//! otherwise. The caller decides how to open and check a connection.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -18,7 +18,7 @@ use tokio::time::timeout;
 
 use crate::store::StoreError;
 
-/// Longest wait for a connection to say goodbye. A silent server does not delay a shutdown further.
+/// Longest wait for an orderly close. A silent server does not delay a shutdown further.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// A future that opens one connection.
@@ -72,13 +72,13 @@ struct OpenConnection<C> {
 
 /// A checked-out connection. On drop it is closed, unless [`Pooled::set_reusable`] was called.
 pub(in crate::store) struct Pooled<C: Poolable> {
-    /// `None` only after the drop.
+    /// The connection. `None` only after the drop.
     taken: Option<OpenConnection<C>>,
     /// Time without a statement before this checkout. `None` for a new connection.
     idle_for: Option<Duration>,
     is_reusable: bool,
     pool: Arc<Pool<C>>,
-    /// Released after the connection is back: [`Pool::close`] relies on that order.
+    /// Released after the connection is returned; [`Pool::close`] relies on that order.
     _permit: OwnedSemaphorePermit,
 }
 
@@ -162,12 +162,12 @@ impl<C: Poolable> Pool<C> {
         Ok(OpenConnection::new(connection.map_err(AcquireError::Open)?))
     }
 
-    /// Drops all idle connections. None of them may still lead anywhere.
+    /// Drops all idle connections, because all of them may be dead.
     pub(in crate::store) fn drop_idle(&self) {
         self.idle().clear();
     }
 
-    /// Closes all connections, once those in use are returned.
+    /// Closes all connections once those in use are returned.
     pub(in crate::store) async fn close(&self) {
         self.is_closed.store(true, Ordering::Release);
         let all = self.permits.acquire_many(self.limits.max_connections).await;
@@ -184,7 +184,7 @@ impl<C: Poolable> Pool<C> {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes the connection that was used last: the server has most of what it needs in its caches.
+    /// Takes the connection that was used last, because its caches at the server are the warmest.
     fn take_idle(&self, not_before: Option<Instant>) -> Option<OpenConnection<C>> {
         let mut idle = self.idle();
         idle.retain(|taken| {
@@ -203,7 +203,7 @@ impl<C: Poolable> Pool<C> {
     }
 }
 
-/// Closes expired connections for as long as the pool exists, also if nobody acquires one.
+/// Closes expired connections for as long as the pool exists, even if no caller acquires one.
 async fn close_expired_connections<C: Poolable>(pool: Weak<Pool<C>>, period: Duration) {
     loop {
         tokio::time::sleep(period).await;
@@ -217,7 +217,7 @@ async fn close_expired_connections<C: Poolable>(pool: Weak<Pool<C>>, period: Dur
 }
 
 async fn close(connection: impl Poolable) {
-    // A server that does not take the goodbye in time loses the connection without it.
+    // If the server does not answer in time, the connection is dropped without an orderly close.
     let _ = timeout(CLOSE_TIMEOUT, connection.close()).await;
 }
 
@@ -230,7 +230,8 @@ impl<C: Poolable> fmt::Debug for Pool<C> {
 }
 
 impl<C: Poolable> Pooled<C> {
-    /// Declares that the last statement ended well: the next user gets the connection as it is.
+    /// Declares that the last statement succeeded, so the next user gets the connection without a
+    /// ping.
     pub(in crate::store) fn set_reusable(&mut self) {
         self.is_reusable = true;
     }
@@ -313,7 +314,7 @@ mod tests {
         pool.acquire(|| None).await.unwrap()
     }
 
-    /// Leaves something that only this connection can see.
+    /// Leaves a mark that only this connection can read.
     async fn mark(connection: &mut Pooled<SqliteConnection>) {
         sqlx::raw_sql("create temp table marked (x)")
             .execute(&mut **connection)
@@ -398,7 +399,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn idle_connection_is_closed_without_another_caller() {
+    async fn expired_idle_connection_is_closed_without_caller() {
         let folder = tempfile::tempdir().unwrap();
         let limits = Limits {
             max_idle: Some(Duration::from_millis(1)),
@@ -421,7 +422,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn closed_pool_keeps_and_gives_nothing() {
+    async fn closed_pool_neither_keeps_nor_hands_out_connections() {
         let folder = tempfile::tempdir().unwrap();
         let pool = pool(LIMITS, &folder);
         let mut used = acquire(&pool).await;

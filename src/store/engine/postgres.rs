@@ -13,16 +13,15 @@ use super::postgres_connection::{PostgresPools, Purpose};
 use super::postgres_server::{Durability, ServerReport, ServerTarget};
 use crate::store::{Appended, NewEvent, StoreError, StoreErrorClass, StoreErrorKind};
 
-/// Time after which the server ends a statement itself: a second after its client has given up, or
-/// has gone.
+/// Time after which the server itself ends a statement, a second after its client timed out or
+/// disconnected.
 const SERVER_TIMEOUT: &str = "6s";
 /// Settings of each session. A pooler accepts none of them.
 ///
-/// * `jit`: compiling a statement takes longer than any of ours runs.
-/// * `work_mem`: folding the history of an invoice gathers some ten rows. The server expects
-///   millions and would make hash tables of this size; with the default of 4 MB that took a fifth
-///   of a read.
-/// * `statement_timeout`: a statement ends although its client gave up without a word.
+/// * `jit`: compiling a statement takes longer than any of our statements runs.
+/// * `work_mem`: folding the history of an invoice reads some ten rows. The server expects millions
+///   and would allocate hash tables for them; with the default of 4 MB that took a fifth of a read.
+/// * `statement_timeout`: ends a statement whose client vanished without closing the connection.
 /// * `tcp_keepalives_*`: the server's end sends a packet every 30 seconds without traffic, which
 ///   keeps the entry in a firewall alive, and ends a session after one minute without a client.
 const SESSION: [(&str, &str); 6] = [
@@ -36,7 +35,7 @@ const SESSION: [(&str, &str); 6] = [
 
 /// Begins a transaction that commits durably. The last row is a [`Durability`].
 ///
-/// Behind a pooler no setting of a session survives, so each transaction makes them.
+/// Behind a pooler no session setting survives, so each transaction sets them.
 macro_rules! begin {
     ($begin:literal) => {
         concat!(
@@ -92,7 +91,7 @@ impl PostgresStore {
         })
     }
 
-    /// Returns a connection for statements that each stand alone.
+    /// Returns a connection for independent statements.
     pub async fn session(&self) -> Result<Connection, StoreError> {
         self.session_for(Purpose::Any).await
     }
@@ -107,7 +106,7 @@ impl PostgresStore {
         Ok(session)
     }
 
-    /// Returns a transaction whose statements each stand alone.
+    /// Returns a transaction of independent statements.
     pub async fn transaction(&self) -> Result<Connection, StoreError> {
         let mut session = self.acquire(Purpose::Any).await?;
         session.begin(BEGIN).await?;
@@ -126,8 +125,8 @@ impl PostgresStore {
         Ok(Connection::new(EngineConnection::Postgres(connection)))
     }
 
-    /// Returns a connection outside the pool, for migrations: they may take long, and they change
-    /// what other connections have prepared.
+    /// Returns a connection outside the pool, for migrations, which may take long and invalidate
+    /// the prepared statements of other connections.
     pub async fn connect_dedicated(&self) -> Result<PgConnection, StoreError> {
         let mut connection = self.pools.breaker().connect().await?.connection;
         if !self.is_pooled() {
@@ -149,11 +148,15 @@ impl PostgresStore {
         Ok(())
     }
 
-    /// Appends a batch in one statement: one round trip, one commit.
+    /// Appends a batch in one statement, which needs one round trip and one commit.
     pub async fn append(&self, batch: &[NewEvent]) -> Result<Vec<Appended>, StoreError> {
         let appended = self.append_once(batch).await;
-        let is_broken = |error: &StoreError| error.class() == StoreErrorClass::Away;
-        if self.is_pooled() && appended.as_ref().err().is_some_and(is_broken) {
+        if self.is_pooled()
+            && appended
+                .as_ref()
+                .err()
+                .is_some_and(|error| error.class() == StoreErrorClass::Away)
+        {
             // The connection broke in the commit that a pooler makes necessary. Appending again is
             // harmless.
             return self.append_once(batch).await;
@@ -235,7 +238,7 @@ impl PostgresStore {
         self.pools.close().await;
     }
 
-    /// Returns what the server last reported about its settings.
+    /// Returns the settings that the server last reported.
     pub fn durability(&self) -> Durability {
         self.pools.breaker().durability()
     }
@@ -270,8 +273,8 @@ const PARAMETERS: [&str; 18] = [
     "user",
 ];
 
-/// Lists the parameters of a URL that have no effect. Names only: sqlx would log the values too,
-/// and one may be a password whose name is misspelt.
+/// Lists the parameters of a URL that have no effect. Returns names only: sqlx would log the values
+/// too, and a value may be a password under a misspelled name.
 fn unknown_parameters(url: &str) -> impl Iterator<Item = &str> {
     let names = url
         .split_once('?')
@@ -283,7 +286,7 @@ fn unknown_parameters(url: &str) -> impl Iterator<Item = &str> {
     })
 }
 
-/// Appends a batch, and returns the keys of events that are new.
+/// Statement that appends a batch and returns the keys of events that are new.
 ///
 /// A row without a key reports unsafe settings: they may have changed since the connection was
 /// opened. Events come sorted by key and mentions are sorted here, so that batches of several
@@ -316,7 +319,7 @@ const APPEND: &str = "
     ) as durable (fsync, full_page_writes, synchronous_commit)
     where not (fsync and full_page_writes and synchronous_commit)";
 
-/// Asks the server about itself, before anything is known about a pooler.
+/// Queries the report of the server, before it is known whether a pooler stands in between.
 async fn inspect(options: &PgConnectOptions) -> Result<ServerReport, StoreError> {
     let target = ServerTarget {
         options: options.clone(),
@@ -330,8 +333,8 @@ async fn inspect(options: &PgConnectOptions) -> Result<ServerReport, StoreError>
 const SYNCHRONOUS_COMMIT_OFF: &str =
     "synchronous_commit is off: set it on (alter database ... set synchronous_commit = on)";
 
-/// Checks at the start what an operator can still correct before deliveries arrive. Later,
-/// `synchronous_commit` may change: the sessions of a running server override it.
+/// Checks at the start the settings that an operator can still correct before deliveries arrive.
+/// Later, `synchronous_commit` may change, because the sessions of a running `serve` override it.
 fn check_durability(durability: Durability) -> Result<(), StoreError> {
     let violation = durability.violation();
     let violation =
@@ -339,8 +342,8 @@ fn check_durability(durability: Durability) -> Result<(), StoreError> {
     violation.map_or(Ok(()), |setting| Err(unsafe_commit(setting)))
 }
 
-/// Returns whether a pooler stands in between. `statement-cache-capacity=0` in the URL says so, and
-/// a server that listens on another port than the one in the URL.
+/// Returns whether a pooler stands in between. The signs are `statement-cache-capacity=0` in the
+/// URL, and a server that listens on a port other than the one in the URL.
 fn is_pooled(url: &str, options: &PgConnectOptions, report: &ServerReport) -> bool {
     let is_socket = options.get_socket().is_some() || options.get_host().starts_with('/');
     let own_port = i32::from(options.get_port());

@@ -1,14 +1,16 @@
-//! Pooled connections to PostgreSQL, which outlive the network between us and the server.
+//! Pooled connections to PostgreSQL that tolerate failures of the network between us and the
+//! server.
 //!
 //! A connection breaks without notice: the server's `idle_session_timeout`, a load balancer that
-//! resets it, a firewall that forgets it and drops every packet. Three rules keep that invisible:
+//! resets it, a firewall that expires its entry and drops every packet. Three rules hide that from
+//! callers:
 //!
-//! * A connection is idle for one minute at most, and answers a short question first if it was idle
-//!   for some seconds.
+//! * A connection is idle for one minute at most, and is pinged before use if it was idle for some
+//!   seconds.
 //! * A statement that loses its connection runs once more, on a new one, if nothing before it in
 //!   its transaction took effect. Statements outside a transaction are idempotent: reads, and the
 //!   keyed append.
-//! * All other idle connections are dropped with the first that broke.
+//! * When a connection breaks, all other idle connections are dropped with it.
 //!
 //! sqlx does not expose its sockets, so TCP keepalive is set where a session can set it: on the
 //! server's end (`tcp_keepalives_*`). Its packets keep a firewall's entry alive from either end,
@@ -27,33 +29,34 @@ use super::postgres_server::{Backend, Durability};
 use crate::store::StoreError;
 
 const MAX_CONNECTIONS: u32 = 10;
-/// Longest wait for a free connection. Longer than it takes to find out that all connections turned
-/// silent at once, and to replace them, on a machine that is busy.
+/// Longest wait for a free connection. It exceeds the time that a busy machine needs to detect that
+/// all connections turned silent at once, and to replace them.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(3);
-/// Longest wait for a new connection: some milliseconds, and a second on an overloaded machine.
+/// Longest wait for a new connection. Opening one takes some milliseconds, or a second on an
+/// overloaded machine.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(2);
 /// Wait for a connection after which the server is probed.
 const SUSPECT_ACQUIRE_AFTER: Duration = Duration::from_millis(500);
-/// Longest idle time. Firewalls and load balancers forget connections after some minutes.
+/// Longest idle time. Firewalls and load balancers expire connections after some minutes.
 const MAX_IDLE: Duration = Duration::from_secs(60);
 /// Longest lifetime, so that a changed address or setting reaches every connection.
 const MAX_LIFETIME: Duration = Duration::from_secs(30 * 60);
-/// Idle time after which a connection is asked before it is used.
+/// Idle time after which a connection is pinged before it is used.
 const PING_AFTER: Duration = Duration::from_secs(2);
-/// Longest wait for the answer: a silent firewall costs one delivery this much.
+/// Longest wait for the answer to the ping. A silent firewall delays one delivery by this much.
 const PING_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// The connections of one store. Cheap to clone.
 #[derive(Clone, Debug)]
 pub(in crate::store) struct PostgresPools {
     shared: Arc<Pool<Backend>>,
-    /// One connection that only appends: its statement stays prepared, and readers cannot occupy
-    /// it.
+    /// Pool of one connection that only appends, so its statement stays prepared and readers cannot
+    /// occupy it.
     appending: Arc<Pool<Backend>>,
     breaker: CircuitBreaker,
 }
 
-/// Which pool a connection comes from.
+/// The pool that a connection comes from.
 #[derive(Clone, Copy, Debug)]
 pub(in crate::store) enum Purpose {
     Any,
@@ -63,9 +66,9 @@ pub(in crate::store) enum Purpose {
 pub(in crate::store) struct PostgresConnection {
     pooled: Pooled<Backend>,
     pools: PostgresPools,
-    /// Statement that began the open transaction, if there is one.
+    /// Statement that began the open transaction, if any.
     begun: Option<&'static str>,
-    /// Nothing took effect that a new connection would lack.
+    /// No statement took effect that a new connection would lack.
     is_movable: bool,
     moves_left: u8,
     /// A statement did not end, or failed.
@@ -115,7 +118,7 @@ impl PostgresPools {
         &self.breaker
     }
 
-    /// Checks out a connection that answered within the last seconds, or is new.
+    /// Checks out a connection that is new or answered within the last seconds.
     pub(in crate::store) async fn acquire(
         &self,
         purpose: Purpose,
@@ -265,7 +268,7 @@ impl PostgresConnection {
         self.end(ended).map(drop).map_err(StoreError::from)
     }
 
-    /// Lets the next user have the connection, unless its last statement failed.
+    /// Returns the connection to its pool, unless its last statement failed.
     pub(in crate::store) fn set_reusable(&mut self) {
         if !self.is_unsure {
             self.pooled.set_reusable();

@@ -1,6 +1,7 @@
-//! One connection to a PostgreSQL server: opening it, and what the server reports about itself.
+//! One connection to a PostgreSQL server: opening it, and the server's report about its role and
+//! settings.
 //!
-//! Every new connection is asked whether the server is a primary and whether its commits are
+//! Every new connection queries whether the server is a primary and whether its commits are
 //! durable. Both can change while this program runs.
 
 use sqlx::postgres::{PgConnectOptions, PgRow};
@@ -9,14 +10,14 @@ use sqlx::{ConnectOptions, Connection as _, Executor, PgConnection, Row};
 use super::pool::Poolable;
 use crate::store::StoreError;
 
-/// Reads [`ServerReport`], and pins `synchronous_commit` for the session.
+/// Statement that reads [`ServerReport`] and pins `synchronous_commit` for the session.
 ///
 /// A session that sets the parameter itself no longer follows `alter system`, `alter role` and
-/// `alter database`. The value stays as found (it may be `remote_apply`), unless it is `off`.
+/// `alter database`. The statement keeps the value (it may be `remote_apply`), unless it is `off`.
 ///
 /// `client_connection_check_interval` ends a statement within a second after its client closed the
-/// connection, which this program does when nobody waits for the statement any more. Servers before
-/// version 14 and on Windows lack it; there `statement_timeout` ends the statement.
+/// connection, which this program does when the caller stops waiting for the statement. Servers
+/// before version 14 and on Windows lack it; there `statement_timeout` ends the statement.
 const INSPECT_AND_PIN: &str = "
     select set_config('synchronous_commit', case current_setting('synchronous_commit')
                       when 'off' then 'on' else current_setting('synchronous_commit') end, false);
@@ -27,19 +28,20 @@ const INSPECT_AND_PIN: &str = "
            current_setting('full_page_writes') = 'on',
            (select reset_val from pg_settings where name = 'synchronous_commit') <> 'off'";
 
-/// Reads [`ServerReport`]. A pooler may hand the session to another client, so nothing is set.
+/// Statement that reads [`ServerReport`]. A pooler may hand the session to another client, so it
+/// sets no parameter.
 const INSPECT: &str = "
     select pg_is_in_recovery(), current_setting('transaction_read_only') = 'on', null::int,
            inet_server_port(), current_setting('fsync') = 'on',
            current_setting('full_page_writes') = 'on',
            current_setting('synchronous_commit') <> 'off'";
 
-/// Lists the processes of the server that execute a statement, or may do so: the state is null or
-/// `disabled` where the server does not show it.
+/// Statement that lists the server processes that may be executing a statement. The state is null
+/// or `disabled` where the server does not show it.
 const BUSY_BACKENDS: &str =
     "select pid from pg_stat_activity where state is null or state not like 'idle%'";
 
-/// An address and the way to it.
+/// The address of a server and the options for connecting.
 #[derive(Clone, Debug)]
 pub(in crate::store) struct ServerTarget {
     pub options: PgConnectOptions,
@@ -48,14 +50,15 @@ pub(in crate::store) struct ServerTarget {
     pub is_pooled: bool,
 }
 
-/// A connection, and the process of the server that serves it.
+/// A connection and the server process that serves it.
 pub(in crate::store) struct Backend {
     pub connection: PgConnection,
-    /// `None` behind a pooler, where the process changes with each transaction.
+    /// Id of the server process. `None` behind a pooler, where the process changes with each
+    /// transaction.
     pub process_id: Option<i32>,
 }
 
-/// What a server reports about itself.
+/// A server's report about its role, port and settings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::store) struct ServerReport {
     pub role: ServerRole,
@@ -68,17 +71,17 @@ pub(in crate::store) struct ServerReport {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::store) enum ServerRole {
     Primary,
-    /// A primary that accepts no writes at present.
+    /// A primary that currently rejects writes.
     ReadOnly,
     Standby,
 }
 
-/// Settings of the server on which it depends whether acknowledged commits survive a crash.
+/// Settings of the server that decide whether acknowledged commits survive a crash.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Durability {
     pub fsync: bool,
     pub full_page_writes: bool,
-    /// Whether a session commits synchronously by default. Sessions of this program always do.
+    /// `true` if a session commits synchronously by default. Sessions of this program always do.
     pub synchronous_commit: bool,
 }
 
@@ -89,7 +92,7 @@ impl Durability {
         synchronous_commit: true,
     };
 
-    /// Returns each setting by name, and whether it is off.
+    /// Returns the name of each setting and whether it is off.
     pub(crate) fn is_off(self) -> [(&'static str, bool); 3] {
         [
             ("fsync", !self.fsync),
@@ -98,7 +101,7 @@ impl Durability {
         ]
     }
 
-    /// Returns which setting makes acknowledged commits unsafe, although this program's sessions
+    /// Returns the setting that makes acknowledged commits unsafe although this program's sessions
     /// commit synchronously. `None` if commits are durable.
     pub(in crate::store) fn violation(self) -> Option<&'static str> {
         match self {
@@ -118,7 +121,7 @@ impl Durability {
 }
 
 impl ServerTarget {
-    /// Opens a connection, without a limit of time.
+    /// Opens a connection without a time limit.
     pub async fn connect(&self) -> Result<(Backend, ServerReport), StoreError> {
         let mut connection = self.options.connect().await?;
         let report = self.inspect(&mut connection).await?;
@@ -129,7 +132,7 @@ impl ServerTarget {
         Ok((backend, report))
     }
 
-    /// Asks a connection what it leads to.
+    /// Queries the report of the server that a connection leads to.
     pub async fn inspect(&self, connection: &mut PgConnection) -> Result<ServerReport, StoreError> {
         let sql = if self.is_pooled {
             INSPECT
@@ -164,7 +167,7 @@ impl ServerReport {
 }
 
 impl Backend {
-    /// Lists the processes of the server that may be executing a statement.
+    /// Lists the server processes that may be executing a statement.
     pub async fn busy_backends(&mut self) -> Result<Vec<i32>, StoreError> {
         let statement = sqlx::raw_sql(BUSY_BACKENDS);
         let rows = self.connection.fetch_all(statement).await?;
@@ -175,7 +178,7 @@ impl Backend {
 
 impl Poolable for Backend {
     async fn close(self) {
-        // A server that is gone needs no goodbye.
+        // An unavailable server needs no orderly close.
         let _ = self.connection.close().await;
     }
 }

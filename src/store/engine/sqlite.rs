@@ -1,5 +1,5 @@
-//! SQLite: opening a file, one connection that writes, several that read, and appending a batch in
-//! one call to the connection's thread.
+//! SQLite: opens a file with one connection that writes and several that read, and appends a batch
+//! in one call to the connection's thread.
 
 use std::collections::HashSet;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
@@ -21,8 +21,8 @@ use super::pool::{AcquireError, Limits, Pool, Pooled};
 use crate::domain::stripe::event::EventKey;
 use crate::store::{Appended, Disk, NewEvent, Space, StoreError, StoreErrorKind};
 
-/// Longest wait of a statement for another process that writes to the same file, and of a caller
-/// for a free connection.
+/// Longest wait of a statement for another process that writes to the same file, and longest wait
+/// of a caller for a free connection.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 const READERS: u32 = 4;
 /// Page cache of each reader in KiB; SQLite writes the unit as a minus sign. The cache of the
@@ -32,26 +32,27 @@ const PAGE_SIZE: u32 = 8192;
 /// Bytes written to the WAL before a checkpoint. While the WAL is short, SQLite overwrites the same
 /// blocks, which makes a commit twice as fast as one that extends the file.
 const CHECKPOINT_AFTER: usize = 8 << 20;
-/// Bytes that a batch writes in addition to its own: at least one page of each index.
+/// Bytes that a batch writes in addition to its rows, at least one page of each index.
 const PAGES_A_BATCH: usize = 6 * PAGE_SIZE as usize;
 /// Pages in the WAL after which the writer runs a checkpoint itself. That happens only if the
 /// checkpointer cannot keep up.
 const CHECKPOINT_AT_LAST: &str = "16384";
-/// Settings of the writer on which it depends whether an acknowledged commit survives a crash.
+/// Statement that reads the settings of the writer that decide whether an acknowledged commit
+/// survives a crash.
 const DURABILITY: &str =
     "select synchronous, journal_mode from pragma_synchronous, pragma_journal_mode";
 
 #[derive(Clone, Debug)]
 pub(in crate::store) struct SqliteStore {
     file: PathBuf,
-    /// The files that were opened. Their paths may lead to others later.
+    /// The files that were opened. Their paths may lead to other files later.
     files: Arc<OpenFiles>,
     write: Arc<Pool<InterruptibleConnection>>,
     read: Arc<Pool<InterruptibleConnection>>,
     /// Approximate bytes written since the last checkpoint.
     written: Arc<AtomicUsize>,
     checkpointer: mpsc::Sender<Request>,
-    /// The checkpointer has run. What was written meanwhile is left to the writer.
+    /// Set after the checkpointer has run. The writer moves the frames that were written meanwhile.
     checkpoint_almost_done: Arc<AtomicBool>,
 }
 
@@ -74,7 +75,7 @@ impl SqliteStore {
             .pragma("temp_store", "memory")
             .disable_statement_logging();
 
-        // The writer first: it creates the file, which readers may not.
+        // Open the writer first: it creates the file, which readers cannot.
         let write = pool_of(1, options.clone());
         acquire(&write).await?.set_reusable();
         let reading = options
@@ -118,8 +119,8 @@ impl SqliteStore {
         )))
     }
 
-    /// Returns a write transaction. It takes the lock at once: a transaction that reads first fails
-    /// if another process writes in between.
+    /// Returns a write transaction. The transaction takes the lock at once, because one that reads
+    /// first fails if another process writes in between.
     pub async fn transaction(&self) -> Result<Connection, StoreError> {
         let mut session = self.writing_session().await?;
         session.begin("begin immediate").await?;
@@ -143,7 +144,7 @@ impl SqliteStore {
     /// Returns the connection that writes.
     ///
     /// # Errors
-    /// Among others, [`StoreErrorKind::LogLost`] if what is written now would be lost.
+    /// Returns, among others, [`StoreErrorKind::LogLost`] if a write would be lost.
     pub async fn writer(&self) -> Result<Pooled<InterruptibleConnection>, StoreError> {
         self.files.verify()?;
         let mut writer = acquire(&self.write).await?;
@@ -166,8 +167,8 @@ impl SqliteStore {
         ))
     }
 
-    /// Appends a batch of any size in one call to the connection's thread. Small columns go as
-    /// JSON, large or binary columns as parts of one blob.
+    /// Appends a batch of any size in one call to the connection's thread. Passes small columns as
+    /// JSON, and large or binary columns as parts of one blob.
     pub async fn append(&self, batch: &[NewEvent]) -> Result<Vec<Appended>, StoreError> {
         let mut blob = Vec::with_capacity(
             batch
@@ -217,8 +218,8 @@ impl SqliteStore {
         let bytes = blob.len();
         let mut session = self.writing_session().await?;
         if self.checkpoint_almost_done.swap(false, Ordering::Relaxed) {
-            // Copies the little that is left. SQLite restarts a WAL without needed frames at its
-            // beginning with the next write.
+            // Copies the few remaining frames. With the next write SQLite then restarts the WAL at
+            // its beginning.
             execute!(session, CHECKPOINT)?;
             SqliteStore::verify_durability(&mut session).await?;
         }
@@ -236,7 +237,7 @@ impl SqliteStore {
         session.set_in_transaction(false);
         session.done().await?;
 
-        // Again: the log may have been deleted since, and the commit with it.
+        // Check again: the log may have been deleted since, and the commit with it.
         self.files.verify()?;
         self.files.record_log_length();
         self.note_written(bytes + PAGES_A_BATCH);
@@ -280,7 +281,7 @@ impl SqliteStore {
 
         Ok(Space {
             database: std::fs::metadata(&self.file).map_err(unseen)?.len(),
-            // A missing WAL means that nothing was written yet.
+            // A missing WAL means that no write has happened yet.
             wal: Some(std::fs::metadata(log).map_or(0, |log| log.len())),
             disk: Some(Disk { free, size }),
         })
@@ -307,8 +308,7 @@ fn create_private_file(file: &Path) {
         .create_new(true)
         .mode(0o600)
         .open(file);
-    // A file that exists, or cannot be created, is left to SQLite: it opens the file or reports why
-    // it cannot.
+    // If the file exists or cannot be created, SQLite opens it or reports the reason.
     drop(created);
 }
 
@@ -316,15 +316,15 @@ fn options_of(path: &str) -> Result<SqliteConnectOptions, sqlx::Error> {
     SqliteConnectOptions::from_str(&format!("sqlite://{path}"))
 }
 
-/// Returns the file that a URL names after `sqlite://`.
+/// Returns the path that follows `sqlite://` in a URL.
 pub(in crate::store) fn file(path: &str) -> Result<PathBuf, sqlx::Error> {
     Ok(options_of(path)?.get_filename().to_owned())
 }
 
-/// Appends a batch, and returns as JSON which keys were stored before, in hex. `$1`: events, `$2`:
-/// keys, observations and bodies, `$3`: mentions.
+/// Statement that appends a batch and returns as JSON, in hexadecimal digits, the keys that were
+/// stored before. `$1`: events, `$2`: keys, observations and bodies, `$3`: mentions.
 ///
-/// Mentions are inserted first: the mentions of an event that is stored already add nothing.
+/// Mentions are inserted first, so that an event that is already stored adds no mentions.
 const APPEND: &str = "
     begin immediate;
     select json_group_array(hex(key)) from events where key in (select substr($2, value->>'$[0][0]', 32) from json_each($1));

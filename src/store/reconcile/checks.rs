@@ -1,4 +1,5 @@
-//! When stored invoices were compared with Stripe's, with what result, and when each is due again.
+//! Comparisons of stored invoices with Stripe's: their times and results, and when each is due
+//! again.
 
 use crate::store::engine::connection::{execute, rows};
 use crate::store::{Store, StoreError};
@@ -8,7 +9,7 @@ use crate::store::{Store, StoreError};
 pub struct Comparison {
     /// Next comparison. `None` for a settled invoice, which is only compared as part of a sample.
     pub check_due_ms: Option<i64>,
-    /// When Stripe's API last agreed.
+    /// Time when Stripe's API last agreed.
     pub confirmed_ms: Option<i64>,
     pub differs_since_ms: Option<i64>,
 }
@@ -63,13 +64,13 @@ const SAVE_RESULT: &str = "
                         confirmed_ms = case when $5 then $2 else confirmed_ms end
     where stripe_invoice_id = $1";
 
-/// Due, confirmed, differs since.
+/// Columns of a check: due, confirmed, differs since.
 type ComparisonRow = (Option<i64>, Option<i64>, Option<i64>);
-/// Tenant, invoice, Stripe invoice, differs since.
+/// Columns of an invoice to compare: tenant, invoice, Stripe invoice, differs since.
 type CandidateRow = (String, String, String, Option<i64>);
 
 impl Store {
-    /// Returns a page of the invoices that name a Stripe invoice, by its id, after this id.
+    /// Returns a page of the invoices that name a Stripe invoice, ordered by its id, after this id.
     pub async fn check_candidates_after(
         &self,
         after: &str,

@@ -1,10 +1,10 @@
-//! Leases: which process does work that only one may do at a time.
+//! Leases for work that only one process may do at a time.
 
 use crate::clock::MAX_SKEW_MS;
 use crate::store::engine::connection::{execute, rows};
 use crate::store::{Store, StoreError};
 
-/// One statement, so that two processes cannot both take a lease.
+/// A single statement that takes a lease, so that two processes cannot both take it.
 const TAKE: &str = "
     insert into leases (name, holder, expires_ms) values ($1, $2, $3)
     on conflict (name) do update set holder = excluded.holder, expires_ms = excluded.expires_ms
@@ -39,7 +39,8 @@ impl Store {
         Ok(taken == 1)
     }
 
-    /// Returns the holder of a lease and when it expires, even if a skewed clock took it.
+    /// Returns the holder of a lease and when it expires, even if it was taken under a skewed
+    /// clock.
     pub async fn lease(&self, name: &str) -> Result<Option<(String, i64)>, StoreError> {
         let mut session = self.session().await?;
         let found = rows!(session, fetch_optional, (String, i64), FIND, name)?;

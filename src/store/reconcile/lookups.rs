@@ -8,7 +8,7 @@ use crate::store::{COUNT_LIMIT, Engine, Store, StoreError};
 
 use super::checks::COUNT_DUE;
 
-/// An event that Stripe's API is to be asked about.
+/// An event that needs a call to Stripe's API.
 #[derive(Clone, Debug)]
 pub struct PendingLookup {
     pub key: EventKey,
@@ -16,7 +16,7 @@ pub struct PendingLookup {
     pub observation: Option<String>,
     /// The stored bytes; absent after pruning.
     pub body: Option<Vec<u8>>,
-    /// Lookups that were made so far.
+    /// Number of lookups so far.
     pub attempts: i64,
 }
 
@@ -37,17 +37,17 @@ pub enum LookupKind {
     Invoice,
 }
 
-/// The progress of the lookup for an event.
+/// The state of the lookup for an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LookupState {
     pub key: EventKey,
     /// Unix milliseconds of the next lookup; `None` if no further one is planned.
     pub due_ms: Option<i64>,
-    /// Lookups that were made so far, without success.
+    /// Number of lookups so far, all without success.
     pub attempts: i64,
 }
 
-/// Work that waits for Stripe's API, each count up to [`COUNT_LIMIT`].
+/// Pending calls to Stripe's API, each count up to [`COUNT_LIMIT`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Backlog {
     /// Thin events whose object is to be fetched.
@@ -58,7 +58,7 @@ pub struct Backlog {
     pub checks: i64,
 }
 
-/// Key, observation, body, attempts.
+/// Columns of a pending lookup: key, observation, body, attempts.
 type LookupRow = (Vec<u8>, Option<String>, Option<Vec<u8>>, i64);
 
 /// The predicates repeat those of the partial indexes word for word; otherwise the planner does not
@@ -93,7 +93,7 @@ const MARK_LOOKUP: &str = "update events set ask_due_ms = $2, ask_attempts = $3 
 
 const KNOWN_ID: &str = "select id from events where key between $1 and $2 and id = $3 limit 1";
 
-/// Most events name no account: matching the text is cheaper than reading the JSON of each.
+/// Most events name no account, so matching the text is cheaper than parsing the JSON of each.
 macro_rules! accounts_since {
     ($account:literal) => {
         concat!(
@@ -136,7 +136,7 @@ impl Store {
         found.into_iter().map(pending_lookup).collect()
     }
 
-    /// Counts the work that waits for Stripe's API.
+    /// Counts the pending calls to Stripe's API.
     pub async fn backlog(&self, now_ms: i64) -> Result<Backlog, StoreError> {
         let mut session = self.session().await?;
         let mut counts = Vec::new();
@@ -211,7 +211,7 @@ impl Store {
             .collect()
     }
 
-    /// Returns those of these events that the log has with exactly these bytes.
+    /// Returns the events among these that the log has with exactly these bytes.
     pub async fn known_keys(&self, keys: &[EventKey]) -> Result<Vec<EventKey>, StoreError> {
         let mut found = Vec::new();
         let mut session = self.session().await?;
@@ -229,7 +229,7 @@ impl Store {
         found.into_iter().map(|(key,)| event_key(key)).collect()
     }
 
-    /// Returns those of these event ids that the log has, whatever the bytes.
+    /// Returns the event ids among these that the log has, with any bytes.
     pub async fn known_ids(&self, ids: &[&str]) -> Result<Vec<String>, StoreError> {
         let mut found = Vec::new();
         let mut session = self.session().await?;
@@ -250,7 +250,7 @@ impl Store {
         Ok(found.into_iter().map(|(id,)| id).collect())
     }
 
-    /// Returns the connected accounts that events name which were received since then.
+    /// Returns the connected accounts named by events that were received since then.
     pub async fn accounts_since(&self, received_ms: i64) -> Result<Vec<String>, StoreError> {
         let sql = match &self.0 {
             Engine::Sqlite(_) => ACCOUNTS_IN_SQLITE,

@@ -1,11 +1,11 @@
-//! How far each step of the work behind the deliveries has come.
+//! Stored progress of the log scanner and of each step of reconciliation.
 
 use std::fmt;
 
 use crate::store::engine::connection::{execute, rows};
 use crate::store::{Store, StoreError};
 
-/// A step whose progress is stored, or an account that was found.
+/// A step whose progress is stored, or a connected account that was found.
 ///
 /// [`Display`](fmt::Display) writes the stored key. Stored keys never change.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -51,7 +51,7 @@ const ACCOUNTS: &str = "
     select name from progress where name >= $1 and name < $2 order by name limit $3";
 
 impl Store {
-    /// Returns how far a step has come, or `None` if it never ran.
+    /// Returns the progress of a step, or `None` if it never ran.
     pub async fn progress(&self, key: &ProgressKey) -> Result<Option<i64>, StoreError> {
         let mut session = self.session().await?;
         let found = rows!(session, fetch_optional, (i64,), PROGRESS, key.to_string())?;
@@ -60,7 +60,7 @@ impl Store {
         Ok(found.map(|(value,)| value))
     }
 
-    /// Saves how far a step has come.
+    /// Saves the progress of a step.
     pub async fn set_progress(&self, key: &ProgressKey, value: i64) -> Result<(), StoreError> {
         let mut session = self.writing().await?;
         execute!(session, SET_PROGRESS, key.to_string(), value)?;

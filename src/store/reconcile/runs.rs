@@ -5,7 +5,7 @@ use serde_json::value::RawValue;
 use crate::store::engine::connection::{execute, rows};
 use crate::store::{Store, StoreError};
 
-/// A run that ended. Times in Unix milliseconds.
+/// A finished run. Times in Unix milliseconds.
 #[derive(Clone, Debug)]
 pub struct Run {
     pub id: String,
@@ -15,7 +15,7 @@ pub struct Run {
     pub report: Box<RawValue>,
 }
 
-/// Reports that are stored; older ones are deleted.
+/// Number of reports that are stored; older ones are deleted.
 const MAX_RUNS: i64 = 200;
 
 const SAVE: &str = "insert into runs (id, started_ms, ended_ms, report) values ($1, $2, $3, $4)";
@@ -25,7 +25,7 @@ const LAST: &str = "
     select id, started_ms, ended_ms, report from runs
     where started_ms <= $2 order by started_ms desc, id limit $1";
 
-/// Id, started, ended, report.
+/// Columns of a run: id, started, ended, report.
 type RunRow = (String, i64, i64, String);
 
 impl Store {
