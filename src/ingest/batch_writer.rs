@@ -1,13 +1,13 @@
-//! Group commit: deliveries that wait at the same time share one durable transaction, and each caller
-//! gets its own outcome.
+//! Group commit: deliveries that wait at the same time share one durable transaction, and each
+//! caller gets its own outcome.
 //!
-//! The writer takes everything that waits (no delivery waits for a timer when the store is idle),
-//! appends it, and answers. Meanwhile the next batch gathers. The queue is bounded: a delivery that
-//! does not fit is rejected, and Stripe redelivers it.
+//! The writer takes all queued deliveries, appends them, and answers. When the store is idle, no
+//! delivery waits for a timer. Meanwhile the next batch queues up. The queue is bounded: a delivery
+//! that does not fit is rejected, and Stripe redelivers it.
 //!
-//! There is one writer, on PostgreSQL too: with two, batches are half as large and their fixed cost is
-//! paid twice. Measured on two cores with 64 connections: a sixth more processor time per
-//! acknowledgement.
+//! There is one writer, on PostgreSQL too, because with two, batches are half as large and their
+//! fixed cost is paid twice. Measured on two cores with 64 connections, a second writer costs a
+//! sixth more processor time per acknowledgement.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -20,7 +20,7 @@ use uuid::Uuid;
 use crate::metrics::Metrics;
 use crate::store::{Appended, NewEvent, Store, StoreError, StoreErrorClass};
 
-/// Deliveries that may wait for the writer.
+/// Largest number of deliveries that may wait for the writer.
 const QUEUE: usize = 1024;
 /// Largest number of deliveries in one commit.
 const BATCH: usize = 256;
@@ -33,11 +33,11 @@ pub struct BatchWriter {
 
 /// The task that writes. Wait for it with [`Writer::finish`] after dropping every [`BatchWriter`].
 pub struct Writer {
-    /// `None` once the task has ended.
+    /// The writer task. `None` once it has ended.
     task: Option<JoinHandle<()>>,
 }
 
-/// Why a delivery was not stored.
+/// Reasons why a delivery was not stored.
 #[derive(Debug, thiserror::Error)]
 pub enum AppendError {
     #[error("event queue is full")]
@@ -48,7 +48,7 @@ pub enum AppendError {
     Store(#[from] StoreError),
 }
 
-/// What waits for the writer.
+/// A queued request to the writer.
 #[expect(
     clippy::large_enum_variant,
     reason = "almost all requests are events, and a box for each would cost an allocation"
@@ -58,7 +58,7 @@ enum Request {
         event: NewEvent,
         caller: Caller,
     },
-    /// Asks whether the next batch is committed. Appends nothing.
+    /// Requests the result of the next commit, without appending an event.
     Probe(oneshot::Sender<Result<(), AppendError>>),
 }
 
@@ -68,7 +68,7 @@ struct Caller {
     span: Span,
 }
 
-/// What happens between two commits.
+/// The behaviour between two commits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Pace {
     AtOnce,
@@ -80,8 +80,8 @@ impl BatchWriter {
         BatchWriter::start_with(store, metrics, Pace::AtOnce)
     }
 
-    /// Like [`BatchWriter::start`], for a batch command: pauses after each commit, so that a
-    /// serving process can commit in between.
+    /// Starts the writer of a batch command. Unlike with [`BatchWriter::start`], it pauses after
+    /// each commit, so that a serving process can commit in between.
     pub fn start_yielding(store: Store, metrics: Arc<Metrics>) -> (BatchWriter, Writer) {
         BatchWriter::start_with(store, metrics, Pace::Yielding)
     }
@@ -96,7 +96,7 @@ impl BatchWriter {
     /// batch is written, the event is not stored.
     ///
     /// # Errors
-    /// See [`AppendError`]. The event may or may not be stored then.
+    /// See [`AppendError`]. After an error the event may still have been stored.
     pub async fn append(&self, event: NewEvent) -> Result<Appended, AppendError> {
         let (answer, answered) = oneshot::channel();
         let span = if tracing::enabled!(Level::DEBUG) {
@@ -111,11 +111,12 @@ impl BatchWriter {
         answered.await.unwrap_or(Err(AppendError::Closed))
     }
 
-    /// Goes the way of an event without appending one: returns when the writer has committed the
-    /// batch that it is in. Under load this costs nothing, because the batch is there anyway.
+    /// Takes the path of an event through the queue without appending one, and returns when the
+    /// writer has committed its batch. Under load this costs nothing, because the batch is
+    /// committed anyway.
     ///
     /// # Errors
-    /// See [`AppendError`]: an event would have failed in the same way.
+    /// See [`AppendError`]. An event would have failed in the same way.
     pub async fn probe(&self) -> Result<(), AppendError> {
         let (answer, answered) = oneshot::channel();
         self.send(Request::Probe(answer))?;
@@ -129,12 +130,12 @@ impl BatchWriter {
         })
     }
 
-    /// Returns whether the writer task runs. It stops before the server only if it panics.
+    /// Returns whether the writer task is running. It stops before the server only if it panics.
     pub fn is_running(&self) -> bool {
         !self.queue.is_closed()
     }
 
-    /// Returns how many deliveries wait, and how many may.
+    /// Returns the number of waiting deliveries and the largest number that may wait.
     pub fn depth(&self) -> (usize, usize) {
         (
             self.queue.max_capacity() - self.queue.capacity(),
@@ -144,13 +145,13 @@ impl BatchWriter {
 }
 
 impl Writer {
-    /// Waits until everything in the queue is written and answered. Waits forever while a
+    /// Waits until every delivery in the queue is written and answered. Waits forever while a
     /// [`BatchWriter`] exists.
     pub async fn finish(mut self) {
         self.ended().await;
     }
 
-    /// Waits until the task ends. While a [`BatchWriter`] exists, it ends only by a panic.
+    /// Waits until the task ends. While a [`BatchWriter`] exists, the task ends only by a panic.
     pub async fn ended(&mut self) {
         let Some(task) = &mut self.task else { return };
         let result = task.await;
@@ -217,14 +218,14 @@ async fn write(
         });
         for probe in probes {
             let answer = match &appended {
-                // The database works, and rejects one of the events.
+                // The database is available and rejects one of the events.
                 Err(error) if error.class() == StoreErrorClass::Rejected && !events.is_empty() => {
                     Ok(())
                 }
                 Err(error) => Err(error.clone().into()),
                 Ok(_) => Ok(()),
             };
-            // A prober that went away needs no answer.
+            // The prober may have stopped waiting.
             let _ = probe.send(answer);
         }
 
@@ -237,7 +238,7 @@ async fn write(
         };
         let worked = started.elapsed();
         for (caller, answer) in callers.into_iter().zip(answers) {
-            // The caller may have gone away.
+            // The caller may have stopped waiting.
             let _ = caller.answer.send(answer);
         }
         if pace == Pace::Yielding {
@@ -246,8 +247,8 @@ async fn write(
     }
 }
 
-/// Returns the span of a batch. Request and batch name each other, so that a delivery can be followed
-/// from its request to its commit.
+/// Returns the span of a batch. Requests and batch link to each other, so that a delivery can be
+/// followed from its request to its commit.
 fn batch_span(callers: &[Caller]) -> Span {
     if !tracing::enabled!(Level::DEBUG) {
         return Span::none();

@@ -1,4 +1,4 @@
-//! The path of a delivery from its bytes to a durable row: parse, derive the observation, append.
+//! Turns the bytes of a delivery into a durable row: parse, derive the observation, append.
 //! Webhook, replay and reconciliation all use it.
 
 pub mod batch_writer;
@@ -11,13 +11,13 @@ use crate::domain::stripe::event::{self, Event, Link, Reading};
 use crate::ingest::batch_writer::{AppendError, BatchWriter};
 use crate::store::{self, Appended, NewEvent, PackedBody, Source};
 
-/// Most objects that an event is found by. Stripe lists at most 100 objects in a page, and an event
-/// holds one page of each list; the largest real events name some twenty. A history follows every
-/// link, so an event that names more would make each of its reads slower.
+/// Largest number of objects by which an event can be found. Stripe lists at most 100 objects in a
+/// page, and an event holds one page of each list; the largest real events name some twenty. A
+/// history follows every link, so an event that names more would make each of its reads slower.
 const MAX_LINKS: usize = 1_000;
 
-/// Bytes that are known to be from Stripe: by their signature (webhook), because the operator says so
-/// (replay), or by TLS (API).
+/// Bytes that come from Stripe, as proved by their signature (webhook), the operator (replay) or
+/// TLS (API).
 #[derive(Clone, Debug)]
 pub struct Delivery {
     pub body: Bytes,
@@ -47,8 +47,8 @@ impl Outcome {
     }
 }
 
-/// Turns a delivery into a row. Parsing, hashing and compressing happen here, before the queue, so
-/// that the one writer only writes.
+/// Turns a delivery into a row. Parses, hashes and compresses before the queue, so that the single
+/// writer only writes.
 pub fn prepare(delivery: Delivery) -> NewEvent {
     let body = PackedBody::pack(&delivery.body);
     let Delivery {
@@ -120,18 +120,18 @@ fn links(event: &Event) -> Vec<Link> {
     links
 }
 
-/// Stores a delivery and returns when it is durable.
+/// Stores a delivery and returns when the row is durable.
 ///
 /// # Errors
-/// The queue is full or closed, or the store cannot be reached. The caller must not acknowledge the
-/// delivery; Stripe redelivers it.
+/// Returns an error if the queue is full or closed, or the store is unavailable. The caller must
+/// not acknowledge the delivery; Stripe redelivers it.
 pub async fn ingest(inbox: &BatchWriter, delivery: Delivery) -> Result<Outcome, AppendError> {
     let event =
         tracing::debug_span!("read", bytes = delivery.body.len()).in_scope(|| prepare(delivery));
     keep(inbox, event).await
 }
 
-/// Stores a row that the caller has prepared and inspected; else like [`ingest`].
+/// Stores a row that the caller has prepared and inspected; otherwise the same as [`ingest`].
 pub async fn keep(inbox: &BatchWriter, event: NewEvent) -> Result<Outcome, AppendError> {
     let outcome = match event.outcome {
         store::Outcome::Recorded => Outcome::Recorded,
