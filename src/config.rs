@@ -1,6 +1,6 @@
-//! Settings, from flags and environment variables. No other module reads the environment. A flag wins
-//! over its variable; `X_FILE` names a file with the value of `X`. All mistakes are reported together,
-//! before anything starts.
+//! Settings from flags and environment variables. No other module reads the environment. A flag
+//! wins over its variable; `X_FILE` names a file with the value of `X`. All mistakes are reported
+//! together, before anything starts.
 
 use std::io::IsTerminal;
 use std::net::{SocketAddr, ToSocketAddrs};
@@ -10,7 +10,7 @@ use crate::store::Store;
 use crate::stripe_api::{self, StripeApiKey};
 use crate::telemetry::{self, LogFormat, OtlpSettings};
 
-/// The values of the command line, unchecked.
+/// The unchecked values of the command line.
 #[derive(Clone, Default)]
 pub struct Flags {
     pub database_url: Option<String>,
@@ -34,15 +34,15 @@ pub struct Config {
     pub listen_addr: SocketAddr,
     /// Largest number of connections of the main listener.
     pub max_connections: usize,
-    /// `None` if the main listener serves the metrics.
+    /// Address of the metrics listener. `None` if the main listener serves the metrics.
     pub metrics_addr: Option<SocketAddr>,
-    /// `None` if not configured, or not needed.
+    /// Signing secrets of the webhook endpoint. `None` if not configured, or not needed.
     pub secrets: Option<SigningSecrets>,
-    /// `None` if not configured, or not needed.
+    /// Settings of Stripe's API. `None` if not configured, or not needed.
     pub stripe_api: Option<stripe_api::StripeSettings>,
-    /// Whether the pages at `/ui` are served.
+    /// `true` if the pages at `/ui` are served.
     pub ui: bool,
-    /// `None` if not configured, or not needed.
+    /// URL of the database that `copy` writes to. `None` if not configured, or not needed.
     pub copy_to: Option<String>,
 }
 
@@ -57,7 +57,7 @@ pub enum Purpose {
     Diagnosis,
     /// Ignores the settings of the webhook endpoint and Stripe's API.
     Database,
-    /// Requires a second database; else like `Database`.
+    /// Requires a second database; otherwise the same as `Database`.
     Copy,
     /// Requires only the address that `serve` listens on.
     Healthcheck,
@@ -72,7 +72,7 @@ impl Config {
     /// Reads the settings that a purpose needs.
     ///
     /// # Errors
-    /// All mistakes at once, in messages that show no secret.
+    /// Returns all mistakes at once, in messages that show no secret.
     pub fn load(flags: &Flags, purpose: Purpose) -> Result<Config, ConfigErrors> {
         let mut mistakes = Vec::new();
         let mut reader = Reader {
@@ -134,8 +134,8 @@ struct Reader<'m> {
 }
 
 impl Reader<'_> {
-    /// Returns the flag, else the variable, else the content of the file that `{name}_FILE` names. An
-    /// empty variable counts as not set.
+    /// Returns the value of the flag, else of the variable, else of the file that `{name}_FILE`
+    /// names. An empty variable counts as not set.
     fn setting(&mut self, name: &str, flag: &Option<String>) -> Option<String> {
         if flag.is_some() {
             return flag.clone();
@@ -225,8 +225,8 @@ impl Reader<'_> {
         })
     }
 
-    /// Reads OpenTelemetry's own variables, which have no flags. `None` if there is no collector, or a
-    /// mistake.
+    /// Reads OpenTelemetry's own variables, which have no flags. Returns `None` if no collector is
+    /// set or a value is invalid.
     fn otlp(&mut self) -> Option<OtlpSettings> {
         let endpoint = self.setting("OTEL_EXPORTER_OTLP_ENDPOINT", &None)?;
         let protocol = self
