@@ -1,4 +1,4 @@
-//! Durations as flags give them.
+//! Parses durations given in flags.
 
 use jiff::{Span, SpanRelativeTo};
 
@@ -6,7 +6,8 @@ use jiff::{Span, SpanRelativeTo};
 /// day has 24 hours.
 ///
 /// # Errors
-/// A sentence that quotes the text. Months and years are rejected, because they differ in length.
+/// Returns a message that quotes the text. Months and years are rejected, because they differ in
+/// length.
 pub fn parse_ms(text: &str) -> Result<i64, String> {
     let invalid = || {
         format!(

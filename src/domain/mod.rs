@@ -1,4 +1,4 @@
-//! Pure functions and values: no clock, no database, no `async`, no environment.
+//! Pure functions and values, without clock, database, `async` or environment.
 
 pub mod api_key;
 pub mod duration;

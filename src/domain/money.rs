@@ -1,14 +1,15 @@
-//! Amounts as text, by Stripe's exponents, which differ from ISO 4217.
+//! Formats amounts by Stripe's exponents, which differ from ISO 4217.
 
 const NO_DECIMALS: [&str; 15] = [
     "BIF", "CLP", "DJF", "GNF", "JPY", "KMF", "KRW", "MGA", "PYG", "RWF", "VND", "VUV", "XAF",
     "XOF", "XPF",
 ];
 const THREE_DECIMALS: [&str; 5] = ["BHD", "JOD", "KWD", "OMR", "TND"];
-/// Two decimals on the wire, hidden when they are zero.
+/// Currencies with two decimals in the API, which are hidden when they are zero.
 const UNUSED_DECIMALS: [&str; 2] = ["ISK", "UGX"];
 
-/// Returns the number of decimals of a currency at Stripe, and the number of minor units in one unit.
+/// Returns the number of decimals of a currency at Stripe, and the number of minor units in one
+/// unit.
 pub fn unit_of(code: &str) -> (usize, u64) {
     let code = code.to_ascii_uppercase();
     let decimals = match code.as_str() {
@@ -19,8 +20,9 @@ pub fn unit_of(code: &str) -> (usize, u64) {
     (decimals, 10_u64.pow(decimals as u32))
 }
 
-/// Formats minor units with Stripe's currency code, such as `1234.50 EUR`: without grouping, and never through a float. A code
-/// other than three ASCII letters is not a currency: the text then gives the minor units.
+/// Formats minor units with Stripe's currency code, such as `1234.50 EUR`: without grouping, and
+/// never through a float. A code other than three ASCII letters is not a currency; the text then
+/// shows the minor units.
 pub fn amount(minor_units: i64, currency: Option<&str>) -> String {
     let Some(currency) = currency else {
         return format!("{minor_units} minor units");
@@ -49,7 +51,7 @@ mod tests {
     use super::amount;
 
     #[test]
-    fn each_kind_of_currency_has_its_decimals() {
+    fn currency_kind_decides_decimals() {
         let cases = [
             (123_450, "eur", "1234.50 EUR"),
             (-5, "usd", "-0.05 USD"),

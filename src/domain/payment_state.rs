@@ -1,8 +1,9 @@
-//! The four payment states, and states that came with a stored document.
+//! The four payment states, and the states that were imported with a stored document.
 
 use serde::{Deserialize, Serialize};
 
-/// Whether money moves. `docs/payment-states.md` says which facts lead to which state.
+/// The payment state of an invoice. `docs/payment-states.md` lists the facts that lead to each
+/// state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum PaymentState {
     Paid,
@@ -30,7 +31,7 @@ impl PaymentState {
         }
     }
 
-    /// Reads a name that [`PaymentState::as_str`] returns. Returns `None` for any other text.
+    /// Parses a name that [`PaymentState::as_str`] returns. Returns `None` for any other text.
     pub fn parse(text: &str) -> Option<PaymentState> {
         PaymentState::ALL
             .into_iter()
@@ -38,7 +39,7 @@ impl PaymentState {
     }
 }
 
-/// A state that came with the document when it was first stored.
+/// A state that the document contained when it was first stored.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ImportedState {
     pub state: PaymentState,

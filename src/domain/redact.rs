@@ -1,14 +1,16 @@
-//! Redaction of text from Stripe before many people read it: no addresses, links, secrets or card numbers, on one line.
+//! Redacts text from Stripe before many people read it: removes addresses, links, secrets and card
+//! numbers, and joins lines.
 
-/// Longest text of Stripe that a message repeats, in characters.
+/// Longest text from Stripe that a message repeats, in characters.
 const MAX_CHARACTERS: usize = 300;
 
-/// Redacts a number or an id: one line, at most 300 characters, no addresses or secrets.
+/// Redacts a number or an id. The result is one line of at most 300 characters, without addresses
+/// or secrets.
 pub fn name(text: &str) -> String {
     shown(&on_one_line(text))
 }
 
-/// Redacts free text: as [`name`], and without card numbers.
+/// Redacts free text as [`name`] does, and also removes card numbers.
 pub fn clean(text: &str) -> String {
     // Join the lines first: a number may be split by a line break.
     shown(&without_card_numbers(&on_one_line(text)))
@@ -32,7 +34,7 @@ fn shown(line: &str) -> String {
     shown.join(" ").chars().take(MAX_CHARACTERS).collect()
 }
 
-/// Whether a word is an address, a link, the token of a hosted page, or a secret.
+/// Returns whether a word is an address, a link, the token of a hosted page, or a secret.
 fn is_private(word: &str) -> bool {
     const MARKS: [&str; 11] = [
         "@",
@@ -50,10 +52,11 @@ fn is_private(word: &str) -> bool {
     MARKS.iter().any(|mark| word.contains(mark))
 }
 
-/// Fewest digits of a card number.
+/// Smallest number of digits of a card number.
 const CARD_DIGITS: usize = 12;
 
-/// Removes card numbers, also those in groups with one or two characters between them.
+/// Removes card numbers, including numbers written in groups with one or two characters between
+/// them.
 fn without_card_numbers(text: &str) -> String {
     let characters: Vec<char> = text.chars().collect();
     let mut cleaned = String::with_capacity(text.len());
@@ -75,7 +78,8 @@ fn without_card_numbers(text: &str) -> String {
     cleaned
 }
 
-/// Returns the end of the number that starts at `start`, exclusive, or `start` if no number starts there.
+/// Returns the end of the number that starts at `start`, exclusive, or `start` if no number starts
+/// there.
 fn end_of_number(characters: &[char], start: usize) -> usize {
     let (mut end, mut between) = (start, 0);
     for (at, character) in characters.iter().enumerate().skip(start) {

@@ -1,6 +1,7 @@
 //! Results of a reconcile run that monitoring reads: counts, endpoint issues, causes of failure.
 //!
-//! `reconcile` writes these values and `monitoring`, one floor below, reads them. So they live here.
+//! `reconcile` writes these values and `monitoring`, one layer below, reads them. So they are
+//! defined here.
 
 use std::fmt;
 
@@ -8,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::time::timestamp;
 
-/// Why a run failed, as far as an operator acts differently on it.
+/// The cause of a failed run. Causes differ if an operator acts differently on them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum RunErrorCause {
     /// Stripe does not accept the API key.
@@ -55,7 +56,7 @@ impl RunErrorCause {
     }
 }
 
-/// Something wrong with how Stripe delivers webhooks. [`Display`](fmt::Display) writes a sentence.
+/// A problem with Stripe's delivery of webhooks. [`Display`](fmt::Display) writes a sentence.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(
     tag = "issue",
@@ -75,7 +76,7 @@ pub enum EndpointIssue {
     },
     /// The API key may not read webhook endpoints. `reason` is Stripe's text.
     MissingPermission { reason: String },
-    /// No webhook was received for unusually long.
+    /// No webhook was received for an unusually long time.
     Silent {
         last_delivery_ms: i64,
         duration_ms: i64,
@@ -85,7 +86,7 @@ pub enum EndpointIssue {
     Text { sentence: String },
 }
 
-/// Why a time without webhooks is unusual.
+/// Reasons why a time without webhooks is unusual.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "camelCase")]
 pub enum SilenceEvidence {
@@ -93,7 +94,7 @@ pub enum SilenceEvidence {
     EventsAtStripe,
     /// This many of the hours had webhooks in each of the last three weeks.
     BusyHours { hours: i64 },
-    /// The longest gap before was this many hours long, less than half as long.
+    /// The longest earlier gap lasted this many hours, less than half of the current gap.
     LongestGap { hours: i64 },
 }
 
@@ -192,17 +193,15 @@ struct SavedReport {
 
 impl From<SavedReport> for RunSummary {
     fn from(saved: SavedReport) -> RunSummary {
-        let from_sentences = || {
-            saved
-                .endpoint_remarks
-                .into_iter()
-                .map(|sentence| EndpointIssue::Text { sentence })
-                .collect()
-        };
-
         RunSummary {
             counts: saved.counts,
-            endpoint_issues: saved.endpoint_issues.unwrap_or_else(from_sentences),
+            endpoint_issues: saved.endpoint_issues.unwrap_or_else(|| {
+                saved
+                    .endpoint_remarks
+                    .into_iter()
+                    .map(|sentence| EndpointIssue::Text { sentence })
+                    .collect()
+            }),
         }
     }
 }

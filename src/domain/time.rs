@@ -1,10 +1,10 @@
-//! Times as text: in the API, for people, and from clients.
+//! Formats times for the API and for people, and parses times from clients.
 
 /// Latest second that a four-digit year can show (9999-12-30T22:00:00Z, the end of jiff's range).
 pub const LAST_SECOND: i64 = 253_402_207_200;
-/// 0001-01-01T00:00:00.000Z.
+/// Earliest time in Unix milliseconds, 0001-01-01T00:00:00.000Z.
 const FIRST_MS: i64 = -62_135_596_800_000;
-/// End of jiff's range, in the last days of 9999.
+/// Latest time in Unix milliseconds, the end of jiff's range in the last days of 9999.
 const LAST_MS: i64 = LAST_SECOND * 1000;
 
 /// Formats Unix milliseconds as `2026-01-31T09:15:00.000Z`, clamped to the years 0001 to 9999.
@@ -20,10 +20,11 @@ pub fn readable(ms: i64) -> String {
     format!("{date} {} UTC", time.split('.').next().unwrap_or_default())
 }
 
-/// Parses RFC 3339 into Unix milliseconds and cuts finer digits. jiff accepts more than RFC 3339, so the shape is checked first.
+/// Parses RFC 3339 into Unix milliseconds and truncates finer digits. jiff accepts more than RFC
+/// 3339, so the format is checked first.
 ///
 /// # Errors
-/// The reason, to be put behind the name of the field.
+/// Returns the reason, to be appended to the name of the field.
 pub fn parse_time(text: &str) -> Result<i64, String> {
     let bad = || "must be a date-time such as 2026-01-31T09:15:00Z (RFC 3339)".to_owned();
     let bytes = text.as_bytes();
@@ -59,7 +60,7 @@ pub fn parse_time(text: &str) -> Result<i64, String> {
     if !fits || !zone_fits || leap_second || (rest.first() == Some(&b'.') && fraction == 0) {
         return Err(bad());
     }
-    // jiff reads at most nanoseconds, and milliseconds are the finest unit that is kept.
+    // jiff parses at most nanoseconds, and milliseconds are the finest unit that is stored.
     let exact = format!(
         "{}.{:0<3}{}",
         &text[..19],

@@ -1,4 +1,4 @@
-//! The entries of one invoice before they are sorted: one function for each kind of fact.
+//! Builds the unsorted entries of one invoice, with one function for each kind of fact.
 //!
 //! Numbers of rules refer to `docs/payment-states.md`.
 
@@ -14,10 +14,10 @@ use crate::domain::payment_state::PaymentState;
 use crate::domain::stripe::event::StoredObservation;
 use crate::domain::stripe::object::{Invoice, Object};
 
-/// Longest time in seconds by which the two events of one required action are apart.
+/// Longest time in seconds between the two events of one required action.
 const SAME_ACTION_S: i64 = 2;
 
-/// Facts that stand once in a history, with the place and state of their entries.
+/// Facts that occur once in a history, with the phase and state of their entries.
 const STATED_ONCE: [(InvoiceFact, Phase, TieBreak, PaymentState); 6] = [
     (
         InvoiceFact::Finalized,
@@ -57,7 +57,7 @@ const STATED_ONCE: [(InvoiceFact, Phase, TieBreak, PaymentState); 6] = [
     ),
 ];
 
-/// Observations of one fact, with the invoice that each shows.
+/// Observations of one fact, with the invoice that each contains.
 type InvoiceSources<'a> = Vec<(&'a StoredObservation, &'a Invoice)>;
 
 /// Builds the entries of one invoice from the observations that count for it.
@@ -87,7 +87,7 @@ impl<'a, 'k> HistoryBuilder<'a, 'k> {
         }
     }
 
-    /// Returns the entries of all facts but those about money returned or contested.
+    /// Returns the entries of all facts except those about money returned or contested.
     pub fn entries(&self, attempts: &LimitedAttempts<'a>) -> Vec<PendingEntry<'a>> {
         let mut entries = self.stated_once();
         entries.extend(self.action_required());
@@ -102,7 +102,7 @@ impl<'a, 'k> HistoryBuilder<'a, 'k> {
 
     /// Returns the number of attempts that failed before this second.
     ///
-    /// An invoice keeps its PaymentIntent over retries, so rounds tell its submissions apart.
+    /// An invoice keeps its PaymentIntent across retries, so rounds distinguish its submissions.
     fn round(&self, second: i64) -> usize {
         self.failures.partition_point(|&failure| failure < second)
     }
@@ -166,8 +166,8 @@ impl<'a, 'k> HistoryBuilder<'a, 'k> {
         let mut rounds: BTreeMap<usize, Vec<&'a StoredObservation>> = BTreeMap::new();
         for (observations, siblings) in [(&by_invoice, &by_intent), (&by_intent, &by_invoice)] {
             for &stored in observations {
-                // The two come together, a second or two apart. A failure in between must not
-                // separate them, so both count at the second of the earlier one.
+                // The two events arrive a second or two apart. A failure in between must not
+                // separate them, so both count at the second of the earlier event.
                 let second = stored.observation.created;
                 let earliest = second.saturating_sub(SAME_ACTION_S);
                 let at = siblings.partition_point(|sibling| sibling.observation.created < earliest);
@@ -252,7 +252,8 @@ impl<'a, 'k> HistoryBuilder<'a, 'k> {
         entries.collect()
     }
 
-    /// Leaves out a payment that covers at least what a paid invoice was due: it is not a part.
+    /// Leaves out a payment that covers at least the amount due of a paid invoice, because it is
+    /// not a part payment.
     fn part_paid(&self) -> Vec<PendingEntry<'a>> {
         let paid = self.sources_of(InvoiceFact::Paid);
         let lowest_due = paid
@@ -321,10 +322,11 @@ impl<'a, 'k> HistoryBuilder<'a, 'k> {
         }
     }
 
-    /// Returns the entry that attempts share if there are too many to tell one by one.
+    /// Returns the entry that attempts share if there are too many to list one by one.
     ///
-    /// It stands where the first of them would, so the entries stay oldest first, and the latest
-    /// attempts behind it still decide the current state. Every proof stays with it.
+    /// The entry has the position of the first shared attempt, so the entries stay oldest first,
+    /// and the latest attempts after it still decide the current state. The entry keeps every
+    /// source.
     fn more_failed(&self, shared: &[FailedAttempt<'a>]) -> Option<PendingEntry<'a>> {
         let first = shared.first()?;
         let sources = shared.iter().flat_map(FailedAttempt::all_sources);
@@ -344,8 +346,8 @@ impl<'a, 'k> HistoryBuilder<'a, 'k> {
 /// Returns the Unix second in which a fact became true (rule 4.1).
 ///
 /// Prefers Stripe's transition time where a snapshot has it, then the earliest event of the fact's
-/// row, then the earliest event that shows it. Where only the API tells the fact, takes the time of
-/// its snapshot, simulated by a test clock or not.
+/// row, then the earliest event that shows it. If only the API shows the fact, uses the time of its
+/// snapshot, even a time simulated by a test clock.
 fn time_of(fact: InvoiceFact, sources: &[(&StoredObservation, &Invoice)]) -> i64 {
     let trusted = || {
         sources

@@ -1,4 +1,4 @@
-//! What every message may need to know about an invoice, looked up once for the whole history.
+//! Data about an invoice that every message may need, looked up once for the whole history.
 
 use std::collections::{BTreeSet, HashMap};
 
@@ -10,7 +10,7 @@ use crate::domain::redact::{clean, name};
 use crate::domain::stripe::event::StoredObservation;
 use crate::domain::stripe::object::{Invoice, Object};
 
-/// Observations of one fact, earliest first, with the invoice that each shows.
+/// Observations of one fact, earliest first, with the invoice that each contains.
 pub(super) type InvoiceSources<'t, 'a> = &'t [(&'a StoredObservation, &'a Invoice)];
 
 /// Facts about the invoice as a whole, and indexes over its observations.
@@ -19,7 +19,7 @@ pub struct InvoiceContext<'a, 'k> {
     pub(super) due_date: Option<i64>,
     pub(super) revision: Option<&'a str>,
     pub(super) amount_due: Option<i64>,
-    /// Amount that the invoice brought, else `amount_due`.
+    /// Amount that was paid on the invoice, else `amount_due`.
     pub(super) amount_paid: Option<i64>,
     number: Option<&'a str>,
     is_test_mode: bool,
@@ -31,12 +31,12 @@ pub struct InvoiceContext<'a, 'k> {
     payment_amounts: HashMap<usize, (usize, i64)>,
     /// Amount of each InvoicePayment.
     part_amounts: HashMap<&'a str, i64>,
-    /// For each charge, the observations of it and of the error that it left, earliest first.
+    /// For each charge, the observations of it and of the error that it caused, earliest first.
     by_charge: HashMap<&'a str, Vec<&'a StoredObservation>>,
 }
 
 impl<'a, 'k> InvoiceContext<'a, 'k> {
-    /// Reads the context out of the observations that count for the invoice.
+    /// Builds the context from the observations that count for the invoice.
     pub fn new(
         invoice_id: &'a str,
         observations: &'k InvoiceObservations<'a>,
@@ -77,12 +77,13 @@ impl<'a, 'k> InvoiceContext<'a, 'k> {
         }
     }
 
-    /// Returns the amount of an InvoicePayment: as `invoice_payment.paid` says, else as any other.
+    /// Returns the amount of an InvoicePayment from `invoice_payment.paid`, else from any other
+    /// observation.
     pub fn amount_of_payment(&self, id: &str) -> Option<i64> {
         self.part_amounts.get(id).copied()
     }
 
-    /// Returns the observations of these charges and of the errors that they left, in any order.
+    /// Returns the observations of these charges and of the errors that they caused, in any order.
     pub(super) fn about_charges(&self, charges: &BTreeSet<&str>) -> Vec<&'a StoredObservation> {
         let known = charges
             .iter()
@@ -90,7 +91,7 @@ impl<'a, 'k> InvoiceContext<'a, 'k> {
         known.flatten().copied().collect()
     }
 
-    /// Returns the amount of a payment: as its sources say, else as any part of the payment does.
+    /// Returns the amount of a payment from its sources, else from any part of the payment.
     pub(super) fn payment_amount(&self, sources: &[&StoredObservation]) -> Option<i64> {
         let told = sources.iter().find_map(|stored| amount(stored));
         told.or_else(|| {
@@ -102,12 +103,12 @@ impl<'a, 'k> InvoiceContext<'a, 'k> {
         })
     }
 
-    /// Returns `invoice NUMBER`, with Stripe's id where no number is known.
+    /// Returns `invoice NUMBER`, with Stripe's id if no number is known.
     pub(super) fn invoice(&self) -> String {
         format!("invoice {}", name(self.number.unwrap_or(self.invoice_id)))
     }
 
-    /// Words an amount in the currency of any source, else of anything known about the invoice.
+    /// Formats an amount in the currency of any source, else of any observation of the invoice.
     pub(super) fn money(&self, minor_units: i64, sources: &[&StoredObservation]) -> String {
         let currencies = || sources.iter().filter_map(|stored| currency(stored));
         let [own_code, own_text] = self.currency;
@@ -120,7 +121,7 @@ impl<'a, 'k> InvoiceContext<'a, 'k> {
         money::amount(minor_units, code.as_deref())
     }
 
-    /// Words an amount that an invoice shows.
+    /// Formats an amount that an invoice contains.
     pub(super) fn money_of_invoice(
         &self,
         minor_units: Option<i64>,
@@ -132,7 +133,7 @@ impl<'a, 'k> InvoiceContext<'a, 'k> {
         })
     }
 
-    /// Words `amount_due` of the earliest source that has it, else of the newest snapshot.
+    /// Formats `amount_due` of the earliest source that has it, else of the newest snapshot.
     pub(super) fn due(&self, sources: InvoiceSources) -> Option<String> {
         let told = sources
             .iter()
@@ -141,7 +142,7 @@ impl<'a, 'k> InvoiceContext<'a, 'k> {
         self.money_of_invoice(told.or(self.amount_due), sources)
     }
 
-    /// Ends a message with the sentences that stand in every one.
+    /// Appends the sentences that end every message.
     pub(super) fn close(&self, sentences: String) -> String {
         let mut message = sentences;
         if self.is_test_mode {
@@ -166,7 +167,7 @@ pub(super) fn trusted_snapshot(
     }
 }
 
-/// Returns the amount that an invoice brought, by its paid snapshots.
+/// Returns the amount that was paid on an invoice, by its paid snapshots.
 ///
 /// Before basil, `amount_paid` is 0 for an invoice that was paid outside Stripe.
 pub(super) fn collected(paid: &[&Invoice]) -> Option<i64> {

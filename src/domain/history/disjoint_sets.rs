@@ -1,4 +1,4 @@
-//! Union-find over indices: joins what belongs together in nearly linear time.
+//! Union-find over indices, which joins sets in nearly linear time.
 
 /// Disjoint sets of the indices `0..len`.
 #[derive(Default)]
@@ -21,7 +21,7 @@ impl DisjointSets {
         index
     }
 
-    /// Joins the sets of two indices. The lower root stays the root.
+    /// Joins the sets of two indices. The lower root becomes the root of both.
     pub fn join(&mut self, a: usize, b: usize) {
         let (a, b) = (self.shorten(a), self.shorten(b));
         self.parent[a.max(b)] = a.min(b);
@@ -30,7 +30,7 @@ impl DisjointSets {
     /// Points every index at its root, so that [`Self::root`] takes one step.
     pub fn flatten(&mut self) {
         for index in 0..self.parent.len() {
-            // A parent is never higher than its child, so it is flat already.
+            // A parent has never a higher index than its child, so it points at its root already.
             self.parent[index] = self.parent[self.parent[index]];
         }
     }
@@ -43,7 +43,8 @@ impl DisjointSets {
         index
     }
 
-    /// Returns the root, and halves the path to it: otherwise long chains cost quadratic time.
+    /// Returns the root and halves the path to it, because long chains would otherwise cost
+    /// quadratic time.
     fn shorten(&mut self, mut index: usize) -> usize {
         while self.parent[index] != index {
             self.parent[index] = self.parent[self.parent[index]];
@@ -58,7 +59,7 @@ mod tests {
     use super::DisjointSets;
 
     #[test]
-    fn chains_joined_from_the_end_have_one_root() {
+    fn chain_joined_from_end_has_one_root() {
         let mut sets = DisjointSets::new(50_000);
         for index in (1..50_000).rev() {
             sets.join(index, index - 1);
@@ -70,7 +71,7 @@ mod tests {
     }
 
     #[test]
-    fn sets_that_nothing_joins_stay_apart() {
+    fn unjoined_sets_stay_separate() {
         let mut sets = DisjointSets::new(2);
         let third = sets.add();
         sets.join(third, 0);

@@ -1,4 +1,4 @@
-//! The entries of a history, finished and pending, and the order in which they stand.
+//! The entries of a history, finished and pending, and their order.
 
 use crate::domain::payment_state::PaymentState;
 use crate::domain::stripe::event::{EventKey, StoredObservation};
@@ -14,7 +14,7 @@ pub struct Entry {
     pub proofs: Vec<EventKey>,
 }
 
-/// First sort key of an entry: terminal phases stand last.
+/// First sort key of an entry. Terminal phases come last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(in crate::domain) enum Phase {
     Open,
@@ -97,13 +97,13 @@ impl<'a> PendingEntry<'a> {
     }
 }
 
-/// Returns the earliest `created` of these observations in Unix seconds, 0 if there are none.
+/// Returns the earliest `created` of these observations in Unix seconds, or 0 without observations.
 pub(in crate::domain) fn earliest_second(sources: &[&StoredObservation]) -> i64 {
     let seconds = sources.iter().map(|stored| stored.observation.created);
     seconds.min().unwrap_or_default()
 }
 
-/// Sorts observations by time, event id and key: an order that does not depend on arrival.
+/// Sorts observations by time, event id and key. This order does not depend on arrival.
 pub(in crate::domain) fn in_order(
     mut observations: Vec<&StoredObservation>,
 ) -> Vec<&StoredObservation> {

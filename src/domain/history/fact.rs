@@ -1,4 +1,5 @@
-//! The facts that one observation asserts: the table in `docs/payment-states.md`, row by row.
+//! The facts that one observation asserts. They follow the table in `docs/payment-states.md`, row
+//! by row.
 //!
 //! An event's *type* (the claim), the *snapshot* of the invoice inside (the evidence), or both can
 //! assert a fact. This file looks at one observation at a time; `builder` combines several.
@@ -20,7 +21,7 @@ pub enum InvoiceFact {
     Paid,
 }
 
-/// Facts that snapshots prove. Each stands once in a history.
+/// Facts that snapshots prove. Each occurs once in a history.
 pub const SHOWN_BY_SNAPSHOTS: [InvoiceFact; 4] = [
     InvoiceFact::Finalized,
     InvoiceFact::WrittenOff,
@@ -75,7 +76,7 @@ pub fn asserts_fact(event: &Event) -> bool {
     is_about_returned_money(kind) || event.observation.as_ref().is_some_and(asserts)
 }
 
-/// Returns whether money is returned or contested: that asserts a fact whatever the object shows.
+/// Returns whether money is returned or contested, which asserts a fact regardless of the object.
 fn is_about_returned_money(kind: &str) -> bool {
     kind == "charge.refunded"
         || kind == "charge.refund.updated"
@@ -135,7 +136,7 @@ pub fn by_type(observation: &Observation, invoice: &Invoice) -> Option<InvoiceFa
     (holds || (observation.thin && observation.kind != "invoice.updated")).then_some(fact)
 }
 
-/// Returns whether the invoice inside shows a fact, whatever the event's type says.
+/// Returns whether the invoice inside shows a fact, regardless of the event's type.
 pub fn by_snapshot(observation: &Observation, invoice: &Invoice, fact: InvoiceFact) -> bool {
     if observation.thin || contradicts(observation, invoice) {
         return false;
@@ -212,9 +213,8 @@ impl Invoice {
 impl PaymentIntent {
     /// Returns the part of a bank transfer that has arrived, in minor units.
     pub fn funded(&self) -> Option<i64> {
-        let arrived = |remaining| self.amount.and_then(|amount| amount.checked_sub(remaining));
         self.bank_transfer_remaining
-            .and_then(arrived)
+            .and_then(|remaining| self.amount?.checked_sub(remaining))
             .or(self.amount_received)
     }
 }

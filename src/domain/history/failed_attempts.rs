@@ -1,8 +1,7 @@
-//! Failed attempts: what `invoice.payment_failed` counts, joined with the tries behind it.
+//! Failed attempts as counted by `invoice.payment_failed`, joined with the underlying tries.
 //!
-//! An invoice's event knows the attempt's number but not the reason; a charge or PaymentIntent
-//! knows the reason but not the number. This file brings them together, so that one failure is one
-//! entry.
+//! An invoice's event has the attempt's number but not the reason; a charge or PaymentIntent has
+//! the reason but not the number. This file joins them, so that one failure is one entry.
 //!
 //! Every step is a lookup or one walk over sorted times, because card testing through a hosted
 //! page makes thousands of tries on one invoice.
@@ -15,7 +14,7 @@ use super::failed_tries::{FailedTry, failed_tries};
 use crate::domain::stripe::event::{EventKey, StoredObservation};
 use crate::domain::stripe::object::{Object, PaymentIntent};
 
-/// Largest distance in seconds between an attempt and a try that name no common charge.
+/// Largest distance in seconds between an attempt and its try if they name no common charge.
 const SAME_FAILURE_S: i64 = 60;
 
 /// Number of the earliest, and of the latest, failed attempts that have an entry of their own.
@@ -23,8 +22,8 @@ const SAME_FAILURE_S: i64 = 60;
 /// The attempts between them share one entry. Stripe retries an invoice eight times at most; only
 /// card testing or a broken client makes more than a hundred attempts on one invoice, and nobody
 /// reads these one by one. Without a limit each of them costs every reader a message. The earliest
-/// tell how it began, and the latest hold the current state and the reason that counts now.
-pub const TOLD_AT_EACH_END: usize = 50;
+/// attempts show how the failures began; the latest hold the current state and reason.
+pub const LISTED_AT_EACH_END: usize = 50;
 
 /// One failed attempt to collect an invoice.
 #[derive(Default)]
@@ -103,13 +102,13 @@ impl<'a> FailedAttempt<'a> {
 /// Failed attempts, split into those with an entry of their own and those that share one.
 pub struct LimitedAttempts<'a> {
     pub one_by_one: Vec<FailedAttempt<'a>>,
-    /// The attempts between the earliest and the latest ones, in order. Empty in normal life.
+    /// The attempts between the earliest and the latest ones, in order. Usually empty.
     pub shared: Vec<FailedAttempt<'a>>,
 }
 
-/// Splits attempts by [`TOLD_AT_EACH_END`]. The split depends only on the set of attempts.
+/// Splits attempts by [`LISTED_AT_EACH_END`]. The split depends only on the set of attempts.
 pub fn limit(mut attempts: Vec<FailedAttempt<'_>>) -> LimitedAttempts<'_> {
-    if attempts.len() <= 2 * TOLD_AT_EACH_END {
+    if attempts.len() <= 2 * LISTED_AT_EACH_END {
         return LimitedAttempts {
             one_by_one: attempts,
             shared: Vec::new(),
@@ -117,8 +116,8 @@ pub fn limit(mut attempts: Vec<FailedAttempt<'_>>) -> LimitedAttempts<'_> {
     }
     attempts.sort_by_cached_key(FailedAttempt::sort_key);
 
-    let latest = attempts.split_off(attempts.len() - TOLD_AT_EACH_END);
-    let shared = attempts.split_off(TOLD_AT_EACH_END);
+    let latest = attempts.split_off(attempts.len() - LISTED_AT_EACH_END);
+    let shared = attempts.split_off(LISTED_AT_EACH_END);
     attempts.extend(latest);
     LimitedAttempts {
         one_by_one: attempts,
@@ -155,7 +154,7 @@ pub fn failed_attempts<'a>(observations: &[&'a StoredObservation]) -> Vec<Failed
 
 /// Returns whether Stripe's API may know the reason of the latest failed attempt.
 ///
-/// That is so if no event gave a reason and no PaymentIntent was fetched since.
+/// It may if no event gave a reason and no PaymentIntent was fetched since.
 pub fn lacks_reason(observations: &[&StoredObservation]) -> bool {
     let attempts = failed_attempts(observations);
     let latest = attempts.iter().max_by_key(|attempt| attempt.order());
@@ -169,7 +168,7 @@ pub fn lacks_reason(observations: &[&StoredObservation]) -> bool {
 
 /// Gives the last error of a fetched PaymentIntent to the latest attempt before the fetch.
 ///
-/// Skips attempts that have a try or name a charge: their events know better.
+/// Skips attempts that have a try or name a charge, because their own events are more exact.
 fn add_fetched_reasons<'a>(
     attempts: &mut [FailedAttempt<'a>],
     observations: &[&'a StoredObservation],
@@ -246,7 +245,8 @@ fn attempts_of_events<'a>(observations: &[&'a StoredObservation]) -> Vec<FailedA
     attempts.extend(group(rest));
 
     for attempt in &mut attempts {
-        // An attempt speaks from its earliest event, whatever the order of merging.
+        // Keep sources sorted by time, whatever the merge order: the earliest event dates the
+        // attempt.
         attempt.sources = in_order(std::mem::take(&mut attempt.sources));
     }
     attempts.sort_by_key(FailedAttempt::order);
@@ -278,7 +278,7 @@ fn drop_repeated_charges(failures: &mut [Failure]) {
             times.push((failure.second, number));
         }
     }
-    // The earliest, and the earliest with another number, answer for all.
+    // The earliest claim and the earliest with another number decide for all claims.
     let earliest: HashMap<&str, [Option<(i64, i64)>; 2]> = named
         .into_iter()
         .map(|(charge, times)| {
@@ -347,9 +347,9 @@ fn include<'a>(attempt: &mut FailedAttempt<'a>, failure: &Failure<'a>) {
 
 /// Pairs attempts that name no charge with tries that no attempt names, nearest first.
 ///
-/// Returns the tries that stay alone. Ties go to the earlier attempt, then the lower number, then
-/// the earlier try, then the lower id. Walks the seconds once for each distance, so the time does
-/// not depend on the number of possible pairs.
+/// Returns the tries that remain unpaired. Ties go to the earlier attempt, then the lower number,
+/// then the earlier try, then the lower id. Walks the seconds once for each distance, so the time
+/// does not depend on the number of possible pairs.
 fn pair<'a>(
     attempts: &mut [FailedAttempt<'a>],
     failed_tries: Vec<FailedTry<'a>>,

@@ -1,14 +1,14 @@
 //! Failed tries: single declined payments, as charges and PaymentIntents report them.
 //!
-//! A try knows the reason of a failure but not the attempt's number. `failed_attempts` joins tries
-//! with the invoice's events, which know the number but not the reason.
+//! A try has the reason of a failure but not the attempt's number. `failed_attempts` joins tries
+//! with the invoice's events, which have the number but not the reason.
 
 use std::collections::{BTreeMap, HashMap};
 
 use crate::domain::stripe::event::StoredObservation;
 use crate::domain::stripe::object::{Object, PaymentIntent};
 
-/// Largest distance in seconds between a thin event, which names no charge, and its try.
+/// Largest distance in seconds between a thin event and its try. A thin event names no charge.
 const SAME_TRY_S: i64 = 2;
 
 /// One declined payment, as a charge or a PaymentIntent reports it.
@@ -21,7 +21,7 @@ pub struct FailedTry<'a> {
     pub time: i64,
 }
 
-/// Identity of a try: its charge, or without one its PaymentIntent and second.
+/// Identity of a try: its charge, or without a charge its PaymentIntent and second.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 enum TryKey<'a> {
     Charge(&'a str),
@@ -71,7 +71,7 @@ impl<'a> FoundTries<'a> {
     }
 }
 
-/// Returns all failed tries. `observations` belong to one invoice and stand in a fixed order.
+/// Returns all failed tries. `observations` belong to one invoice and have a fixed order.
 pub fn failed_tries<'a>(observations: &[&'a StoredObservation]) -> Vec<FailedTry<'a>> {
     let mut found = FoundTries::default();
     let mut without_charge = Vec::new();
@@ -91,7 +91,7 @@ pub fn failed_tries<'a>(observations: &[&'a StoredObservation]) -> Vec<FailedTry
     }
 
     // Thin events are matched against the tries as the other events report them. So collect the
-    // times first: a thin event must not move a try while others are still being matched.
+    // times first, because a thin event must not move a try while others are still being matched.
     let charges = found.lowest_charges();
     for (stored, intent) in without_charge {
         let second = stored.observation.created;

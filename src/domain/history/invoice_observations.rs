@@ -1,7 +1,7 @@
 //! The one place that decides which observations count for an invoice (rule 3.6.4).
 //!
-//! Accounts and modes do not mix. `payment_details.order_reference` is free text: the owner of a
-//! connected account, or anybody in test mode, can set it to the id of somebody else's invoice. So
+//! Accounts and modes do not mix. `payment_details.order_reference` is free text. The owner of a
+//! connected account, or anybody in test mode, can set it to the id of another party's invoice. So
 //! an observation in which Stripe itself does not name the invoice counts only if it comes from the
 //! account and mode of one in which Stripe does.
 //!
@@ -35,7 +35,7 @@ impl<'a> InvoiceObservations<'a> {
             .collect();
         let origins = Origins::read(&own);
 
-        // Foreign observations leave before the links are read: they must not join anything.
+        // Remove foreign observations before reading the links, so that they cannot join payments.
         let admitted: Vec<&StoredObservation> = known
             .into_iter()
             .filter(|stored| {
@@ -91,8 +91,8 @@ impl<'a> InvoiceObservations<'a> {
 
 /// Returns the account of the earliest own observation if every own observation has one.
 ///
-/// An object of Stripe's API has one only if it was fetched on behalf of a connected account, so
-/// one without an account says nothing.
+/// An object of Stripe's API has one only if it was fetched on behalf of a connected account, so an
+/// object without an account proves nothing.
 fn connected_account<'a>(own: &[&'a StoredObservation]) -> Option<&'a str> {
     let mut accounts = own
         .iter()
@@ -110,7 +110,7 @@ fn is_api_object_without_account(observation: &Observation) -> bool {
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 struct Origin<'a> {
     is_api_object: bool,
-    /// The connected account; `None` is the own account, or unknown for an API object.
+    /// The connected account. `None` means the own account, or an unknown one for an API object.
     account: Option<&'a str>,
     livemode: Option<bool>,
 }
@@ -153,9 +153,9 @@ impl<'a> Origins<'a> {
 
     /// Returns whether an observation comes from an account and mode of the own observations.
     ///
-    /// An API object without an account matches every account: the key decides what it reads. Where
+    /// An API object without an account matches every account: the key decides what it reads. If
     /// only such objects are known of the invoice, the mode decides. Without own observations
-    /// nothing matches, so everything else is held back until one arrives.
+    /// nothing matches, so all other observations are held back until one arrives.
     fn admit(&self, observation: &Observation) -> bool {
         let other = Origin::of(observation);
         self.own.iter().any(|own| {

@@ -1,19 +1,19 @@
-//! The sentences that a person in finance reads: `paymentMsg`.
+//! Builds `paymentMsg`, the sentences that a person in finance reads.
 //!
-//! A message is a function of all that is known, so a detail of any sibling event shows. `money`
-//! words the amounts, and `redact` cleans every text that comes from Stripe.
+//! A message is a function of all observations, so it includes details of any sibling event.
+//! `money` formats the amounts, and `redact` cleans every text that comes from Stripe.
 
 use std::collections::BTreeSet;
 
 use super::context::{InvoiceContext, InvoiceSources, collected, trusted_snapshot};
 use super::entry::{TieBreak, in_order};
-use super::failed_attempts::{FailedAttempt, TOLD_AT_EACH_END};
+use super::failed_attempts::{FailedAttempt, LISTED_AT_EACH_END};
 use crate::domain::redact::{clean, name};
 use crate::domain::stripe::event::StoredObservation;
 use crate::domain::stripe::object::{Charge, CreditNote, Dispute, Invoice, Object, Reason, Refund};
 use crate::domain::time::LAST_SECOND;
 
-/// Observations of one object, earliest first, with the object that each shows.
+/// Observations of one object, earliest first, with the object that each contains.
 type ObjectSources<'t, 'a, T> = &'t [(&'a StoredObservation, &'a T)];
 
 pub fn finalized(context: &InvoiceContext, sources: InvoiceSources) -> String {
@@ -93,7 +93,7 @@ pub fn paid(context: &InvoiceContext, sources: InvoiceSources, was_written_off: 
     context.close(text)
 }
 
-/// Returns the sentence about a payment outside Stripe, empty if the payment was inside.
+/// Returns the sentence about a payment outside Stripe, or an empty text for a payment inside.
 fn outside_stripe(shown: &[&Invoice]) -> &'static str {
     let is_outside = shown.iter().any(|invoice| {
         invoice.paid_out_of_band == Some(true)
@@ -105,7 +105,8 @@ fn outside_stripe(shown: &[&Invoice]) -> &'static str {
         return " It was paid outside Stripe.";
     }
 
-    // Newer API versions have neither field: then an amount that nobody attempted to collect tells.
+    // Newer API versions have neither field. There, an amount without an attempt to collect it is
+    // the sign.
     let has_neither_field = shown.iter().all(|invoice| {
         invoice.paid_out_of_band.is_none() && invoice.amount_paid_off_stripe.is_none()
     });
@@ -175,7 +176,7 @@ pub fn part_paid(
 
 pub fn attempt_failed(context: &InvoiceContext, attempt: &FailedAttempt) -> String {
     let sources: Vec<&StoredObservation> = attempt.all_sources().collect();
-    // Siblings that no attempt has as its source may know the reason, too.
+    // Siblings that are not a source of any attempt may also have the reason.
     let charges: BTreeSet<&str> = attempt.all_charges().collect();
     let about_charges = context.about_charges(&charges);
     let mut payments = in_order(sources.iter().copied().chain(about_charges).collect());
@@ -196,7 +197,7 @@ pub fn attempt_failed(context: &InvoiceContext, attempt: &FailedAttempt) -> Stri
     ))
 }
 
-/// Words the attempts that share one entry, because there are too many to tell one by one.
+/// Describes the attempts that share one entry, because there are too many to list one by one.
 pub fn more_attempts(context: &InvoiceContext, attempts: &[FailedAttempt]) -> String {
     let count = attempts.len();
     let seconds = || attempts.iter().map(FailedAttempt::time);
@@ -210,8 +211,8 @@ pub fn more_attempts(context: &InvoiceContext, attempts: &[FailedAttempt]) -> St
     let noun = if count == 1 { "attempt" } else { "attempts" };
 
     context.close(format!(
-        "Payment for {} failed too often to list: the first {TOLD_AT_EACH_END} and the last \
-         {TOLD_AT_EACH_END} attempts have entries of their own, and {} more {noun} failed {when}.",
+        "Payment for {} failed too often to list: the first {LISTED_AT_EACH_END} and the last \
+         {LISTED_AT_EACH_END} attempts have entries of their own, and {} more {noun} failed {when}.",
         context.invoice(),
         thousands(count),
     ))
@@ -227,7 +228,7 @@ fn next_attempt(attempt: &FailedAttempt) -> Option<String> {
     })
 }
 
-/// Returns the reason of a failure: the PaymentIntent's before the charge's, exact codes first.
+/// Returns the reason of a failure. Prefers the PaymentIntent's to the charge's, and exact codes.
 fn failure_reason(payments: &[&StoredObservation]) -> Option<Reason> {
     let errors = || {
         payments
@@ -256,9 +257,9 @@ fn failure_reason(payments: &[&StoredObservation]) -> Option<Reason> {
     (code.is_some() || message.is_some()).then_some(Reason { code, message })
 }
 
-pub fn refunded(context: &InvoiceContext, told: ObjectSources<Refund>) -> String {
-    let sources = observations(told);
-    let amount = told.iter().find_map(|(_, refund)| refund.amount);
+pub fn refunded(context: &InvoiceContext, observed: ObjectSources<Refund>) -> String {
+    let sources = observations(observed);
+    let amount = observed.iter().find_map(|(_, refund)| refund.amount);
     context.close(match amount {
         Some(amount) => format!(
             "Refunded {}{} for {}.",
@@ -270,14 +271,14 @@ pub fn refunded(context: &InvoiceContext, told: ObjectSources<Refund>) -> String
     })
 }
 
-/// Words a failed refund. `failed` are those of its observations that say so.
+/// Describes a failed refund. `failed` are the observations that report the failure.
 pub fn refund_failed(
     context: &InvoiceContext,
-    told: ObjectSources<Refund>,
+    observed: ObjectSources<Refund>,
     failed: ObjectSources<Refund>,
 ) -> String {
-    let sources = observations(told);
-    let amount = told.iter().find_map(|(_, refund)| refund.amount);
+    let sources = observations(observed);
+    let amount = observed.iter().find_map(|(_, refund)| refund.amount);
     let of_how_much = amount
         .map(|amount| {
             let money = context.money(amount, &sources);
@@ -292,7 +293,7 @@ pub fn refund_failed(
     } else {
         "failed"
     };
-    let code = told
+    let code = observed
         .iter()
         .find_map(|(_, refund)| refund.failure_reason.clone());
     let reason = code.map(|code| Reason {
@@ -310,9 +311,9 @@ pub fn refund_failed(
 pub fn charge_refunded(
     context: &InvoiceContext,
     amount: i64,
-    told: ObjectSources<Charge>,
+    observed: ObjectSources<Charge>,
 ) -> String {
-    let sources = observations(told);
+    let sources = observations(observed);
     context.close(format!(
         "Refunded {}{} for {}.",
         context.money(amount, &sources),
@@ -321,24 +322,27 @@ pub fn charge_refunded(
     ))
 }
 
-pub fn credit_note(context: &InvoiceContext, told: ObjectSources<CreditNote>) -> String {
-    let note = credit_note_for_invoice(context, told);
+pub fn credit_note(context: &InvoiceContext, observed: ObjectSources<CreditNote>) -> String {
+    let note = credit_note_for_invoice(context, observed);
     context.close(format!("{note} was issued after payment."))
 }
 
-pub fn credit_note_voided(context: &InvoiceContext, told: ObjectSources<CreditNote>) -> String {
-    let note = credit_note_for_invoice(context, told);
+pub fn credit_note_voided(context: &InvoiceContext, observed: ObjectSources<CreditNote>) -> String {
+    let note = credit_note_for_invoice(context, observed);
     context.close(format!("{note} was voided."))
 }
 
-fn credit_note_for_invoice(context: &InvoiceContext, told: ObjectSources<CreditNote>) -> String {
-    let sources = observations(told);
-    let number = told
+fn credit_note_for_invoice(
+    context: &InvoiceContext,
+    observed: ObjectSources<CreditNote>,
+) -> String {
+    let sources = observations(observed);
+    let number = observed
         .iter()
         .find_map(|(_, note)| note.number.as_deref())
         .map(|number| format!(" {}", name(number)))
         .unwrap_or_default();
-    let amount = told
+    let amount = observed
         .iter()
         .find_map(|(_, note)| note.amount)
         .map(|amount| context.money(amount, &sources));
@@ -350,21 +354,22 @@ fn credit_note_for_invoice(context: &InvoiceContext, told: ObjectSources<CreditN
     )
 }
 
-/// Words one step of a dispute. `told` is all that is known of it, `of_step` proves this step.
+/// Describes one step of a dispute. `observed` has all observations of it, `of_step` those of this
+/// step.
 pub fn dispute(
     context: &InvoiceContext,
     step: TieBreak,
-    told: ObjectSources<Dispute>,
+    observed: ObjectSources<Dispute>,
     of_step: ObjectSources<Dispute>,
 ) -> String {
-    let sources = observations(told);
+    let sources = observations(observed);
     let amount = of_step
         .iter()
-        .chain(told)
+        .chain(observed)
         .find_map(|(_, dispute)| dispute.amount);
     let of_how_much = of_money(context, amount, &sources);
     let invoice = context.invoice();
-    let reason = told
+    let reason = observed
         .iter()
         .find_map(|(_, dispute)| dispute.reason.as_deref());
     let result = of_step
@@ -393,7 +398,7 @@ pub fn dispute(
     })
 }
 
-/// Words the amount that is to be paid: what remains, else the payment's, else what is due.
+/// Formats the amount to be paid: the remaining amount, else the payment's, else the amount due.
 fn amount_to_pay(
     context: &InvoiceContext,
     invoice_sources: &[&StoredObservation],
@@ -430,8 +435,8 @@ fn of_paid_amount(context: &InvoiceContext, sources: &[&StoredObservation]) -> S
     of_money(context, paid, sources)
 }
 
-fn observations<'a, T>(told: ObjectSources<'_, 'a, T>) -> Vec<&'a StoredObservation> {
-    told.iter().map(|(stored, _)| *stored).collect()
+fn observations<'a, T>(observed: ObjectSources<'_, 'a, T>) -> Vec<&'a StoredObservation> {
+    observed.iter().map(|(stored, _)| *stored).collect()
 }
 
 fn over(amount: Option<String>) -> String {

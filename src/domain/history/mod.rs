@@ -1,13 +1,14 @@
-//! The history of an invoice: from all that is known about it to its payment states.
+//! Computes the history of an invoice: turns all observations of it into its payment states.
 //!
-//! A function of a *set*: the order, repetition and source of observations make no difference. One
-//! fact is one entry. `invoice_observations` decides what counts for the invoice, `payment_links`
-//! which invoice a payment belongs to, `fact` what one observation asserts, `failed_attempts` which
-//! observations are one failure, `builder` makes the entries, and `message` words them. Here they
-//! are sorted and merged with the states that came with the stored invoice.
+//! The history is a function of a *set*: the order, repetition and source of observations make no
+//! difference. One fact is one entry. `invoice_observations` decides which observations count for
+//! the invoice, `payment_links` which invoice a payment belongs to, `fact` what one observation
+//! asserts, `failed_attempts` which observations are one failure, `builder` makes the entries, and
+//! `message` writes their texts. This module sorts them and merges them with the states that were
+//! imported with the stored invoice.
 //!
 //! Every step takes time in proportion to the number of observations (times its logarithm where
-//! something is sorted): a stranger can make thousands of them through a hosted payment page.
+//! something is sorted): a stranger can cause thousands of them through a hosted payment page.
 
 mod builder;
 mod context;
@@ -34,7 +35,7 @@ use super::payment_state::{ImportedState, PaymentState};
 
 /// Folds observations into the history of an invoice.
 ///
-/// `known` may hold more than belongs to the invoice, in any order, repeated.
+/// `known` may hold observations of other invoices, in any order, repeated.
 pub fn fold(
     stripe_invoice_id: Option<&str>,
     imported: &[ImportedState],

@@ -1,10 +1,10 @@
 //! Links between payment objects and the invoices that they pay.
 //!
-//! Refunds, disputes, charges and PaymentIntents that name each other are one payment, whichever
-//! side names the other, over any number of hops. A payment belongs to the invoice that any part of
-//! it names as its own; else to the invoice that names a part, or that an InvoicePayment joins to
-//! one; else to the one in the PaymentIntent's order reference. Whether a linked observation counts
-//! for an invoice is decided in `invoice_observations`.
+//! Refunds, disputes, charges and PaymentIntents that name each other are one payment, no matter
+//! which side names the other, over any number of hops. A payment belongs to the invoice that any
+//! part of it names as its own; else to the invoice that names a part, or that an InvoicePayment
+//! joins to one; else to the one in the PaymentIntent's order reference. Whether a linked
+//! observation counts for an invoice is decided in `invoice_observations`.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -78,7 +78,7 @@ impl<'a> PaymentLinks<'a> {
         self.groups.find(id)
     }
 
-    /// Returns the PaymentIntent of a charge, whichever of the two names the other.
+    /// Returns the PaymentIntent of a charge, no matter which of the two names the other.
     pub fn intent_of(&self, charge_id: &str) -> Option<&'a str> {
         self.intents.get(&self.groups.find(charge_id)?).copied()
     }
@@ -167,7 +167,8 @@ fn record_document<'a>(
     *lowest = invoice_id.min(*lowest);
 }
 
-/// Returns the invoices that an object claims for parts of a payment, each with its ground.
+/// Returns the invoices that an object claims for parts of a payment, each with the strength of the
+/// claim.
 fn claims<'a>(
     object: &'a Object,
     documents: &BTreeMap<&'a str, &'a str>,

@@ -1,7 +1,7 @@
 //! Money returned or contested after an invoice was paid: refunds, credit notes, disputes.
 //!
-//! Stripe's invoice stays `paid` through all of it, so these entries keep the state and their
-//! messages say what happened.
+//! Stripe's invoice stays `paid` throughout, so these entries keep the state and their messages
+//! describe the event.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -29,7 +29,7 @@ const DISPUTE_STEPS: [(TieBreak, &[&str]); 4] = [
     (TieBreak::DisputeClosed, &["charge.dispute.closed"]),
 ];
 
-/// Observations of one object, earliest first, with the object that each shows.
+/// Observations of one object, earliest first, with the object that each contains.
 type ObjectSources<'a, T> = Vec<(&'a StoredObservation, &'a T)>;
 
 /// Returns the entries of an invoice that was paid at `paid_ms`, in Unix milliseconds.
@@ -96,7 +96,7 @@ fn refunds<'a>(
 
 /// Returns a charge's running totals that the known refunds do not add up to.
 ///
-/// Before refunds had events of their own, `charge.refunded` was the only one.
+/// Before refunds had events of their own, `charge.refunded` was the only event about them.
 fn refunded_charges<'a>(
     counted: &[&'a StoredObservation],
     known_refunds: &BTreeMap<&'a str, ObjectSources<'a, Refund>>,
@@ -182,7 +182,7 @@ fn credit_notes<'a>(
 
 /// Returns whether a credit note was issued after payment.
 ///
-/// One that was issued before lowers what is owed and returns no money.
+/// A credit note that was issued before payment lowers the amount owed and returns no money.
 fn is_post_payment(sources: &[(&StoredObservation, &CreditNote)], paid_ms: i64) -> bool {
     let has_field = sources
         .iter()

@@ -1,6 +1,7 @@
 //! Comparison of a stored invoice with the invoice at Stripe: amount, currency, mode and state.
 //!
-//! A field is compared only if both sides have it. `reconcile` decides what a difference means and since when it exists.
+//! A field is compared only if both sides have it. `reconcile` decides the meaning of a difference
+//! and since when it exists.
 
 use serde::Deserialize;
 use serde_json::Value;
@@ -70,7 +71,8 @@ pub enum StripeStatus {
 }
 
 impl StripeStatus {
-    /// Reads the status of an invoice as Stripe's API returns it. Returns `None` for an absent or unknown one.
+    /// Reads the status of an invoice as Stripe's API returns it. Returns `None` for an absent or
+    /// unknown one.
     pub fn of(stripes: &Value) -> Option<StripeStatus> {
         StripeStatus::parse(StripeInvoice::read(stripes).status.0.as_deref()?)
     }
@@ -86,7 +88,7 @@ impl StripeStatus {
         })
     }
 
-    /// Whether the status is final at Stripe.
+    /// Returns whether the status is final at Stripe.
     pub fn is_settled(self) -> bool {
         matches!(self, StripeStatus::Paid | StripeStatus::Void)
     }
@@ -102,7 +104,8 @@ impl StripeStatus {
     }
 }
 
-/// Returns the differences between a stored document, with its observations and history, and Stripe's invoice.
+/// Returns the differences between a stored document, with its observations and history, and
+/// Stripe's invoice.
 pub fn differences(
     document: &Value,
     known: &[StoredObservation],
@@ -138,8 +141,8 @@ fn unit(document: &Value) -> Option<&str> {
         .filter(|unit| !unit.is_empty())
 }
 
-/// Compares amounts. The stored amount may be what was billed or what was left to pay, with or without tax: it differs only if it
-/// is none of these.
+/// Compares amounts. The stored amount may be what was billed or what was left to pay, with or
+/// without tax: it differs only if it matches no such amount.
 fn amount(document: &Value, stripes: &StripeInvoice) -> Option<FieldDifference> {
     let ours = document.pointer("/status/billableAmount")?.as_f64()?;
     let currency = stripes.currency.0.as_deref()?;
@@ -155,7 +158,8 @@ fn amount(document: &Value, stripes: &StripeInvoice) -> Option<FieldDifference> 
     let mut theirs = theirs.into_iter().filter_map(|amount| amount.0).peekable();
     let shown = *theirs.peek()?;
 
-    // Documents carry amounts as floats: they are equal if they round to the same minor unit.
+    // Documents contain amounts as floats, so amounts are equal if they round to the same minor
+    // unit.
     let (_, unit) = money::unit_of(currency);
     let ours_minor = (ours * unit as f64).round();
     if theirs.any(|theirs| (ours_minor - theirs as f64).abs() < 0.5) {
@@ -173,7 +177,8 @@ fn amount(document: &Value, stripes: &StripeInvoice) -> Option<FieldDifference> 
     })
 }
 
-/// Only events in which Stripe names the invoice count: anybody can refer to it from another mode.
+/// Compares modes. Only events in which Stripe names the invoice count, because anybody can refer
+/// to it from another mode.
 fn mode(known: &[StoredObservation], stripes: &StripeInvoice) -> Option<FieldDifference> {
     let theirs = stripes.livemode.0?;
     let id = stripes.id.0.as_deref()?;
@@ -214,7 +219,7 @@ fn state(history: &[Entry], stripes: &StripeInvoice) -> Option<FieldDifference> 
     })
 }
 
-/// Whether two histories have the same states and times. Their messages may differ.
+/// Returns whether two histories have the same states and times. Their messages may differ.
 pub fn same_facts(a: &[Entry], b: &[Entry]) -> bool {
     let facts = |entries: &[Entry]| {
         entries
@@ -225,7 +230,7 @@ pub fn same_facts(a: &[Entry], b: &[Entry]) -> bool {
     facts(a) == facts(b)
 }
 
-/// Whether two histories look the same to a reader.
+/// Returns whether two histories look the same to a reader.
 pub fn same_entries(a: &[Entry], b: &[Entry]) -> bool {
     let shown = |e: &Entry| (e.state, e.timestamp_ms, e.message.clone());
     a.len() == b.len() && a.iter().zip(b).all(|(a, b)| shown(a) == shown(b))
@@ -234,7 +239,8 @@ pub fn same_entries(a: &[Entry], b: &[Entry]) -> bool {
 const MINUTE_MS: i64 = 60_000;
 const DAY_MS: i64 = 24 * 60 * MINUTE_MS;
 
-/// Returns the time of the next comparison of an invoice that is not settled: often while it is young, once a day when it is old.
+/// Returns the time of the next comparison of an invoice that is not settled. A young invoice is
+/// compared often, an old one once a day.
 pub fn next_check_ms(created_s: i64, now_ms: i64) -> i64 {
     let age_ms = now_ms.saturating_sub(created_s.saturating_mul(1000));
     now_ms + (age_ms / 8).clamp(10 * MINUTE_MS, DAY_MS)
@@ -268,7 +274,7 @@ mod tests {
     }
 
     #[test]
-    fn money_is_compared_to_the_minor_unit_and_only_where_both_sides_say_it() {
+    fn amounts_are_compared_to_minor_unit_if_both_sides_have_them() {
         let document = |amount: f64| json!({"spec": {"paymentUnit": "usd"}, "status": {"billableAmount": amount}});
         let stripes =
             json!({"currency": "usd", "amount_due": 123_450, "total": 133_450, "status": "open"});
@@ -292,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn a_state_agrees_with_the_status_that_stripe_says() {
+    fn state_agrees_with_status_at_stripe() {
         let agrees = |state: Option<PaymentState>, status: &str| {
             let history: Vec<Entry> = state.map(entry).into_iter().collect();
             fields(json!({}), &history, json!({"status": status})).is_empty()
@@ -307,10 +313,7 @@ mod tests {
         assert!(agrees(Some(PaymentState::PaymentFailed), "void"));
         assert!(!agrees(None, "void"));
 
-        assert!(agrees(
-            Some(PaymentState::Paid),
-            "a status not yet invented"
-        ));
+        assert!(agrees(Some(PaymentState::Paid), "a future status"));
     }
 
     #[test]

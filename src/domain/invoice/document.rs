@@ -1,7 +1,7 @@
 //! The invoice document: `v1Invoice` of Spectro Cloud's Palette API.
 //!
-//! It is validated and normalised when it is stored, and rendered with its payment states when it is read. `schema` lists its
-//! fields. Unknown fields are kept unchanged.
+//! It is validated and normalised when it is stored, and rendered with its payment states when it
+//! is read. `schema` lists its fields. Unknown fields are kept unchanged.
 
 use serde_json::{Map, Value, json};
 
@@ -19,10 +19,11 @@ pub struct ValidInvoice {
     pub imported_states: Vec<ImportedState>,
 }
 
-/// Validates a document and normalises it: times in UTC with milliseconds, whole numbers as integers, no `null` in known fields.
+/// Validates a document and normalises it: times in UTC with milliseconds, whole numbers as
+/// integers, and no `null` in known fields.
 ///
 /// # Errors
-/// Every invalid field, with its JSON pointer.
+/// Returns every invalid field with its JSON pointer.
 pub fn validate(mut document: Value) -> Result<ValidInvoice, Vec<InvalidField>> {
     let mut faults = Vec::new();
     schema::check_invoice(&mut document, &mut faults);
@@ -118,7 +119,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_fault_is_reported_with_its_pointer() {
+    fn every_invalid_field_is_reported_with_pointer() {
         let document = json!({
             "metadata": {"uid": 1, "labels": {"a/b": 2}, "annotations": []},
             "spec": {"month": "2026-01-31", "paymentUnit": "eur", "plan": {"freeCredits": [{"planCredit": {"cpuCoreHours": 1.5}}], "slaCredits": {}}},

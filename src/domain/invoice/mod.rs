@@ -1,4 +1,5 @@
-//! The stored invoice document: its types, its schema, and the comparison with the invoice at Stripe.
+//! The stored invoice document: its types, its schema, and the comparison with the invoice at
+//! Stripe.
 
 pub mod comparison;
 pub mod document;

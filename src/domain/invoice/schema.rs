@@ -1,4 +1,5 @@
-//! The schema of a `v1Invoice`: one description, field by field, drives both validation and normalisation.
+//! The schema of a `v1Invoice`: one description of each field drives both validation and
+//! normalisation.
 
 use serde::Serialize;
 use serde_json::{Map, Value};
@@ -15,7 +16,7 @@ pub struct InvalidField {
 /// Checks the uid of a tenant or an invoice, as it appears in a path.
 ///
 /// # Errors
-/// The reason why it is invalid, to be put behind the name of the parameter.
+/// Returns the reason why the uid is invalid, to be appended to the name of the parameter.
 pub fn validate_uid(uid: &str) -> Result<(), String> {
     match uid {
         "" => Err("is empty".to_owned()),
@@ -31,10 +32,11 @@ pub fn check_invoice(document: &mut Value, faults: &mut Vec<InvalidField>) {
     check_names(document, "", faults);
 }
 
-/// serde_json reads an object whose first field has this name as the text of another document.
+/// Field name that serde_json reserves. It parses an object whose first field has this name as the
+/// text of another document.
 const RAW_VALUE_NAME: &str = "$serde_json::private::RawValue";
 
-/// Reports fields, at any depth, whose name would make the stored document unreadable or another one.
+/// Reports fields, at any depth, whose name would make the stored document unreadable or change it.
 fn check_names(value: &Value, pointer: &str, faults: &mut Vec<InvalidField>) {
     match value {
         Value::Object(fields) => {
@@ -279,7 +281,8 @@ fn check_fields(
 ) {
     for (name, kind) in shape.fields {
         match fields.get_mut(*name) {
-            // Strict clients cannot decode null. An absent field has the same meaning.
+            // Remove null: strict clients cannot decode it, and an absent field has the same
+            // meaning.
             Some(Value::Null) => drop(fields.shift_remove(*name)),
             Some(value) => check(value, kind, &child(pointer, name), faults),
             None => {}
@@ -302,12 +305,10 @@ fn child(pointer: &str, name: &str) -> String {
     format!("{pointer}/{}", name.replace('~', "~0").replace('/', "~1"))
 }
 
-/// Reads `2500` and `2500.0`.
+/// Parses a whole number, written as `2500` or `2500.0`.
 fn whole(value: &Value) -> Option<i64> {
-    let exact_float = || {
+    value.as_i64().or_else(|| {
         let float = value.as_f64().filter(|_| value.is_f64())?;
         (float.fract() == 0.0 && float.abs() < 9.2e18).then_some(float as i64)
-    };
-
-    value.as_i64().or_else(exact_float)
+    })
 }

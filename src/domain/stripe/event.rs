@@ -1,8 +1,9 @@
-//! The tolerant reader: from authentic bytes to an event and the observation that it makes.
+//! The tolerant reader, which turns authentic bytes into an event and its observation.
 //!
-//! The presence of fields decides, never `api_version`, so every shape since 2018-11-08 (and shapes not yet invented) goes
-//! through the same lines. A field of an unexpected type counts as absent. `payload` has the JSON, `object` the result.
-//! `history/fact` and `history` decide what the fields mean.
+//! The presence of fields decides, never `api_version`, so every shape since 2018-11-08 (and every
+//! future shape) takes the same code path. A field of an unexpected type counts as absent.
+//! `payload` has the JSON, `object` the result. `history/fact` and `history` decide the meaning of
+//! the fields.
 
 use std::collections::HashSet;
 
@@ -17,13 +18,14 @@ use super::payload::{self, Created, Envelope};
 
 /// Identity of one rendering of one event. A delivery with a known key is a duplicate.
 ///
-/// The first sixteen bytes come from the event's id, the other sixteen from a hash. Stripe's ids begin with their time, so keys
-/// made at the same time are neighbours in an index, however long the log; and an id is found by its prefix.
+/// The first sixteen bytes come from the event's id, the other sixteen from a hash. Stripe's ids
+/// begin with their time, so keys made at the same time are neighbours in an index, however long
+/// the log; and a prefix search finds an id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct EventKey(pub [u8; EventKey::LENGTH]);
 
 impl EventKey {
-    /// Bytes of a key.
+    /// Length of a key in bytes.
     pub const LENGTH: usize = 32;
     const PREFIX: usize = 16;
 
@@ -41,7 +43,8 @@ impl EventKey {
         (EventKey(first), EventKey(last))
     }
 
-    /// Hashes the parts. Each is preceded by its length, so no two lists of parts give the same bytes.
+    /// Hashes the parts. Each is preceded by its length, so no two lists of parts give the same
+    /// bytes.
     fn new(id: &str, parts: &[&[u8]]) -> EventKey {
         let (EventKey(mut key), _) = EventKey::range(id);
         let hash = &mut key[EventKey::PREFIX..];
@@ -59,7 +62,8 @@ impl EventKey {
 #[derive(Clone, Debug, PartialEq)]
 pub enum Reading {
     Event(Box<Event>),
-    /// Not JSON, or not an event: stored, counted, and listed for the operator. `reason` says which, without payload content.
+    /// Not JSON, or not an event: stored, counted, and listed for the operator. `reason` names the
+    /// problem without payload content.
     Unreadable {
         key: EventKey,
         reason: String,
@@ -78,12 +82,12 @@ pub struct Event {
     pub object_id: Option<String>,
     /// Unix seconds.
     pub created: i64,
-    /// `None` if the object is of a kind that nothing reads.
+    /// The observation of the event. `None` if this program does not read objects of this kind.
     pub observation: Option<Observation>,
 }
 
-/// The assertion of one event, or of one object fetched from Stripe's API. The store keeps it beside the bytes, and a history is
-/// folded from observations alone.
+/// The assertion of one event, or of one object fetched from Stripe's API. The store keeps it next
+/// to the bytes, and histories are folded from observations alone.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Observation {
     /// The event's id.
@@ -91,15 +95,15 @@ pub struct Observation {
     /// The event's type, without the `v1.` of thin events; empty for a fetched object.
     #[serde(rename = "type")]
     pub kind: String,
-    /// Unix seconds; thin events are cut to the second.
+    /// Unix seconds; thin events are truncated to the second.
     pub created: i64,
-    /// A thin event: its type is the claim, and `object` holds only an id.
+    /// `true` for a thin event. Its type is the claim, and `object` holds only an id.
     #[serde(default, skip_serializing_if = "is_false")]
     pub thin: bool,
-    /// Of a thin event: the id of the snapshot event about the same change.
+    /// Id of the snapshot event about the same change, if this is a thin event.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub snapshot_event: Option<String>,
-    /// Not an event, but an object as Stripe's API returned it.
+    /// `true` for an object that Stripe's API returned, which is not an event.
     #[serde(default, skip_serializing_if = "is_false")]
     pub fetched: bool,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -130,7 +134,7 @@ impl StoredObservation {
     ///
     /// # Errors
     /// Returns [`DamagedObservation`] if the text is not an observation. A read of one invoice
-    /// fails with it; a scan skips the row, counts it and logs one warning.
+    /// fails with this error; a scan skips the row, counts it and logs one warning.
     pub fn parse(key: EventKey, json: &str) -> Result<StoredObservation, DamagedObservation> {
         match serde_json::from_str(json) {
             Ok(observation) => Ok(StoredObservation { key, observation }),
@@ -142,14 +146,15 @@ impl StoredObservation {
     }
 }
 
-/// An object that an observation names. Histories are gathered along links.
+/// An object that an observation names. Histories are collected along these links.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Link {
     pub object_id: String,
     pub is_invoice: bool,
 }
 
-/// Reads any body that Stripe may deliver. Never fails: a body without an event is [`Reading::Unreadable`].
+/// Reads any body that Stripe may deliver. Never fails: a body without an event is
+/// [`Reading::Unreadable`].
 pub fn read(body: &[u8]) -> Reading {
     let result = match payload::parse(body) {
         Ok(Some(envelope)) if envelope.object.0.as_deref() == Some(FETCHED) => {
@@ -169,7 +174,7 @@ pub fn read(body: &[u8]) -> Reading {
     }
 }
 
-/// Words a JSON error. serde_json's own message may quote the payload; position and category do not.
+/// Describes a JSON error by position and category. serde_json's own message may quote the payload.
 fn describe_json_error(error: &serde_json::Error) -> String {
     let problem = if error.is_eof() {
         "ends in the middle"
@@ -250,10 +255,12 @@ fn read_event(envelope: Envelope) -> Result<Event, &'static str> {
     })
 }
 
-/// The `object` of our own envelope around an object that Stripe's API returned, and the type under which it is listed.
+/// Value of `object` in our own envelope around an object that Stripe's API returned, and the type
+/// under which it is listed.
 pub const FETCHED: &str = "fetched";
 
-/// Wraps an object that Stripe's API returned in the envelope that the event log keeps, and that `export` and `replay` carry.
+/// Wraps an object that Stripe's API returned in the envelope that the event log stores and that
+/// `export` and `replay` transfer.
 pub fn envelope(object: &Value, fetched_s: i64, account: Option<&str>) -> Value {
     let mut envelope = json!({"object": FETCHED, "fetched_at": fetched_s});
     if let Some(account) = account {
@@ -267,7 +274,8 @@ pub fn envelope(object: &Value, fetched_s: i64, account: Option<&str>) -> Value 
     envelope
 }
 
-/// Reads an [`envelope`]. Its key is made of the object's bytes, not of the time of the fetch: an unchanged object adds nothing.
+/// Reads an [`envelope`]. Its key is derived from the object's bytes, not from the time of the
+/// fetch, so an unchanged object adds no event.
 fn read_fetched(envelope: Envelope, body: &[u8]) -> Result<Event, &'static str> {
     let fields = envelope
         .data
@@ -319,7 +327,8 @@ fn read_fetched(envelope: Envelope, body: &[u8]) -> Result<Event, &'static str> 
     })
 }
 
-/// Returns the bytes of the fetched object, with the fields that nothing reads yet: the key stays when a later version reads more.
+/// Returns the bytes of the fetched object, including the fields that this version does not read,
+/// so the key stays the same when a later version reads more.
 fn content(envelope: &[u8]) -> Option<Box<RawValue>> {
     #[derive(Deserialize)]
     struct Envelope {
@@ -334,7 +343,7 @@ fn content(envelope: &[u8]) -> Option<Box<RawValue>> {
     Some(envelope.data.object)
 }
 
-/// Returns the type without the `v1.` of thin events: `v1.invoice.paid` is read as `invoice.paid`.
+/// Returns the type without the `v1.` of thin events, such as `invoice.paid` for `v1.invoice.paid`.
 fn short(event_type: &str) -> &str {
     event_type.strip_prefix("v1.").unwrap_or(event_type)
 }

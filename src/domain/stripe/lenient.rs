@@ -1,8 +1,10 @@
-//! Lenient JSON values: a value of an unexpected type reads as absent instead of failing the whole document.
+//! Lenient JSON values: a value of an unexpected type reads as absent instead of failing the whole
+//! document.
 //!
-//! API versions differ in the type of a field (an id or an expanded object, a boolean or nothing), and a new version may change
-//! any of them. One odd field must not hide what the others say. serde's derive decides which fields are read; the types here
-//! decide what counts as a value.
+//! API versions differ in the type of a field (an id or an expanded object, a boolean or no value),
+//! and a new version may change any of them. One unexpected field must not hide the values of the
+//! others. serde's derive decides which fields are read; the types here decide which JSON counts as
+//! a value.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -14,7 +16,8 @@ use serde::de::{
 
 use crate::domain::time::LAST_SECOND;
 
-/// Longest id in bytes. Stripe's have no more; a longer one counts as absent, because no PostgreSQL index would take it.
+/// Longest id in bytes. Stripe's ids are not longer; a longer id counts as absent, because a
+/// PostgreSQL index cannot hold it.
 const MAX_ID_BYTES: usize = 255;
 
 /// A JSON value of the expected type, or `None`.
@@ -41,7 +44,7 @@ impl Lenient<Id> {
     }
 }
 
-/// Unix seconds within the years that can be shown.
+/// Unix seconds within the years that can be formatted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct UnixSeconds(pub i64);
 
@@ -56,13 +59,13 @@ impl<T> Default for Nested<T> {
 }
 
 impl<T> Nested<T> {
-    /// Returns a field of the object, if there is one.
+    /// Returns a field of the object, or `None` if it is absent.
     pub fn and_then<V>(&self, field: impl FnOnce(&T) -> Option<V>) -> Option<V> {
         self.0.as_ref().and_then(field)
     }
 }
 
-/// A time for which `null` says something: it differs from an absent field.
+/// A time for which `null` has a meaning of its own, different from an absent field.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum NullableTime {
     #[default]
@@ -71,7 +74,8 @@ pub enum NullableTime {
     At(i64),
 }
 
-/// Reads one JSON value. Each method gets a value of one JSON type and returns `None` unless it is overridden.
+/// Reads one JSON value. Each method gets a value of one JSON type and returns `None` unless it is
+/// overridden.
 pub trait FromJson<'de>: Sized {
     fn from_null() -> Option<Self> {
         None
@@ -93,7 +97,7 @@ pub trait FromJson<'de>: Sized {
     /// Reads an object. It must consume all fields of `map`.
     ///
     /// # Errors
-    /// Invalid JSON, and a repeated field of a derived struct.
+    /// Returns an error for invalid JSON and for a repeated field of a derived struct.
     fn from_map<A: MapAccess<'de>>(mut map: A) -> Result<Option<Self>, A::Error> {
         while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
 
@@ -103,7 +107,7 @@ pub trait FromJson<'de>: Sized {
     /// Reads a list. It must consume all items of `items`.
     ///
     /// # Errors
-    /// Invalid JSON, and a repeated field of a derived struct.
+    /// Returns an error for invalid JSON and for a repeated field of a derived struct.
     fn from_list<A: SeqAccess<'de>>(mut items: A) -> Result<Option<Self>, A::Error> {
         while items.next_element::<IgnoredAny>()?.is_some() {}
 
@@ -123,7 +127,8 @@ impl FromJson<'_> for i64 {
     }
 }
 
-/// A non-empty string. A string with a NUL counts as absent: Stripe never sends one, and PostgreSQL cannot store it.
+/// A non-empty string. A string with a NUL counts as absent: Stripe never sends one, and PostgreSQL
+/// cannot store it.
 impl FromJson<'_> for String {
     fn from_text(text: &str) -> Option<String> {
         (!text.is_empty() && !text.contains('\0')).then(|| text.to_owned())
@@ -244,7 +249,8 @@ impl<'de, T: FromJson<'de>> Visitor<'de> for LenientVisitor<T> {
         Ok(i64::try_from(value).ok().and_then(T::from_integer))
     }
 
-    /// `2500.0` is an integer. Beyond 9e15 a float no longer tells neighbouring integers apart.
+    /// Accepts floats such as `2500.0`. Beyond 9e15 a float cannot distinguish neighbouring
+    /// integers.
     fn visit_f64<E>(self, value: f64) -> Result<Option<T>, E> {
         let is_exact = value.fract() == 0.0 && value.abs() < 9e15;
         Ok(is_exact.then_some(value as i64).and_then(T::from_integer))

@@ -1,4 +1,4 @@
-//! What Stripe sends: signatures, events, objects, and the observations they assert.
+//! Data that Stripe sends: signatures, events, objects, and the observations derived from them.
 
 pub mod event;
 pub(in crate::domain) mod lenient;

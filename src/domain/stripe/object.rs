@@ -1,11 +1,12 @@
-//! Stripe's objects that say something about an invoice's payment, cut down to the fields that facts, links and messages need.
+//! Stripe's objects that concern an invoice's payment, reduced to the fields that facts, links and
+//! messages need.
 //!
-//! One struct per object. Every field is optional, because every one of them is missing in some API version. `payload` reads
-//! them from Stripe's JSON; their own JSON form is what the store keeps.
+//! One struct per object. Every field is optional, because each is missing in some API version.
+//! `payload` reads them from Stripe's JSON; their own JSON form is what the store keeps.
 
 use serde::{Deserialize, Serialize};
 
-/// An object at Stripe, as far as it matters to a payment.
+/// An object at Stripe, reduced to the fields that matter to a payment.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "object", rename_all = "snake_case")]
 pub enum Object {
@@ -18,7 +19,8 @@ pub enum Object {
     Dispute(Dispute),
 }
 
-/// Declares a struct whose fields are all optional, and absent from the stored JSON when they are `None`.
+/// Declares a struct whose fields are all optional, and absent from the stored JSON when they are
+/// `None`.
 macro_rules! sparse {
     ($(#[$doc:meta])* $name:ident { $($(#[$field_doc:meta])* $field:ident: $type:ty,)* }) => {
         $(#[$doc])*
@@ -36,7 +38,7 @@ sparse! {
     Invoice {
         number: String,
         status: String,
-        /// Until version 2025-03-31.basil.
+        /// Present in API versions before 2025-03-31.basil.
         paid: bool,
         amount_due: i64,
         amount_paid: i64,
@@ -47,7 +49,7 @@ sparse! {
         attempted: bool,
         attempt_count: i64,
         next_payment_attempt: i64,
-        /// `next_payment_attempt` is present as null: no further attempt is planned.
+        /// `true` if `next_payment_attempt` is present as null, so no further attempt is planned.
         no_next_attempt: bool,
         collection_method: String,
         currency: String,
@@ -57,7 +59,7 @@ sparse! {
         paid_at: i64,
         voided_at: i64,
         marked_uncollectible_at: i64,
-        /// Under a test clock: object times are simulated.
+        /// The test clock, if any. Under it, the times of the object are simulated.
         test_clock: bool,
         charge: String,
         payment_intent: String,
@@ -93,7 +95,7 @@ sparse! {
         error: Reason,
         error_charge: String,
         bank_transfer_remaining: i64,
-        /// Only if it looks like an invoice id.
+        /// Present only if it looks like an invoice id.
         order_reference: String,
     }
 }
@@ -159,7 +161,8 @@ pub struct Reason {
 }
 
 impl Object {
-    /// Returns the ids of all objects that this one names, its own first; `true` marks an invoice's.
+    /// Returns the ids of all objects that this one names, its own first; `true` marks the id of an
+    /// invoice.
     pub fn names(&self) -> Vec<(&str, bool)> {
         match self {
             Object::Invoice(o) => {
@@ -207,7 +210,7 @@ fn with_kind<'a, const N: usize, const M: usize>(
 impl Object {
     /// Returns the invoice that Stripe itself names in this object; an invoice names itself.
     ///
-    /// `order_reference` is not such a name: any merchant can set it to any text.
+    /// `order_reference` does not count, because any merchant can set it to any text.
     pub fn named_invoice(&self) -> Option<&str> {
         match self {
             Object::Invoice(o) => Some(&o.id),

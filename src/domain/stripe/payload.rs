@@ -1,6 +1,8 @@
-//! Stripe's JSON: the envelope of an event, and the few fields of its object that observations are made of.
+//! Stripe's JSON: the envelope of an event, and the few fields of its object that observations
+//! need.
 //!
-//! serde skips all other fields. Which fields are present decides how an object is read, never `api_version`.
+//! serde skips all other fields. Which fields are present decides how an object is read, never
+//! `api_version`.
 
 use serde::Deserialize;
 use serde_json::Value;
@@ -42,7 +44,8 @@ pub struct PreviousAttributes {
     pub status: Lenient<String>,
 }
 
-/// Unix seconds: snapshot events carry a number, thin ones RFC 3339 with up to nanoseconds, cut to the second here.
+/// Unix seconds. Snapshot events contain a number; thin events contain RFC 3339 with up to
+/// nanoseconds, which is truncated to the second.
 #[derive(Clone, Copy)]
 pub struct Created(pub i64);
 
@@ -62,7 +65,7 @@ impl FromJson<'_> for Created {
 /// Parses a body. Returns `None` if it is JSON, but not an object.
 ///
 /// # Errors
-/// Invalid JSON or UTF-8, wherever it stands.
+/// Returns an error for invalid JSON or UTF-8 at any position.
 pub fn parse(body: &[u8]) -> Result<Option<Envelope>, serde_json::Error> {
     let Ok(text) = std::str::from_utf8(body) else {
         // Skipped fields are not checked for UTF-8. The strict parser finds the position.
@@ -82,8 +85,8 @@ fn parse_envelope(text: &str) -> Result<Option<Envelope>, serde_json::Error> {
     Ok(envelope)
 }
 
-/// The fields of an object of any kind. The kinds share their names and types, and an event names its kind only after its object:
-/// one struct for all of them reads a body in one pass.
+/// The fields of an object of any kind. The kinds share their names and types, and an event names
+/// its kind only after its object: one struct for all of them reads a body in one pass.
 #[derive(Default, Deserialize)]
 #[serde(default)]
 pub struct ObjectFields {
@@ -132,7 +135,7 @@ pub struct ObjectFields {
     status: Lenient<String>,
     status_transitions: Nested<Transitions>,
     test_clock: Lenient<Id>,
-    // Transition times stood on the invoice itself before 2019-03-14.
+    // Before 2019-03-14, transition times were fields of the invoice itself.
     finalized_at: Lenient<UnixSeconds>,
     marked_uncollectible_at: Lenient<UnixSeconds>,
     paid_at: Lenient<UnixSeconds>,
@@ -155,7 +158,7 @@ struct FromInvoice {
     invoice: Lenient<Id>,
 }
 
-/// Both of Stripe's error objects, of a payment and of a finalization.
+/// The fields of both of Stripe's error objects, for a payment and for a finalization.
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct ErrorFields {
@@ -197,7 +200,7 @@ struct PaymentDetails {
     order_reference: Lenient<PlainId>,
 }
 
-/// The list of InvoicePayments, there only when it was expanded.
+/// The list of InvoicePayments, present only if it was expanded.
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct Payments {
@@ -212,9 +215,11 @@ struct InvoicePaymentFields {
 }
 
 impl ObjectFields {
-    /// Converts the fields of a full object. Its own `object` field says what it is; without one, the event's type does.
+    /// Converts the fields of a full object. Its `object` field names its kind; without this field,
+    /// the event's type does.
     ///
-    /// Returns `None` for an object of another kind, and for one without an id (`invoice.upcoming`).
+    /// Returns `None` for an object of another kind, and for one without an id
+    /// (`invoice.upcoming`).
     pub fn into_object(self, event_type: &str, previous_status: Option<String>) -> Option<Object> {
         let id = self.valid_id()?;
         let kind = self.object.0.as_deref().unwrap_or(kind_of(event_type));
@@ -231,7 +236,7 @@ impl ObjectFields {
         })
     }
 
-    /// Returns the object that a thin event points to. All that is known of it is its id.
+    /// Returns the object that a thin event points to, with its id only.
     pub fn into_related_object(self, event_type: &str) -> Option<Object> {
         let id = self.valid_id()?;
         let fields = ObjectFields {
@@ -412,8 +417,8 @@ impl ErrorFields {
     }
 }
 
-/// Returns the kind of object that a type is about: `charge.dispute.created` is about a dispute, `charge.refund.updated` about a
-/// refund.
+/// Returns the kind of object that a type is about, such as a dispute for `charge.dispute.created`
+/// and a refund for `charge.refund.updated`.
 fn kind_of(event_type: &str) -> &str {
     match event_type.split_once('.') {
         Some(("charge", rest)) if rest.starts_with("dispute.") => "dispute",
@@ -445,7 +450,8 @@ fn invoice_payment_ids(payments: &[InvoicePaymentFields]) -> Option<Vec<String>>
     (!ids.is_empty()).then_some(ids)
 }
 
-/// `^in_[A-Za-z0-9]+$`: merchants may set an order reference to anything.
+/// Returns whether the text matches `^in_[A-Za-z0-9]+$`. Merchants may set an order reference to
+/// any text.
 fn is_invoice_id(reference: &str) -> bool {
     reference
         .strip_prefix("in_")

@@ -1,8 +1,10 @@
-//! Stripe's webhook signature: `Stripe-Signature: t=<unix seconds>,v1=<hex>[,v1=...]`, HMAC-SHA256 over `{t}.{body}`.
+//! Stripe's webhook signature: `Stripe-Signature: t=<unix seconds>,v1=<hex>[,v1=...]`, HMAC-SHA256
+//! over `{t}.{body}`.
 //!
-//! The verifier works on bytes, never on strings. Several secrets are configured at once (rotation, test and live mode, Connect),
-//! and Stripe sends one `v1` per active secret: the verifier tries every secret against every `v1`, in constant time and without
-//! an early exit. It accepts what all of Stripe's SDKs accept, and rejects what they all reject.
+//! The verifier works on bytes, never on strings. Several secrets are configured at once (rotation,
+//! test and live mode, Connect), and Stripe sends one `v1` per active secret. The verifier tries
+//! every secret against every `v1`, in constant time and without an early exit. It accepts what all
+//! of Stripe's SDKs accept, and rejects what they all reject.
 
 use hmac::{Hmac, Mac};
 use sha2::Sha256;
@@ -10,19 +12,22 @@ use subtle::{Choice, ConstantTimeEq};
 
 use super::signing_secrets::{SigningSecret, SigningSecrets};
 
-/// Largest distance of a signature's time from now, either way, in seconds. Stripe's SDKs use the same.
+/// Largest distance of a signature's time from now, in either direction, in seconds. Stripe's SDKs
+/// use the same.
 pub const TOLERANCE_S: i64 = 300;
 
-/// The reason for rejecting a delivery. The response does not tell it to the sender; metrics count it for the operator.
+/// The reason for rejecting a delivery. The response does not reveal it to the sender; metrics
+/// count it for the operator.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SignatureError {
-    /// No `Stripe-Signature` header.
+    /// The request has no `Stripe-Signature` header.
     Missing,
-    /// More than one `Stripe-Signature` header.
+    /// The request has more than one `Stripe-Signature` header.
     Several,
-    /// No `t` or two, a `t` that is not a number, or no usable `v1`.
+    /// The header has no `t` or two, a `t` that is not a number, or no usable `v1`.
     Malformed,
-    /// None of the configured secrets made any of its signatures: a wrong secret, a changed body, or not Stripe.
+    /// No configured secret matches any signature: the secret is wrong, the body was changed, or
+    /// the sender is not Stripe.
     Mismatch,
     /// Authentic, but signed too long ago: a replayed delivery, or this machine's clock is fast.
     Stale,
@@ -95,11 +100,11 @@ impl<'s> Verifier<'s, '_> {
 
     /// Returns the label of the secret that signed this body.
     ///
-    /// The signature is checked before its age, so only authentic deliveries are `Stale` or `Future`: they mean a wrong clock,
-    /// never a wrong secret.
+    /// The signature is checked before its age, so only authentic deliveries are `Stale` or
+    /// `Future`. These errors mean a wrong clock, never a wrong secret.
     ///
     /// # Errors
-    /// `Mismatch`, `Stale` or `Future`.
+    /// Returns `Mismatch`, `Stale` or `Future`.
     pub fn finish(self, now_s: i64) -> Result<&'s str, SignatureError> {
         let mut signer = None;
         for (secret, mac) in self.signers {
@@ -131,19 +136,19 @@ pub fn sign(secret: &SigningSecret, timestamp_s: i64, body: &[u8]) -> String {
     format!("t={timestamp_s},v1={}", hex::encode(tag))
 }
 
-/// A well-formed header: all that can be checked without the body.
+/// A well-formed header, checked as far as possible without the body.
 pub struct SignatureHeader<'h> {
-    /// The bytes of `t` exactly as received, because they are signed.
+    /// Bytes of `t` exactly as received, because they are signed.
     timestamp: &'h [u8],
     timestamp_s: i64,
     signatures: Vec<[u8; 32]>,
 }
 
 impl<'h> SignatureHeader<'h> {
-    /// Reads the header. `lines` are the values of all `Stripe-Signature` header lines.
+    /// Parses the header. `lines` are the values of all `Stripe-Signature` header lines.
     ///
     /// # Errors
-    /// `Missing`, `Several` or `Malformed`.
+    /// Returns `Missing`, `Several` or `Malformed`.
     pub fn read(lines: &[&'h [u8]]) -> Result<SignatureHeader<'h>, SignatureError> {
         match lines {
             [] => Err(SignatureError::Missing),
@@ -152,8 +157,8 @@ impl<'h> SignatureHeader<'h> {
         }
     }
 
-    /// Parses the elements. Skips unknown schemes (`v0`), elements without `=`, and a `v1` that is not 64 hex digits, since none of
-    /// them can match.
+    /// Parses the elements. Skips unknown schemes (`v0`), elements without `=`, and a `v1` that is
+    /// not 64 hex digits, since they cannot match.
     fn parse(header: &'h [u8]) -> Option<SignatureHeader<'h>> {
         let mut timestamp = None;
         let mut signatures = Vec::new();

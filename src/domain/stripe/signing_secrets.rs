@@ -1,6 +1,8 @@
-//! Signing secrets of the webhook endpoints: their syntax in the settings, their labels, and their keys.
+//! Signing secrets of the webhook endpoints: their syntax in the settings, their labels, and their
+//! keys.
 //!
-//! The key is the whole secret, `whsec_` included. `signature` verifies deliveries with them.
+//! The key is the whole secret, `whsec_` included. `signature` verifies deliveries with these
+//! secrets.
 
 use std::fmt;
 
@@ -20,16 +22,18 @@ pub struct SigningSecrets(Vec<SigningSecret>);
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SecretName {
     pub label: String,
-    /// Distinguishes secrets that had the same label one after the other. Reveals nothing of the secret.
+    /// Mark that distinguishes secrets that had the same label one after the other. It does not
+    /// reveal the secret.
     pub mark: String,
 }
 
 impl SigningSecrets {
-    /// Parses `live=whsec_a,old=whsec_b`: secrets separated by commas or blanks, each with or without a label. The text before the
-    /// first `=` is a label if it consists of letters, digits, `.`, `_` and `-`; a secret without a label is named by its position.
+    /// Parses `live=whsec_a,old=whsec_b`: secrets separated by commas or blanks, each with or
+    /// without a label. The text before the first `=` is a label if it consists of letters, digits,
+    /// `.`, `_` and `-`; a secret without a label is named by its position.
     ///
     /// # Errors
-    /// One message for every mistake. No message shows a secret.
+    /// Returns one message for every mistake. No message shows a secret.
     pub fn parse(text: &str) -> Result<SigningSecrets, Vec<String>> {
         let mut secrets: Vec<SigningSecret> = Vec::new();
         let mut keys: Vec<&str> = Vec::new();
@@ -94,8 +98,8 @@ impl SigningSecrets {
             .collect()
     }
 
-    /// Returns the HMAC of a message by each secret. The message must not begin with a number, as a delivery does, so that a tag
-    /// cannot serve as a signature.
+    /// Returns the HMAC of a message by each secret. The message must not begin with a number, as a
+    /// delivery does, so that a tag cannot serve as a signature.
     pub fn tags(&self, message: &[u8]) -> Vec<[u8; 32]> {
         self.0
             .iter()
@@ -112,8 +116,8 @@ impl SigningSecrets {
     }
 }
 
-/// Whether the text before a `=` is a label. Labels are logged, so a secret that contains `=` must not be parsed as
-/// `label=secret`.
+/// Returns whether the text before a `=` is a label. Labels are logged, so a secret that contains
+/// `=` must not be parsed as `label=secret`.
 fn is_label(text: &str) -> bool {
     let is_secret = text.starts_with("whsec_");
     !is_secret
@@ -155,7 +159,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn mistakes_are_all_named_and_show_no_secret() {
+    fn all_mistakes_are_reported_without_secrets() {
         let mistakes =
             SigningSecrets::parse("a=whsec_1,a=whsec_2 b=whsec_1,c=,d=whséc").unwrap_err();
         assert_eq!(
@@ -175,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn debug_output_shows_labels_and_no_secret() {
+    fn debug_output_shows_labels_but_not_secrets() {
         let secrets = SigningSecrets::parse("live=whsec_abc").unwrap();
         assert_eq!(format!("{secrets:?}"), "SigningSecrets([\"live\"])");
     }
