@@ -1,7 +1,7 @@
 //! Decides whether a time without webhooks is unusual.
 //!
-//! It compares with the hours in which webhooks were received before, so that neither a night nor a
-//! small merchant raises an alarm.
+//! The decision compares the time with the hours in which webhooks were received before, so that
+//! neither a night nor a small merchant raises an alarm.
 
 use std::collections::BTreeSet;
 
@@ -9,14 +9,14 @@ use crate::domain::run_summary::SilenceEvidence;
 
 const HOUR_MS: i64 = 3_600_000;
 const WEEK_HOURS: i64 = 7 * 24;
-/// Weeks to look back.
+/// Number of weeks that are compared.
 const WEEKS: i64 = 3;
 /// Number of silent hours that were busy in each of the last three weeks. This many cannot be
 /// coincidence.
 const MIN_BUSY_HOURS: i64 = 2;
-/// With fewer busy hours on record, they do not show what is usual.
+/// Smallest number of recorded busy hours that show the usual pattern.
 const MIN_RECORDED_HOURS: usize = 20;
-/// Shortest gap, in hours, that counts while there are fewer than three weeks on record.
+/// Shortest gap, in hours, that counts while fewer than three weeks are recorded.
 const MIN_GAP_HOURS: i64 = 3;
 
 /// Returns the earliest hour that matters if the last webhook was received at this time.
@@ -24,7 +24,8 @@ pub fn first_hour(last_ms: i64) -> i64 {
     last_ms.div_euclid(HOUR_MS) - (WEEKS + 1) * WEEK_HOURS
 }
 
-/// Returns why the time since `last_ms` without webhooks is unusual, or `None` if it is not.
+/// Returns the reason why the time without webhooks since `last_ms` is unusual, or `None` if it is
+/// usual.
 ///
 /// `hours` holds the hours since 1970 in which webhooks were received.
 pub fn judge(hours: &BTreeSet<i64>, last_ms: i64, now_ms: i64) -> Option<SilenceEvidence> {

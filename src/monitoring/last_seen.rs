@@ -1,4 +1,4 @@
-//! Things whose last time is stored, and the keys they are stored under.
+//! Events of the service whose last time is stored, and the keys under which it is stored.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -6,7 +6,7 @@ use std::fmt;
 use crate::domain::run_summary::RunErrorCause;
 pub use crate::metrics::Rejection;
 
-/// Something whose last time is stored.
+/// An event of the service whose last time is stored.
 ///
 /// [`Display`](fmt::Display) writes the stored key and [`LastSeen::parse`] reads it. Stored keys
 /// never change.
@@ -18,7 +18,7 @@ pub enum LastSeen {
     DeliveryInMode(Mode),
     /// An accepted webhook that the secret with this label signed.
     SecretUsed(String),
-    /// The first time `serve` had this secret, recognised by its mark, under this label.
+    /// The start of `serve` having this secret, identified by its mark, under this label.
     SecretConfigured { label: String, mark: String },
     /// A webhook that was rejected for this reason.
     Rejected(Rejection),
@@ -79,7 +79,7 @@ impl fmt::Display for LastSeen {
 }
 
 impl LastSeen {
-    /// Reads a stored key. Returns `None` for a key that another version wrote.
+    /// Parses a stored key. Returns `None` for a key that another version wrote.
     pub fn parse(key: &str) -> Option<LastSeen> {
         match key {
             DELIVERY => return Some(LastSeen::Delivery),
@@ -116,7 +116,7 @@ impl LastSeen {
     }
 }
 
-/// When things last happened. Times in Unix milliseconds.
+/// The last time of each event of the service, in Unix milliseconds.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct LastSeenTimes(BTreeMap<String, i64>);
 
@@ -126,12 +126,12 @@ impl LastSeenTimes {
         LastSeenTimes(times)
     }
 
-    /// Returns when this last happened, or `None` if it is not known that it ever did.
+    /// Returns the last time of this event, or `None` if no time is stored.
     pub fn get(&self, what: &LastSeen) -> Option<i64> {
         self.0.get(&what.to_string()).copied()
     }
 
-    /// Iterates over everything that this version knows, in the order of the stored keys.
+    /// Iterates over all entries that this version knows, in the order of the stored keys.
     pub fn iter(&self) -> impl Iterator<Item = (LastSeen, i64)> {
         self.0
             .iter()

@@ -1,8 +1,8 @@
-//! Reads the event log behind the deliveries and saves what it adds to the totals.
+//! Reads the event log in the background and adds it to the stored totals.
 //!
 //! The log is read once, in the order of receipt, one bounded step at a time. The totals are stored
-//! (`store/monitoring`). So they survive restarts, are the same for all replicas, and cost a few
-//! lookups to read, however long the log is.
+//! (`store/monitoring`). So they survive restarts, are the same for all replicas, and need only a
+//! few lookups to read, even if the log is long.
 
 use serde::Deserialize;
 
@@ -14,7 +14,7 @@ use crate::store::{
     ActivityDelta, EventFilter, LogRow, PackedBody, ProgressKey, Source, Store, StoreError,
 };
 
-/// Rows read in one query, and in one step at most.
+/// Largest numbers of rows read in one query and in one step.
 const PAGE_ROWS: u32 = 100;
 /// Bytes of observations that the scanner reads of the newest events.
 const NEWEST_BYTES: usize = 1024 * 1024;
@@ -23,17 +23,17 @@ const STEP_ROWS: usize = 10_000;
 const COMMIT_DELAY_MS: i64 = 15_000;
 const HOUR_MS: i64 = 3_600_000;
 
-/// A part of the log that was read.
+/// A section of the log that was read.
 pub struct ScanStep {
     pub delta: ActivityDelta,
-    /// `true` if the log goes on.
+    /// `true` if more rows follow in the log.
     pub is_more: bool,
     saved_until_ms: Option<i64>,
-    /// Everything up to this time was read; `None` if there was nothing to read.
+    /// Time up to which the log was read. `None` if it had no rows to read.
     until_ms: Option<i64>,
 }
 
-/// Reads one step of the log and saves what it adds. Returns `true` if the log goes on.
+/// Reads one step of the log and saves its activity. Returns `true` if more rows follow in the log.
 ///
 /// # Errors
 /// Returns an error if the database cannot be read or written.
@@ -43,7 +43,7 @@ pub async fn scan(store: &Store, now_ms: i64) -> Result<bool, StoreError> {
     Ok(step.is_more)
 }
 
-/// Reads one step of the log without saving anything.
+/// Reads one step of the log without saving it.
 ///
 /// # Errors
 /// Returns an error if the database cannot be read.
@@ -93,7 +93,7 @@ pub async fn scan_page(store: &Store, now_ms: i64) -> Result<ScanStep, StoreErro
     })
 }
 
-/// Saves what a step adds, and how far it came.
+/// Saves the activity of a step and its progress.
 ///
 /// # Errors
 /// Returns an error if the database cannot be written.
@@ -111,7 +111,8 @@ pub async fn save_step(store: &Store, step: &ScanStep, now_ms: i64) -> Result<()
 
 /// Saves activity, and deletes old hours only when new ones are added.
 ///
-/// While no webhook is received the hours stay: otherwise no gap could be seen after some weeks.
+/// While no webhook is received the hours stay, because otherwise no gap could be detected after
+/// some weeks.
 pub(super) async fn save_activity(
     store: &Store,
     delta: &ActivityDelta,
@@ -128,7 +129,7 @@ pub(super) async fn save_activity(
         .await
 }
 
-/// Collects what log rows add to the totals.
+/// Collects the activity of log rows.
 #[derive(Default)]
 struct Activity {
     delta: ActivityDelta,
@@ -175,8 +176,8 @@ impl Activity {
         );
     }
 
-    /// Adds the newest page of the log, so that a scanner that is far behind still knows what
-    /// happened last.
+    /// Adds the newest page of the log, so that a scanner that is far behind still knows the latest
+    /// times.
     async fn add_newest(&mut self, store: &Store) -> Result<(), StoreError> {
         let newest = store
             .observed_page(&EventFilter::default(), None, PAGE_ROWS, NEWEST_BYTES)

@@ -1,17 +1,17 @@
-//! Webhooks that are overdue: events that Stripe's API showed since the last webhook was received.
+//! Detects overdue webhooks: events that Stripe's API returned since the last webhook was received.
 //!
-//! Reads the log, not the reports of the runs. The log also has what runs found that failed half way,
-//! for as long as no webhook is received.
+//! Reads the log, not the reports of the runs. While no webhook is received, the log also keeps the
+//! findings of runs that failed half way.
 
 use crate::domain::history::fact::PAYMENT_EVENT_TYPES;
 use crate::store::{Source, Store, StoreError};
 
-/// Shortest gap that counts. While webhooks are received, a late one may still be on the way.
+/// Shortest gap that counts. While webhooks are received, a late one may still be in transit.
 const MIN_GAP_MS: i64 = 3600 * 1000;
 /// Longest delay of a webhook behind Stripe's list.
 const MAX_DELAY_MS: i64 = 10 * 60 * 1000;
-/// Log rows per page, and pages. The first rows usually decide; more are needed if much was fetched
-/// or replayed since the last webhook.
+/// Log rows per page, and number of pages. The first rows usually decide; more are needed if many
+/// events were fetched or replayed since the last webhook.
 const PAGE_ROWS: u32 = 1_000;
 const MAX_PAGES: usize = 10;
 
@@ -22,12 +22,13 @@ pub fn should_be_sent(event_type: &str) -> bool {
 }
 
 /// Returns whether a webhook for an event created at `created_ms` is overdue. `last_ms` is the
-/// receipt of the last webhook. Times in Unix milliseconds.
+/// receipt time of the last webhook. Times in Unix milliseconds.
 pub fn is_due(created_ms: i64, last_ms: i64, now_ms: i64) -> bool {
     now_ms - last_ms > MIN_GAP_MS && (last_ms + 1..now_ms - MAX_DELAY_MS).contains(&created_ms)
 }
 
-/// Returns when Stripe created the first event whose webhook is overdue, in Unix milliseconds.
+/// Returns the time when Stripe created the first event whose webhook is overdue, in Unix
+/// milliseconds.
 ///
 /// # Errors
 /// Returns an error if the database cannot be read.
@@ -81,7 +82,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn webhook_is_overdue_ten_minutes_after_its_event_in_an_hours_gap() {
+    fn webhook_is_overdue_after_ten_minutes_in_hour_long_gap() {
         const MINUTE_MS: i64 = 60_000;
         let now_ms = 1_000 * MINUTE_MS;
         let due = |created_ago: i64, last_ago: i64| {

@@ -1,6 +1,6 @@
-//! Health of the service as `/metrics`, alerts and `doctor` see it.
+//! Health of the service for `/metrics`, alerts and `doctor`.
 //!
-//! A scanner reads it from the event log, behind the deliveries. No delivery waits for it.
+//! A scanner derives it from the event log in the background. No delivery waits for it.
 
 pub mod delivery_gap;
 pub mod last_seen;

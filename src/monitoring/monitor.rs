@@ -1,4 +1,4 @@
-//! Brings the metrics of a running server up to date with the database.
+//! Updates the metrics of a running server from the database.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -27,7 +27,7 @@ const MIN_AGE_PER_DURATION: u32 = 20;
 const PING_TIMEOUT: Duration = Duration::from_secs(1);
 const REFRESH_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// Watches the database for one server and exports what it sees as metrics.
+/// Monitors the database for one server and exports its state as metrics.
 pub struct HealthMonitor {
     store: Store,
     metrics: Arc<Metrics>,
@@ -37,7 +37,7 @@ pub struct HealthMonitor {
     started_ms: i64,
     /// Time until which the exported snapshot counts as fresh.
     fresh_until: tokio::sync::Mutex<Option<Instant>>,
-    /// Webhooks that added nothing to the log, until they are saved.
+    /// Repeated webhooks, which added no row to the log, until they are saved.
     repeated: Mutex<ActivityDelta>,
     rejections: Mutex<Rejections>,
 }
@@ -82,7 +82,7 @@ impl HealthMonitor {
         );
     }
 
-    /// Brings the metrics up to date with the database.
+    /// Updates the metrics from the database.
     ///
     /// Never fails: if the database is unavailable, the metrics report that and keep their other
     /// values. Concurrent callers wait for one refresh.
@@ -120,7 +120,7 @@ impl HealthMonitor {
 
     /// Scans the log until `stopping` is cancelled.
     pub async fn run(self: Arc<HealthMonitor>, stopping: CancellationToken) {
-        // Without delay: these secrets sign every delivery from now on.
+        // Record the secrets first, because they sign every delivery from now on.
         let mut done = self.record_secrets().await;
         loop {
             if let Err(error) = done {
@@ -142,7 +142,7 @@ impl HealthMonitor {
         HealthSnapshot::load(&self.store, self.clock.now_ms()).await
     }
 
-    /// Saves what only this process knows, and scans one step of the log.
+    /// Saves the state that only this process has, and scans one step of the log.
     async fn flush(&self) -> Result<(), StoreError> {
         let now_ms = self.clock.now_ms();
         let rejected = self.rejections().pending(&self.metrics, now_ms);
@@ -162,7 +162,7 @@ impl HealthMonitor {
         scan(&self.store, now_ms).await.map(drop)
     }
 
-    /// Drops repeated webhooks that were saved. More may have been added meanwhile.
+    /// Removes repeated webhooks that were saved. More may have been added meanwhile.
     fn drop_saved(&self, saved: &ActivityDelta) {
         let mut repeated = self.repeated();
         repeated
@@ -180,12 +180,12 @@ impl HealthMonitor {
     }
 
     fn repeated(&self) -> MutexGuard<'_, ActivityDelta> {
-        // Valid after a panic: it holds independent times.
+        // The value is valid after a panic, because it holds independent times.
         self.repeated.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn rejections(&self) -> MutexGuard<'_, Rejections> {
-        // Valid after a panic: it holds independent counts and times.
+        // The value is valid after a panic, because it holds independent counts and times.
         self.rejections
             .lock()
             .unwrap_or_else(PoisonError::into_inner)

@@ -10,9 +10,9 @@ pub struct Rejections([Seen; Rejection::ALL.len()]);
 #[derive(Clone, Copy, Default)]
 struct Seen {
     count: u64,
-    /// Unix milliseconds when `count` last grew.
+    /// Unix milliseconds of the last increase of `count`.
     at_ms: i64,
-    /// The count up to which the time is saved.
+    /// Value of `count` up to which the time is saved.
     saved: u64,
 }
 
@@ -21,7 +21,7 @@ struct Seen {
 pub struct PendingRejection {
     pub reason: Rejection,
     pub count: u64,
-    /// Unix milliseconds when the last one was seen.
+    /// Unix milliseconds of the last rejection.
     pub at_ms: i64,
 }
 

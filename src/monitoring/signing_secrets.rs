@@ -1,8 +1,9 @@
-//! When each configured signing secret was last used, so that an old one can be removed safely.
+//! Determines the last use of each configured signing secret, so that an old one can be removed
+//! safely.
 //!
-//! The log stores the label of the secret that signed a delivery, and a rotation reuses labels: what
-//! was `live` yesterday is `old` today. So the time when a label started to name a secret is stored
-//! too, and earlier uses of the label do not count.
+//! The log stores the label of the secret that signed a delivery, but a rotation reuses labels:
+//! yesterday's `live` secret is today's `old`. So the time when a label started to name a secret is
+//! stored too, and earlier uses of the label do not count.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +12,7 @@ use super::snapshot::HealthSnapshot;
 use crate::domain::stripe::signing_secrets::SecretName;
 use crate::store::{Store, StoreError};
 
-/// Returns when this secret last signed a webhook, in Unix milliseconds.
+/// Returns the time when this secret last signed a webhook, in Unix milliseconds.
 pub fn last_used(snapshot: &HealthSnapshot, secret: &SecretName) -> Option<i64> {
     let used_ms = snapshot.last_seen(&LastSeen::SecretUsed(secret.label.clone()))?;
     let is_only_secret =
@@ -22,14 +23,15 @@ pub fn last_used(snapshot: &HealthSnapshot, secret: &SecretName) -> Option<i64> 
     (is_only_secret || was_used_since_configured).then_some(used_ms)
 }
 
-/// Returns since when `serve` has this secret under its label, or `None` if that is not known.
+/// Returns the time since when `serve` has had this secret under its label, or `None` if unknown.
 pub fn configured_since(snapshot: &HealthSnapshot, secret: &SecretName) -> Option<i64> {
     secrets_of_label(&snapshot.last_seen, &secret.label)
         .find(|(mark, _)| *mark == secret.mark)
         .map(|(_, since_ms)| since_ms)
 }
 
-/// Records which secrets the labels name from now on, where they named others or none before.
+/// Records the secrets that the labels name from now on, for labels that named another secret or no
+/// secret before.
 ///
 /// # Errors
 /// Returns an error if the database cannot be read or written.
@@ -44,11 +46,11 @@ pub async fn record_configured(
         latest.is_none_or(|(mark, _)| mark != secret.mark)
     };
     let new: BTreeMap<String, i64> = stored_times(secrets.iter().filter(is_new).map(|secret| {
-        let what = LastSeen::SecretConfigured {
+        let last_seen_key = LastSeen::SecretConfigured {
             label: secret.label.clone(),
             mark: secret.mark.clone(),
         };
-        (what, now_ms)
+        (last_seen_key, now_ms)
     }));
 
     if new.is_empty() {
@@ -58,7 +60,7 @@ pub async fn record_configured(
     }
 }
 
-/// Returns the marks of the secrets that a label has named, each with the time since when.
+/// Returns the marks of the secrets that a label has named, each with its start time.
 fn secrets_of_label(
     last_seen: &LastSeenTimes,
     wanted: &str,

@@ -1,4 +1,4 @@
-//! The state of the service as the database shows it at one time.
+//! The state of the service in the database at one time.
 
 use super::last_seen::{LastSeen, LastSeenTimes};
 use crate::clock::MAX_SKEW_MS;
@@ -7,10 +7,10 @@ use crate::store::{
     ActivityDelta, Backlog, COUNT_LIMIT, Counted, ProgressKey, Run, Space, Store, StoreError,
 };
 
-/// Ignore times further in the future than this: a skewed clock wrote them. (Deliveries are rejected
-/// beyond five minutes of skew.)
+/// Ignore times further in the future than this: a skewed clock wrote them. (Deliveries are
+/// rejected beyond five minutes of skew.)
 const FUTURE_LIMIT_MS: i64 = 6 * 60_000;
-/// Runs that are read: about the last hour of `serve`.
+/// Number of runs that are read, about the last hour of `serve`.
 const MAX_RUNS: u32 = 12;
 /// Period in which unreadable and unmatched events are counted. Older ones no longer count.
 pub(super) const COUNTED_PERIOD_MS: i64 = 30 * 24 * 3600 * 1000;
@@ -66,12 +66,12 @@ impl HealthSnapshot {
         })
     }
 
-    /// Adds what was scanned but could not be saved.
+    /// Adds activity that was scanned but could not be saved.
     pub fn add(&mut self, delta: &ActivityDelta) {
         self.last_seen.merge(&delta.last_seen);
     }
 
-    /// Returns when this last happened, or `None` if it is not known that it ever did.
+    /// Returns the last time of this event, or `None` if no time is stored.
     pub fn last_seen(&self, what: &LastSeen) -> Option<i64> {
         self.last_seen.get(what)
     }
@@ -82,7 +82,8 @@ impl PastRun {
         PastRun {
             started_ms: run.started_ms,
             ended_ms: run.ended_ms,
-            // A report that cannot be read counts nothing; that the run ended is still known.
+            // A report that cannot be parsed contributes no counts, but the run still counts as
+            // ended.
             summary: serde_json::from_str(run.report.get()).unwrap_or_default(),
         }
     }
