@@ -1,7 +1,7 @@
 //! Checks of the clock, deliveries, events and the comparison with Stripe.
 //!
-//! Each check is a plain function of what was found and of the time. `docs/operations.md` lists the
-//! same rules. Checks of the database are in `database`, checks of signatures and secrets in
+//! Each check is a plain function of the collected data and the time. `docs/operations.md` lists
+//! the same rules. Checks of the database are in `database`, checks of signatures and secrets in
 //! `signing`, checks of Stripe's endpoint and of reconciliation in `stripe`.
 
 use std::collections::BTreeSet;
@@ -20,7 +20,7 @@ use crate::store::COUNT_LIMIT;
 /// Clock differences from which the check warns and fails. Deliveries are rejected at 300 s.
 const CLOCK_WARNING_MS: i64 = 10 * SECOND_MS;
 const CLOCK_FAILING_MS: i64 = 60 * SECOND_MS;
-/// Reasons for which authentic deliveries are answered 503.
+/// Reasons for answering authentic deliveries with 503.
 const OVERLOAD_REASONS: [Rejection; 3] = [
     Rejection::Unavailable,
     Rejection::QueueFull,
@@ -35,8 +35,8 @@ const TWICE_RECORDING_DELAY_MS: i64 = 2 * RECORDING_DELAY_MS;
 /// Stripe created them.
 const UNMATCHED_MS: i64 = HOUR_MS;
 
-/// Checks this machine's clock. The arguments say how far the database's and Stripe's clock are
-/// ahead of ours; `None` if that is unknown.
+/// Checks this machine's clock. The arguments are the offsets of the database's and Stripe's clock
+/// ahead of ours; `None` if unknown.
 pub fn clock(database_ahead_ms: Option<i64>, stripe_ahead_ms: Option<i64>) -> Check {
     let known: Vec<(&str, i64)> = [
         ("Stripe's", stripe_ahead_ms),
@@ -74,8 +74,9 @@ pub fn clock(database_ahead_ms: Option<i64>, stripe_ahead_ms: Option<i64>) -> Ch
     }
 }
 
-/// Checks whether webhooks are received. `hours` are those in which webhooks were received before;
-/// `missed_ms` is when Stripe created the first event since that no webhook delivered.
+/// Checks whether webhooks are received. `hours` are the hours in which webhooks were received
+/// before; `missed_ms` is the time when Stripe created the first event since then that no webhook
+/// delivered.
 pub fn deliveries(
     snapshot: &HealthSnapshot,
     hours: &BTreeSet<i64>,
@@ -124,7 +125,7 @@ pub fn deliveries(
     )
 }
 
-/// Checks whether authentic deliveries are answered 503. Returns `None` if they are not.
+/// Checks whether authentic deliveries are answered with 503. Returns `None` if they are not.
 fn overload(snapshot: &HealthSnapshot, accepted_ms: Option<i64>, now_ms: i64) -> Option<Check> {
     let rejected_ms = OVERLOAD_REASONS
         .into_iter()
@@ -147,7 +148,7 @@ fn overload(snapshot: &HealthSnapshot, accepted_ms: Option<i64>, now_ms: i64) ->
         ..OVERLOAD_MS if none_accepted_since => {
             Some(failing(CheckId::Deliveries, sentence(&finding), remedy))
         }
-        // Repeated events need no space, so they are accepted even when the disk is full.
+        // Repeated events need no space, so they are accepted even if the disk is full.
         ..TWICE_RECORDING_DELAY_MS => Some(warning(
             CheckId::Deliveries,
             format!("Some {finding}"),
@@ -157,8 +158,8 @@ fn overload(snapshot: &HealthSnapshot, accepted_ms: Option<i64>, now_ms: i64) ->
     }
 }
 
-/// Checks for events that name invoices which are not stored. `is_scanned`: the log was read to its
-/// end.
+/// Checks for events that name invoices which are not stored. `is_scanned` is `true` if the log was
+/// read to its end.
 pub fn unmatched(snapshot: &HealthSnapshot, is_scanned: bool, now_ms: i64) -> Check {
     let Some(oldest_ms) = snapshot.oldest_unmatched_ms else {
         if is_scanned {
@@ -174,8 +175,8 @@ pub fn unmatched(snapshot: &HealthSnapshot, is_scanned: bool, now_ms: i64) -> Ch
             });
         return unknown(
             CheckId::Unmatched,
-            format!("None is known, but the log {progress}."),
-            "Run `doctor` again: each run, and a running `serve`, reads on.",
+            format!("No such event is known, but the log {progress}."),
+            "Run `doctor` again: each run, and a running `serve`, continues reading.",
         );
     };
 
@@ -199,7 +200,7 @@ pub fn unmatched(snapshot: &HealthSnapshot, is_scanned: bool, now_ms: i64) -> Ch
         finding,
         "Store these invoices (`invoices import`, or PUT): their history appears immediately. The \
          report of `reconcile --list` names them under `unknownHere`. If the Stripe account has \
-         invoices that are not yours, this warning stays and does no harm.",
+         invoices that are not yours, this warning stays and is harmless.",
     )
 }
 

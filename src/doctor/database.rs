@@ -5,9 +5,9 @@ use super::{Check, CheckId};
 use crate::monitoring::snapshot::HealthSnapshot;
 use crate::store::{Durability, Space, StoreError, StoreErrorKind};
 
-/// Free space above which no share of a disk is too little.
+/// Free space that is enough however large the disk is.
 const AMPLE_BYTES: u64 = 10 << 30;
-/// Size from which the WAL of SQLite is suspicious. Usually it has some megabytes.
+/// Size from which the WAL of SQLite is suspicious. Its usual size is some megabytes.
 const LARGE_WAL_BYTES: u64 = 1 << 30;
 
 /// Reports a database that cannot be read.
@@ -19,9 +19,9 @@ pub fn unreadable(error: &StoreError) -> Check {
     )
 }
 
-/// Checks a database that can be read. `write_error` says why it rejects writes; `has_keys`: it is
-/// in use, since somebody created an API key; `exposed_mode`: the permission bits of a file that
-/// every user of the machine may read.
+/// Checks a database that can be read. `write_error` is the reason why it rejects writes.
+/// `has_keys` means that the database is in use, because an API key was created. `exposed_mode`
+/// holds the permission bits of a file that every user of the machine may read.
 pub fn readable(
     snapshot: &HealthSnapshot,
     write_error: Option<&StoreError>,
@@ -70,17 +70,18 @@ pub fn readable(
     )
 }
 
-/// `serve` creates and migrates an empty database if there is none.
-const NOT_THE_ONE: &str = "If there was one before, this is another: DATABASE_URL names the wrong one, its disk is not \
+/// Part of a remedy: `serve` may have created and migrated an empty database in place of a lost
+/// one.
+const NOT_THE_ONE: &str = "If a database existed before, this is a different one: DATABASE_URL names the wrong one, its disk is not \
      mounted, or its file was lost or replaced. Stop `serve` and put it back, or restore the backup \
      (docs/backup.md).";
 
 const MEANWHILE: &str =
     "Until then deliveries are answered 503. Nothing is lost: Stripe redelivers for three days.";
 
-/// Returns what to do about a failure of this kind.
+/// Returns the remedy for a failure of this kind.
 ///
-/// The match is exhaustive: a new kind does not compile without its remedy.
+/// The match is exhaustive, so a new kind does not compile without its remedy.
 pub(super) fn remedy(kind: StoreErrorKind) -> String {
     use StoreErrorKind::{
         Contended, Corrupt, DamagedRow, DiskFull, FileMissing, FileReplaced, Io, Locked, LogLost,
@@ -106,13 +107,13 @@ pub(super) fn remedy(kind: StoreErrorKind) -> String {
         }
         LogLost => {
             "Somebody deleted, replaced or truncated SQLite's -wal or -shm file while `serve` was \
-             running. Restart `serve`. Its log says what it saved (\"saved the lost write-ahead \
-             log\"). If it does not, or if the file was truncated, what had not reached the database \
-             file is lost: run `reconcile --since 30d`."
+             running. Restart `serve`. Its log reports whether it saved the data (\"saved the lost \
+             write-ahead log\"). If it does not, or if the file was truncated, the writes that had \
+             not reached the database file are lost: run `reconcile --since 30d`."
         }
         FileReplaced => {
-            "Put the file back that was there. If the present file is the right one, restart \
-             `serve`, which opened the other."
+            "Put the original file back. If the current file is the right one, restart `serve`, which \
+             opened the original."
         }
         ReadOnly | Standby => "Point DATABASE_URL at the primary, or make it writable again.",
         DiskFull => "Free space on its disk.",
@@ -160,7 +161,7 @@ pub fn disk(space: &Space) -> Check {
         return unknown(
             CheckId::Disk,
             "The disk of the database server is not visible from here.",
-            "Watch it where the server runs.",
+            "Monitor the disk on the machine of the server.",
         );
     };
 
@@ -181,7 +182,7 @@ pub fn disk(space: &Space) -> Check {
         return warning(
             CheckId::Disk,
             format!(
-                "SQLite's WAL has grown to {}: a process keeps reading an old state.",
+                "SQLite's WAL has grown to {}, because a process keeps an old snapshot open.",
                 bytes(wal)
             ),
             "Look for a process that keeps the database open, such as a backup that hangs (`fuser` \

@@ -1,4 +1,4 @@
-//! Wording of findings: statuses, times, sizes and numbers.
+//! Formats the parts of findings: statuses, times, sizes and numbers.
 
 use super::{Check, CheckId, CheckStatus};
 use crate::domain::time::timestamp;
@@ -48,7 +48,7 @@ pub fn with_remedy(
     }
 }
 
-/// Makes a sentence: a capital letter in front, a full stop at the end.
+/// Makes a sentence by adding a capital letter in front and a full stop at the end.
 pub fn sentence(text: &str) -> String {
     let mut letters = text.trim_end_matches('.').chars();
     let first: String = letters

@@ -1,7 +1,7 @@
-//! Finds out what is wrong and what to do, from the database and, with a key, from Stripe's API.
+//! Finds problems and their remedies from the database and, with a key, from Stripe's API.
 //!
-//! Changes nothing and does not migrate. The rules are in `checks`, `database`, `signing` and
-//! `stripe`. Printing is left to the caller: the command `doctor`, or a page.
+//! Writes only monitoring data and does not migrate. The rules are in `checks`, `database`,
+//! `signing` and `stripe`. The caller, the command `doctor` or a page, prints the result.
 
 mod checks;
 mod database;
@@ -29,11 +29,12 @@ use crate::stripe_api::{StripeApi, StripeApiError};
 
 /// The subjects of an examination.
 pub struct DoctorInput {
-    /// The store, or why it could not be opened.
+    /// The store, or the reason why it could not be opened.
     pub store: Result<Store, StoreError>,
-    /// Without it, only the findings of the last runs are known of Stripe.
+    /// Client of Stripe's API. Without it, the findings of the last runs are the only data about
+    /// Stripe.
     pub api: Option<StripeApi>,
-    /// `true` if there is an API key for reconciliation here.
+    /// `true` if this process has an API key for reconciliation.
     pub reconciles: bool,
     /// The configured signing secrets; `None` if they are unknown.
     pub secrets: Option<Vec<SecretName>>,
@@ -45,7 +46,7 @@ pub struct DoctorInput {
 #[serde(rename_all = "lowercase")]
 pub enum CheckStatus {
     Ok,
-    /// There is not enough information.
+    /// The check lacks information.
     Unknown,
     /// An operator should act today.
     Warning,
@@ -115,12 +116,12 @@ pub struct Check {
 
 /// Time limit for the database, and for Stripe.
 const TIMEOUT: Duration = Duration::from_secs(10);
-/// Steps of the log that are read at most.
+/// Largest number of steps of the log to read.
 const MAX_STEPS: usize = 20;
 
 /// Makes all checks. The first is always [`CheckId::Database`].
 ///
-/// If the database cannot be read, only the checks that do without it are made.
+/// If the database cannot be read, only the checks that do not need it are made.
 pub async fn examine(input: &DoctorInput) -> Vec<Check> {
     let observed = tokio::time::timeout(TIMEOUT, observe(input))
         .await
@@ -183,7 +184,7 @@ struct Observed {
     snapshot: HealthSnapshot,
     /// Hours since 1970 in which webhooks were received.
     hours: BTreeSet<i64>,
-    /// When Stripe created the first event since whose webhook is overdue.
+    /// Time when Stripe created the first event since then whose webhook is overdue.
     missed_ms: Option<i64>,
     has_keys: bool,
     durability: Durability,
@@ -192,7 +193,7 @@ struct Observed {
     database_ahead_ms: Option<i64>,
     /// `true` if the log was read to its end.
     is_scanned: bool,
-    /// Why the database rejects writes.
+    /// Reason why the database rejects writes.
     write_error: Option<StoreError>,
 }
 
@@ -239,8 +240,8 @@ async fn observe(input: &DoctorInput) -> Result<Observed, StoreError> {
     })
 }
 
-/// Scans the log, at most 20 steps, and saves each while the database accepts writes. Returns what
-/// the last step adds, and whether everything was read and saved.
+/// Scans the log, at most 20 steps, and saves each while the database accepts writes. Returns the
+/// activity that the last step adds, and whether the whole log was read and saved.
 async fn scan_log(
     store: &Store,
     now_ms: i64,

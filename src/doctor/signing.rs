@@ -1,5 +1,5 @@
-//! Checks of signatures and signing secrets: are Stripe's deliveries accepted, and which secret can be
-//! removed?
+//! Checks of signatures and signing secrets: whether Stripe's deliveries are accepted, and which
+//! secret can be removed.
 
 use super::format::{DAY_MS, HOUR_MS, MINUTE_MS, ago, failing, ok, unknown, warning, with_remedy};
 use super::{Check, CheckId, CheckStatus};
@@ -9,10 +9,10 @@ use crate::monitoring::last_seen::{LastSeen, Rejection};
 use crate::monitoring::signing_secrets::{configured_since, last_used};
 use crate::monitoring::snapshot::HealthSnapshot;
 
-/// Time between an accepted and a rejected delivery from which they say different things: earlier
-/// accepted ones do not weaken a rejection, later ones end it.
+/// Time between an accepted and a rejected delivery from which they count separately. A delivery
+/// accepted earlier does not weaken the rejection; one accepted later ends it.
 const UNRELATED_MS: i64 = 10 * MINUTE_MS;
-/// Time after a roll in which Stripe also signs with the old secret, plus an hour to notice.
+/// Time after a roll during which Stripe also signs with the old secret, plus an hour of delay.
 const ROLL_MS: i64 = 25 * HOUR_MS;
 const SECRET_UNUSED_MS: i64 = 30 * DAY_MS;
 
@@ -69,7 +69,7 @@ pub fn signatures(snapshot: &HealthSnapshot, now_ms: i64) -> Check {
     )
 }
 
-/// Returns when a delivery was last rejected for this reason, within a day.
+/// Returns the time of the last rejection for this reason, within a day.
 fn rejected_today(snapshot: &HealthSnapshot, reason: SignatureError, now_ms: i64) -> Option<i64> {
     snapshot
         .last_seen(&LastSeen::Rejected(Rejection::Signature(reason)))
@@ -83,7 +83,7 @@ fn recent_clock_problem(
     accepted_ms: Option<i64>,
     now_ms: i64,
 ) -> Option<(i64, &'static str)> {
-    // A clock that was corrected too far leaves rejections of both kinds: the later one counts.
+    // A clock that was corrected too far leaves rejections of both kinds, so the later one counts.
     [
         (
             SignatureError::Future,
@@ -103,7 +103,7 @@ fn recent_clock_problem(
     })
 }
 
-/// Checks which signing secrets are used. `secrets` are the configured ones; `None` if unknown.
+/// Checks which signing secrets are used. `secrets` are the configured secrets; `None` if unknown.
 pub fn secrets(snapshot: &HealthSnapshot, secrets: Option<&[SecretName]>, now_ms: i64) -> Check {
     let Some(secrets) = secrets else {
         return used_labels(snapshot, now_ms);
@@ -137,9 +137,9 @@ pub fn secrets(snapshot: &HealthSnapshot, secrets: Option<&[SecretName]>, now_ms
                 "Old secrets still sign deliveries: {}.{unused}",
                 usage.describe(&still_used)
             ),
-            "Keep them until they sign no more. If a new one signs nothing, compare it with the \
-             Dashboard before the old one expires there. If this lasts longer than a day, an \
-             endpoint was not rolled: find it in Stripe's Dashboard.",
+            "Keep them until they no longer sign deliveries. If no delivery is signed with a new one, \
+             compare it with the Dashboard before the old one expires there. If this lasts longer \
+             than a day, an endpoint was not rolled: find it in Stripe's Dashboard.",
         );
     }
     let removable: Vec<&SecretName> = retired
@@ -188,7 +188,7 @@ fn used_labels(snapshot: &HealthSnapshot, now_ms: i64) -> Check {
     )
 }
 
-/// When the configured secrets were used.
+/// The last uses of the configured secrets.
 struct SecretUsage<'a> {
     snapshot: &'a HealthSnapshot,
     secrets: &'a [SecretName],

@@ -8,7 +8,8 @@ use crate::monitoring::last_seen::LastSeen;
 use crate::monitoring::snapshot::{HealthSnapshot, PastRun};
 use crate::stripe_api::StripeApiError;
 
-/// Work that waits for Stripe's API from which the check warns: one run does more than this.
+/// Number of pending calls to Stripe's API from which the check warns. One run makes more calls
+/// than this.
 const MAX_BACKLOG: i64 = 5_000;
 /// Age of the last run from which the next is overdue. `serve` starts one every five minutes.
 const OVERDUE_MS: i64 = 15 * MINUTE_MS;
@@ -18,7 +19,8 @@ const NEW_KEY: &str = "Create a restricted key in Stripe's Dashboard (Developers
 const FEWER_CALLS: &str = "Other programs use up the calls that Stripe allows this account: let them make fewer, or lower \
      STRIPE_API_RATE.";
 
-/// Checks the webhook endpoint. `asked` is what Stripe says now; without it, the last run counts.
+/// Checks the webhook endpoint. `asked` is Stripe's current answer; without it, the last run
+/// counts.
 pub fn endpoint(
     asked: Option<&Result<Vec<EndpointIssue>, StripeApiError>>,
     runs: &[PastRun],
@@ -52,7 +54,8 @@ pub fn endpoint(
     }
 }
 
-/// Reports issues. `checked` is when the last run found them: only the next can see them fixed.
+/// Reports issues. `checked` is the time when the last run found them; only the next run can find
+/// them fixed.
 fn endpoint_issues(issues: &[EndpointIssue], checked: Option<&str>) -> Check {
     let mut sentences: Vec<String> = issues.iter().map(ToString::to_string).collect();
     if let Some(checked) = checked {
@@ -86,7 +89,8 @@ fn endpoint_unknown(error: &StripeApiError) -> Check {
     }
 }
 
-/// Checks whether runs end and succeed. `is_enabled`: there is an API key for it here.
+/// Checks whether runs end and succeed. `is_enabled` is `true` if this process has an API key for
+/// runs.
 pub fn reconciliation(snapshot: &HealthSnapshot, is_enabled: bool, now_ms: i64) -> Check {
     let failed_ms = snapshot.last_seen(&LastSeen::RunFailed);
     let last = snapshot.runs.first();
@@ -105,7 +109,7 @@ pub fn reconciliation(snapshot: &HealthSnapshot, is_enabled: bool, now_ms: i64) 
         } else {
             unknown(
                 CheckId::Reconciliation,
-                "It is off: events that no webhook delivers are not found.",
+                "It is off, so events that no webhook delivers are not found.",
                 "Set STRIPE_API_KEY for `serve`, or run `reconcile` from time to time.",
             )
         };
@@ -169,19 +173,23 @@ fn cause_and_remedy(cause: RunErrorCause) -> (&'static str, &'static str) {
         ),
         RunErrorCause::Unreachable => (
             ": Stripe could not be reached",
-            "It continues by itself when Stripe answers again; the log of `serve` has the details. \
-             Check status.stripe.com, and whether this machine may connect to Stripe.",
+            "Reconciliation continues by itself when Stripe answers again; the log of `serve` has \
+             the details. Check status.stripe.com, and whether this machine may connect to Stripe.",
         ),
-        RunErrorCause::RateLimited => (": Stripe took no more calls (429)", FEWER_CALLS),
+        RunErrorCause::RateLimited => (
+            ": Stripe rejected calls above its rate limit (429)",
+            FEWER_CALLS,
+        ),
         RunErrorCause::Database => (
             ": the database was unavailable",
-            "It continues by itself when the database is back.",
+            "Reconciliation continues by itself when the database is available again.",
         ),
         RunErrorCause::LeaseLost => ("", GENERAL_REMEDY),
     }
 }
 
-/// Returns three times the usual time between two runs: `serve` may start them, or cron once a day.
+/// Returns three times the usual time between two runs, which may be minutes (`serve`) or a day
+/// (cron).
 fn overdue_after_ms(runs: &[PastRun]) -> i64 {
     let mut between_ms: Vec<i64> = runs
         .windows(2)

@@ -105,7 +105,7 @@ each_database! {
         doctor(&server, &[]).assert_mentions(
             "reconciliation",
             &[
-                "The last run failed: Stripe took no more calls (429)",
+                "The last run failed: Stripe rejected calls above its rate limit (429)",
                 "let them make fewer",
             ],
         );
