@@ -295,6 +295,7 @@ mod tests {
     #[test]
     fn sqlstate_decides_kind_and_class() {
         use StoreErrorKind::*;
+
         for (code, kind, class) in [
             ("40001", Contended, StoreErrorClass::Contended),
             ("40P01", Contended, StoreErrorClass::Contended),
@@ -320,6 +321,7 @@ mod tests {
     #[test]
     fn extended_sqlite_code_counts_as_its_primary() {
         use StoreErrorKind::*;
+
         for (code, kind) in [
             (5, Locked),
             (261, Locked),

@@ -266,14 +266,13 @@ pub(super) fn observed(row: ObservedRow) -> Result<(LoggedEvent, Option<String>)
 pub(super) fn stored_body(row: BodyRow) -> Result<StoredBody, StoreError> {
     let (a, b, c, d, e, f, g, h, i, j, k, observation, packed) = row;
     let logged = logged((a, b, c, d, e, f, g, h, i, j, k))?;
-    let damaged = || {
-        StoreError::damaged(format!(
-            "the body of event {} is damaged",
-            hex::encode(logged.key.0)
-        ))
-    };
     let body = packed
-        .map(|packed| PackedBody(packed).unpack().ok_or_else(damaged))
+        .map(|packed| {
+            PackedBody(packed).unpack().ok_or_else(|| {
+                let key = hex::encode(logged.key.0);
+                StoreError::damaged(format!("the body of event {key} is damaged"))
+            })
+        })
         .transpose()?;
 
     Ok(StoredBody {

@@ -210,6 +210,7 @@ impl Store {
         precondition: Option<&Precondition<'_>>,
     ) -> Result<Vec<Put>, StoreError> {
         let mut attempt = 1;
+
         loop {
             match self.put_once(batch, now_ms, precondition).await {
                 Err(error) if error.kind() == StoreErrorKind::Contended && attempt < ATTEMPTS => {
@@ -435,6 +436,7 @@ pub(super) fn stored_invoice(row: InvoiceRow) -> StoredInvoice {
         stored_ms,
         revision,
     ) = row;
+
     StoredInvoice {
         tenant_uid,
         invoice_uid,

@@ -120,7 +120,7 @@ impl Store {
         match url.strip_prefix("sqlite://") {
             Some("") => Err("missing file name: expected sqlite://PATH".to_owned()),
             Some(path) if path.starts_with(":memory:") || path.contains("mode=memory") => {
-                Err("a database in memory loses everything: expected sqlite://PATH".to_owned())
+                Err("a database in memory is lost on exit: expected sqlite://PATH".to_owned())
             }
             Some(path) => engine::sqlite::file(path)
                 .map(drop)

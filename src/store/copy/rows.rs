@@ -302,6 +302,7 @@ async fn read(
     key: usize,
 ) -> Result<CopyPage, StoreError> {
     let sql = AssertSqlSafe(sql);
+
     match &mut session.connection {
         EngineConnection::Sqlite(connection) => {
             let query = bound!(sqlx::query(sql), binds);
@@ -360,6 +361,7 @@ where
 
 async fn change(session: &mut Connection, sql: String, binds: &[Value]) -> Result<(), StoreError> {
     let sql = AssertSqlSafe(sql);
+
     match &mut session.connection {
         EngineConnection::Sqlite(connection) => {
             let query = bound!(sqlx::query(sql), binds);

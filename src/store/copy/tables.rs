@@ -177,16 +177,14 @@ impl Table {
     /// Returns the statement that selects rows for comparison, with each payload replaced by its
     /// length.
     fn select(&self) -> String {
-        let column = |(name, kind): &Column| match kind {
-            Payload => format!("cast(length({name}) as bigint)"),
-            Text | Number | Bytes => (*name).to_owned(),
-        };
-
         format!(
             "select {} from {}",
             self.columns
                 .iter()
-                .map(column)
+                .map(|(name, kind)| match kind {
+                    Payload => format!("cast(length({name}) as bigint)"),
+                    Text | Number | Bytes => (*name).to_owned(),
+                })
                 .collect::<Vec<_>>()
                 .join(", "),
             self.name
@@ -274,17 +272,16 @@ impl Table {
 
     /// Returns the statement that writes all rows at once, one array per column.
     pub(in crate::store) fn write_in_postgres(&self) -> String {
-        let array = |(n, (_, kind)): (usize, &Column)| match kind {
-            Text => format!("${}::text[]", n + 1),
-            Number => format!("${}::bigint[]", n + 1),
-            Bytes | Payload => format!("${}::bytea[]", n + 1),
-        };
         let (names, arrays) = (
             self.names(),
             self.columns
                 .iter()
                 .enumerate()
-                .map(array)
+                .map(|(n, (_, kind))| match kind {
+                    Text => format!("${}::text[]", n + 1),
+                    Number => format!("${}::bigint[]", n + 1),
+                    Bytes | Payload => format!("${}::bytea[]", n + 1),
+                })
                 .collect::<Vec<_>>()
                 .join(", "),
         );

@@ -156,6 +156,7 @@ pub(super) async fn restart_shorter_log(
     let restarted = sqlx::query_as::<_, CheckpointRow>(RESTART_LOG)
         .fetch_one(connection)
         .await;
+
     match restarted {
         Ok((0, ..)) => {
             files.record_log_restart();
@@ -163,7 +164,7 @@ pub(super) async fn restart_shorter_log(
         }
         Ok(_) => Err(StoreError::new(
             StoreErrorKind::Locked,
-            "the write-ahead log became shorter, and a reader is in the way of a checkpoint",
+            "the write-ahead log became shorter, and a reader blocks the checkpoint",
         )),
         Err(_) => {
             files.record_log_truncated();
@@ -181,7 +182,7 @@ async fn save(connection: &mut SqliteConnection, file: &Path) -> Result<i64, Sto
     if busy != 0 || moved != frames {
         return Err(StoreError::new(
             StoreErrorKind::Locked,
-            format!("{moved} of {frames} frames moved: a reader is in the way"),
+            format!("{moved} of {frames} frames moved: a reader blocks the checkpoint"),
         ));
     }
 

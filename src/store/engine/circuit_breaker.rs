@@ -124,6 +124,7 @@ pub(in crate::store) fn unsafe_commit(setting: &'static str) -> StoreError {
 impl CircuitBreaker {
     pub(in crate::store) fn new(target: ServerTarget) -> CircuitBreaker {
         let now = Instant::now();
+
         CircuitBreaker(Arc::new(BreakerState {
             target,
             open: watch::Sender::new(None),
@@ -377,6 +378,7 @@ impl CircuitBreaker {
     /// Returns the result of a probe that started after `since`.
     async fn probe_since(&self, since: Instant) -> Probe {
         let mut probes = self.0.last_probe.subscribe();
+
         loop {
             self.suspect(Suspicion::NoAnswer);
             let is_open = self.check().is_err();
@@ -450,6 +452,7 @@ impl CircuitBreaker {
 /// (57P05), `pg_terminate_backend` (57P01), a restart, and what a pooler reports when it gives up.
 fn is_connection_lost(error: &sqlx::Error) -> bool {
     use sqlx::postgres::{PgDatabaseError, PgSeverity};
+
     match error {
         sqlx::Error::Io(_) | sqlx::Error::Tls(_) | sqlx::Error::Protocol(_) => true,
         sqlx::Error::Database(error) => {

@@ -384,6 +384,7 @@ mod tests {
     #[tokio::test]
     async fn expired_or_idle_connection_is_closed() {
         let zero = Some(Duration::ZERO);
+
         for (max_lifetime, max_idle) in [(zero, None), (None, zero)] {
             let limits = Limits {
                 max_lifetime,

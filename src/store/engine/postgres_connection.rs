@@ -128,9 +128,10 @@ impl PostgresPools {
             Purpose::Any => &self.shared,
             Purpose::Append => &self.appending,
         };
-        let not_before = || Some(self.breaker.current_since());
         let mut connection = PostgresConnection {
-            pooled: self.wait(pool.acquire(not_before)).await?,
+            pooled: self
+                .wait(pool.acquire(|| Some(self.breaker.current_since())))
+                .await?,
             pools: self.clone(),
             begun: None,
             is_movable: true,
@@ -164,6 +165,7 @@ impl PostgresPools {
             .breaker
             .with_deadline(SUSPECT_ACQUIRE_AFTER, acquiring)
             .await;
+
         match waited {
             Ok(Ok(acquired)) => Ok(acquired),
             Ok(Err(AcquireError::Open(error))) => Err(error),
