@@ -65,6 +65,7 @@ mod tests {
             (1, "xyz", "0.01 XYZ"),
             (i64::MIN, "jpy", "-9223372036854775808 JPY"),
         ];
+
         for (minor_units, currency, text) in cases {
             assert_eq!(amount(minor_units, Some(currency)), text);
         }

@@ -49,6 +49,7 @@ fn is_private(word: &str) -> bool {
         "rk_test_",
         "whsec_",
     ];
+
     MARKS.iter().any(|mark| word.contains(mark))
 }
 

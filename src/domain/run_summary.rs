@@ -107,8 +107,8 @@ impl fmt::Display for EndpointIssue {
             ),
             EndpointIssue::Disabled { endpoint_id, url } => write!(
                 f,
-                "Webhook endpoint {endpoint_id} ({url}) is disabled: Stripe delivers nothing to \
-                 it. Enable it in Stripe's Dashboard."
+                "Webhook endpoint {endpoint_id} ({url}) is disabled: Stripe does not deliver \
+                 to it. Enable it in Stripe's Dashboard."
             ),
             EndpointIssue::MissingTypes {
                 endpoint_id,

@@ -363,29 +363,23 @@ fn time_of(fact: InvoiceFact, sources: &[(&StoredObservation, &Invoice)]) -> i64
             .iter()
             .filter(|(stored, _)| !stored.observation.fetched)
     };
-    let in_row = || {
-        events()
-            .filter(|(stored, invoice)| by_type(&stored.observation, invoice) == Some(fact))
-            .map(|(stored, _)| stored.observation.created)
-            .min()
-    };
-    let shown = || events().map(|(stored, _)| stored.observation.created).min();
-    let simulated = || {
-        trusted()
-            .filter_map(|(_, invoice)| transition_time(fact, invoice))
-            .min()
-    };
-    let made = || {
-        sources
-            .iter()
-            .filter_map(|(_, invoice)| invoice.created)
-            .min()
-    };
+    let in_row = events()
+        .filter(|(stored, invoice)| by_type(&stored.observation, invoice) == Some(fact))
+        .map(|(stored, _)| stored.observation.created)
+        .min();
+    let shown = events().map(|(stored, _)| stored.observation.created).min();
+    let simulated = trusted()
+        .filter_map(|(_, invoice)| transition_time(fact, invoice))
+        .min();
+    let made = sources
+        .iter()
+        .filter_map(|(_, invoice)| invoice.created)
+        .min();
 
-    real.or_else(in_row)
-        .or_else(shown)
-        .or_else(simulated)
-        .or_else(made)
+    real.or(in_row)
+        .or(shown)
+        .or(simulated)
+        .or(made)
         .unwrap_or_default()
 }
 

@@ -238,6 +238,7 @@ fn entry<'a, T>(
     sources: &[(&'a StoredObservation, &T)],
 ) -> PendingEntry<'a> {
     let sources: Vec<&StoredObservation> = sources.iter().map(|(stored, _)| *stored).collect();
+
     PendingEntry {
         phase: Phase::Information,
         time: earliest_second(&sources),

@@ -237,6 +237,7 @@ mod tests {
                 "179aa41bcb443f8b1362a19560f369bb5c7e996c6c8e8ee71b5087df4370c2f7",
             ),
         ];
+
         for (time, secret, body, tag) in vectors {
             let secrets = SigningSecrets::parse(secret).unwrap();
             let header = format!("t={time},v1={tag}");
@@ -263,6 +264,7 @@ mod tests {
             format!("t={NOW}, v1={TAG}"),
             format!("{}t={NOW},v1={TAG}", "x,".repeat(100_000)),
         ];
+
         for header in accepted {
             assert_eq!(
                 verify(&header).as_deref(),
@@ -290,6 +292,7 @@ mod tests {
             format!("t={NOW}"),
             format!("t=9999999999999,v1={TAG}"),
         ];
+
         for header in malformed {
             assert_eq!(verify(&header), Err(SignatureError::Malformed), "{header}");
         }
