@@ -18,7 +18,7 @@ pub enum LastSeen {
     DeliveryInMode(Mode),
     /// An accepted webhook that the secret with this label signed.
     SecretUsed(String),
-    /// The start of `serve` having this secret, identified by its mark, under this label.
+    /// The first time when `serve` had this secret, identified by its mark, under this label.
     SecretConfigured { label: String, mark: String },
     /// A webhook that was rejected for this reason.
     Rejected(Rejection),

@@ -124,6 +124,7 @@ pub(super) async fn save_activity(
         .map_or(i64::MIN, |delivered_ms| {
             delivery_gap::first_hour(*delivered_ms)
         });
+
     store
         .save_activity(delta, now_ms, first_hour, now_ms - COUNTED_PERIOD_MS)
         .await
