@@ -72,9 +72,9 @@ pub fn readable(
 
 /// Part of a remedy: `serve` may have created and migrated an empty database in place of a lost
 /// one.
-const NOT_THE_ONE: &str = "If a database existed before, this is a different one: DATABASE_URL names the wrong one, its disk is not \
-     mounted, or its file was lost or replaced. Stop `serve` and put it back, or restore the backup \
-     (docs/backup.md).";
+const NOT_THE_ONE: &str = "If a database existed before, this is a different one: DATABASE_URL names the wrong one, its \
+     disk is not mounted, or its file was lost or replaced. Stop `serve` and put it back, or \
+     restore the backup (docs/backup.md).";
 
 const MEANWHILE: &str =
     "Until then deliveries are answered 503. Nothing is lost: Stripe redelivers for three days.";

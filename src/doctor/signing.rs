@@ -244,6 +244,7 @@ mod tests {
                 .iter()
                 .all(|label| is_old(label))
         );
+
         assert!(
             [
                 "live",

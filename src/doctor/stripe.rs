@@ -16,8 +16,8 @@ const OVERDUE_MS: i64 = 15 * MINUTE_MS;
 
 const NEW_KEY: &str = "Create a restricted key in Stripe's Dashboard (Developers, API keys; the README lists what it \
      must be able to read), set STRIPE_API_KEY, and restart `serve`.";
-const FEWER_CALLS: &str = "Other programs use up the calls that Stripe allows this account: let them make fewer, or lower \
-     STRIPE_API_RATE.";
+const FEWER_CALLS: &str = "Other programs use up the calls that Stripe allows this account: let them make fewer, or \
+     lower STRIPE_API_RATE.";
 
 /// Checks the webhook endpoint. `asked` is Stripe's current answer; without it, the last run
 /// counts.
