@@ -32,8 +32,8 @@ const PAGE: &str = concat!(
       where (received_ms, key) < ($1, $2) and ($3 is null or event_type = $3) and ($4 is null or outcome = $4)
       order by received_ms desc, key desc limit $5"
 );
-/// Repeats the predicate of the partial index word for word, or planners do not use it: unreadable
-/// events are rare, and the log is long.
+/// Selects unreadable events. Repeats the predicate of the partial index word for word, or planners
+/// do not use the index: unreadable events are rare, and the log is long.
 const PAGE_OF_UNREADABLE: &str = concat!(
     "select ",
     logged_columns!(),
@@ -75,8 +75,8 @@ macro_rules! observed_page {
 const OBSERVED_PAGE: &str = observed_page!("");
 const OBSERVED_PAGE_OF_INVOICE: &str =
     observed_page!("and key in (select event_key from mentions where object_id = $7)");
-/// First finds the rows by the start of their keys, then sorts them. Otherwise PostgreSQL would
-/// scan the whole log in sort order.
+/// Statement that first finds the rows by the start of their keys, then sorts them. Otherwise
+/// PostgreSQL would scan the whole log in sort order.
 const BY_ID: &str = concat!(
     "with found as materialized (select received_ms, key from events where key between $1 and $2 and id = $3)
      select ",
@@ -133,8 +133,8 @@ const INSERT_EVENT: &str = concat!(
     ", telling, linked, body) values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)
      on conflict do nothing"
 );
-/// `$1` is a JSON array of pairs: an object, and an event key in hexadecimal digits. Selects the
-/// keys of the pairs that are not stored.
+/// Selects the keys of the pairs that are not stored. `$1` is a JSON array of pairs: an object, and
+/// an event key in hexadecimal digits.
 const UNMENTIONED_IN_SQLITE: &str = "
     select distinct unhex(value->>1) from json_each($1)
     where not exists (

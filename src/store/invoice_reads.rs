@@ -265,7 +265,7 @@ mod tests {
         }
     }
 
-    /// Otherwise reading another tenant's invoice would take longer than reading a missing one.
+    /// Ensures that reading another tenant's invoice takes no longer than reading a missing one.
     #[tokio::test]
     async fn key_is_checked_before_invoice_is_read() {
         let folder = tempfile::tempdir().unwrap();

@@ -158,7 +158,8 @@ type PageRow = (
     i64,
 );
 
-/// `$1` is a JSON array of Stripe invoice ids.
+/// Selects the invoices that hold these Stripe invoices. `$1` is a JSON array of Stripe invoice
+/// ids.
 const HOLDERS_IN_SQLITE: &str = "
     select tenant_uid, invoice_uid, stripe_invoice_id from invoices
     where stripe_invoice_id in (select value from json_each($1))";

@@ -1,5 +1,5 @@
-//! Totals for operators: when things last happened, which hours are busy, which invoices events are
-//! waiting for, and counts of rare rows.
+//! Totals for operators: last seen times, busy hours, invoices that events are waiting for, and
+//! counts of rare rows.
 //!
 //! A scanner derives the totals from the log in the background, at no cost to deliveries. An index
 //! and a limit bound every statement even if the log is long.
@@ -39,7 +39,7 @@ impl LogRow {
 /// The activity in a section of the log. Times in Unix milliseconds.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ActivityDelta {
-    /// When things last happened, by stored key.
+    /// Last seen times, by stored key.
     pub last_seen: BTreeMap<String, i64>,
     /// Hours since 1970 in which webhooks were received.
     pub hours: BTreeSet<i64>,
@@ -130,8 +130,8 @@ const RECORD_UNMATCHED_IN_POSTGRES: &str = record_unmatched!(
     "jsonb_array_elements($1::jsonb)"
 );
 const DELETE_UNMATCHED: &str = "delete from awaited where received_ms < $1";
-/// Checks again whether the invoice is stored: it may have been stored concurrently with the
-/// insert.
+/// Selects unmatched invoices. Checks again whether the invoice is stored: the invoice may have
+/// been stored concurrently with the insert.
 const UNMATCHED: &str = "
     select stripe_invoice_id, received_ms,
            (select count(*) from mentions where object_id = stripe_invoice_id) as events
@@ -212,7 +212,7 @@ impl Store {
         session.commit().await
     }
 
-    /// Records when things last happened, by stored key.
+    /// Records last seen times, by stored key.
     ///
     /// A later stored time stays, unless it lies in the future: then a skewed clock wrote it.
     pub async fn record_last_seen(
@@ -227,7 +227,7 @@ impl Store {
         session.commit().await
     }
 
-    /// Returns when things last happened, by stored key.
+    /// Returns the last seen times, by stored key.
     pub async fn last_seen(&self) -> Result<BTreeMap<String, i64>, StoreError> {
         let mut session = self.session().await?;
         let found = rows!(session, fetch_all, (String, i64), LAST_SEEN)?;

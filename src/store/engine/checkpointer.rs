@@ -48,7 +48,7 @@ pub(super) struct Checkpointer {
     pub(super) connection: SqliteConnection,
     /// The task ends when all senders are dropped, or on [`Request::Close`].
     pub(super) requests: mpsc::Receiver<Request>,
-    /// Set after a checkpoint. The writer moves the frames that arrived meanwhile.
+    /// `true` after a checkpoint. The writer moves the frames that arrived meanwhile.
     pub(super) is_almost_done: Arc<AtomicBool>,
     pub(super) file: PathBuf,
     pub(super) files: Arc<OpenFiles>,

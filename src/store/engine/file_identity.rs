@@ -134,6 +134,8 @@ impl OpenFiles {
         }
     }
 
+    /// Checks that every path still leads to the opened file.
+    ///
     /// # Errors
     /// Returns the first file that was deleted, renamed, replaced or truncated.
     pub(super) fn verify(&self) -> Result<(), FileChange> {
@@ -229,6 +231,8 @@ pub(super) async fn verify_joinable(file: &Path) -> Result<(), FileChange> {
     found
 }
 
+/// Compares the log with its index to detect changes under a process that has the database open.
+///
 /// # Errors
 /// Returns the change that a process with the database open would detect. Without such a process
 /// the same state is harmless, because SQLite starts from the existing files.

@@ -68,10 +68,10 @@ pub(in crate::store) struct PostgresConnection {
     pools: PostgresPools,
     /// Statement that began the open transaction, if any.
     begun: Option<&'static str>,
-    /// No statement took effect that a new connection would lack.
+    /// `true` if no statement took effect that a new connection would lack.
     is_movable: bool,
     moves_left: u8,
-    /// A statement did not end, or failed.
+    /// `true` if a statement failed or did not end.
     is_unsure: bool,
 }
 

@@ -52,7 +52,8 @@ pub(in crate::store) struct SqliteStore {
     /// Approximate bytes written since the last checkpoint.
     written: Arc<AtomicUsize>,
     checkpointer: mpsc::Sender<Request>,
-    /// Set after the checkpointer has run. The writer moves the frames that were written meanwhile.
+    /// `true` after the checkpointer has run. The writer moves the frames that were written
+    /// meanwhile.
     checkpoint_almost_done: Arc<AtomicBool>,
 }
 

@@ -46,7 +46,7 @@ const PROGRESS: &str = "select value from progress where name = $1";
 const SET_PROGRESS: &str = "
     insert into progress (name, value) values ($1, $2)
     on conflict (name) do update set value = excluded.value";
-/// `$2` is an upper bound above every name that starts with `$1`.
+/// Prefix search: `$2` is an upper bound above every name that starts with `$1`.
 const ACCOUNTS: &str = "
     select name from progress where name >= $1 and name < $2 order by name limit $3";
 
