@@ -128,7 +128,7 @@ struct Listener {
     ui: bool,
 }
 
-/// Reads single settings and collects the mistakes.
+/// Reader of single settings that collects the mistakes.
 struct Reader<'m> {
     mistakes: &'m mut Vec<String>,
 }
