@@ -13,7 +13,7 @@ pub enum PaymentState {
 }
 
 impl PaymentState {
-    /// All states.
+    /// All payment states.
     pub const ALL: [PaymentState; 4] = [
         PaymentState::Paid,
         PaymentState::PaymentPending,
