@@ -136,7 +136,7 @@ each_database! {
     async fn every_delivery_is_counted_once_by_outcome(server: TestServer) {
         let start = Scrape::of(&server).await;
         assert_eq!(start.family("deliveries_total").len(), 4);
-        assert_eq!(start.family("rejected_total").len(), 13);
+        assert_eq!(start.family("rejected_total").len(), 14);
         assert!(
             start
                 .family("deliveries_total")

@@ -15,7 +15,7 @@
 //! ```
 //!
 //! `script` draws the steps from the seed and `simulation` plays them. `process` is the program,
-//! which can crash. `invoice_lifecycle` is the truth at Stripe, `delivery` its webhooks and `busy`
+//! which can crash. `invoice_lifecycle` is the truth at Stripe, `delivery` its webhooks and `work`
 //! the concurrent work. `durable` has the invariants of the database, which `watch` checks at every
 //! point, `ledger` those of the log and `reading` those of reads. `ending` checks the end of a
 //! round.
