@@ -46,9 +46,22 @@ pub fn amount(minor_units: i64, currency: Option<&str>) -> String {
     }
 }
 
+/// Returns a number with commas between thousands: `5,900`.
+pub fn thousands(number: usize) -> String {
+    let digits = number.to_string();
+    let mut grouped = String::with_capacity(digits.len() + digits.len() / 3);
+    for (at, digit) in digits.char_indices() {
+        if at > 0 && (digits.len() - at).is_multiple_of(3) {
+            grouped.push(',');
+        }
+        grouped.push(digit);
+    }
+    grouped
+}
+
 #[cfg(test)]
 mod tests {
-    use super::amount;
+    use super::{amount, thousands};
 
     #[test]
     fn currency_kind_decides_decimals() {
@@ -76,5 +89,11 @@ mod tests {
         assert_eq!(amount(1234, Some("usdc")), "1234 minor units of USDC");
         assert_eq!(amount(1234, Some("e1r")), "1234 minor units of E1R");
         assert_eq!(amount(1234, None), "1234 minor units");
+    }
+
+    #[test]
+    fn thousands_are_grouped_from_the_right() {
+        let grouped = [0, 999, 1_000, 5_900, 1_234_567].map(thousands);
+        assert_eq!(grouped, ["0", "999", "1,000", "5,900", "1,234,567"]);
     }
 }

@@ -74,16 +74,8 @@ async fn accept(
 
     let started = Instant::now();
     let received_ms = state.clock.now_ms();
-    let mut verifier = state.secrets.verifier(&signature);
-    for part in body.chunks(TURN) {
-        verifier.update(part);
-        if part.len() == TURN {
-            tokio::task::yield_now().await;
-        }
-    }
-
-    let label = verifier
-        .finish(received_ms.div_euclid(1000))
+    let label = verify(state, &signature, &body, received_ms)
+        .await
         .map_err(rejected)?;
     if let Some(connection) = &connection {
         connection.set_trusted();
@@ -123,6 +115,24 @@ async fn accept(
     }
 
     Ok((outcome, started.elapsed()))
+}
+
+/// Returns the label of the secret that signed the body.
+async fn verify<'s>(
+    state: &'s AppState,
+    signature: &SignatureHeader<'_>,
+    body: &Bytes,
+    received_ms: i64,
+) -> Result<&'s str, SignatureError> {
+    let mut verifier = state.secrets.verifier(signature);
+    for part in body.chunks(TURN) {
+        verifier.update(part);
+        if part.len() == TURN {
+            tokio::task::yield_now().await;
+        }
+    }
+
+    verifier.finish(received_ms.div_euclid(1000))
 }
 
 /// Returns the reason and the error for a body that could not be read.

@@ -8,7 +8,7 @@
 use std::collections::HashMap;
 
 use super::engine::connection::{Connection, EngineConnection, rows};
-use super::invoices::{InvoiceRow, ObservationRow, StoredInvoice, stored_invoice};
+use super::invoice_rows::{InvoiceRow, ObservationRow, StoredInvoice, stored_invoice};
 use super::keys::{ApiKey, KeyRow, api_key};
 use super::{Store, StoreError};
 use crate::domain::stripe::event::EventKey;

@@ -13,7 +13,9 @@ mod engine;
 mod error;
 mod event_rows;
 mod events;
+mod invoice_lists;
 mod invoice_reads;
+mod invoice_rows;
 mod invoices;
 mod keys;
 mod migrations;
@@ -27,7 +29,9 @@ pub use event_rows::{
     Appended, EventFilter, LoggedEvent, NewEvent, Outcome, PackedBody, Source, StoredBody,
 };
 pub use events::ObservedPage;
-pub use invoices::{InvoiceCursor, InvoicePage, NewInvoice, ObservationRow, Put, StoredInvoice};
+pub use invoice_lists::{InvoiceCursor, InvoicePage};
+pub use invoice_rows::{ObservationRow, StoredInvoice};
+pub use invoices::{NewInvoice, Put};
 pub use keys::{ApiKey, Scope};
 pub use monitoring::{ActivityDelta, Counted, Disk, LogRow, Space, UnmatchedInvoice};
 pub use reconcile::{

@@ -8,6 +8,7 @@ use std::collections::BTreeSet;
 use super::context::{InvoiceContext, InvoiceSources, collected, trusted_snapshot};
 use super::entry::{TieBreak, in_order};
 use super::failed_attempts::{FailedAttempt, LISTED_AT_EACH_END};
+use crate::domain::money;
 use crate::domain::redact::{clean, name};
 use crate::domain::stripe::event::StoredObservation;
 use crate::domain::stripe::object::{Charge, CreditNote, Dispute, Invoice, Object, Reason, Refund};
@@ -214,7 +215,7 @@ pub fn more_attempts(context: &InvoiceContext, attempts: &[FailedAttempt]) -> St
         "Payment for {} failed too often to list: the first {LISTED_AT_EACH_END} and the last \
          {LISTED_AT_EACH_END} attempts have entries of their own, and {} more {noun} failed {when}.",
         context.invoice(),
-        thousands(count),
+        money::thousands(count),
     ))
 }
 
@@ -475,32 +476,8 @@ fn because(reason: Option<&Reason>) -> String {
     format!(": {text}{stop}")
 }
 
-/// Returns a number with commas between thousands: `5,900`.
-fn thousands(number: usize) -> String {
-    let digits = number.to_string();
-    let mut grouped = String::with_capacity(digits.len() + digits.len() / 3);
-    for (at, digit) in digits.char_indices() {
-        if at > 0 && (digits.len() - at).is_multiple_of(3) {
-            grouped.push(',');
-        }
-        grouped.push(digit);
-    }
-    grouped
-}
-
 /// Returns a time as `2026-02-03 09:15 UTC`.
 fn minute(second: i64) -> String {
     let time = jiff::Timestamp::from_second(second.clamp(0, LAST_SECOND)).unwrap_or_default();
     jiff::fmt::strtime::format("%Y-%m-%d %H:%M UTC", time).unwrap_or_else(|_| time.to_string())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::thousands;
-
-    #[test]
-    fn thousands_are_grouped_from_the_right() {
-        let grouped = [0, 999, 1_000, 5_900, 1_234_567].map(thousands);
-        assert_eq!(grouped, ["0", "999", "1,000", "5,900", "1,234,567"]);
-    }
 }

@@ -8,14 +8,13 @@
 //! Request bodies share one memory budget in the same way. Quotas by peer address would not help:
 //! behind a load balancer, all connections come from one address.
 
-use std::collections::HashMap;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::AtomicUsize;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
 
-use super::connection::{Activity, ConnectionState};
+use super::connection::{Activity, ConnectionState, Shared};
 
 /// Memory for request bodies of all connections together, in bytes.
 const BODY_BUDGET: usize = 64 * 1024 * 1024;
@@ -35,23 +34,6 @@ const RETRY_DELAY: Duration = Duration::from_millis(50);
 /// The connections of one listener; cheap to clone.
 #[derive(Clone)]
 pub struct ConnectionLimiter(Arc<Shared>);
-
-/// State that all connections of a listener share.
-pub struct Shared {
-    started: Instant,
-    limit: usize,
-    /// Bytes of request bodies in memory, without those of shed bodies.
-    buffered_bytes: AtomicUsize,
-    body_budget: usize,
-    table: Mutex<ConnectionTable>,
-    released: Notify,
-}
-
-#[derive(Default)]
-struct ConnectionTable {
-    next_number: u64,
-    connections: HashMap<u64, Arc<ConnectionState>>,
-}
 
 /// Permission for one connection to exist; dropping it admits another.
 pub struct Permit {
@@ -156,49 +138,6 @@ fn timeout(activity: Activity) -> Option<Duration> {
         Activity::WriteBlocked => Some(WRITE_TIMEOUT),
         Activity::Lingering => Some(LINGER_TIMEOUT),
         Activity::ReadingBody | Activity::Busy => None,
-    }
-}
-
-impl Shared {
-    fn table(&self) -> MutexGuard<'_, ConnectionTable> {
-        // No code panics while it holds the lock, and the map would stay valid if it did.
-        self.table.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Milliseconds since the listener started.
-    pub fn now_ms(&self) -> u64 {
-        u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
-    }
-
-    /// Counts bytes of a body. If the budget is exceeded, sheds a body.
-    pub fn add_buffered(&self, bytes: usize) {
-        let before = self.buffered_bytes.fetch_add(bytes, Ordering::Relaxed);
-        if before + bytes > self.body_budget {
-            self.shed_one_body();
-        }
-    }
-
-    /// Releases bytes of a body that are no longer in memory.
-    pub fn release_buffered(&self, bytes: usize) {
-        self.buffered_bytes.fetch_sub(bytes, Ordering::Relaxed);
-    }
-
-    /// Sheds the oldest body that is larger than its share of the budget, untrusted peers first.
-    /// Its request is answered 503. A body within its share is never shed.
-    fn shed_one_body(&self) {
-        let share = self.body_budget / self.limit;
-        let table = self.table();
-        let larger = table.connections.values().filter(|connection| {
-            connection.is_reading_body()
-                && !connection.is_body_shed()
-                && connection.buffered_bytes() > share
-        });
-
-        if let Some(connection) =
-            larger.min_by_key(|connection| (connection.is_trusted(), connection.since_ms()))
-        {
-            connection.shed_body();
-        }
     }
 }
 

@@ -1,5 +1,7 @@
 //! Tests of the eviction order, the timeouts and the body budget.
 
+use std::sync::atomic::Ordering;
+
 use super::super::connection::CloseRequest;
 use super::*;
 

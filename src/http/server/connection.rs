@@ -1,15 +1,17 @@
-//! The state of one connection: its activity, the start of that activity, and requests to close.
+//! The state of one connection: its activity, the start of that activity, and requests to close; and
+//! the state that all connections of a listener share.
 //!
 //! The connection's own task writes most of the state, and the limiter in `admission` reads it. All
 //! fields are atomics, so neither waits for the other.
 
-use std::sync::Arc;
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Waker;
+use std::time::Instant;
 
 use futures_util::task::AtomicWaker;
-
-use super::admission::Shared;
+use tokio::sync::Notify;
 
 /// Age in milliseconds from which an unfinished request head counts as slow. A head fits into a few
 /// packets, so an honest client sends it within two round trips.
@@ -92,6 +94,24 @@ pub struct ConnectionState {
 }
 
 /// Reports from the connection itself.
+/// State that all connections of a listener share.
+pub struct Shared {
+    pub(super) started: Instant,
+    pub(super) limit: usize,
+    /// Bytes of request bodies in memory, without those of shed bodies.
+    pub(super) buffered_bytes: AtomicUsize,
+    pub(super) body_budget: usize,
+    pub(super) table: Mutex<ConnectionTable>,
+    pub(super) released: Notify,
+}
+
+/// The open connections of a listener, by number.
+#[derive(Default)]
+pub struct ConnectionTable {
+    pub(super) next_number: u64,
+    pub(super) connections: HashMap<u64, Arc<ConnectionState>>,
+}
+
 impl ConnectionState {
     pub fn new(shared: Arc<Shared>) -> ConnectionState {
         let connection = ConnectionState {
@@ -317,5 +337,48 @@ impl ConnectionState {
     pub fn make_older_ms(&self, by_ms: u64) {
         self.since_and_activity
             .fetch_sub(by_ms << ACTIVITY_BITS, Ordering::Relaxed);
+    }
+}
+
+impl Shared {
+    pub(super) fn table(&self) -> MutexGuard<'_, ConnectionTable> {
+        // No code panics while it holds the lock, and the map would stay valid if it did.
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Milliseconds since the listener started.
+    pub fn now_ms(&self) -> u64 {
+        u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    /// Counts bytes of a body. If the budget is exceeded, sheds a body.
+    pub fn add_buffered(&self, bytes: usize) {
+        let before = self.buffered_bytes.fetch_add(bytes, Ordering::Relaxed);
+        if before + bytes > self.body_budget {
+            self.shed_one_body();
+        }
+    }
+
+    /// Releases bytes of a body that are no longer in memory.
+    pub fn release_buffered(&self, bytes: usize) {
+        self.buffered_bytes.fetch_sub(bytes, Ordering::Relaxed);
+    }
+
+    /// Sheds the oldest body that is larger than its share of the budget, untrusted peers first.
+    /// Its request is answered 503. A body within its share is never shed.
+    fn shed_one_body(&self) {
+        let share = self.body_budget / self.limit;
+        let table = self.table();
+        let larger = table.connections.values().filter(|connection| {
+            connection.is_reading_body()
+                && !connection.is_body_shed()
+                && connection.buffered_bytes() > share
+        });
+
+        if let Some(connection) =
+            larger.min_by_key(|connection| (connection.is_trusted(), connection.since_ms()))
+        {
+            connection.shed_body();
+        }
     }
 }

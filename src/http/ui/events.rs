@@ -7,8 +7,8 @@ use maud::{Markup, html};
 use serde::Deserialize;
 
 use super::layout::{self, CurrentPage, came_by, event_address, pager};
-use super::session::{Operator, Visitor};
 use super::text::{address, id, marked, quoted, time, time_s, visible_lines};
+use super::visitor::{Operator, Visitor};
 use crate::domain::invoice::schema::validate_uid;
 use crate::http::AppState;
 use crate::http::error::ApiError;

@@ -9,8 +9,8 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::layout::{self, CurrentPage, badge};
-use super::session::Visitor;
 use super::text::{self, address, duration, encoded, id, quoted, sentence, time, time_s};
+use super::visitor::Visitor;
 use crate::domain::invoice::schema::validate_uid;
 use crate::domain::money;
 use crate::domain::payment_state::PaymentState;

@@ -7,8 +7,8 @@ use maud::{Markup, html};
 use serde::Deserialize;
 
 use super::layout::{self, CurrentPage, badge, pager};
-use super::session::Visitor;
 use super::text::{address, id, quoted, time};
+use super::visitor::Visitor;
 use crate::domain::history::Entry;
 use crate::domain::payment_state::PaymentState;
 use crate::http::AppState;

@@ -3,8 +3,8 @@
 use axum::response::Html;
 use maud::{DOCTYPE, Markup, html};
 
-use super::session::Visitor;
 use super::text::{address, id, quoted, time, time_s};
+use super::visitor::Visitor;
 use crate::domain::invoice::schema::validate_uid;
 use crate::domain::payment_state::PaymentState;
 use crate::store::{LoggedEvent, Source};

@@ -3,7 +3,7 @@
 //!
 //! The template escapes all text, and no page needs a script. All pages are read-only. They are not
 //! part of the API, so `openapi.json` omits them. Ids are query parameters, because a path cannot
-//! hold every id. `session` identifies the visitor, `layout` is the frame, and `text` makes
+//! hold every id. `visitor` identifies the visitor, `layout` is the frame, and `text` makes
 //! external text safe to display; the other files are the pages.
 
 mod events;
@@ -14,6 +14,7 @@ mod operations;
 mod session;
 pub mod session_token;
 mod text;
+mod visitor;
 
 use std::sync::LazyLock;
 

@@ -6,8 +6,8 @@ use maud::{Markup, html};
 use serde_json::Value;
 
 use super::layout::{self, CurrentPage};
-use super::session::{Operator, Visitor};
 use super::text::{address, duration, id, marked, quoted, time};
+use super::visitor::{Operator, Visitor};
 use crate::doctor::{self, Check, CheckStatus, DoctorInput};
 use crate::domain::time::parse_time;
 use crate::http::AppState;

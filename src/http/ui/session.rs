@@ -1,4 +1,6 @@
-//! Sign-in with an API key, and the cookie that replaces the key afterwards (see `session_token`).
+//! Sign-in with an API key, and the cookie that replaces the key afterwards.
+//!
+//! `session_token` is the value of the cookie; `visitor` reads it from a request.
 //!
 //! Pages are read-only, so only sign-in and sign-out need protection from other sites. Both require
 //! a `POST` that the browser marks as same-origin. Attempts are not limited, because a key has 256
@@ -6,104 +8,22 @@
 
 use axum::Form;
 use axum::extract::rejection::{FormRejection, QueryRejection};
-use axum::extract::{FromRequestParts, Query, State};
-use axum::http::request::Parts;
+use axum::extract::{Query, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{Html, IntoResponse, Redirect, Response};
 use maud::html;
 use serde::Deserialize;
 
 use super::layout::{self, CurrentPage};
-use super::text::address;
+use super::visitor::COOKIE;
 use crate::domain::api_key;
 use crate::http::AppState;
 use crate::http::auth;
 use crate::http::error::ApiError;
-use crate::http::ui::session_token::{Claim, LIFE_S, issue};
-use crate::store::Scope;
+use crate::http::ui::session_token::{LIFE_S, issue};
 
-const COOKIE: &str = "stripe_reconciler_session";
 static FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
 static FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
-
-/// The signed-in visitor. Redirects to the sign-in page if there is no valid session.
-pub struct Visitor(pub Scope);
-
-/// A signed-in operator. Answers 403 to a visitor with a tenant's key.
-pub struct Operator;
-
-impl Visitor {
-    /// Returns the tenant whose invoices the visitor may read, or `None` for all tenants.
-    pub fn tenant(&self) -> Option<&str> {
-        match &self.0 {
-            Scope::Tenant(tenant_uid) => Some(tenant_uid),
-            Scope::Operator => None,
-        }
-    }
-
-    pub fn is_operator(&self) -> bool {
-        self.0 == Scope::Operator
-    }
-}
-
-impl FromRequestParts<AppState> for Visitor {
-    type Rejection = Response;
-
-    async fn from_request_parts(parts: &mut Parts, state: &AppState) -> Result<Visitor, Response> {
-        match signed_in(state, &parts.headers).await {
-            Ok(Some(scope)) => Ok(Visitor(scope)),
-            Ok(None) => {
-                let wanted = parts
-                    .uri
-                    .path_and_query()
-                    .map_or("", |wanted| wanted.as_str());
-                Err(Redirect::to(&address("/ui/sign-in", &[("next", wanted)])).into_response())
-            }
-            Err(error) => Err(error.into_response()),
-        }
-    }
-}
-
-impl FromRequestParts<AppState> for Operator {
-    type Rejection = Response;
-
-    async fn from_request_parts(parts: &mut Parts, state: &AppState) -> Result<Operator, Response> {
-        match Visitor::from_request_parts(parts, state).await? {
-            visitor if visitor.is_operator() => Ok(Operator),
-            _ => Err(ApiError::Forbidden.into_response()),
-        }
-    }
-}
-
-/// Returns the scope of the signed-in visitor, or `None` if there is no valid session.
-async fn signed_in(state: &AppState, headers: &HeaderMap) -> Result<Option<Scope>, ApiError> {
-    let Some(claim) = cookie(headers).and_then(Claim::read) else {
-        return Ok(None);
-    };
-    let Some((key, hash)) = state.store.key_by_id(claim.key_id).await? else {
-        return Ok(None);
-    };
-    if !claim.holds(&state.secrets, &hash, state.clock.now_s()) {
-        return Ok(None);
-    }
-    Ok(auth::scope(state, vec![key]).ok())
-}
-
-/// Returns the value of the session cookie. Other programs on this host may set cookies with
-/// arbitrary bytes.
-fn cookie(headers: &HeaderMap) -> Option<&str> {
-    let lines = headers
-        .get_all(header::COOKIE)
-        .iter()
-        .map(HeaderValue::as_bytes);
-    let pairs = lines
-        .flat_map(|line| line.split(|byte| *byte == b';'))
-        .filter_map(|pair| std::str::from_utf8(pair).ok());
-    pairs
-        .filter_map(|pair| pair.trim().split_once('='))
-        .find(|(name, _)| *name == COOKIE)
-        .map(|(_, value)| value)
-}
 
 #[derive(Deserialize, Default)]
 pub struct SignInParams {

@@ -57,6 +57,63 @@ pub(in crate::store) struct SqliteStore {
     checkpoint_almost_done: Arc<AtomicBool>,
 }
 
+/// The binds of [`APPEND`].
+struct AppendBinds {
+    /// A JSON array with the small columns of each event.
+    events: String,
+    /// Keys, observations and bodies, one after the other.
+    blob: Vec<u8>,
+    /// A JSON array of mentioned objects and positions in `blob`.
+    mentions: String,
+}
+
+fn append_binds(batch: &[NewEvent]) -> AppendBinds {
+    let mut blob = Vec::with_capacity(
+        batch
+            .iter()
+            .map(|event| event.body.as_bytes().len() + 1024)
+            .sum(),
+    );
+    let (mut events, mut mentions) = (Vec::with_capacity(batch.len()), Vec::new());
+    for event in crate::store::events::firsts(batch) {
+        let at = blob.len() + 1;
+        let observation = event.observation.as_deref().unwrap_or_default();
+        blob.extend_from_slice(&event.key.0);
+        blob.extend_from_slice(observation.as_bytes());
+        blob.extend_from_slice(event.body.as_bytes());
+        events.push((
+            (at, observation.len(), event.body.as_bytes().len()),
+            (
+                &event.id,
+                &event.event_type,
+                &event.api_version,
+                &event.object_id,
+                event.created_s,
+                event.received_ms,
+            ),
+            (
+                event.source.as_str(),
+                &event.secret_label,
+                event.outcome.as_str(),
+                &event.unreadable_reason,
+                event.linked(),
+            ),
+        ));
+        mentions.extend(
+            event
+                .mentions
+                .iter()
+                .map(|mention| (&mention.object_id, at)),
+        );
+    }
+
+    AppendBinds {
+        events: serde_json::to_string(&events).expect("strings and numbers always serialise"),
+        blob,
+        mentions: serde_json::to_string(&mentions).expect("strings and numbers always serialise"),
+    }
+}
+
 impl SqliteStore {
     /// Opens the file, and creates it if it is missing.
     pub async fn open(path: &str) -> Result<SqliteStore, StoreError> {
@@ -171,51 +228,11 @@ impl SqliteStore {
     /// Appends a batch of any size in one call to the connection's thread. Passes small columns as
     /// JSON, and large or binary columns as parts of one blob.
     pub async fn append(&self, batch: &[NewEvent]) -> Result<Vec<Appended>, StoreError> {
-        let mut blob = Vec::with_capacity(
-            batch
-                .iter()
-                .map(|event| event.body.as_bytes().len() + 1024)
-                .sum(),
-        );
-        let (mut events, mut mentions) = (Vec::with_capacity(batch.len()), Vec::new());
-        for event in crate::store::events::firsts(batch) {
-            let at = blob.len() + 1;
-            let observation = event.observation.as_deref().unwrap_or_default();
-            blob.extend_from_slice(&event.key.0);
-            blob.extend_from_slice(observation.as_bytes());
-            blob.extend_from_slice(event.body.as_bytes());
-            events.push((
-                (at, observation.len(), event.body.as_bytes().len()),
-                (
-                    &event.id,
-                    &event.event_type,
-                    &event.api_version,
-                    &event.object_id,
-                    event.created_s,
-                    event.received_ms,
-                ),
-                (
-                    event.source.as_str(),
-                    &event.secret_label,
-                    event.outcome.as_str(),
-                    &event.unreadable_reason,
-                    event.linked(),
-                ),
-            ));
-            mentions.extend(
-                event
-                    .mentions
-                    .iter()
-                    .map(|mention| (&mention.object_id, at)),
-            );
-        }
-
-        let json =
-            |rows: serde_json::Result<String>| rows.expect("strings and numbers always serialise");
-        let (events, mentions) = (
-            json(serde_json::to_string(&events)),
-            json(serde_json::to_string(&mentions)),
-        );
+        let AppendBinds {
+            events,
+            blob,
+            mentions,
+        } = append_binds(batch);
         let bytes = blob.len();
         let mut session = self.writing_session().await?;
         if self.checkpoint_almost_done.swap(false, Ordering::Relaxed) {
