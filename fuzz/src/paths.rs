@@ -137,6 +137,7 @@ fn check_error(answer: &Answer, context: &str) {
             "InvalidInvoice",
             "InvalidSignature",
             "InvalidBody",
+            "InvalidHost",
         ],
         401 => &["Unauthorized"],
         403 => &["Forbidden"],

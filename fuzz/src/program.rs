@@ -6,7 +6,7 @@ use std::path::Path;
 use axum::response::Response;
 use http_body_util::{BodyExt, Full};
 use hyper::body::Bytes;
-use hyper::header::{HeaderMap, HeaderName, HeaderValue};
+use hyper::header::{HOST, HeaderMap, HeaderName, HeaderValue};
 use hyper::service::Service;
 use hyper::{Method, Request, StatusCode, Uri};
 use hyper_util::service::TowerToHyperService;
@@ -97,6 +97,10 @@ impl Program {
             *sent.method_mut() = request.method;
             *sent.uri_mut() = request.target;
             *sent.headers_mut() = request.headers;
+            // HTTP clients always send a host. Without this line, every input would have to.
+            sent.headers_mut()
+                .entry(HOST)
+                .or_insert(HeaderValue::from_static("localhost"));
 
             let answer: Response = running
                 .service
