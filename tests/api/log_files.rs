@@ -143,9 +143,11 @@ async fn log_that_is_put_back_is_accepted_again() {
     assert_eq!(server.logged_ids(), ["evt_3", "evt_1"]);
 }
 
+/// A truncation destroys frames in place, so the database may be damaged at the next start. This
+/// test claims only that the running server refuses at once and names the remedy.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn truncated_log_is_refused_until_restart() {
-    let mut server = TestServer::start(Engine::Sqlite).await;
+async fn truncated_log_is_refused() {
+    let server = TestServer::start(Engine::Sqlite).await;
     assert_eq!(deliver(&server, "evt_1").await, 200);
     let log = OpenOptions::new().write(true).open(files(&server).log);
     log.unwrap().set_len(0).unwrap();
@@ -157,10 +159,6 @@ async fn truncated_log_is_refused_until_restart() {
     wait_until_logged(&server.process, "was truncated while it was in use").await;
     let doctor = server.run(&["doctor"]).with_code(4).stdout;
     assert!(doctor.contains("reconcile --since 30d"), "{doctor}");
-
-    server.process.sigkill();
-    server.process = block_in_place(|| server.another_server());
-    assert_eq!(deliver(&server, "evt_2").await, 200);
 }
 
 /// Backup tools do this, and nothing is lost by it.
